@@ -1,0 +1,29 @@
+"""grace_ext: gradient compression by name, for data-parallel training on slow networks.
+
+    import grace_ext
+    g = grace_ext.grace("topk(ratio=0.01) + residual @ allgather")
+
+`import grace_ext` imports no framework; see grace_ext.frameworks.torch for the drop-in of horovod.torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import communicators, compressors, memories
+from .composition import Grace, from_params, grace
+from .errors import GraceError
+
+if TYPE_CHECKING:
+    from .cluster import LocalCluster
+
+__version__ = "0.1.0"
+__all__ = ["Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "memories"]
+
+
+def __getattr__(name: str):
+    if name == "LocalCluster":  # needs numpy, which a plain import should not pay for
+        from .cluster import LocalCluster
+
+        return LocalCluster
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""LocalCluster: N ranks in one process, in lockstep, for tests, simulation and understanding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .driver import Driver, Effects, Start
+from .errors import GraceError, NamesError, ParameterError
+from .exchange import Collective
+from .frameworks.base import Transport, rank_ordered_mean
+from .ops import Ops
+from .spec import TensorSpec
+
+if TYPE_CHECKING:
+    from .composition import Grace
+
+
+class _Slot(Transport):
+    """One rank's place in the cluster. Its collectives are executed by the cluster, when every rank waits for them."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    def start(self, collective: Collective, name: str) -> Any:
+        raise GraceError("a rank of a LocalCluster is stepped by the cluster")
+
+    def wait(self, handle: Any) -> Any:
+        raise GraceError("a rank of a LocalCluster is stepped by the cluster")
+
+
+class LocalCluster:
+    """`size` simulated ranks that exchange gradients as real ones would: same parts, same driver, same bytes.
+
+    framework: 'numpy' or 'torch'; tensors of that framework, or numpy arrays, go in, and that framework's come out.
+    """
+
+    def __init__(self, grace: Grace, size: int, framework: str = "numpy"):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
+        self.grace, self.size, self.framework = grace, size, framework
+        self.ops = _ops_of(framework)
+        self.drivers = [
+            Driver(grace, self.ops, _Slot(rank, size), read_lr=lambda: self._lr, prefix="grace/local") for rank in range(size)
+        ]
+        self._lr: float | None = None
+
+    @property
+    def wire_bytes(self) -> list[int]:
+        """Bytes of each rank's own input buffers to all collectives of the last step; the start-up agreement excluded."""
+        return [driver.wire_bytes for driver in self.drivers]
+
+    def step(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> dict[str, Any]:
+        """One exchange: a mapping name -> gradient for each rank in, the aggregated mapping (the same on all ranks) out, in the
+        shapes and dtypes of the input. Input that does not fit raises before anything has changed."""
+        self._check(gradients)
+        self._lr = lr
+        if not self.drivers[0].specs:
+            specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in gradients[0].items()]
+            for driver in self.drivers:
+                driver.register(specs)
+        for driver, mapping in zip(self.drivers, gradients, strict=True):
+            for name, tensor in mapping.items():
+                driver.check(name, tensor)
+        return run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)[0]
+
+    def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
+        if len(gradients) != self.size:
+            raise ParameterError(f"step takes one mapping for each of the {self.size} ranks, got {len(gradients)}")
+        names = set(self.drivers[0].specs or gradients[0])
+        for rank, mapping in enumerate(gradients):
+            missing, extra = sorted(names - set(mapping)), sorted(set(mapping) - names)
+            if missing or extra:
+                raise NamesError(f"rank {rank}: missing parameters {missing}, unknown parameters {extra}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every rank; `load_state_dict` resumes from it bit for bit."""
+        return {"version": 1, "ranks": [driver.state_dict() for driver in self.drivers]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes. Raises GraceError if it was saved with another spec or another number of ranks."""
+        if len(saved["ranks"]) != self.size:
+            raise GraceError(f"this state is of {len(saved['ranks'])} ranks, the cluster has {self.size}")
+        for driver, state in zip(self.drivers, saved["ranks"], strict=True):
+            driver.load_state_dict(state)
+
+
+def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:
+    # Gradients arrive in parameter order, not the mapping's: ranks of one lockstep must do the same things at the same time.
+    for name in reversed(list(driver.specs)):
+        yield from driver.put(name, gradients[name])
+    return (yield from driver.finish())
+
+
+def run_lockstep(ranks: Sequence[Effects], ops: Ops) -> list[Any]:
+    """Runs the effects of all ranks side by side; when all wait for a collective, it is executed. Returns what each rank returned."""
+    pending: dict[str, list[Collective]] = {}
+    answers: list[Any] = [None] * len(ranks)
+    while True:
+        effects, returned = [], []
+        for rank, answer in zip(ranks, answers, strict=True):
+            try:
+                effects.append(rank.send(answer))
+            except StopIteration as stop:
+                returned.append(stop.value)
+        if returned:
+            return returned
+        name = effects[0].name
+        if isinstance(effects[0], Start):
+            pending[name] = [effect.collective for effect in effects]
+            answers = [None] * len(ranks)
+        else:
+            answers = execute(pending.pop(name), ops)
+
+
+def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
+    """One collective of all ranks: the result for each. Sums are made in rank order."""
+    first, arrays = collectives[0], [c.array for c in collectives]
+    if first.kind == "allreduce":
+        mean = rank_ordered_mean(arrays, first.divisor)
+        if first.dtype in ("float16", "bfloat16"):
+            mean = ops.from_bytes(ops.to_bytes(mean, first.dtype), first.dtype)
+        return [mean] * len(collectives)
+    return [arrays] * len(collectives)  # allgather, broadcast
+
+
+def _ops_of(framework: str) -> Ops:
+    if framework == "numpy":
+        from .frameworks.numpy.ops import NumpyOps
+
+        return NumpyOps()
+    if framework == "torch":
+        from .frameworks.torch.ops import HostOps
+
+        return HostOps()
+    raise ParameterError(f"framework must be 'numpy' or 'torch', got {framework!r}")

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from . import register
+from .base import Compressor, Field
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoCompression(Compressor):
+    """Sends the gradient as it is.
+
+    C(x) = x, rounded to the gradient's own dtype.  x: float[d]
+    Wire: d elements of the gradient's dtype (4d bytes for float32, 2d for 16-bit gradients, 8d for float64).
+    Unbiased, summable; equals the engine's dense averaging. 16-bit sums are made in float32 and rounded once.
+    """
+
+    summable: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    always_compresses: ClassVar[bool] = True  # it is the dense form
+    keeps_float64: ClassVar[bool] = True
+
+    def fields(self, spec):
+        return (Field("values", spec.dtype, spec.size),)
+
+    def compress(self, ops, x, spec, info, state):
+        return (ops.to_bytes(x, spec.dtype),), state
+
+    def decompress(self, ops, payload, spec, info):
+        return ops.copy(ops.from_bytes(payload[0], spec.dtype))

@@ -1,0 +1,303 @@
+"""The driver: one rank's pending gradients, their order, rounds, commit and rollback. Written once for every world.
+
+It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), which `perform`
+executes on a transport and cluster.py executes for N ranks in one process.
+
+Why it cannot deadlock, whatever order the gradients arrive in:
+  1. Buckets are made from the parameter list alone, which all ranks share (checked in 5), and are started in one fixed order: bucket i
+     never before bucket i - 1. A bucket whose turn it is starts inside `put`, so communication overlaps the backward pass.
+  2. `put` only starts; nothing waits inside a hook. All waiting is in `finish`, which every rank calls once a step.
+  3. `finish` first starts all buckets that remain (a parameter without a gradient takes part with zeros), so that when the first
+     Wait happens, every rank has started, or will start without waiting for anyone, the first round of every bucket.
+  4. Later rounds are started in the order (round, bucket), each after the wait for that bucket's round before it. So the sequence of
+     starts is the same on all ranks: engines that match collectives by name and engines that match by order both pair them rightly.
+  5. At the first step `put` starts nothing. `finish` first exchanges (spec, parameters, version) under a constant name, and raises on
+     every rank alike if they differ; so ranks that disagree never start collectives that do not match.
+
+Commit. A part returns new state; it is kept aside until every bucket is through, and committed only if every rank was finite in every
+bucket. An exception anywhere leaves the state of the last committed step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError
+from .exchange import Collective, Job, exchange_bucket
+from .ops import Array, Ops
+from .parts import ITEMSIZE
+from .payload import VERSION
+from .spec import DTYPES, StepInfo, TensorSpec
+
+if TYPE_CHECKING:
+    from .composition import Grace
+    from .frameworks.base import Transport
+
+BUCKET_BYTES = 25 * 2**20
+
+
+class Start(NamedTuple):
+    name: str
+    collective: Collective
+
+
+class Wait(NamedTuple):
+    name: str
+
+
+Effects = Generator[Any, Any, Any]
+_instances = itertools.count()
+
+
+class Bucket:
+    """Consecutive parameters that travel in one message, and the exchange under way for them."""
+
+    def __init__(self, specs: list[TensorSpec], digest: int):
+        self.specs, self.digest = specs, digest
+        self.running: Generator | None = None
+        self.waiting: list[str] = []
+        self.turn = 0
+        self.result: Any = None
+
+
+class Driver:
+    """One rank of one exchange. `divisor` is the world size for a mean, 1 for a sum; `read_lr` gives the current learning rate."""
+
+    def __init__(
+        self,
+        grace: Grace,
+        ops: Ops,
+        transport: Transport,
+        *,
+        divisor: int | None = None,
+        read_lr: Callable[[], float | None] = lambda: None,
+        bucket_bytes: int = BUCKET_BYTES,
+        prefix: str | None = None,
+    ):
+        self.grace, self.ops, self.transport = grace, ops, transport
+        self.divisor = transport.size if divisor is None else divisor
+        self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
+        # Two models of one script must not share collective names; scripts that make their optimizers in the same order agree on it.
+        self.prefix = f"grace/{next(_instances)}" if prefix is None else prefix
+        self.specs: dict[str, TensorSpec] = {}
+        self.buckets: list[Bucket] = []
+        self.state: dict[str, dict[str, Array]] = {}
+        self.step = 0
+        self.agreed = False
+        #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
+        self.wire_bytes = 0
+        self._reset()
+
+    # --- what takes part ----------------------------------------------------------------------------------------------
+    def register(self, specs: Iterable[TensorSpec]) -> None:
+        """Fixes the parameters, in an order that is the same on all ranks, and packs them into buckets, last parameters first
+        (their gradients come first in a backward pass)."""
+        specs = list(specs)
+        names = [spec.name for spec in specs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise NamesError(f"parameter names must be unique; given more than once: {', '.join(twice)}")
+        for spec in specs:
+            if spec.dtype not in DTYPES:
+                raise UnsupportedDtypeError(
+                    f"the gradient of {spec.name!r} is {spec.dtype}; only floating point gradients ({', '.join(DTYPES)}) can be compressed"
+                )
+        self.specs = {spec.name: spec for spec in specs}
+        groups: list[list[TensorSpec]] = [[]]
+        for spec in reversed(specs):
+            if groups[-1] and sum(s.nbytes for s in groups[-1]) + spec.nbytes > self.bucket_bytes:
+                groups.append([])
+            groups[-1].append(spec)
+        self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
+
+    def check(self, name: str, tensor: Any) -> None:
+        """Raises if this tensor is not what was registered under its name."""
+        spec = self.specs.get(name)
+        if spec is None:
+            raise NamesError(f"unknown parameter {name!r}; this exchange was set up for: {_few(self.specs)}")
+        shape, dtype = self.ops.describe(tensor)
+        if (shape, dtype) != (spec.shape, spec.dtype):
+            raise TensorChangedError(
+                f"{name!r} was {spec.dtype}{list(spec.shape)} and is now {dtype}{list(shape)}; "
+                "state is kept by name, so shapes and dtypes must stay (a new model needs a new optimizer)"
+            )
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+    def put(self, name: str, tensor: Any) -> Effects:
+        """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
+        self.check(name, tensor)
+        if name in self._arrived:
+            raise GraceError(f"a second gradient for {name!r} came before the step was finished")
+        self._arrived[name] = tensor
+        if self.agreed:
+            yield from self._start_ready()
+
+    def finish(self) -> Effects:
+        """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
+        try:
+            if not self.agreed:
+                yield from self._agree()
+            yield from self._start_ready(all_of_them=True)
+            while any(bucket.running for bucket in self.buckets):
+                for bucket in self.buckets:
+                    if bucket.running:
+                        results = []
+                        for name in bucket.waiting:
+                            results.append((yield Wait(name)))
+                        yield from self._advance(bucket, results)
+            return self._commit()
+        finally:
+            self._reset()
+
+    def _start_ready(self, all_of_them: bool = False) -> Effects:
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
+            if not all_of_them and not all(spec.name in self._arrived for spec in bucket.specs):
+                return
+            self._next += 1
+            if self._info is None:
+                self._info = self._step_info()
+            jobs = [self._job(spec) for spec in bucket.specs]
+            bucket.running = exchange_bucket(self.ops, jobs, self._info, bucket.digest, self.transport.carry)
+            yield from self._advance(bucket, None)
+
+    def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
+        assert bucket.running is not None
+        try:
+            collectives = bucket.running.send(results)
+        except StopIteration as stop:
+            bucket.running, bucket.result = None, stop.value
+            return
+        bucket.turn += 1
+        bucket.waiting = []
+        for collective in collectives:
+            # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
+            name = f"{self.prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
+            bucket.waiting.append(name)
+            self._bytes += len(collective.array) * ITEMSIZE[collective.dtype]
+            yield Start(name, collective)
+
+    def _commit(self) -> dict[str, Any]:
+        every_rank_finite = all(bucket.result[1] for bucket in self.buckets)
+        outputs, states = {}, {}
+        for bucket in self.buckets:
+            outcomes, finite = bucket.result
+            for spec, outcome in zip(bucket.specs, outcomes, strict=True):
+                output = outcome.output if finite or not spec.size else self.ops.full_nan(spec.size)
+                outputs[spec.name] = self.ops.emit(output, spec)
+                states[spec.name] = outcome.state
+        if every_rank_finite:
+            self.state = states
+        self.step += 1
+        self.wire_bytes = self._bytes
+        return {name: outputs[name] for name in self.specs}
+
+    def _reset(self) -> None:
+        self._arrived: dict[str, Any] = {}
+        self._next = self._bytes = 0
+        self._info: StepInfo | None = None
+        for bucket in self.buckets:
+            bucket.running, bucket.waiting, bucket.turn, bucket.result = None, [], 0, None
+
+    def _step_info(self) -> StepInfo:
+        return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
+
+    def _job(self, spec: TensorSpec) -> Job:
+        compressor, memory, communicator = self.grace.parts_for(spec)
+        tensor = self._arrived.get(spec.name)
+        grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
+        return Job(spec, compressor, memory, communicator, grad, self.state.get(spec.name, {}))
+
+    # --- agreement ----------------------------------------------------------------------------------------------------
+    def _agree(self) -> Effects:
+        """All ranks must compress alike: compares what each would do, and raises on every rank alike if they differ."""
+        mine = {
+            "spec": str(self.grace),
+            "seed": self.grace.seed,
+            "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "version": VERSION,
+        }
+        data = self.ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
+        carried = self.transport.carry(Collective("allgather", data, "agree"))
+        answer, turn = None, 0
+        while True:
+            try:
+                collective = carried.send(answer)
+            except StopIteration as stop:
+                break_value = stop.value
+                break
+            name, turn = f"grace/agree/{turn}", turn + 1
+            yield Start(name, collective)
+            answer = yield Wait(name)
+        said = [json.loads(self.ops.host(piece).tobytes()) for piece in break_value]
+        if any(other != said[0] for other in said):
+            raise DisagreementError(_difference(said), said)
+        self.agreed = True
+
+    def _digest(self, specs: list[TensorSpec]) -> int:
+        text = json.dumps([str(self.grace), self.grace.seed, [[s.name, s.shape, s.dtype] for s in specs]])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    # --- state --------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """{'version', 'spec', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies, of this rank."""
+        flat = {f"{key}/{name}": self.ops.copy(array) for name, state in self.state.items() for key, array in state.items()}
+        return {
+            "version": 1, "spec": str(self.grace), "rank": self.transport.rank, "size": self.transport.size,
+            "step": self.step, "state": flat,
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit from what `state_dict` gave on the same rank. Raises GraceError, and changes nothing, if it does not fit."""
+        if saved.get("version") != 1:
+            raise GraceError(f"this state has version {saved.get('version')!r}, expected 1")
+        if saved["spec"] != str(self.grace):
+            raise GraceError(f"this state was saved with {saved['spec']!r}, the exchange is {str(self.grace)!r}")
+        state: dict[str, dict[str, Array]] = {}
+        for key, array in saved["state"].items():
+            part, name = key.split("/", 1)
+            if self.specs and name not in self.specs:
+                raise GraceError(f"this state has {key!r}, and there is no parameter {name!r}")
+            state.setdefault(name, {})[part] = self.ops.copy(array)
+        self.state, self.step = state, int(saved["step"])
+
+
+def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
+    """Executes a driver's effects on a transport; `handles` holds what is under way between calls."""
+    answer = None
+    while True:
+        try:
+            effect = effects.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(effect, Start):
+            handles[effect.name] = transport.start(effect.collective, effect.name)
+            answer = None
+        else:
+            answer = transport.wait(handles.pop(effect.name))
+
+
+def _few(names: Iterable[str]) -> str:
+    shown = list(itertools.islice(names, 6))
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def _difference(said: list[dict]) -> str:
+    """What differs between the ranks, in words."""
+    lines = []
+    for rank, other in enumerate(said):
+        if other["spec"] != said[0]["spec"] or other["seed"] != said[0]["seed"] or other["version"] != said[0]["version"]:
+            lines.append(f"rank {rank} uses {other['spec']!r} (seed {other['seed']}, payload version {other['version']})")
+        elif other["parameters"] != said[0]["parameters"]:
+            first, its = ({p[0]: p[1:] for p in x["parameters"]} for x in (said[0], other))
+            differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
+            what = _few(differing) if differing else "the order of the parameters"
+            lines.append(f"rank {rank} has other parameters than rank 0: {what}")
+    lines.insert(0, f"rank 0 uses {said[0]['spec']!r} (seed {said[0]['seed']}, payload version {said[0]['version']})")
+    return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

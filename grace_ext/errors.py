@@ -1,0 +1,79 @@
+"""What can go wrong. Every error says what was seen, which rule it breaks and what to do, and keeps its data as attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GraceError(Exception):
+    """Base of every error that grace_ext raises on purpose."""
+
+
+class UnknownPartError(GraceError, KeyError):
+    """No part of that name. `kind` is compressor, memory or communicator; `nearest` are similar known names."""
+
+    def __init__(self, kind: str, name: str, nearest: Sequence[str], known: Sequence[str]):
+        self.kind, self.name, self.nearest, self.known = kind, name, tuple(nearest), tuple(known)
+        meant = f"; did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ";"
+        super().__init__(f"no {kind} named {name!r}{meant} Known: {', '.join(known)}")
+
+    def __str__(self) -> str:  # KeyError would quote the whole message
+        return str(self.args[0])
+
+
+class ParameterError(GraceError, ValueError):
+    """A knob of a part has a value out of its range or of the wrong type, or there is no such knob."""
+
+
+class SpecSyntaxError(GraceError, ValueError):
+    """A spec string or configuration that cannot be read."""
+
+
+class IncompatiblePartsError(GraceError, ValueError):
+    """A mix of parts that cannot work, refused when it is composed."""
+
+
+class UnsupportedError(GraceError, NotImplementedError):
+    """Something that is refused in this setting; the message says why and what to do instead."""
+
+
+class UnboundError(GraceError, TypeError):
+    """A Grace was used where only one bound to a model's parameters works."""
+
+
+class NamesError(GraceError, ValueError):
+    """Parameter names that are duplicated, missing, or not those of the earlier steps."""
+
+
+class TensorChangedError(GraceError, ValueError):
+    """A tensor whose shape or dtype is not what it was under its name at the first step."""
+
+
+class UnsupportedDtypeError(GraceError, TypeError):
+    """Integer, boolean or complex gradients."""
+
+
+class DisagreementError(GraceError, RuntimeError):
+    """Ranks whose scripts compress differently. `by_rank` holds what each rank said."""
+
+    def __init__(self, message: str, by_rank: Sequence[dict]):
+        self.by_rank = tuple(by_rank)
+        super().__init__(message)
+
+
+class PayloadError(GraceError, RuntimeError):
+    """What arrived from a peer cannot be decoded. `rank` sent it; `parameter` is the tensor, where it is known."""
+
+    def __init__(self, reason: str, rank: int | None = None, parameter: str | None = None):
+        self.reason, self.rank, self.parameter = reason, rank, parameter
+        where = f"payload of rank {rank}" if rank is not None else "payload"
+        what = f" for {parameter!r}" if parameter else ""
+        super().__init__(f"{where}{what}: {reason}")
+
+    def at(self, rank: int, parameter: str | None) -> PayloadError:
+        """The same error, with the sender and the parameter filled in."""
+        return PayloadError(self.reason, rank, parameter)
+
+
+class BiasedCompressorWarning(UserWarning):
+    """A biased compressor is used without a memory."""

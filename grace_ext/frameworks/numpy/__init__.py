@@ -1,0 +1,1 @@
+"""numpy: the reference implementation of the array protocol."""

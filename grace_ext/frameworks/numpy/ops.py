@@ -1,0 +1,165 @@
+"""The array protocol in numpy: the reference that every other implementation equals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ... import rng
+from ...ops import Ops
+from ...spec import TensorSpec
+
+# Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
+PIECE = 1 << 15
+FLOAT16_MAX = np.float32(65504)
+FLOAT32_MAX = np.finfo(np.float32).max
+BFLOAT16_MAX_BITS = np.uint32(0x7F7F)
+
+
+class NumpyOps(Ops):
+    """numpy arrays on the host. Stateless."""
+
+    def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
+        array = np.asarray(tensor)
+        return array.shape, array.dtype.name
+
+    def ingest(self, tensor: Any) -> np.ndarray:
+        array = np.asarray(tensor)
+        dtype = np.float64 if array.dtype == np.float64 else np.float32
+        return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
+
+    def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
+        if spec.dtype == "bfloat16":
+            import ml_dtypes  # the numpy dtype that the user's own array has
+
+            return array.astype(ml_dtypes.bfloat16).reshape(spec.shape)
+        return array.astype(spec.dtype, copy=False).reshape(spec.shape)
+
+    def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
+        return np.zeros(size, dtype)
+
+    def upload(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def host(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def concat(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays)
+
+    def full_nan(self, size: int) -> np.ndarray:
+        return np.full(size, np.nan, np.float32)
+
+    def cast(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        return x.astype(dtype, copy=False)
+
+    def to_bytes(self, x: np.ndarray, dtype: str) -> np.ndarray:
+        if dtype == "float64":
+            return np.ascontiguousarray(x, np.float64).view(np.uint8)
+        if x.dtype != np.float32:
+            x = np.clip(x, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
+        if dtype == "float32":
+            return np.ascontiguousarray(x).view(np.uint8)
+        if dtype == "float16":
+            return np.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).view(np.uint8)
+        return _bfloat16_bits(x).view(np.uint8)
+
+    def from_bytes(self, data: np.ndarray, dtype: str) -> np.ndarray:
+        data = np.ascontiguousarray(data)
+        if data.ctypes.data % 8:
+            data = data.copy()  # a slice of a message may start anywhere; typed views want alignment
+        if dtype == "bfloat16":
+            return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        x = data.view(dtype)
+        return x.astype(np.float32) if dtype == "float16" else x
+
+    def all_finite(self, x: np.ndarray) -> bool:
+        return bool(np.isfinite(x).all())
+
+    def any_nonzero(self, x: np.ndarray) -> bool:
+        return bool(x.any())
+
+    def block_norms(self, x: np.ndarray, block: int, order: int) -> np.ndarray:
+        if not x.size:
+            return np.zeros(0)
+        magnitudes = np.abs(x, dtype=np.float64) if order == 1 else np.square(x, dtype=np.float64)
+        sums = np.add.reduceat(magnitudes, np.arange(0, x.size, block))
+        return sums if order == 1 else np.sqrt(sums)
+
+    def top_k(self, x: np.ndarray, k: int) -> np.ndarray:
+        if k >= x.size:
+            return np.arange(x.size)
+        magnitude = np.abs(x)
+        smallest = np.partition(magnitude, x.size - k)[x.size - k]
+        keep = magnitude > smallest
+        equal = np.flatnonzero(magnitude == smallest)
+        keep[equal[: k - np.count_nonzero(keep)]] = True
+        return np.flatnonzero(keep)
+
+    def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
+        return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
+
+    def copy(self, x: np.ndarray) -> np.ndarray:
+        return x.copy()
+
+    def sign(self, x: np.ndarray) -> np.ndarray:
+        return np.sign(x)
+
+    def spread(self, per_block: np.ndarray, block: int, size: int) -> np.ndarray:
+        return np.repeat(per_block.astype(np.float32), block)[:size]
+
+    def round_randomly(self, x: np.ndarray, scale: np.ndarray, levels: int, key: rng.Key) -> np.ndarray:
+        scaled = np.abs(x) * scale
+        low = np.floor(scaled)
+        draw = (rng.words(key, x.size) >> np.uint32(8)).astype(np.float32)
+        codes = low.astype(np.int64) + (draw < (scaled - low) * np.float32(2**24))
+        return np.minimum(codes, levels)
+
+    def pack(self, codes: np.ndarray, width: int) -> np.ndarray:
+        if width in (8, 16, 32):
+            return codes.astype(f"<u{width // 8}").view(np.uint8)
+        shifts = np.arange(width, dtype=np.uint32)
+        pieces = [
+            np.packbits((codes[i : i + PIECE, None].astype(np.uint32) >> shifts).astype(np.uint8) & 1, bitorder="little")
+            for i in range(0, codes.size, PIECE)
+        ]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
+
+    def unpack(self, data: np.ndarray, width: int, count: int) -> np.ndarray:
+        if width in (8, 16, 32):
+            return np.ascontiguousarray(data).view(f"<u{width // 8}")[:count].astype(np.int64)
+        codes = np.empty(count, np.int64)
+        weights = (1 << np.arange(width, dtype=np.int64)).astype(np.float64)  # exact below 2**53, and matmul is fast
+        for i in range(0, count, PIECE):
+            n = min(PIECE, count - i)
+            bits = np.unpackbits(data[i * width // 8 :], count=n * width, bitorder="little").reshape(n, width)
+            codes[i : i + n] = bits @ weights
+        return codes
+
+    def pack_signs(self, x: np.ndarray) -> np.ndarray:
+        return np.packbits(x >= 0, bitorder="little")
+
+    def unpack_signs(self, data: np.ndarray, count: int) -> np.ndarray:
+        return np.unpackbits(data, count=count, bitorder="little").astype(np.float32) * 2 - 1
+
+    def set_bits(self, positions: np.ndarray, bits: int) -> np.ndarray:
+        marked = np.zeros(bits, np.bool_)
+        marked[positions] = True
+        return np.packbits(marked, bitorder="little")
+
+    def bit_positions(self, data: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(np.unpackbits(data, bitorder="little"))
+
+    def arange(self, count: int) -> np.ndarray:
+        return np.arange(count)
+
+
+def _bfloat16_bits(x: np.ndarray) -> np.ndarray:
+    """uint16: the upper half of the float32 bits, rounded to nearest even; finite values stay finite, NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    overflowed = ((upper & np.uint32(0x7FFF)) > BFLOAT16_MAX_BITS) & np.isfinite(x)
+    upper = np.where(overflowed, (bits >> np.uint32(16) & np.uint32(0x8000)) | BFLOAT16_MAX_BITS, upper)
+    return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)

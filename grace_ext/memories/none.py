@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from . import register
+from .base import Memory
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoMemory(Memory):
+    """Remembers nothing: what compression loses is lost. Right for unbiased compressors. State: none."""
+
+    uses_sent: ClassVar[bool] = False
+
+    def init(self, ops, spec, info):
+        return {}
+
+    def before(self, ops, grad, spec, info, state):
+        return grad
+
+    def after(self, ops, compensated, sent, spec, info, state):
+        return state

@@ -1,0 +1,136 @@
+"""The array protocol: what an algorithm may do with arrays, so that it is written once for every tensor library.
+
+Arrays are the library's own (numpy.ndarray, torch.Tensor on a device). Both already share arithmetic operators, comparisons,
+`reshape`, `.T`, `@`, slicing, `x[indices]` and `x[indices] = values`, which parts use directly; everything that the libraries
+spell differently, or that is worth a compiled kernel, is a method here. Unless said otherwise arrays are 1-D and contiguous;
+"float" means float32, or float64 where the gradient is float64 and the compressor sends it as it is.
+
+Integers are int64 in every library (`codes`, `indices`); wire integers are uint8 only. bfloat16 travels as 2 bytes an element.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .rng import Key
+from .spec import TensorSpec
+
+Array = Any
+
+
+class Ops(ABC):
+    """One tensor library (and device)."""
+
+    # --- the border to the user's tensors ---------------------------------------------------------------------------
+    @abstractmethod
+    def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
+        """(shape, dtype name) of a user's tensor."""
+
+    @abstractmethod
+    def ingest(self, tensor: Any) -> Array:
+        """The elements as a flat float array: float64 stays, everything else becomes float32. May be a view: it is not kept."""
+
+    @abstractmethod
+    def emit(self, array: Array, spec: TensorSpec) -> Any:
+        """A user's tensor of spec's shape and dtype from a flat float array."""
+
+    # --- making and moving ------------------------------------------------------------------------------------------
+    @abstractmethod
+    def zeros(self, size: int, dtype: str = "float32") -> Array: ...
+
+    @abstractmethod
+    def upload(self, array: np.ndarray) -> Array:
+        """A host array on this library and device."""
+
+    @abstractmethod
+    def host(self, array: Array) -> np.ndarray:
+        """The array as numpy, a view where that is possible."""
+
+    @abstractmethod
+    def concat(self, arrays: Sequence[Array]) -> Array:
+        """A new array, even of one: the result never shares memory with its parts."""
+
+    @abstractmethod
+    def full_nan(self, size: int) -> Array: ...
+
+    # --- dtypes and bytes -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def cast(self, x: Array, dtype: str) -> Array:
+        """float32 <-> float64; the array itself when it has that dtype."""
+
+    @abstractmethod
+    def to_bytes(self, x: Array, dtype: str) -> Array:
+        """uint8 array, little-endian, of floats rounded to nearest even to `dtype`; float16 saturates at +-65504, bfloat16 and
+        float32 at their largest finite value. NaN stays NaN."""
+
+    @abstractmethod
+    def from_bytes(self, data: Array, dtype: str) -> Array:
+        """The inverse: floats (float32, or float64 for 'float64') from uint8."""
+
+    # --- questions about values -------------------------------------------------------------------------------------
+    @abstractmethod
+    def all_finite(self, x: Array) -> bool: ...
+
+    @abstractmethod
+    def any_nonzero(self, x: Array) -> bool: ...
+
+    @abstractmethod
+    def block_norms(self, x: Array, block: int, order: int) -> np.ndarray:
+        """float64[ceil(d / block)] on the host: the 1- or 2-norm of each block (the last may be shorter), summed in float64."""
+
+    @abstractmethod
+    def top_k(self, x: Array, k: int) -> Array:
+        """int64[k], ascending: positions of the k largest |x|; among equals the lowest positions."""
+
+    @abstractmethod
+    def at_least(self, x: Array, threshold: float) -> Array:
+        """int64[m], ascending: positions with |x| >= threshold and x != 0."""
+
+    # --- elementwise ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def copy(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def sign(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def spread(self, per_block: np.ndarray, block: int, size: int) -> Array:
+        """float32[size]: element j is per_block[j // block]."""
+
+    @abstractmethod
+    def round_randomly(self, x: Array, scale: Array, levels: int, key: Key) -> Array:
+        """int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`.
+        The draw for element j is (word j of the stream) >> 8, compared with the fraction times 2**24."""
+
+    # --- bits -------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def pack(self, codes: Array, width: int) -> Array:
+        """uint8[ceil(n * width / 8)]: n codes of `width` bits (1..32), lowest bit first, last byte padded with zero bits."""
+
+    @abstractmethod
+    def unpack(self, data: Array, width: int, count: int) -> Array:
+        """The inverse: int64[count]."""
+
+    @abstractmethod
+    def pack_signs(self, x: Array) -> Array:
+        """pack(x >= 0, 1)."""
+
+    @abstractmethod
+    def unpack_signs(self, data: Array, count: int) -> Array:
+        """float32[count] of +1 and -1."""
+
+    @abstractmethod
+    def set_bits(self, positions: Array, bits: int) -> Array:
+        """uint8[ceil(bits / 8)] with ones at these positions."""
+
+    @abstractmethod
+    def bit_positions(self, data: Array) -> Array:
+        """int64: positions of the ones, ascending."""
+
+    @abstractmethod
+    def arange(self, count: int) -> Array:
+        """int64[count]."""

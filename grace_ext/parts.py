@@ -1,0 +1,132 @@
+"""What compressors, memories and communicators have in common: a name, knobs with ranges, a config, equality by value.
+
+A part is a frozen dataclass. Its fields are its knobs; `knob(...)` gives each a range and one line of help, from which the
+errors, `str()`, the configuration and `grace-ext show` all derive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import ParameterError
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    headline: bool = False,
+) -> Any:
+    """A dataclass field with a valid range. `above` excludes the bound, `low`/`high` include it; a `headline` knob is always
+    printed. Its type is that of the default, or int where the default is None (None then stays valid)."""
+    rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "headline": headline}
+    return dataclasses.field(default=default, metadata=rule)
+
+
+def valid_range(field: dataclasses.Field) -> str:
+    """The valid range of a knob in words, e.g. 'a number in (0, 1]'."""
+    rule = field.metadata
+    if rule["choices"]:
+        return "one of " + ", ".join(repr(c) for c in rule["choices"])
+    if isinstance(field.default, bool):
+        return "True or False"
+    kind = "a number" if isinstance(field.default, float) else "a whole number"
+    left = f"({rule['above']:g}" if rule["above"] is not None else f"[{rule['low']:g}" if rule["low"] is not None else "(-inf"
+    right = f"{rule['high']:g}]" if rule["high"] is not None else "inf)"
+    return f"{kind} in {left}, {right}" + (" or None" if field.default is None else "")
+
+
+def _valid(field: dataclasses.Field, value: Any) -> Any:
+    """The value, converted to the knob's type; raises ValueError if it is not valid."""
+    rule, kind = field.metadata, type(field.default)
+    if value is None and field.default is None:
+        return None
+    if rule["choices"]:
+        if value not in rule["choices"]:
+            raise ValueError
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError
+    if kind is not float and value != int(value if math.isfinite(value) else 0.5):
+        raise ValueError
+    value = float(value) if kind is float else int(value)
+    low, high, above = rule["low"], rule["high"], rule["above"]
+    inside = (
+        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    )
+    if not inside:
+        raise ValueError
+    return value
+
+
+@dataclass(frozen=True)
+class Part:
+    """Base of every part. Subclasses are frozen dataclasses whose fields are made by `knob`."""
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _valid(field, value))
+            except (ValueError, TypeError, OverflowError):
+                raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {value!r}") from None
+
+    @classmethod
+    def create(cls, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
+        """The part with these knobs, positional ones in the order of the fields. Raises ParameterError for an unknown knob."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        given = dict(zip(fields, args, strict=False))
+        knobs = knobs or {}
+        unknown = sorted(set(knobs) - set(fields)) + [repr(a) for a in args[len(fields) :]]
+        twice = sorted(set(knobs) & set(given))
+        if unknown or twice:
+            has = f"its knobs are {', '.join(fields)}" if fields else "it has no knobs"
+            problem = f"unknown knob {', '.join(unknown)}" if unknown else f"knob {', '.join(twice)} given twice"
+            raise ParameterError(f"{cls.name}: {problem}; {has}")
+        return cls(**given, **knobs)
+
+    def to_config(self) -> dict[str, Any]:
+        """{'id': name, every knob: its value}, made of JSON types only."""
+        return {"id": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    def __str__(self) -> str:
+        shown: Callable[[dataclasses.Field], bool] = lambda f: (  # noqa: E731
+            getattr(self, f.name) != f.default or (f.metadata["headline"] and f.default is not None)
+        )
+        knobs = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if shown(f))
+        return f"{self.name}({knobs})" if knobs else self.name
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a payload: its name, wire dtype and number of elements; a `variable` one holds at most `count` elements and
+    carries its true count in 4 bytes before it."""
+
+    name: str
+    dtype: str
+    count: int
+    variable: bool = False
+
+    @property
+    def max_bytes(self) -> int:
+        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable else 0)
+
+
+# bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.
+ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

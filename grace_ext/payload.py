@@ -1,0 +1,89 @@
+"""Arrays <-> bytes: the message that one rank gathers for one bucket.
+
+    message  = header (24 bytes) | payload of tensor 0 | payload of tensor 1 | ...
+    header   = magic 'GX' | version u8 | flags u8 | step u32 | digest u64 | length of what follows u64      (little-endian)
+    payload  = its fields one after the other; a variable field carries its element count as u32 before it
+
+The digest names the spec and the bucket's tensors, so that a peer which compresses something else is found out before its
+bytes are read. Everything about sizes is checked here; what the bytes mean (ranges of indices) is checked by the compressor.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .errors import PayloadError
+from .ops import Array, Ops
+from .parts import ITEMSIZE, Field
+
+MAGIC, VERSION = b"GX", 1
+HEADER = struct.Struct("<2sBBIQQ")
+NOT_FINITE = 1  # flag: some gradient of the bucket was not finite; the payloads are of zeros
+
+
+def pack(ops: Ops, fields: Sequence[Field], arrays: Sequence[Array]) -> list[Array]:
+    """The wire pieces of one payload: uint8 arrays as they are, floats rounded to their field's dtype by the compressor already."""
+    pieces: list[Array] = []
+    for field, array in zip(fields, arrays, strict=True):
+        count, rest = divmod(len(array), ITEMSIZE[field.dtype])
+        if rest or count > field.count or (count < field.count and not field.variable):
+            raise ValueError(f"field {field.name!r} holds {len(array)} bytes, declared {field}")  # a bug in a compressor
+        if field.variable:
+            pieces.append(ops.upload(np.frombuffer(struct.pack("<I", count), np.uint8).copy()))
+        pieces.append(array)
+    return pieces
+
+
+def message(ops: Ops, pieces: Sequence[Array], *, digest: int, step: int, finite: bool) -> Array:
+    """Header and pieces as one uint8 array."""
+    length = sum(len(p) for p in pieces)
+    header = HEADER.pack(MAGIC, VERSION, 0 if finite else NOT_FINITE, step & 0xFFFFFFFF, digest, length)
+    return ops.concat([ops.upload(np.frombuffer(header, np.uint8).copy()), *pieces])
+
+
+def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) -> tuple[Array, bool]:
+    """(what follows the header, whether the sender was finite). Raises PayloadError naming the rank."""
+    if len(data) < HEADER.size:
+        raise PayloadError(f"{len(data)} bytes are shorter than a header of {HEADER.size}", rank)
+    magic, version, flags, its_step, its_digest, length = HEADER.unpack(ops.host(data[: HEADER.size]).tobytes())
+    if magic != MAGIC:
+        raise PayloadError(f"does not start with {MAGIC!r} but {magic!r}", rank)
+    if version != VERSION:
+        raise PayloadError(f"has payload version {version}, this is {VERSION}: install the same grace_ext everywhere", rank)
+    if its_digest != digest:
+        raise PayloadError("was made with another spec or for other parameters", rank)
+    if its_step != step & 0xFFFFFFFF:
+        raise PayloadError(f"is of step {its_step}, this is step {step}", rank)
+    if flags & ~NOT_FINITE:
+        raise PayloadError(f"has unknown flags {flags:#x}", rank)
+    body = data[HEADER.size :]
+    if len(body) != length:
+        raise PayloadError(f"is truncated or too long: {len(body)} bytes after the header, which says {length}", rank)
+    return body, not flags & NOT_FINITE
+
+
+def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]], rank: int) -> Iterator[list[Array]]:
+    """The payload of each (name, fields), as uint8 arrays a field. Raises PayloadError naming rank and tensor."""
+    at = 0
+    for name, fields in tensors:
+        arrays = []
+        for field in fields:
+            count = field.count
+            if field.variable:
+                if at + 4 > len(body):
+                    raise PayloadError(f"ends before the count of {field.name!r}", rank, name)
+                (count,) = struct.unpack("<I", ops.host(body[at : at + 4]).tobytes())
+                at += 4
+                if count > field.count:
+                    raise PayloadError(f"claims {count} elements of {field.name!r}, at most {field.count} are possible", rank, name)
+            end = at + count * ITEMSIZE[field.dtype]
+            if end > len(body):
+                raise PayloadError(f"ends inside {field.name!r}", rank, name)
+            arrays.append(body[at:end])
+            at = end
+        yield arrays
+    if at != len(body):
+        raise PayloadError(f"has {len(body) - at} bytes that belong to no tensor", rank)

@@ -1,0 +1,72 @@
+"""Names -> classes, for the three kinds of parts.
+
+Built-in parts register themselves when their module is imported; the registry imports every module of its package at the
+first look-up, so a new part is found by existing. Parts of other packages come by entry point, in the groups
+`grace_ext.compressors`, `grace_ext.memories` and `grace_ext.communicators` (name = class). No registration replaces another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from .errors import GraceError, UnknownPartError
+
+C = TypeVar("C", bound=type)
+
+
+class Registry:
+    """The known parts of one kind. `package` is both the package of the built-ins and the entry-point group."""
+
+    def __init__(self, kind: str, package: str):
+        self.kind, self.package = kind, package
+        self._classes: dict[str, type] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator: makes the class known under `name` and sets its `name` attribute. Raises GraceError if the name is taken."""
+
+        def decorate(cls: C) -> C:
+            self._add(name, cls)
+            return cls
+
+        return decorate
+
+    def names(self) -> tuple[str, ...]:
+        """All known names, sorted."""
+        self._load()
+        return tuple(sorted(self._classes))
+
+    def get(self, name: str) -> Any:
+        """The class of that name. Raises UnknownPartError, which lists the nearest names."""
+        self._load()
+        try:
+            return self._classes[name]
+        except KeyError:
+            nearest = difflib.get_close_matches(name, self._classes, n=3, cutoff=0.6)
+            raise UnknownPartError(self.kind, name, nearest, self.names()) from None
+
+    def _add(self, name: str, cls: type) -> None:
+        known = self._classes.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise GraceError(f"{self.kind} {name!r} is already {known.__module__}.{known.__qualname__}; choose another name")
+        cls.name = name  # type: ignore[attr-defined]
+        self._classes[name] = cls
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # first, so that a part which looks a name up while being imported does not recurse
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for entry in entry_points(group=self.package):
+            try:
+                self._add(entry.name, entry.load())
+            except Exception as error:  # one broken plugin must not take every other part down with it
+                warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", stacklevel=3)
