@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .driver import Driver, Effects, Start
 from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
-from .frameworks.base import Transport, rank_ordered_mean
+from .frameworks.base import Carried, Transport, rank_ordered_mean
 from .ops import Ops
 from .spec import TensorSpec
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 class _Slot(Transport):
     """One rank's place in the cluster. Its collectives are executed by the cluster, when every rank waits for them."""
 
-    def __init__(self, rank: int, size: int):
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, ops: Ops):
+        self.rank, self.size, self.ops = rank, size, ops
+
+    def carry(self, collective: Collective) -> Carried:
+        return (yield collective)  # `execute` has them all
 
     def start(self, collective: Collective, name: str) -> Any:
         raise GraceError("a rank of a LocalCluster is stepped by the cluster")
@@ -41,7 +44,7 @@ class LocalCluster:
         self.grace, self.size, self.framework = grace, size, framework
         self.ops = _ops_of(framework)
         self.drivers = [
-            Driver(grace, self.ops, _Slot(rank, size), read_lr=lambda: self._lr, prefix="grace/local") for rank in range(size)
+            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr, prefix="grace/local") for rank in range(size)
         ]
         self._lr: float | None = None
 

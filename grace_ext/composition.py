@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -166,9 +166,8 @@ PARAMS = {
 
 def from_params(params: Mapping[str, Any]) -> Grace:
     """A Grace from GRACE's own parameter dictionary, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator': 'allgather',
-    'compress_ratio': 0.01}. A missing key takes OUR default, said once; `lr` and `world_size` are read from the optimizer and the engine."""
-    import dataclasses
-
+    'compress_ratio': 0.01}. A missing key takes OUR default, said once; `lr` and `world_size` are
+    read from the optimizer and the engine."""
     known = {"compressor", "memory", "communicator", *PARAMS}
     unknown = sorted(set(params) - known)
     if unknown:
@@ -181,9 +180,9 @@ def from_params(params: Mapping[str, Any]) -> Grace:
     for key, value in params.items():
         kind, name = PARAMS.get(key, (None, None))
         # GRACE's dictionary is shared by all its parts: 'momentum' is also signum's, and keys of parts not in use are ignored.
-        for kind in [kind, "compressor"] if key == "momentum" else [kind]:
-            if kind in classes and name in {f.name for f in dataclasses.fields(classes[kind])}:
-                knobs[kind][name] = value
+        for candidate in [kind, "compressor"] if key == "momentum" else [kind]:
+            if candidate in classes and name in {f.name for f in dataclasses.fields(classes[candidate])}:
+                knobs[candidate][name] = value
                 break
     defaults = {
         f"{kind} {cls.name}: {f.name}={f.default!r}"
@@ -196,8 +195,3 @@ def from_params(params: Mapping[str, Any]) -> Grace:
         warnings.warn("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)), stacklevel=2)
     parts = {kind: cls.create((), knobs[kind]) for kind, cls in classes.items()}
     return grace(**parts)
-
-
-def to_json(g: Grace) -> str:
-    """The configuration as JSON text."""
-    return json.dumps(g.to_config())

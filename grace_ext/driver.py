@@ -32,7 +32,7 @@ from .errors import DisagreementError, GraceError, NamesError, TensorChangedErro
 from .exchange import Collective, Job, exchange_bucket
 from .ops import Array, Ops
 from .parts import ITEMSIZE
-from .payload import VERSION
+from .payload import VERSION, message, open_message
 from .spec import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
@@ -223,19 +223,21 @@ class Driver:
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
             "version": VERSION,
         }
-        data = self.ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
+        text = self.ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
+        data = message(self.ops, [text], digest=0, step=0, finite=True)
         carried = self.transport.carry(Collective("allgather", data, "agree"))
         answer, turn = None, 0
         while True:
             try:
                 collective = carried.send(answer)
             except StopIteration as stop:
-                break_value = stop.value
+                received = stop.value
                 break
             name, turn = f"grace/agree/{turn}", turn + 1
             yield Start(name, collective)
             answer = yield Wait(name)
-        said = [json.loads(self.ops.host(piece).tobytes()) for piece in break_value]
+        bodies = [open_message(self.ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
+        said = [json.loads(self.ops.host(body).tobytes()) for body in bodies]
         if any(other != said[0] for other in said):
             raise DisagreementError(_difference(said), said)
         self.agreed = True

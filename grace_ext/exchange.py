@@ -41,8 +41,8 @@ class Gather(NamedTuple):
 
 class Collective(NamedTuple):
     """One operation on one array of every rank. kind: 'allreduce' (float; result divided by `divisor`), 'allgather' (uint8; result a list
-    by rank; sizes may differ unless the engine says otherwise), 'broadcast' (as allgather, by n broadcasts; `sizes` by rank, or None if
-    they are not known), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank). `label` tells a bucket's
+    by rank; `sizes` by rank, or None where they are not known, and then the arrays are messages of payload.py), 'broadcast' (as allgather,
+    by n broadcasts), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank). `label` tells a bucket's
     collectives of one round apart."""
 
     kind: str
@@ -51,7 +51,6 @@ class Collective(NamedTuple):
     divisor: int = 1
     sizes: tuple[int, ...] | None = None
     dtype: str = "uint8"
-    equal: bool = False  # every rank's array has this length
 
 
 class Outcome(NamedTuple):
@@ -179,10 +178,10 @@ def _fused_gather(ops, kind, group, specs, info, digest, flag, label, carry):
     tensors = [(specs[index].name, request.fields) for index, request in group]
     pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
     data = message(ops, pieces, digest=digest, step=info.step, finite=not flag[0])
-    equal = not any(field.variable for _, fields in tensors for field in fields)
-    sizes = (len(data),) * info.size if equal else None
+    variable = any(field.variable for _, fields in tensors for field in fields)
+    sizes = None if variable else (len(data),) * info.size
     collective = "broadcast" if kind == "broadcast" else "allgather"
-    received = yield from carry(Collective(collective, data, label, sizes=sizes, equal=equal))
+    received = yield from carry(Collective(collective, data, label, sizes=sizes))
     finite, by_rank = True, []
     for rank, its_data in enumerate(received):
         body, its_finite = open_message(ops, its_data, digest=digest, step=info.step, rank=rank)

@@ -65,6 +65,23 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
     return body, not flags & NOT_FINITE
 
 
+def split_messages(ops: Ops, data: Array, size: int) -> list[Array]:
+    """The messages of `size` ranks from their concatenation, by the lengths in their headers. Raises PayloadError."""
+    messages, at = [], 0
+    for rank in range(size):
+        header = ops.host(data[at : at + HEADER.size]).tobytes()
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise PayloadError("does not start with a header", rank)
+        end = at + HEADER.size + HEADER.unpack(header)[-1]
+        if end > len(data):
+            raise PayloadError(f"is truncated: its header promises {end - at} bytes, {len(data) - at} are there", rank)
+        messages.append(data[at:end])
+        at = end
+    if at != len(data):
+        raise PayloadError(f"is followed by {len(data) - at} bytes that belong to no rank", size - 1)
+    return messages
+
+
 def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]], rank: int) -> Iterator[list[Array]]:
     """The payload of each (name, fields), as uint8 arrays a field. Raises PayloadError naming rank and tensor."""
     at = 0

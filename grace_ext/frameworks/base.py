@@ -15,16 +15,17 @@ Carried = Generator[Collective, Any, Any]
 
 
 class Transport(ABC):
-    """The asynchronous collectives of one engine among `size` ranks."""
+    """The asynchronous collectives of one engine among `size` ranks, for the arrays of `ops`."""
 
     rank: int
     size: int
-    #: Collectives are matched by name; else by the order in which they are started, which driver.py makes the same everywhere.
-    named: bool = False
+    ops: Ops
+    #: The engine's all-gather takes arrays of different lengths as they are; else lengths are exchanged and arrays padded.
+    gathers_uneven: bool = False
 
     @abstractmethod
     def start(self, collective: Collective, name: str) -> Any:
-        """Starts it without blocking; returns a handle. The array is not changed before `wait` has returned."""
+        """Starts it without blocking; returns a handle. The array belongs to the transport until `wait` has returned."""
 
     @abstractmethod
     def wait(self, handle: Any) -> Any:
@@ -32,20 +33,28 @@ class Transport(ABC):
 
     def carry(self, collective: Collective) -> Carried:
         """Yields collectives that this engine has, one at a time, and returns the result of the one that was asked for."""
+        if collective.kind == "allreduce" and collective.dtype in ("float16", "bfloat16"):
+            # Engines' own 16-bit sums round at every addition, and are slow on a CPU.
+            return (yield from half_sum(self, collective))
+        if collective.kind == "allgather" and not self.gathers_uneven:
+            return (yield from uneven_gather(self, collective))
+        if collective.kind == "broadcast" and collective.sizes is None:
+            sizes = yield from _lengths(self, collective)
+            return (yield collective._replace(sizes=sizes))
         return (yield collective)
 
 
-def half_sum(ops: Ops, collective: Collective, rank: int, size: int) -> Carried:
+def half_sum(transport: Transport, collective: Collective) -> Carried:
     """A 16-bit all-reduce: every rank gets its share of all arrays, adds it in float32 in rank order, divides, rounds once, and the
     shares are gathered. The same bits on every engine and for every number of ranks."""
-    dtype, count = collective.dtype, len(collective.array)
-    bounds = [2 * (count * r // size) for r in range(size + 1)]
+    ops, dtype, count, size = transport.ops, collective.dtype, len(collective.array), transport.size
+    bounds = [2 * (count * rank // size) for rank in range(size + 1)]
+    sizes = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     data = ops.to_bytes(collective.array, dtype)
-    sizes = tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     pieces = yield Collective("alltoall", data, collective.label + ".scatter", sizes=sizes)
     share = rank_ordered_mean([ops.from_bytes(piece, dtype) for piece in pieces], collective.divisor)
-    mine = ops.to_bytes(share, dtype)
-    gathered = yield from uneven_gather(ops, Collective("allgather", mine, collective.label + ".gather", sizes=sizes))
+    gather = Collective("allgather", ops.to_bytes(share, dtype), collective.label + ".gather", sizes=sizes)
+    gathered = yield from transport.carry(gather)
     return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered])
 
 
@@ -57,25 +66,21 @@ def rank_ordered_mean(arrays: list[Array], divisor: int) -> Array:
     return total / divisor
 
 
-def uneven_gather(ops: Ops, collective: Collective) -> Carried:
+def uneven_gather(transport: Transport, collective: Collective) -> Carried:
     """An all-gather of arrays of different lengths for an engine that needs equal ones: lengths are exchanged first where they are not
     known already, and the shorter arrays are padded with zeros."""
-    data, sizes = collective.array, collective.sizes
+    ops, data, sizes = transport.ops, collective.array, collective.sizes
     if sizes is None:
-        own = ops.upload(np.array([len(data)], np.int64).view(np.uint8))
-        lengths = yield Collective("allgather", own, collective.label + ".size", sizes=collective.sizes, equal=True)
-        sizes = tuple(int(np.ascontiguousarray(ops.host(length)).view(np.int64)[0]) for length in lengths)
+        sizes = yield from _lengths(transport, collective)
     longest = max(sizes)
     padded = data if len(data) == longest else ops.concat([data, ops.upload(np.zeros(longest - len(data), np.uint8))])
-    received = yield collective._replace(array=padded, sizes=(longest,) * len(sizes), equal=True)
+    received = yield collective._replace(array=padded, sizes=(longest,) * len(sizes))
     return [piece[:size] for piece, size in zip(received, sizes, strict=True)]
 
 
-def sized_broadcast(ops: Ops, collective: Collective) -> Carried:
-    """Every rank's array to all by broadcasts, which must know all lengths: exchanged first where they are not known."""
-    if collective.sizes is None:
-        own = ops.upload(np.array([len(collective.array)], np.int64).view(np.uint8))
-        lengths = yield Collective("allgather", own, collective.label + ".size", equal=True)
-        sizes = tuple(int(np.ascontiguousarray(ops.host(length)).view(np.int64)[0]) for length in lengths)
-        collective = collective._replace(sizes=sizes)
-    return (yield collective)
+def _lengths(transport: Transport, collective: Collective) -> Carried:
+    """Every rank's array length, by one small all-gather."""
+    ops = transport.ops
+    own = ops.upload(np.array([len(collective.array)], np.int64).view(np.uint8))
+    lengths = yield Collective("allgather", own, collective.label + ".size", sizes=(8,) * transport.size)
+    return tuple(int(np.ascontiguousarray(ops.host(length)).copy().view(np.int64)[0]) for length in lengths)

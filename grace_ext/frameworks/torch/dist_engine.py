@@ -124,7 +124,7 @@ def _row_bytes(tensor: Tensor, what: str) -> int:
 def _same_rows(row_bytes: Sequence[int], what: str) -> None:
     if len(set(row_bytes)) > 1:
         raise HorovodInternalError(
-            f"{what}: the tensors may differ between ranks in their first dimension only, "
+            f"{what}: the ranks' tensors may differ in their first dimension only, "
             f"but one row of them takes {list(row_bytes)} bytes; are all ranks at the same collective?"
         )
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dist_engine import Sum, start_broadcast, together
@@ -101,9 +100,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training and self.running_mean is not None:
             self._track(mean.detach(), variance.detach() * (count / (count - 1).clamp(min=1)))
         shape = [1, -1] + [1] * (input.dim() - 2)
-        scale = (variance + self.eps).rsqrt() * (1 if self.weight is None else self.weight)
-        shift = 0 if self.bias is None else self.bias
-        return ((input - mean.view(shape)) * scale.view(shape) + torch.as_tensor(shift).view(shape)).to(input.dtype)
+        normalized = (input - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(input.dtype)
 
     def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance per channel over all ranks, and the number of values; gradients flow to every rank's input."""

@@ -58,8 +58,11 @@ def grouped_allgather(
     return differentiable(gathered, own_gradients, tensors)
 
 
-def _averaged(tensors: Sequence[Tensor], process_set: ProcessSet) -> tuple[Tensor, ...]:
-    return start_each(start_allreduce, tensors, Average, 1.0, 1.0, process_set).result()
+def _averaged(tensors: Sequence[Tensor], process_set: ProcessSet) -> Sequence[Tensor]:
+    def means(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return start_each(start_allreduce, tensors, Average, 1.0, 1.0, process_set).result()
+
+    return differentiable(means, lambda grads: _averaged(grads, process_set), tensors)
 
 
 def broadcast_async(
@@ -88,7 +91,8 @@ def broadcast(tensor: Tensor, root_rank: int, name: str | None = None, process_s
         return start_each(start_broadcast, tensors, root_rank, process_set).result()
 
     def gradient_to_root(grads: Sequence[Tensor]) -> list[Tensor]:
-        return [mean if rank() == root_rank else torch.zeros_like(mean) for mean in _averaged(grads, process_set)]
+        # a product and not zeros_like: for second derivatives, every rank's graph must lead to the same collectives
+        return [mean * (rank() == root_rank) for mean in _averaged(grads, process_set)]
 
     return differentiable(sent, gradient_to_root, [tensor])[0]
 
@@ -119,7 +123,7 @@ def alltoall(
         return [output]
 
     def returned_gradient(grads: Sequence[Tensor]) -> list[Tensor]:
-        sent_back, _ = start_alltoall(grads[0], counts[0], process_set).result()
+        sent_back, _ = alltoall(grads[0], counts[0], process_set=process_set)
         unsent = sent_back.new_zeros((len(tensor) - len(sent_back), *tensor.shape[1:]))
         return [torch.cat([sent_back, unsent])]
 

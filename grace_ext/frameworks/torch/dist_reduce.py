@@ -200,7 +200,8 @@ def sparse_allreduce_async(
 
     def handle() -> Tensor:
         indices, values = pending.result()
-        return torch.sparse_coo_tensor(indices.t(), values / process_set.size() if op == Average else values, tensor.shape)
+        values = values / process_set.size() if op == Average else values
+        return torch.sparse_coo_tensor(indices.t(), values, tensor.shape, check_invariants=False)
 
     return handle
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ...errors import GraceError, UnsupportedError
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NO_TIMELINE = "timelines are written by Horovod's core (torch.profiler can record collectives)"
 _NOT_INITIALIZED = "not initialized; call hvd.init() first"
 
 
@@ -222,7 +223,10 @@ def cross_rank() -> int:
 
 
 def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
-    """Registers a process set; all ranks of the job must call this, in the same order. ValueError if those ranks have one already."""
+    """Registers a process set; all ranks of the job must call this, in the same order.
+
+    ValueError if those ranks have one already.
+    """
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
     world = _current()
@@ -259,7 +263,7 @@ class _Elastic:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # Python's own protocols (copy, inspect) probe for these
             raise AttributeError(name)
-        _unsupported(f"hvd.elastic.{name}", "a process group cannot gain or lose ranks while the job runs (see torchrun --max-restarts)")
+        _unsupported(f"hvd.elastic.{name}", "its jobs cannot gain or lose ranks (torchrun --max-restarts restarts them)")
 
 
 elastic = _Elastic()
@@ -272,9 +276,9 @@ def join(device: int = -1) -> NoReturn:
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> NoReturn:
     """Raises UnsupportedError: torch.distributed writes no Horovod timeline."""
-    _unsupported(f"hvd.start_timeline({file_path!r})", "timelines are written by Horovod's core (torch.profiler records collectives)")
+    _unsupported("hvd.start_timeline()", _NO_TIMELINE)
 
 
 def stop_timeline() -> NoReturn:
     """Raises UnsupportedError: torch.distributed writes no Horovod timeline."""
-    _unsupported("hvd.stop_timeline()", "timelines are written by Horovod's core (torch.profiler records collectives)")
+    _unsupported("hvd.stop_timeline()", _NO_TIMELINE)

@@ -1,0 +1,17 @@
+"""Drop-in for `horovod.torch`: `import grace_ext.frameworks.torch as hvd`.
+
+Every public name of horovod.torch, with `DistributedOptimizer(compression=...)` taking a Grace or a spec string. Under horovodrun the
+collectives are Horovod's; under torchrun, or where Horovod is not installed, torch.distributed serves the same names (see engine.py).
+"""
+
+from __future__ import annotations
+
+from .engine import ENGINE as ENGINE
+
+if ENGINE == "horovod":
+    from horovod.torch import *  # noqa: F403
+else:
+    from .dist_api import *  # noqa: F403
+
+from .optimizer import DistributedOptimizer as DistributedOptimizer
+from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

@@ -1,0 +1,157 @@
+"""A `compression=` object for the unmodified `horovod.torch.DistributedOptimizer`.
+
+Horovod promises only this: it calls `compress(gradient)` once a parameter and step (from backward hooks, in any order), all-reduces the
+tensor it gets, and calls `decompress(result, ctx)` after that, all `compress` calls of the step having come first. So `compress` hands
+the gradient to the driver, which starts named collectives of its own, and returns one element for Horovod to reduce; the first
+`decompress` of a step finishes the exchange. Horovod does not say which parameter a tensor belongs to: it is found by identity with
+`parameter.grad`, or, for a sparse gradient made dense, by the parameter whose hook ran last.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ...composition import Grace
+from ...errors import NamesError, UnboundError, UnsupportedError
+from .session import Session, named, require_sum_or_mean
+from .transports import HorovodTransport, SingleTransport
+
+
+def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool) -> BoundCompression:
+    """See Grace.bind."""
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        raise UnsupportedError(
+            "bind is for plain horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
+        ) from error
+    parameters = named(pairs)
+    if optimizer is not None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parameters = {name: p for name, p in parameters.items() if id(p) in trained}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not parameters:
+        raise NamesError("none of these parameters requires a gradient (or is in the optimizer)")
+    if simulate and optimizer is None:
+        raise UnboundError("simulate=True needs optimizer=: at world size 1 Horovod never calls a compression object")
+    average = require_sum_or_mean(op, hvd)
+    return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate)
+
+
+class BoundCompression:
+    """One model's compression. Compared and hashed by identity: it holds that model's memory."""
+
+    def __init__(self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool):
+        self.grace = g
+        self._parameters, self._hvd, self._process_set, self._average = parameters, hvd, process_set, average
+        self._optimizer = optimizer
+        self._session: Session | None = None
+        self._results: dict[str, torch.Tensor] | None = None
+        self._put: set[str] = set()
+        self._order = list(parameters)
+        self._last_hooked: str | None = None
+        self._hooks = [p.register_post_accumulate_grad_hook(self._remember(name)) for name, p in parameters.items()]
+        if simulate:
+            self._hooks.append(_simulate_alone(self))
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to our collectives in the last step; Horovod's own one-element all-reduces excluded."""
+        return self._session.wire_bytes if self._session else 0
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        """Called by Horovod: starts the exchange of this gradient, and gives one element to all-reduce in its place."""
+        if self._process_set.size() == 1:
+            return tensor, None
+        name = self._name_of(tensor)
+        self._put.add(name)
+        self._results = None
+        self._get_session().put(name, tensor)
+        return tensor.new_zeros(1), name
+
+    def decompress(self, tensor: torch.Tensor, ctx: str | None) -> torch.Tensor:
+        """Called by Horovod: the aggregate. ctx is None for what never went through `compress` (sparse gradients)."""
+        if ctx is None:
+            return tensor
+        if self._results is None:
+            self._put.clear()
+            self._results = self._get_session().finish(self._parameters)
+        return self._results.pop(ctx)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory, which Horovod's optimizer does not save: save it beside the optimizer's own state_dict, on every rank."""
+        return self._get_session().state_dict()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        self._get_session().load_state_dict(saved)
+
+    def _get_session(self) -> Session:
+        if self._session is None:  # at the first use: Horovod may be initialised after bind
+            alone = self._process_set.size() == 1
+            self._session = Session(
+                self.grace,
+                self._parameters,
+                lambda ops: SingleTransport(ops) if alone else HorovodTransport(ops, self._hvd, self._process_set),
+                average=self._average,
+                read_lr=lambda: float(self._optimizer.param_groups[0]["lr"]) if self._optimizer is not None else None,
+            )
+        return self._session
+
+    # --- which parameter is it? -------------------------------------------------------------------------------------
+    def _remember(self, name: str) -> Any:
+        this = weakref.ref(self)
+
+        def hook(_: torch.Tensor) -> None:
+            if (own := this()) is not None:
+                own._last_hooked = name
+
+        return hook
+
+    def _name_of(self, tensor: torch.Tensor) -> str:
+        # The order of the last step is the best guess, and it saves a search over all parameters for each.
+        place = len(self._put)
+        if place < len(self._order) and self._parameters[self._order[place]].grad is tensor:
+            return self._order[place]
+        for name, parameter in self._parameters.items():
+            if parameter.grad is tensor:
+                self._order = [n for n in self._order if n != name]
+                self._order.insert(place, name)
+                return name
+        return self._sparse_name_of(tensor)
+
+    def _sparse_name_of(self, tensor: torch.Tensor) -> str:
+        """sparse_as_dense makes a new tensor: it is that of the hook which runs now, or the only sparse one of its shape left."""
+        left = [
+            name for name, p in self._parameters.items()
+            if name not in self._put and p.grad is not None and p.grad.is_sparse and p.shape == tensor.shape
+        ]  # fmt: skip
+        if self._last_hooked in left:
+            return self._last_hooked  # type: ignore[return-value]
+        if len(left) == 1:
+            return left[0]
+        raise NamesError(
+            f"a gradient of shape {list(tensor.shape)} belongs to none of the {len(self._parameters)} bound parameters: bind all of the "
+            "model's named_parameters(), and one bound object to one optimizer"
+        )
+
+
+def _simulate_alone(bound: BoundCompression) -> Any:
+    """At world size 1: compresses the gradients just before an optimizer that holds the bound parameters steps."""
+    mine = {id(p) for p in bound._parameters.values()}
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if bound._process_set.size() != 1 or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return
+        session = bound._get_session()
+        for name, parameter in bound._parameters.items():
+            if parameter.grad is not None:
+                session.put(name, parameter.grad)
+        for name, result in session.finish(bound._parameters).items():
+            bound._parameters[name].grad = result
+
+    return register_optimizer_step_pre_hook(before_step)

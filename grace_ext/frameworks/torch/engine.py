@@ -1,0 +1,55 @@
+"""Which engine carries the collectives of this process: Horovod, where a Horovod launcher started it, else torch.distributed.
+
+    horovodrun, or mpirun with Horovod installed     -> horovod
+    torchrun, Slurm with MASTER_ADDR set, ...        -> torch.distributed
+    plain python                                     -> torch.distributed, as one rank
+The environment variable GRACE_EXT_ENGINE=horovod or =torch decides otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from ...errors import UnsupportedError
+from .ops import HostOps, TorchOps
+from .transports import DistTransport, HorovodTransport, SingleTransport
+
+HOROVOD_LAUNCHER = ("HOROVOD_RANK", "HOROVOD_HOSTNAME")
+MPI_LAUNCHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+def choose(environ: Any = os.environ) -> str:
+    """'horovod' or 'torch', from the environment that the launcher made."""
+    forced = environ.get("GRACE_EXT_ENGINE")
+    if forced:
+        if forced not in ("horovod", "torch"):
+            raise UnsupportedError(f"GRACE_EXT_ENGINE must be 'horovod' or 'torch', got {forced!r}")
+        return forced
+    if any(name in environ for name in HOROVOD_LAUNCHER):
+        if importlib.util.find_spec("horovod") is None:
+            raise UnsupportedError("this process was started by horovodrun, but Horovod is not installed in its Python: run `make horovod`")
+        return "horovod"
+    if any(name in environ for name in MPI_LAUNCHER) and "MASTER_ADDR" not in environ and importlib.util.find_spec("horovod"):
+        return "horovod"
+    return "torch"
+
+
+ENGINE = choose()
+
+if ENGINE == "horovod":
+    import horovod.torch as api
+else:
+    from . import dist_api as api  # type: ignore[no-redef]
+
+
+def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | DistTransport | SingleTransport:
+    """The collectives among the ranks of this process set."""
+    if process_set.size() == 1:
+        return SingleTransport(ops)
+    if ENGINE == "horovod":
+        return HorovodTransport(ops, api, process_set)
+    from .dist_world import group_of
+
+    return DistTransport(ops, group_of(process_set))

@@ -1,0 +1,211 @@
+"""The array protocol for torch: `HostOps` for CPU tensors, through numpy without copies; `TorchOps` for any device, in torch operations.
+
+Both give the same bytes. On a CPU the numpy form is the faster one, and the one that compiled kernels plug into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import rng
+from ...ops import Ops
+from ...spec import TensorSpec
+from ..numpy.ops import NumpyOps
+
+FLOAT16_MAX, FLOAT32_MAX = 65504.0, float(np.finfo(np.float32).max)
+BFLOAT16_MAX = float(torch.finfo(torch.bfloat16).max)
+MASK32 = 0xFFFFFFFF
+
+
+def ops_for(device: torch.device) -> HostOps | TorchOps:
+    """The implementation for tensors of this device."""
+    return HostOps() if device.type == "cpu" else TorchOps(device)
+
+
+def describe(tensor: Any) -> tuple[tuple[int, ...], str]:
+    """(shape, dtype name) of a torch tensor, or of anything that numpy takes."""
+    if isinstance(tensor, torch.Tensor):
+        return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    return NumpyOps.describe(NumpyOps(), tensor)
+
+
+def flat(tensor: Any) -> torch.Tensor:
+    """The elements as a flat contiguous tensor, float64 as it is, everything else as float32."""
+    if not isinstance(tensor, torch.Tensor):
+        tensor = torch.from_numpy(np.ascontiguousarray(NumpyOps().ingest(tensor)))
+    tensor = tensor.detach()
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).reshape(-1)
+
+
+class HostOps(NumpyOps):
+    """Torch CPU tensors at the border, numpy arrays inside."""
+
+    def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
+        return describe(tensor)
+
+    def ingest(self, tensor: Any) -> np.ndarray:
+        return flat(tensor).numpy()
+
+    def emit(self, array: np.ndarray, spec: TensorSpec) -> torch.Tensor:
+        # Received data may be a read-only or shared view; what the user gets is always its own, writable memory.
+        owned = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+        return torch.from_numpy(owned).to(getattr(torch, spec.dtype)).reshape(spec.shape)
+
+    def as_torch(self, array: np.ndarray) -> torch.Tensor:
+        """For a transport: the same memory as a tensor."""
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    def from_torch(self, tensor: torch.Tensor) -> np.ndarray:
+        """The inverse of `as_torch`."""
+        return tensor.numpy()
+
+
+class TorchOps(Ops):
+    """Torch tensors on one device, in torch operations only."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+
+    def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
+        return describe(tensor)
+
+    def ingest(self, tensor: Any) -> torch.Tensor:
+        return flat(tensor).to(self.device)
+
+    def emit(self, array: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        return array.to(getattr(torch, spec.dtype)).reshape(spec.shape)
+
+    def as_torch(self, array: torch.Tensor) -> torch.Tensor:
+        return array
+
+    def from_torch(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def zeros(self, size: int, dtype: str = "float32") -> torch.Tensor:
+        return torch.zeros(size, dtype=getattr(torch, dtype), device=self.device)
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+
+    def host(self, array: torch.Tensor) -> np.ndarray:
+        return array.cpu().numpy()
+
+    def concat(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(arrays))
+
+    def full_nan(self, size: int) -> torch.Tensor:
+        return torch.full((size,), float("nan"), device=self.device)
+
+    def cast(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        return x.to(getattr(torch, dtype))
+
+    def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        if dtype == "float64":
+            return x.to(torch.float64).contiguous().view(torch.uint8)
+        x = x.clamp(-FLOAT32_MAX, FLOAT32_MAX).to(torch.float32)
+        if dtype == "float16":
+            x = x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
+        elif dtype == "bfloat16":
+            x = x.to(torch.bfloat16).clamp(-BFLOAT16_MAX, BFLOAT16_MAX)
+        return x.contiguous().view(torch.uint8)
+
+    def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
+        if data.storage_offset() % 8 or not data.is_contiguous():
+            data = data.clone()
+        x = data.view(getattr(torch, dtype))
+        return x if dtype in ("float32", "float64") else x.to(torch.float32)
+
+    def all_finite(self, x: torch.Tensor) -> bool:
+        return bool(torch.isfinite(x).all())
+
+    def any_nonzero(self, x: torch.Tensor) -> bool:
+        return bool((x != 0).any())
+
+    def block_norms(self, x: torch.Tensor, block: int, order: int) -> np.ndarray:
+        if not len(x):
+            return np.zeros(0)
+        padded = torch.nn.functional.pad(x.to(torch.float64), (0, -len(x) % block)).reshape(-1, block)
+        sums = padded.abs().sum(dim=1) if order == 1 else padded.square().sum(dim=1).sqrt()
+        return sums.cpu().numpy()
+
+    def top_k(self, x: torch.Tensor, k: int) -> torch.Tensor:
+        if k >= len(x):
+            return self.arange(len(x))
+        magnitude = x.abs()
+        smallest = torch.topk(magnitude, k, sorted=False).values.min()
+        keep = magnitude > smallest
+        equal = torch.nonzero(magnitude == smallest).reshape(-1)
+        keep[equal[: k - int(keep.sum())]] = True
+        return torch.nonzero(keep).reshape(-1)
+
+    def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
+        return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
+
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone() if isinstance(x, torch.Tensor) else self.upload(np.array(x))
+
+    def sign(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sign(x)
+
+    def spread(self, per_block: np.ndarray, block: int, size: int) -> torch.Tensor:
+        return self.upload(per_block.astype(np.float32)).repeat_interleave(block)[:size]
+
+    def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: rng.Key) -> torch.Tensor:
+        scaled = x.abs() * scale
+        low = scaled.floor()
+        draw = (self._words(key, len(x)) >> 8).to(torch.float32)
+        codes = low.to(torch.int64) + (draw < (scaled - low) * float(2**24))
+        return codes.clamp(max=levels)
+
+    def _words(self, key: rng.Key, count: int) -> torch.Tensor:
+        """rng.words, in int64 kept below 2**32 (torch has no unsigned 32-bit arithmetic)."""
+        x = (torch.arange(count, device=self.device) + key[0]) & MASK32
+        return self._mix(self._mix(x) ^ key[1])
+
+    def _mix(self, x: torch.Tensor) -> torch.Tensor:
+        x = x ^ (x >> 16)
+        x = (x * rng.MULTIPLIER_1) & MASK32
+        x = x ^ (x >> 15)
+        x = (x * rng.MULTIPLIER_2) & MASK32
+        return x ^ (x >> 16)
+
+    def pack(self, codes: torch.Tensor, width: int) -> torch.Tensor:
+        if width == 8:
+            return codes.to(torch.uint8)
+        bits = codes.to(torch.int64)[:, None] >> torch.arange(width, device=self.device)
+        return self._pack_bits((bits & 1).reshape(-1))
+
+    def _pack_bits(self, bits: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).reshape(-1, 8)
+        weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=self.device)
+        return (padded * weights).sum(dim=1, dtype=torch.uint8)
+
+    def _unpack_bits(self, data: torch.Tensor) -> torch.Tensor:
+        return ((data[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.device)) & 1).reshape(-1)
+
+    def unpack(self, data: torch.Tensor, width: int, count: int) -> torch.Tensor:
+        if width == 8:
+            return data[:count].to(torch.int64)
+        bits = self._unpack_bits(data)[: count * width].reshape(count, width).to(torch.int64)
+        return (bits << torch.arange(width, device=self.device)).sum(dim=1)
+
+    def pack_signs(self, x: torch.Tensor) -> torch.Tensor:
+        return self._pack_bits(x >= 0)
+
+    def unpack_signs(self, data: torch.Tensor, count: int) -> torch.Tensor:
+        return self._unpack_bits(data)[:count].to(torch.float32) * 2 - 1
+
+    def set_bits(self, positions: torch.Tensor, bits: int) -> torch.Tensor:
+        marked = torch.zeros(bits, dtype=torch.uint8, device=self.device)
+        marked[positions] = 1
+        return self._pack_bits(marked)
+
+    def bit_positions(self, data: torch.Tensor) -> torch.Tensor:
+        return torch.nonzero(self._unpack_bits(data)).reshape(-1)
+
+    def arange(self, count: int) -> torch.Tensor:
+        return torch.arange(count, device=self.device)

@@ -1,0 +1,118 @@
+"""The gradients of one model on this rank: names them, checks them, and runs the driver for them on a transport.
+
+Shared by the wrapper (optimizer.py) and by the `compression=` object for unmodified Horovod (adapter.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ...composition import Grace
+from ...driver import Driver, perform
+from ...errors import NamesError, UnsupportedError
+from ...spec import TensorSpec
+from ..base import Transport
+from .ops import HostOps, TorchOps, describe, ops_for
+
+FSDP = (
+    "parameter {!r} belongs to an FSDP-wrapped module ({}): its gradients are reduce-scattered into shards, which grace_ext does not "
+    "compress. Use DistributedDataParallel or an unwrapped module"
+)
+
+
+def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
+    """The parameters by name, checked. Raises NamesError or UnsupportedError."""
+    pairs = list(named_parameters)
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise NamesError(f"parameter names must be unique; found more than once: {', '.join(twice)}")
+    for name, parameter in pairs:
+        kind = type(parameter).__name__
+        if kind in ("FlatParameter", "DTensor") or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:
+            raise UnsupportedError(FSDP.format(name, kind))
+    if len({p.device for _, p in pairs}) > 1:
+        raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device a process")
+    return dict(pairs)
+
+
+class Session:
+    """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients."""
+
+    def __init__(
+        self,
+        grace: Grace,
+        parameters: dict[str, torch.nn.Parameter],
+        make_transport: Callable[[HostOps | TorchOps], Transport],
+        *,
+        average: bool,
+        read_lr: Callable[[], float | None],
+    ):
+        self.parameters = parameters
+        self.ops = ops_for(next(iter(parameters.values())).device)
+        transport = make_transport(self.ops)
+        self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr)
+        self._handles: dict[str, Any] = {}
+        self._first: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()  # backward hooks of different devices may run at the same time
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step."""
+        return self.driver.wire_bytes
+
+    def put(self, name: str, gradient: torch.Tensor) -> None:
+        """Takes a gradient; never waits."""
+        with self._lock:
+            if self.driver.specs:
+                perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
+            else:
+                self._first[name] = gradient
+
+    def finish(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Ends the step, for the parameters of these names (the same at every step): the aggregates, by name."""
+        with self._lock:
+            try:
+                if not self.driver.specs:
+                    self.driver.register(self._spec(name) for name in names)
+                    for name, gradient in self._first.items():
+                        perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
+                return perform(self.driver.finish(), self.driver.transport, self._handles)
+            finally:
+                self._first.clear()
+                self._handles.clear()
+
+    def _spec(self, name: str) -> TensorSpec:
+        return TensorSpec(name, *describe(self._first.get(name, self.parameters[name])))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The driver's state, as torch tensors (so that `torch.load` reads them without pickle)."""
+        saved = self.driver.state_dict()
+        return {**saved, "state": {key: self.ops.as_torch(array) for key, array in saved["state"].items()}}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        device = next(iter(self.parameters.values())).device
+        state = {key: self.ops.from_torch(tensor.to(device)) for key, tensor in saved["state"].items()}
+        self.driver.load_state_dict({**saved, "state": state})
+
+
+def require_sum_or_mean(op: Any, api: Any) -> bool:
+    """Whether `op` is the mean. Raises UnsupportedError for what is neither mean nor sum."""
+    if op in (None, api.Average):
+        return True
+    if op == api.Sum:
+        return False
+    known = {api.Adasum: "Adasum", api.Min: "Min", api.Max: "Max", api.Product: "Product"}
+    reason = (
+        "it combines parameter updates by their angles, and grace_ext compresses gradients"
+        if op == api.Adasum
+        else "compressed gradients can be averaged or added up only"
+    )
+    raise UnsupportedError(f"op={known.get(op, op)} cannot be combined with compression: {reason}; use op=hvd.Average or compression=None")

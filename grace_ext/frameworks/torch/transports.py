@@ -1,0 +1,120 @@
+"""Asynchronous collectives for the driver: a world of one, Horovod's, and torch.distributed's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...exchange import Collective
+from ...payload import split_messages
+from ..base import Transport
+from .ops import HostOps, TorchOps
+
+DeviceOps = HostOps | TorchOps
+
+
+class SingleTransport(Transport):
+    """A world of one: every collective gives back what was put in."""
+
+    rank, size, gathers_uneven = 0, 1, True
+
+    def __init__(self, ops: DeviceOps):
+        self.ops = ops
+
+    def start(self, collective: Collective, name: str) -> Any:
+        return collective
+
+    def wait(self, handle: Collective) -> Any:
+        return handle.array / handle.divisor if handle.kind == "allreduce" else [handle.array]
+
+
+class HorovodTransport(Transport):
+    """Horovod's named collectives. Its all-gather takes arrays of different lengths and returns one concatenation."""
+
+    gathers_uneven = True
+
+    def __init__(self, ops: DeviceOps, hvd: Any, process_set: Any):
+        self.ops, self.hvd, self.process_set = ops, hvd, process_set
+        self.rank, self.size = process_set.rank(), process_set.size()
+
+    def start(self, collective: Collective, name: str) -> Any:
+        tensor, hvd, among = self.ops.as_torch(collective.array), self.hvd, self.process_set
+        if collective.kind == "allreduce":
+            # With Average the engine divides, as it does for dense gradients: the same bits as plain Horovod's.
+            op = hvd.Average if collective.divisor == self.size else hvd.Sum
+            return collective, [hvd.allreduce_async(tensor, name=name, op=op, process_set=among)]
+        if collective.kind == "allgather":
+            return collective, [hvd.allgather_async(tensor, name=name, process_set=among)]
+        if collective.kind == "alltoall":
+            splits = torch.tensor(collective.sizes, dtype=torch.int32)
+            return collective, [hvd.alltoall_async(tensor, splits=splits, name=name, process_set=among)]
+        return collective, self._broadcasts(collective, tensor, name)
+
+    def _broadcasts(self, collective: Collective, tensor: torch.Tensor, name: str) -> list[Any]:
+        assert collective.sizes is not None
+        handles = []
+        for rank, length in enumerate(collective.sizes):
+            data = tensor if rank == self.rank else tensor.new_empty(length)
+            root = self.process_set.ranks[rank] if self.process_set.ranks else rank  # Horovod wants the rank in the whole world
+            handles.append(self.hvd.broadcast_async(data, root_rank=root, name=f"{name}/{rank}", process_set=self.process_set))
+        return handles
+
+    def wait(self, handle: Any) -> Any:
+        collective, handles = handle
+        results = [self.hvd.synchronize(h) for h in handles]
+        if collective.kind == "allreduce":
+            total = self.ops.from_torch(results[0])
+            return total if collective.divisor in (1, self.size) else total / collective.divisor
+        if collective.kind == "broadcast":
+            return [self.ops.from_torch(data) for data in results]
+        if collective.kind == "alltoall":
+            data, received = results[0]
+            return _cut(self.ops.from_torch(data), received.tolist())
+        data = self.ops.from_torch(results[0])
+        return _cut(data, collective.sizes) if collective.sizes else split_messages(self.ops, data, self.size)
+
+
+class DistTransport(Transport):
+    """torch.distributed's collectives of one process group, matched by the order in which they start."""
+
+    def __init__(self, ops: DeviceOps, group: Any = None):
+        self.ops, self.group = ops, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def start(self, collective: Collective, name: str) -> Any:
+        tensor = self.ops.as_torch(collective.array)
+        if collective.kind == "allreduce":
+            return collective, tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)]
+        if collective.kind == "alltoall":
+            assert collective.sizes is not None
+            mine = [collective.sizes[self.rank]] * self.size
+            out = tensor.new_empty(sum(mine))
+            work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self.group, async_op=True)
+            return collective, list(out.split(mine)), [work]
+        assert collective.sizes is not None
+        outs = [tensor.new_empty(length) for length in collective.sizes]
+        if collective.kind == "allgather":
+            return collective, outs, [dist.all_gather(outs, tensor, group=self.group, async_op=True)]
+        outs[self.rank] = tensor
+        roots = [r if self.group is None else dist.get_global_rank(self.group, r) for r in range(self.size)]
+        works = [dist.broadcast(out, src=root, group=self.group, async_op=True) for out, root in zip(outs, roots, strict=True)]
+        return collective, outs, works
+
+    def wait(self, handle: Any) -> Any:
+        collective, result, works = handle
+        for work in works:
+            work.wait()
+        if collective.kind == "allreduce":
+            return self.ops.from_torch(result) / collective.divisor
+        return [self.ops.from_torch(data) for data in result]
+
+
+def _cut(data: Any, sizes: Any) -> list[Any]:
+    """Consecutive pieces of these lengths."""
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(data[at : at + size])
+        at += size
+    return pieces

@@ -1,0 +1,13 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+
+from .worlds import WORLDS, World
+
+
+@pytest.fixture(params=WORLDS, ids=lambda world: world.name)
+def world(request) -> World:
+    """Every tensor library that is installed."""
+    return request.param

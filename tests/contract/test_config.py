@@ -1,0 +1,95 @@
+"""Parts are values: registered, frozen, equal by their knobs, and what they write is what they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+
+import pytest
+
+import grace_ext
+from grace_ext.communicators.base import Communicator
+from grace_ext.compressors.base import Compressor
+from grace_ext.memories.base import Memory
+
+from .. import catalog
+
+KINDS = {
+    "compressor": (Compressor, grace_ext.compressors),
+    "memory": (Memory, grace_ext.memories),
+    "communicator": (Communicator, grace_ext.communicators),
+}
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_of_the_package_is_registered_and_frozen(kind):
+    """No class is forgotten: public subclasses have a name, are frozen dataclasses of their own, and say what they are."""
+    base, package = KINDS[kind]
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+    registered = {package.get(name) for name in package.names()}
+    own = {c for c in _subclasses(base) - {base} if c.__module__.startswith("grace_ext.") and not c.__name__.startswith("_")}
+    assert own and own <= registered
+    for cls in own:
+        assert "__dataclass_params__" in vars(cls) and cls.__dataclass_params__.frozen, cls
+        assert cls.__doc__ and len(cls.__doc__) > 60 and not cls.__doc__.startswith(cls.__name__ + "("), cls
+        assert package.get(cls.name) is cls
+        assert all(field.metadata.get("help") for field in dataclasses.fields(cls)), cls
+        assert cls.create() == cls() and isinstance(cls(), base)
+
+
+@pytest.mark.parametrize("spec", catalog.ALL)
+def test_configuration_round_trip(spec):
+    """Through real JSON, through str, and through another Grace."""
+    g = grace_ext.grace(spec, seed=7)
+    written = json.loads(json.dumps(g.to_config()))
+    again = grace_ext.grace(written)
+    assert again == g and again.seed == 7 and again.to_config() == written
+    assert grace_ext.grace(g) == g
+    assert grace_ext.grace(str(g), seed=7) == g
+    assert str(again) == str(g) and repr(again) == repr(g)
+    assert eval(repr(g), {"grace": grace_ext.grace}) == g  # noqa: S307
+
+
+@pytest.mark.parametrize("text", catalog.COMPRESSORS)
+def test_parts_are_equal_by_value(text):
+    """An equal part is equal and hashes alike; another knob, or another part, is not equal."""
+    a, b = (grace_ext.grace(f"{text} + none").compressor for _ in range(2))
+    assert a is not b and a == b and hash(a) == hash(b)
+    others = [grace_ext.grace(f"{other} + none").compressor for other in catalog.COMPRESSORS if other != text]
+    assert a not in others
+    for field in dataclasses.fields(a):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(a, field.name, getattr(a, field.name))
+
+
+def test_grace_is_compared_by_value():
+    """Parts and seed count; other types are simply not equal."""
+    g = grace_ext.grace("topk(ratio=0.1) + residual")
+    assert g == grace_ext.grace("topk(ratio=0.1) + residual @ allgather")
+    assert g != grace_ext.grace("topk(ratio=0.1) + residual", seed=1)
+    assert g != grace_ext.grace("topk(ratio=0.1) + none")
+    assert g != grace_ext.grace("topk(ratio=0.1) + residual @ broadcast")
+    assert g != "topk(ratio=0.1) + residual @ allgather" and g != None  # noqa: E711
+
+
+def test_str_shows_what_differs_from_the_defaults():
+    """A headline knob is always printed, any other one where it is not the default."""
+    assert str(grace_ext.grace("topk(ratio=0.05, values='fp16') + residual(beta=0.9)")) == (
+        "topk(ratio=0.05, values='fp16') + residual(beta=0.9) @ allgather"
+    )
+    assert str(grace_ext.grace("topk + none")) == "topk(ratio=0.01) @ allgather"
+    assert str(grace_ext.grace("none")) == "none @ allreduce"
+
+
+def test_natural_communicators():
+    """allreduce where payloads can be summed, allgather for all others, whatever the world size."""
+    summed = {"none", "fp16", "bf16", "randomk", "randblock", "powersgd", "powersgd_plus", "scaled_int"}
+    for name in grace_ext.compressors.names():
+        assert catalog.natural(name) == ("allreduce" if name in summed else "allgather"), name

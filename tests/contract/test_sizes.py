@@ -1,0 +1,107 @@
+"""Sizes are real: `nbytes` bounds what is sent, `fields` describe it, and `wire_bytes` counts all of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext.parts import ITEMSIZE
+from grace_ext.payload import HEADER
+from grace_ext.spec import StepInfo, TensorSpec
+
+from .. import catalog, inputs
+from ..worlds import tapped
+
+SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
+
+
+@pytest.mark.parametrize("text", catalog.COMPRESSORS)
+def test_payloads_are_what_fields_declare(world, text):
+    """Fixed fields have exactly their bytes and variable ones at most; the total never exceeds nbytes."""
+    compressor, ops = grace_ext.grace(f"{text} + none").compressor, world.ops
+    for shape in SHAPES:
+        spec = TensorSpec("w", shape)
+        if len(shape) < 2 and compressor.own_rounds:
+            continue
+        for kind, x in inputs.adversarial(spec.size).items():
+            info = StepInfo(step=0, rank=0, size=1, divisor=1)
+            payload, _ = compressor.compress(ops, ops.ingest(world.tensor(x)), spec, info, compressor.init(ops, spec, info))
+            fields = compressor.fields(spec)
+            assert len(payload) == len(fields)
+            for field, array in zip(fields, payload, strict=True):
+                if field.variable:
+                    assert len(array) <= field.count * ITEMSIZE[field.dtype]
+                else:
+                    assert len(array) == field.count * ITEMSIZE[field.dtype], (field, kind, shape)
+            total = sum(len(array) + 4 * field.variable for field, array in zip(fields, payload, strict=True))
+            assert total <= compressor.nbytes(spec), (kind, shape)
+            if not any(field.variable for field in fields):
+                assert total == compressor.nbytes(spec)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("spec", catalog.ALL)
+def test_wire_bytes(world, spec, dtype):
+    """wire_bytes is what really went to the collectives, for each rank, and at most the declared payloads plus headers and flags."""
+    if dtype != "float32" and spec not in catalog.NATURAL:
+        pytest.skip("one communicator is enough for the other dtypes")
+    g, size = grace_ext.grace(spec), 2
+    cluster = world.cluster(g, size)
+    declared = sum(g.nbytes(TensorSpec(name, shape, dtype)) for name, shape in inputs.SHAPES.items())
+    for step in range(2):
+        with tapped() as seen:
+            world.step(cluster, inputs.ranks(size, step, dtype))
+        assert cluster.wire_bytes == [sum(s.nbytes[rank] for s in seen) for rank in range(size)]
+        overhead = sum(ITEMSIZE[s.dtype] if s.kind == "allreduce" else HEADER.size for s in seen)
+        assert len(seen) <= 3 and overhead <= 2 * HEADER.size
+        for sent in cluster.wire_bytes:
+            assert sent <= declared + overhead
+            if "threshold" not in spec:  # all others have a fixed size, which nbytes names exactly
+                assert sent == declared + overhead
+
+
+@pytest.mark.parametrize("spec", catalog.NATURAL)
+def test_never_larger_than_dense(world, spec):
+    """A tensor whose payload would not be smaller is sent dense; only a vote (its meaning) and counts may cost more."""
+    g = grace_ext.grace(spec)
+    for name in inputs.DTYPES:
+        for shape in SHAPES:
+            tensor = TensorSpec("w", shape, name)
+            slack = 8 if g.compressor.name == "threshold" and name != "float64" else 2 if g.compressor.name == "signsgd" else 0
+            limit = max(tensor.nbytes, tensor.size * 4) if g.compressor.name == "threshold" else tensor.nbytes
+            assert g.nbytes(tensor) <= limit + slack, tensor
+    assert g.nbytes(TensorSpec("w", (0, 3))) == 0
+
+
+def test_sizes_of_the_documented_forms():
+    """The numbers that the documentation promises, as arithmetic."""
+    d = 1_000_000
+    flat, matrix = TensorSpec("w", (d,)), TensorSpec("w", (1000, 1000))
+
+    def nbytes(text, spec=flat):
+        return grace_ext.grace(f"{text} + none").nbytes(spec)
+
+    assert nbytes("none") == 4 * d and nbytes("fp16") == nbytes("bf16") == 2 * d
+    assert nbytes("randomk(ratio=0.01)") == 4 * 10_000
+    assert nbytes("signsgd") == d // 8 + 1
+    assert nbytes("efsignsgd") == d // 8 + 4
+    assert nbytes("efsignsgd(block=1000)") == d // 8 + 4 * 1000
+    assert nbytes("qsgd(bits=4)") == d // 2 + 4 * 1954
+    assert nbytes("qsgd(levels=1000)") == d * 11 // 8 + 4 * 1954
+    assert nbytes("powersgd(rank=4)", matrix) == 4 * 4 * 2000
+    assert nbytes("powersgd(rank=4)", flat) == 4 * d
+    assert 50_000 < nbytes("topk(ratio=0.01)") < 10_000 * 5.1
+    assert nbytes("topk(ratio=1)") == 4 * d
+
+
+def test_threshold_sends_what_it_keeps(world):
+    """The size follows the data: nothing above the threshold costs 8 bytes of counts, everything costs dense plus counts."""
+    cluster = world.cluster(grace_ext.grace("threshold(threshold=1.0) + none"), 2)
+    few = np.zeros(1000, np.float32)
+    few[[3, 500]] = 1, -2
+    world.step(cluster, [{"w": few}, {"w": np.ones(1000, np.float32)}])
+    assert cluster.wire_bytes[1] == HEADER.size + 8 + 4000
+    assert HEADER.size + 8 + 8 < cluster.wire_bytes[0] <= HEADER.size + 8 + 8 + 6
+    world.step(cluster, [{"w": few / 8}] * 2)
+    assert cluster.wire_bytes == [HEADER.size + 8] * 2

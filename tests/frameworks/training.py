@@ -1,0 +1,76 @@
+"""A small model, its data by rank, and 20 steps of training: the same in a LocalCluster and in real jobs, so that they can be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import grace_ext
+
+STEPS = 20
+SPECS = (
+    "none",
+    "fp16",
+    "bf16",
+    "topk(ratio=0.05) + residual",
+    "topk(ratio=0.05, values='fp16') + residual @ broadcast",
+    "randomk(ratio=0.1) + residual",
+    "threshold(threshold=0.01) + residual",
+    "threshold(threshold=0.01) + residual @ broadcast",
+    "qsgd(bits=4)",
+    "signsgd + none",
+    "efsignsgd + residual",
+    "powersgd(rank=2) + residual",
+    "fp16 + residual @ allgather",
+)
+
+
+def make_model() -> torch.nn.Module:
+    """The same weights in every process; one parameter never gets a gradient."""
+    torch.manual_seed(7)
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
+    )
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(5)))
+    return model
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def loss_of(model: torch.nn.Module, rank: int, step: int) -> torch.Tensor:
+    """This rank's loss at this step, on data of its own."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(8, 1, 8, 8, generator=generator)
+    y = torch.randint(3, (8,), generator=generator)
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+
+
+def train_in_cluster(spec: str, size: int, op: str = "Average") -> dict[str, np.ndarray]:
+    """The reference: the same training with all ranks in this process."""
+    assert op == "Average"
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch")
+    model = make_model()
+    optimizer = make_optimizer(model)
+    for step in range(STEPS):
+        by_rank = []
+        for rank in range(size):
+            model.zero_grad()
+            loss_of(model, rank, step).backward()
+            gradients: dict[str, Any] = {}
+            for name, p in model.named_parameters():
+                gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            by_rank.append(gradients)
+        mean = cluster.step(by_rank, lr=0.05)
+        for name, p in model.named_parameters():
+            p.grad = mean[name]
+        optimizer.step()
+    return weights_of(model)

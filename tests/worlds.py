@@ -1,0 +1,146 @@
+"""The tensor libraries that the suite runs on (a new one joins by an entry in WORLDS), and taps on a LocalCluster's wire."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import grace_ext.cluster as cluster_module
+from grace_ext import Grace, LocalCluster
+from grace_ext.parts import ITEMSIZE
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """One implementation of the array protocol, and how numpy arrays become its user's tensors and come back."""
+
+    name: str
+    framework: str
+    ops: Any
+    tensor: Callable[[np.ndarray], Any]
+    array: Callable[[Any], np.ndarray]
+    native: bool = True  # LocalCluster(framework=...) uses these ops by itself
+
+    def cluster(self, g: Grace, size: int) -> LocalCluster:
+        if self.native:
+            return LocalCluster(g, size, framework=self.framework)
+        with mock.patch.object(cluster_module, "_ops_of", lambda framework: self.ops):
+            return LocalCluster(g, size, framework=self.framework)
+
+    def tensors(self, mappings: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+        return [{name: self.tensor(array) for name, array in mapping.items()} for mapping in mappings]
+
+    def arrays(self, mapping: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: self.array(tensor) for name, tensor in mapping.items()}
+
+    def step(self, cluster: LocalCluster, mappings: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """cluster.step with numpy arrays on both sides, through this library's own tensors."""
+        return self.arrays(cluster.step(self.tensors(mappings)))
+
+    def everywhere(self, cluster: LocalCluster, mappings: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        """As `step`, with what each rank returned."""
+        returned: list[Any] = []
+        original = cluster_module.run_lockstep
+
+        def remember(ranks, ops):
+            returned.extend(original(ranks, ops))
+            return returned
+
+        with mock.patch.object(cluster_module, "run_lockstep", remember):
+            self.step(cluster, mappings)
+        return [self.arrays(mapping) for mapping in returned]
+
+
+def _numpy() -> list[World]:
+    from grace_ext.frameworks.numpy.ops import NumpyOps
+
+    return [World("numpy", "numpy", NumpyOps(), lambda a: a, np.asarray)]
+
+
+def _torch() -> list[World]:
+    import torch
+
+    from grace_ext.frameworks.torch.ops import HostOps, TorchOps
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        # torch has no negative strides; everything else, non-contiguous arrays included, is taken as it is, without sharing.
+        made = torch.empty_strided(array.shape, [s // array.itemsize for s in array.strides], dtype=getattr(torch, array.dtype.name))
+        return made.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)))
+
+    def array(t: torch.Tensor) -> np.ndarray:
+        assert isinstance(t, torch.Tensor)
+        if t.dtype is torch.bfloat16:
+            import ml_dtypes
+
+            return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return t.numpy()
+
+    return [
+        World("torch-host", "torch", HostOps(), tensor, array),
+        World("torch-device", "torch", TorchOps("cpu"), tensor, array, native=False),
+    ]
+
+
+def _there(module: str) -> bool:
+    """Whether a module exists; one that exists and cannot be imported is a failure, not a skip."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+WORLDS = _numpy() + (_torch() if _there("torch") and _there("grace_ext.frameworks.torch.ops") else [])
+NUMPY = WORLDS[0]
+
+
+@dataclass
+class Seen:
+    """One collective of a LocalCluster: its kind, its label, and every rank's own buffer as the bytes that it stands for."""
+
+    kind: str
+    label: str
+    dtype: str
+    buffers: list[bytes]
+    nbytes: list[int]
+
+
+@contextmanager
+def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) -> Iterator[list[Seen]]:
+    """Records all collectives of all LocalClusters but the start-up agreement; `change(collectives, ops)` may replace them."""
+    seen: list[Seen] = []
+    original = cluster_module.execute
+
+    def execute(collectives, ops):
+        if collectives[0].label.startswith("agree"):
+            return original(collectives, ops)
+        if change is not None:
+            collectives = change(collectives, ops)
+        arrays = [np.array(ops.host(c.array)) for c in collectives]
+        sizes = [len(c.array) * ITEMSIZE[c.dtype] for c in collectives]
+        first = collectives[0]
+        seen.append(Seen(first.kind, first.label, first.dtype, [a.tobytes() for a in arrays], sizes))
+        return original(collectives, ops)
+
+    with mock.patch.object(cluster_module, "execute", execute):
+        yield seen
+
+
+def states(cluster: LocalCluster, world: World) -> list[dict[str, np.ndarray]]:
+    """The state of every rank, as host arrays."""
+    saved = cluster.state_dict()["ranks"]
+    return [{key: np.array(world.ops.host(array)) for key, array in rank["state"].items()} for rank in saved]
+
+
+def same_bits(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    """Same names, shapes, dtypes and bits."""
+    return set(a) == set(b) and all(
+        a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
+    )
