@@ -6,12 +6,14 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import warnings
 
 import pytest
 
 import grace_ext
 from grace_ext.communicators.base import Communicator
 from grace_ext.compressors.base import Compressor
+from grace_ext.errors import BiasedCompressorWarning
 from grace_ext.memories.base import Memory
 
 from .. import catalog
@@ -52,9 +54,11 @@ def test_configuration_round_trip(spec):
     again = grace_ext.grace(written)
     assert again == g and again.seed == 7 and again.to_config() == written
     assert grace_ext.grace(g) == g
-    assert grace_ext.grace(str(g), seed=7) == g
     assert str(again) == str(g) and repr(again) == repr(g)
-    assert eval(repr(g), {"grace": grace_ext.grace}) == g  # noqa: S307
+    with warnings.catch_warnings():  # str leaves '+ none' out, so reading it back may ask whether that is meant
+        warnings.simplefilter("ignore", BiasedCompressorWarning)
+        assert grace_ext.grace(str(g), seed=7) == g
+        assert eval(repr(g), {"grace": grace_ext.grace}) == g
 
 
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)

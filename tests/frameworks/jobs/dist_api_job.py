@@ -1,5 +1,6 @@
 """Run by test_dist_api.py on several ranks: `dist_api_job.py MODE` runs every check of that mode and prints `passed MODE`."""
 
+import atexit
 import os
 import sys
 import time
@@ -212,6 +213,11 @@ def existing():
     dist.destroy_process_group()
 
 
+def finish(mode):
+    assert not dist.is_initialized(), "the process group that hvd.init() made is still there"
+    report(mode)
+
+
 if __name__ == "__main__":
+    atexit.register(finish, sys.argv[1])  # before hvd.init() registers its own, so that it runs after that one
     globals()[sys.argv[1]]()
-    report(sys.argv[1])
