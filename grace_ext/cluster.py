@@ -44,7 +44,7 @@ class LocalCluster:
         self.grace, self.size, self.framework = grace, size, framework
         self.ops = _ops_of(framework)
         self.drivers = [
-            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr, prefix="grace/local") for rank in range(size)
+            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr) for rank in range(size)
         ]
         self._lr: float | None = None
 

@@ -52,7 +52,6 @@ class Wait(NamedTuple):
 
 
 Effects = Generator[Any, Any, Any]
-_instances = itertools.count()
 
 
 class Bucket:
@@ -69,6 +68,8 @@ class Bucket:
 class Driver:
     """One rank of one exchange. `divisor` is the world size for a mean, 1 for a sum; `read_lr` gives the current learning rate."""
 
+    _next_number = 0  # free for the names of a driver's collectives, in this process
+
     def __init__(
         self,
         grace: Grace,
@@ -78,13 +79,11 @@ class Driver:
         divisor: int | None = None,
         read_lr: Callable[[], float | None] = lambda: None,
         bucket_bytes: int = BUCKET_BYTES,
-        prefix: str | None = None,
     ):
         self.grace, self.ops, self.transport = grace, ops, transport
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
-        # Two models of one script must not share collective names; scripts that make their optimizers in the same order agree on it.
-        self.prefix = f"grace/{next(_instances)}" if prefix is None else prefix
+        self._prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
         self.state: dict[str, dict[str, Array]] = {}
@@ -178,7 +177,7 @@ class Driver:
         bucket.waiting = []
         for collective in collectives:
             # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
-            name = f"{self.prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
+            name = f"{self._prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
             bucket.waiting.append(name)
             self._bytes += len(collective.array) * ITEMSIZE[collective.dtype]
             yield Start(name, collective)
@@ -216,12 +215,16 @@ class Driver:
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def _agree(self) -> Effects:
-        """All ranks must compress alike: compares what each would do, and raises on every rank alike if they differ."""
+        """All ranks must compress alike: compares what each would do, and raises on every rank alike if they differ.
+
+        Also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way
+        at once, and ranks may have made different numbers of drivers before (for process sets)."""
         mine = {
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
             "version": VERSION,
+            "number": Driver._next_number,
         }
         text = self.ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
         data = message(self.ops, [text], digest=0, step=0, finite=True)
@@ -238,6 +241,9 @@ class Driver:
             answer = yield Wait(name)
         bodies = [open_message(self.ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
         said = [json.loads(self.ops.host(body).tobytes()) for body in bodies]
+        number = max(other.pop("number") for other in said)
+        Driver._next_number = number + 1
+        self._prefix = f"grace/{number}"
         if any(other != said[0] for other in said):
             raise DisagreementError(_difference(said), said)
         self.agreed = True

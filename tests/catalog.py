@@ -34,16 +34,23 @@ def _allowed(compressor: str, communicator: str) -> bool:
     return True
 
 
-def compositions(memories: tuple[str, ...] = MEMORIES, *, every_communicator: bool = True) -> list[str]:
-    """All allowed specs, or those with the natural communicator only."""
-    specs = []
-    for compressor in COMPRESSORS:
-        known = grace_ext.communicators.names() if every_communicator else (natural(compressor),)
-        for communicator in (c for c in known if _allowed(compressor, c)):
-            specs += [f"{compressor} + {memory} @ {communicator}" for memory in memories]
-    return specs
+def compositions(memories: tuple[str, ...], *, natural_only: bool) -> list[str]:
+    """All allowed specs with these memories, with the natural communicators or with all the others."""
+    return [
+        f"{compressor} + {memory} @ {communicator}"
+        for compressor in COMPRESSORS
+        for communicator in grace_ext.communicators.names()
+        if (communicator == natural(compressor)) == natural_only and _allowed(compressor, communicator)
+        for memory in memories
+    ]
 
 
-ALL = compositions()
-NATURAL = compositions(every_communicator=False)
-EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "threshold")  # what they leave behind is representable
+#: Every compressor with every memory over its natural communicator.
+NATURAL = compositions(MEMORIES, natural_only=True)
+#: The same, and every other communicator that is allowed.
+ALL = NATURAL + compositions(("residual",), natural_only=False)
+#: One spec a compressor: the natural communicator, without and with error feedback.
+PLAIN = compositions(("none",), natural_only=True)
+FEEDBACK = compositions(("residual",), natural_only=True)
+#: What these leave behind is representable in float32.
+EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "threshold")

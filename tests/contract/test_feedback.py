@@ -85,13 +85,13 @@ def test_conservation_in_float32(world, spec):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("spec", [s for s in catalog.NATURAL if s.split(" @ ")[0].endswith("+ residual")])
+@pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_conservation_in_other_dtypes(world, spec, dtype):
     """Half-precision gradients keep a float32 residual; a float64 gradient is conserved to float32 rounding of what is kept."""
     check_conservation(world, spec, dtype, inputs.SHAPES, steps=2)
 
 
-@pytest.mark.parametrize("spec", [s for s in catalog.NATURAL if s.split(" @ ")[0].endswith("+ residual")])
+@pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_conservation_of_a_large_tensor(world, spec):
     """As above where compiled kernels, blocks and pieces have many rounds."""
     shape = (500, 200) if spec.startswith("powersgd") else (100_000,)
@@ -99,7 +99,7 @@ def test_conservation_of_a_large_tensor(world, spec):
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda w: w.name)
-@pytest.mark.parametrize("spec", [s for s in catalog.NATURAL if s.split(" @ ")[0].endswith("+ residual")])
+@pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_what_is_remembered_as_sent_is_what_arrives(world, spec):
     """A rank alone gets exactly what its memory believes it has sent; otherwise feedback would correct the wrong error."""
     g = grace_ext.grace(spec)

@@ -1,0 +1,340 @@
+"""Cases of the wrapper on 2 ranks, under whatever launcher started this file. Prints 'CASE name ok' for each that holds on all ranks."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grace_ext
+import grace_ext.frameworks.torch as hvd
+from grace_ext.errors import DisagreementError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import training  # noqa: E402
+
+TOPK = "topk(ratio=0.1) + residual"
+
+
+def wrap(model, g=TOPK, make=training.make_optimizer, **options):
+    return hvd.DistributedOptimizer(make(model), named_parameters=model.named_parameters(), compression=grace_ext.grace(g), **options)
+
+
+def train(model, optimizer, steps=range(4), passes=1):
+    for step in steps:
+        optimizer.zero_grad()
+        for i in range(passes):
+            training.loss_of(model, hvd.rank(), passes * step + i).backward()
+        optimizer.step()
+    return training.weights_of(model)
+
+
+def plain_run(steps=range(4), g=TOPK, **options):
+    model = training.make_model()
+    return train(model, wrap(model, g, **options), steps)
+
+
+def assert_same(one, other):
+    for name in other:
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def raises(kind, text, call):
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def case_backward_passes():
+    model = training.make_model()
+    got = train(model, wrap(model, backward_passes_per_step=2), range(2), passes=2)
+    cluster, twin = grace_ext.LocalCluster(grace_ext.grace(TOPK), 2, framework="torch"), training.make_model()
+    optimizer = training.make_optimizer(twin)
+    for step in range(2):
+        sums = []
+        for rank in range(2):
+            twin.zero_grad()
+            for i in range(2):
+                training.loss_of(twin, rank, 2 * step + i).backward()
+            sums.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in twin.named_parameters()})
+        for name, mean in cluster.step(sums).items():
+            dict(twin.named_parameters())[name].grad = mean
+        optimizer.step()
+    assert_same(got, training.weights_of(twin))
+
+
+def case_too_many_backwards():
+    model = training.make_model()
+    optimizer = wrap(model)
+    training.loss_of(model, hvd.rank(), 0).backward()
+    raises(AssertionError, "backward_passes_per_step", lambda: training.loss_of(model, hvd.rank(), 1).backward())
+    raises(AssertionError, "zero_grad", optimizer.zero_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def case_sum_is_n_times_the_mean():
+    gradients = {}
+    for op in (hvd.Average, hvd.Sum):
+        model = training.make_model()
+        optimizer = wrap(model, op=op)
+        training.loss_of(model, hvd.rank(), 0).backward()
+        optimizer.synchronize()
+        gradients[op] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for name, mean in gradients[hvd.Average].items():
+        assert torch.equal(mean * 2, gradients[hvd.Sum][name]), name
+
+
+def case_predivide_and_groups_change_nothing():
+    expected = plain_run()
+    assert_same(plain_run(gradient_predivide_factor=4.0), expected)
+    assert_same(plain_run(groups=2), expected)
+    model = training.make_model()
+    parameters = list(model.parameters())
+    assert_same(train(model, wrap(model, groups=[parameters[:2], parameters[2:4]])), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert_same(plain_run(num_groups=3), expected)
+    raises(ValueError, "predivide", lambda: plain_run(gradient_predivide_factor=2.0, op=hvd.Sum))
+    raises(ValueError, "only appear once", lambda: wrap(model, groups=[parameters[:1], parameters[:1]]))
+    raises(ValueError, "groups", lambda: wrap(model, groups="all"))
+
+
+def case_refused_ops():
+    for op, name in ((hvd.Adasum, "Adasum"), (hvd.Min, "Min"), (hvd.Product, "Product")):
+        raises(UnsupportedError, name, lambda op=op: wrap(training.make_model(), op=op))
+
+
+class Bag(torch.nn.Module):
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = torch.nn.Embedding(20, 4, sparse=sparse)
+        self.out = torch.nn.Linear(4, 2)
+
+    def loss(self, step):
+        rows = torch.tensor([1 + step, 5, 5, 7 + hvd.rank()])
+        return self.out(self.table(rows)).square().sum()
+
+
+def bag_weights(sparse, g, **options):
+    model = Bag(sparse)
+    optimizer = wrap(model, g, make=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+    return training.weights_of(model)
+
+
+def case_sparse_embeddings():
+    assert_same(bag_weights(True, TOPK, sparse_as_dense=True), bag_weights(False, TOPK))
+    exact, sparse = bag_weights(False, "none"), bag_weights(True, TOPK.replace("0.1", "1.0"))
+    for name in exact:
+        assert np.allclose(exact[name], sparse[name], atol=1e-6), name
+
+
+def case_process_set():
+    alone = hvd.add_process_set([1])
+    both = plain_run()
+    model = training.make_model()
+    got = train(model, wrap(model, process_set=alone, simulate=True))
+    if hvd.rank() == 0:  # not in the set: its own gradients, untouched
+        twin = training.make_model()
+        assert_same(got, train(twin, training.make_optimizer(twin)))
+    else:
+        assert any(got[name].tobytes() != both[name].tobytes() for name in both)
+    hvd.remove_process_set(alone)
+
+
+def case_graphs_in_another_order():
+    class Shuffled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(5)
+            self.parts = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(6))
+
+        def forward(self, x, order):
+            return sum(self.parts[i](x).square().mean() for i in order)
+
+    for g in (TOPK, "powersgd(rank=2) + residual", "threshold(threshold=0.001) + residual"):
+        model = Shuffled()
+        optimizer = wrap(model, g)
+        optimizer._session.driver.bucket_bytes = 3000  # many small buckets: more to get out of order
+        orders = [[0, 1, 2, 3, 4, 5], [5, 0, 3]]  # rank 1 leaves three of them unused
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(2, 40) * (hvd.rank() + 1), orders[hvd.rank()]).backward()
+            optimizer.step()
+        mine = torch.from_numpy(np.concatenate([w.reshape(-1) for w in training.weights_of(model).values()]))
+        assert len(optimizer._session.driver.buckets) > 2
+        everyone = hvd.allgather(mine[None])
+        assert torch.equal(everyone[0], everyone[1])
+
+
+def case_synchronize_and_clip():
+    model = training.make_model()
+    optimizer = wrap(model)
+    training.loss_of(model, hvd.rank(), 0).backward()
+    optimizer.synchronize()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    clipped = {n: p.grad.clone() for n, p in model.named_parameters()}
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert all(torch.equal(p.grad, clipped[n]) for n, p in model.named_parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.synchronize()
+        optimizer.step()
+    assert any("skip_synchronize" in str(w.message) for w in caught)
+
+
+def case_resume():
+    straight = plain_run(range(5))
+    model = training.make_model()
+    optimizer = wrap(model)
+    train(model, optimizer, range(3))
+    saved = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    loaded = torch.load(saved)
+    other = training.make_model()
+    other.load_state_dict(loaded["model"])
+    again = wrap(other)
+    again.load_state_dict(loaded["optimizer"])
+    assert_same(train(other, again, range(3, 5)), straight)
+
+
+def case_broadcast_state():
+    model = training.make_model()
+    for p in model.parameters():
+        p.data.add_(hvd.rank())
+    optimizer = wrap(model)
+    optimizer.param_groups[0]["lr"] = 0.05 * (hvd.rank() + 1)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    optimizer.zero_grad()
+    assert_same(train(model, optimizer), plain_run())
+
+
+def case_looks_like_the_optimizer():
+    model = training.make_model()
+    optimizer = wrap(model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train(model, optimizer, range(1))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    assert 0 < optimizer.wire_bytes < sum(p.numel() for p in model.parameters()) * 4
+    optimizer.zero_grad(set_to_none=True)
+
+
+def case_not_finite():
+    model = training.make_model()
+    optimizer = wrap(model)
+    train(model, optimizer, range(2))
+    before = optimizer.state_dict()["grace_ext"]
+    optimizer.zero_grad()
+    loss = training.loss_of(model, hvd.rank(), 9)
+    (loss * (float("inf") if hvd.rank() == 1 else 1)).backward()
+    optimizer.synchronize()
+    assert all(bool(torch.isnan(p.grad).any()) for n, p in model.named_parameters() if n != "unused")
+    after = optimizer.state_dict()["grace_ext"]
+    assert after["step"] == before["step"] + 1
+    assert all(torch.equal(after["state"][key], value) for key, value in before["state"].items())
+
+
+def case_half_precision():
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(30, 30).to(dtype)
+        optimizer = wrap(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(4, 30, dtype=dtype) * (hvd.rank() + 1)).float().square().mean().backward()
+            optimizer.step()
+        assert model.weight.grad.dtype == dtype
+        everyone = hvd.allgather(model.weight.detach().float()[None])
+        assert torch.equal(everyone[0], everyone[1])
+
+
+def case_horovods_own_compression():
+    for compression in (None, hvd.Compression.none, hvd.Compression.fp16, TOPK):
+        model = training.make_model()
+        optimizer = hvd.DistributedOptimizer(training.make_optimizer(model), model.named_parameters(), compression)
+        train(model, optimizer, range(1))
+    raises(ValueError, "compression", lambda: hvd.DistributedOptimizer(optimizer, model.named_parameters(), 3))
+
+
+def case_bad_parameters():
+    model = training.make_model()
+    twice = [*model.named_parameters(), ("0.weight", torch.nn.Parameter(torch.ones(2)))]
+    g, inner = grace_ext.grace(TOPK), training.make_optimizer(model)
+    raises(NamesError, "0.weight", lambda: hvd.DistributedOptimizer(inner, twice, compression=g))
+    some = list(model.named_parameters())[1:]
+    raises(NamesError, "lacks 1", lambda: hvd.DistributedOptimizer(inner, some, compression=g))
+    whole = torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([whole], lr=1.0), [("whole", whole)], compression=g)
+    whole.abs().sum().backward()
+    raises(UnsupportedDtypeError, "complex64", optimizer.step)
+
+
+def case_changed_tensor():
+    layer = torch.nn.Linear(4, 4)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer.named_parameters(), compression=TOPK)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    layer.weight.data, layer.weight.grad = torch.ones(2, 4), None
+    layer.bias.data, layer.bias.grad = torch.ones(2), None
+    raises(TensorChangedError, "bias", lambda: layer(torch.ones(1, 4)).sum().backward())
+
+
+def case_disagreement():
+    model = training.make_model()
+    mine = ["topk(ratio=0.1) + residual", "efsignsgd + residual"][hvd.rank()]
+    optimizer = wrap(model, mine)
+    training.loss_of(model, hvd.rank(), 0).backward()
+    raises(DisagreementError, "rank 1 uses 'efsignsgd + residual @ allgather'", optimizer.step)
+    model = training.make_model()
+    if hvd.rank() == 1:
+        model.register_parameter("extra", torch.nn.Parameter(torch.ones(3)))
+    optimizer = wrap(model)
+    training.loss_of(model, hvd.rank(), 0).backward()
+    raises(DisagreementError, "extra", optimizer.step)
+
+
+def case_fsdp_is_refused():
+    if hvd.ENGINE != "torch":
+        return  # FSDP lives on torch.distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(8, 8)
+    fully_shard(model)
+    raises(UnsupportedError, "FSDP", lambda: wrap(model))
+
+
+hvd.init()
+assert hvd.size() == 2
+for case_name, case in [(k, v) for k, v in globals().items() if k.startswith("case_")]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=grace_ext.errors.BiasedCompressorWarning)
+            warnings.filterwarnings("ignore", module="torch")
+            case()
+        held = True
+    except Exception:
+        traceback.print_exc()
+        held = False
+    if all(hvd.allgather_object(held)) and hvd.rank() == 0:
+        print(f"CASE {case_name} ok", flush=True)
+hvd.shutdown()

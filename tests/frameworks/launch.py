@@ -1,0 +1,54 @@
+"""Starts real jobs of several ranks, and says what they printed when they fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grace_ext.check import tool
+
+ROOT = Path(__file__).parents[2]
+JOBS = Path(__file__).parent / "jobs"
+LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GROUP_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables: one thread a rank, this checkout first."""
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    paths = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{clean.get('PYTHONPATH', '')}",
+    }
+    return {**clean, **paths, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+
+
+def run(command: list[str], timeout: float = 240) -> str:
+    """What the job printed on stdout; fails the test, with the end of its output, where the job failed or took too long."""
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        said = "".join(x.decode() if isinstance(x, bytes) else x or "" for x in (error.stdout, error.stderr))
+        pytest.fail(f"{' '.join(map(str, command))} took over {timeout} s\n{said[-4000:]}")
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} exited with {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}")
+    return done.stdout
+
+
+def launcher(engine: str, ranks: int) -> list[str]:
+    """The command that starts a Python file on this many ranks; skips the test, with the reason, where the engine is not installed."""
+    if engine == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    horovodrun = tool("horovodrun")
+    if horovodrun is None or importlib.util.find_spec("horovod") is None:
+        pytest.skip("Horovod is not installed; `make horovod` builds it")
+    return [horovodrun, "--gloo", "-np", str(ranks), sys.executable]
+
+
+def job(engine: str, ranks: int, name: str, *args: str, timeout: float = 240) -> str:
+    """Runs a file of tests/frameworks/jobs."""
+    return run([*launcher(engine, ranks), str(JOBS / name), *args], timeout)
