@@ -54,6 +54,34 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
 
 
+class Bag(torch.nn.Module):
+    """An embedding and a layer; ranks look up different rows."""
+
+    def __init__(self, sparse: bool):
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = torch.nn.Embedding(20, 4, sparse=sparse)
+        self.out = torch.nn.Linear(4, 2)
+
+    def loss(self, rank: int, step: int) -> torch.Tensor:
+        rows = torch.tensor([1 + step, 5, 5, 7 + rank])
+        return self.out(self.table(rows)).square().sum()
+
+
+class Shuffled(torch.nn.Module):
+    """Layers that each rank uses in another order, some not at all."""
+
+    ORDERS = ([0, 1, 2, 3, 4, 5], [5, 0, 3])
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.parts = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(6))
+
+    def loss(self, rank: int) -> torch.Tensor:
+        return sum(self.parts[i](torch.ones(2, 40) * (rank + 1)).square().mean() for i in self.ORDERS[rank])
+
+
 def train_in_cluster(spec: str, size: int, op: str = "Average") -> dict[str, np.ndarray]:
     """The reference: the same training with all ranks in this process."""
     assert op == "Average"

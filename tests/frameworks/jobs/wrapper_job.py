@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from grace_ext.errors import DisagreementError, NamesError, TensorChangedError, 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import training  # noqa: E402
+from cases import assert_same, raises, run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.1) + residual"
 
@@ -37,20 +37,6 @@ def train(model, optimizer, steps=range(4), passes=1):
 def plain_run(steps=range(4), g=TOPK, **options):
     model = training.make_model()
     return train(model, wrap(model, g, **options), steps)
-
-
-def assert_same(one, other):
-    for name in other:
-        assert one[name].tobytes() == other[name].tobytes(), name
-
-
-def raises(kind, text, call):
-    try:
-        call()
-    except kind as error:
-        assert text in str(error), f"{text!r} is not in {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__}")
 
 
 def case_backward_passes():
@@ -113,24 +99,12 @@ def case_refused_ops():
         raises(UnsupportedError, name, lambda op=op: wrap(training.make_model(), op=op))
 
 
-class Bag(torch.nn.Module):
-    def __init__(self, sparse):
-        super().__init__()
-        torch.manual_seed(3)
-        self.table = torch.nn.Embedding(20, 4, sparse=sparse)
-        self.out = torch.nn.Linear(4, 2)
-
-    def loss(self, step):
-        rows = torch.tensor([1 + step, 5, 5, 7 + hvd.rank()])
-        return self.out(self.table(rows)).square().sum()
-
-
 def bag_weights(sparse, g, **options):
-    model = Bag(sparse)
+    model = training.Bag(sparse)
     optimizer = wrap(model, g, make=lambda m: torch.optim.SGD(m.parameters(), lr=0.1), **options)
     for step in range(3):
         optimizer.zero_grad()
-        model.loss(step).backward()
+        model.loss(hvd.rank(), step).backward()
         optimizer.step()
     return training.weights_of(model)
 
@@ -156,28 +130,32 @@ def case_process_set():
 
 
 def case_graphs_in_another_order():
-    class Shuffled(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(5)
-            self.parts = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(6))
-
-        def forward(self, x, order):
-            return sum(self.parts[i](x).square().mean() for i in order)
-
     for g in (TOPK, "powersgd(rank=2) + residual", "threshold(threshold=0.001) + residual"):
-        model = Shuffled()
+        model = training.Shuffled()
         optimizer = wrap(model, g)
         optimizer._session.driver.bucket_bytes = 3000  # many small buckets: more to get out of order
-        orders = [[0, 1, 2, 3, 4, 5], [5, 0, 3]]  # rank 1 leaves three of them unused
         for _ in range(4):
             optimizer.zero_grad()
-            model(torch.ones(2, 40) * (hvd.rank() + 1), orders[hvd.rank()]).backward()
+            model.loss(hvd.rank()).backward()
             optimizer.step()
         mine = torch.from_numpy(np.concatenate([w.reshape(-1) for w in training.weights_of(model).values()]))
         assert len(optimizer._session.driver.buckets) > 2
         everyone = hvd.allgather(mine[None])
         assert torch.equal(everyone[0], everyone[1])
+
+
+def case_two_models_at_once():
+    expected = plain_run(range(3))
+    models = [training.make_model(), training.make_model()]
+    optimizers = [wrap(model) for model in models]
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            training.loss_of(model, hvd.rank(), step).backward()  # the second backward runs before the first step
+        for optimizer in optimizers:
+            optimizer.step()
+    for model in models:
+        assert_same(training.weights_of(model), expected)
 
 
 def case_synchronize_and_clip():
@@ -324,17 +302,5 @@ def case_fsdp_is_refused():
 
 hvd.init()
 assert hvd.size() == 2
-for case_name, case in [(k, v) for k, v in globals().items() if k.startswith("case_")]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", category=grace_ext.errors.BiasedCompressorWarning)
-            warnings.filterwarnings("ignore", module="torch")
-            case()
-        held = True
-    except Exception:
-        traceback.print_exc()
-        held = False
-    if all(hvd.allgather_object(held)) and hvd.rank() == 0:
-        print(f"CASE {case_name} ok", flush=True)
+run_cases(hvd, globals())
 hvd.shutdown()

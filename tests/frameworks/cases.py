@@ -1,0 +1,42 @@
+"""Runs the `case_*` functions of a job file on all ranks: prints 'CASE name ok' for each that held on every one of them."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import grace_ext
+
+
+def raises(kind: type[Exception], text: str, call: Any) -> None:
+    """Asserts that the call raises this error, with this text in it."""
+    try:
+        call()
+    except kind as error:
+        assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Asserts that two models' weights (numpy arrays by name) are the same bits."""
+    for name in other:
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def run_cases(hvd: Any, names: Mapping[str, Any]) -> None:
+    for name, case in [(k, v) for k, v in names.items() if k.startswith("case_")]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", category=grace_ext.errors.BiasedCompressorWarning)
+                warnings.filterwarnings("ignore", module="torch")
+                case()
+            held = True
+        except Exception:
+            traceback.print_exc()
+            held = False
+        if all(hvd.allgather_object(held)) and hvd.rank() == 0:
+            print(f"CASE {name} ok", flush=True)

@@ -1,0 +1,36 @@
+"""The wrapper and the adapter in real jobs: each case of jobs/*_job.py is a test here, and held on every rank."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+import pytest
+
+from .launch import JOBS, job
+
+
+def cases_of(file: str) -> list[str]:
+    return re.findall(r"^def (case_\w+)", (JOBS / file).read_text(), re.MULTILINE)
+
+
+@lru_cache
+def held(engine: str, ranks: int, file: str) -> frozenset[str]:
+    """The cases that this job reported as ok."""
+    return frozenset(re.findall(r"CASE (case_\w+) ok", job(engine, ranks, file)))
+
+
+@pytest.mark.parametrize("case", cases_of("wrapper_job.py"))
+@pytest.mark.parametrize("engine", ["torchrun", "horovodrun"])
+def test_wrapper(engine, case):
+    assert case in held(engine, 2, "wrapper_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("bind_job.py"))
+def test_bind(case):
+    assert case in held("horovodrun", 2, "bind_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("alone_job.py"))
+def test_bind_alone(case):
+    assert case in held("horovodrun", 1, "alone_job.py")
