@@ -223,29 +223,12 @@ class Driver:
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
-            "version": VERSION,
             "number": Driver._next_number,
         }
-        text = self.ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
-        data = message(self.ops, [text], digest=0, step=0, finite=True)
-        carried = self.transport.carry(Collective("allgather", data, "agree"))
-        answer, turn = None, 0
-        while True:
-            try:
-                collective = carried.send(answer)
-            except StopIteration as stop:
-                received = stop.value
-                break
-            name, turn = f"grace/agree/{turn}", turn + 1
-            yield Start(name, collective)
-            answer = yield Wait(name)
-        bodies = [open_message(self.ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-        said = [json.loads(self.ops.host(body).tobytes()) for body in bodies]
-        number = max(other.pop("number") for other in said)
+        said = yield from agree(self.ops, self.transport, mine)
+        number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self._prefix = f"grace/{number}"
-        if any(other != said[0] for other in said):
-            raise DisagreementError(_difference(said), said)
         self.agreed = True
 
     def _digest(self, specs: list[TensorSpec]) -> int:
@@ -274,6 +257,28 @@ class Driver:
                 raise GraceError(f"this state has {key!r}, and there is no parameter {name!r}")
             state.setdefault(name, {})[part] = self.ops.copy(array)
         self.state, self.step = state, int(saved["step"])
+
+
+def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
+    """What every rank says of itself ({'spec', 'seed', 'parameters', 'number'}), by rank. Raises DisagreementError, on every rank alike,
+    where anything but the number differs."""
+    text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
+    carried = transport.carry(Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree"))
+    answer, turn = None, 0
+    while True:
+        try:
+            collective = carried.send(answer)
+        except StopIteration as stop:
+            received = stop.value
+            break
+        name, turn = f"grace/agree/{turn}", turn + 1
+        yield Start(name, collective)
+        answer = yield Wait(name)
+    bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
+    said = [json.loads(ops.host(body).tobytes()) for body in bodies]
+    if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
+        raise DisagreementError(_difference(said), said)
+    return said
 
 
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:

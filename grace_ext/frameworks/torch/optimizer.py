@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ...composition import Grace, grace
+from ...driver import agree, perform
 from ...errors import NamesError, ParameterError, UnsupportedError
 from . import engine
+from .ops import ops_for
 from .session import Session, named, require_sum_or_mean
 
 api = engine.api
@@ -54,10 +56,12 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         groups = num_groups if groups is None else groups
     chosen = _compression(compression)
     if chosen is None:
-        return api.DistributedOptimizer(
-            optimizer, named_parameters, compression or api.Compression.none, backward_passes_per_step, op, gradient_predivide_factor,
+        compression = api.Compression.none if compression is None else compression
+        horovods = api.DistributedOptimizer(
+            optimizer, named_parameters, compression, backward_passes_per_step, op, gradient_predivide_factor,
             0, groups, sparse_as_dense, process_set,
         )  # fmt: skip
+        return _checked_at_first(horovods, compression, process_set)
     _check_groups(groups)
     # The class of the wrapped optimizer is kept as a base, so that schedulers and isinstance() see what they expect.
     cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": __name__})
@@ -69,6 +73,23 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     wrapped.gradient_predivide_factor, wrapped.sparse_as_dense = gradient_predivide_factor, sparse_as_dense
     wrapped._connect()
     return wrapped
+
+
+def _checked_at_first(optimizer: Any, compression: Any, process_set: Any) -> Any:
+    """Horovod's own optimizer, which takes part in the agreement of the first step: a peer that compresses would wait for ever."""
+    synchronize = optimizer.synchronize
+
+    def agree_then_synchronize() -> None:
+        if process_set.included() and process_set.size() > 1:
+            ops = ops_for(optimizer.param_groups[0]["params"][0].device)
+            mine = {"spec": f"Horovod's own {compression.__name__}", "seed": 0, "parameters": [], "number": 0}
+            transport = engine.transport(ops, process_set)
+            perform(agree(ops, transport, mine), transport, {})
+        optimizer.synchronize = synchronize
+        synchronize()
+
+    optimizer.synchronize = agree_then_synchronize
+    return optimizer
 
 
 def _compression(compression: Any) -> Grace | None:

@@ -300,6 +300,15 @@ def case_fsdp_is_refused():
     raises(UnsupportedError, "FSDP", lambda: wrap(model))
 
 
+def case_one_rank_without_compression():  # last: Horovod's own part of the step is left unfinished
+    model = training.make_model()
+    optimizer = hvd.DistributedOptimizer(
+        training.make_optimizer(model), model.named_parameters(), compression=[None, TOPK][hvd.rank()]
+    )
+    training.loss_of(model, hvd.rank(), 0).backward()
+    raises(DisagreementError, "rank 1 uses 'topk(ratio=0.1) + residual @ allgather'", optimizer.step)
+
+
 hvd.init()
 assert hvd.size() == 2
 run_cases(hvd, globals())
