@@ -35,7 +35,7 @@ class _Slot(Transport):
 class LocalCluster:
     """`size` simulated ranks that exchange gradients as real ones would: same parts, same driver, same bytes.
 
-    framework: 'numpy' or 'torch'; tensors of that framework, or numpy arrays, go in, and that framework's come out.
+    framework: 'numpy', 'torch' or 'tensorflow'; tensors of that framework, or numpy arrays, go in, and that framework's come out.
     """
 
     def __init__(self, grace: Grace, size: int, framework: str = "numpy"):
@@ -142,4 +142,8 @@ def _ops_of(framework: str) -> Ops:
         from .frameworks.torch.ops import HostOps
 
         return HostOps()
-    raise ParameterError(f"framework must be 'numpy' or 'torch', got {framework!r}")
+    if framework == "tensorflow":
+        from .frameworks.tensorflow.ops import TensorFlowOps
+
+        return TensorFlowOps()
+    raise ParameterError(f"framework must be 'numpy', 'torch' or 'tensorflow', got {framework!r}")

@@ -141,7 +141,7 @@ class Driver:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
         try:
             if not self.agreed:
-                yield from self._agree()
+                yield from self.agree()
             yield from self._start_ready(all_of_them=True)
             while any(bucket.running for bucket in self.buckets):
                 for bucket in self.buckets:
@@ -214,7 +214,7 @@ class Driver:
         return Job(spec, compressor, memory, communicator, grad, self.state.get(spec.name, {}))
 
     # --- agreement ----------------------------------------------------------------------------------------------------
-    def _agree(self) -> Effects:
+    def agree(self) -> Effects:
         """All ranks must compress alike: compares what each would do, and raises on every rank alike if they differ.
 
         Also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way

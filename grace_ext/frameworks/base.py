@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..exchange import Collective
 from ..ops import Array, Ops
+from ..payload import split_messages
 
 Carried = Generator[Collective, Any, Any]
 
@@ -84,3 +85,17 @@ def _lengths(transport: Transport, collective: Collective) -> Carried:
     own = ops.upload(np.array([len(collective.array)], np.int64).view(np.uint8))
     lengths = yield Collective("allgather", own, collective.label + ".size", sizes=(8,) * transport.size)
     return tuple(int(np.ascontiguousarray(ops.host(length)).copy().view(np.int64)[0]) for length in lengths)
+
+
+def cut(data: Array, sizes: Sequence[int]) -> list[Array]:
+    """Consecutive pieces of these lengths."""
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(data[at : at + size])
+        at += size
+    return pieces
+
+
+def gathered(transport: Transport, collective: Collective, data: Array) -> list[Array]:
+    """By rank, from the one concatenation that an engine's all-gather returns: lengths are known, or read from the messages' headers."""
+    return cut(data, collective.sizes) if collective.sizes else split_messages(transport.ops, data, transport.size)

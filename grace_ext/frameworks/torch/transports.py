@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ...exchange import Collective
-from ...payload import split_messages
-from ..base import Transport
+from ..base import Transport, cut, gathered
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
@@ -71,9 +70,8 @@ class HorovodTransport(Transport):
             return [self.ops.from_torch(data) for data in results]
         if collective.kind == "alltoall":
             data, received = results[0]
-            return _cut(self.ops.from_torch(data), received.tolist())
-        data = self.ops.from_torch(results[0])
-        return _cut(data, collective.sizes) if collective.sizes else split_messages(self.ops, data, self.size)
+            return cut(self.ops.from_torch(data), received.tolist())
+        return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
 class DistTransport(Transport):
@@ -109,12 +107,3 @@ class DistTransport(Transport):
         if collective.kind == "allreduce":
             return self.ops.from_torch(result) / collective.divisor
         return [self.ops.from_torch(data) for data in result]
-
-
-def _cut(data: Any, sizes: Any) -> list[Any]:
-    """Consecutive pieces of these lengths."""
-    pieces, at = [], 0
-    for size in sizes:
-        pieces.append(data[at : at + size])
-        at += size
-    return pieces

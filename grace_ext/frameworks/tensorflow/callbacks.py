@@ -1,0 +1,134 @@
+"""Keras 3 callbacks for data-parallel `fit`: Horovod's names, and the metrics of compression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as api
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
+    """Gives every rank the root's values. Takes tf.Variables and Keras 3 variables."""
+    inner = [v if isinstance(v, tf.Variable) else v.value for v in variables]
+    api.broadcast_variables(inner, root_rank, process_set=process_set, **options)
+
+
+class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
+    """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own."""
+
+    def __init__(self, root_rank: int = 0, device: str = "", process_set: Any = api.global_process_set):
+        super().__init__()
+        self.root_rank, self.process_set = root_rank, process_set
+        self._done = False
+
+    def _broadcast(self) -> None:
+        self._done = True
+        if self.process_set.size() > 1:
+            broadcast_variables([*self.model.variables, *self.model.optimizer.variables], self.root_rank, self.process_set)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._done = False
+        if self.model.built and self.model.optimizer.built:
+            self._broadcast()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not self._done:  # a model that is built by its first batch
+            self._broadcast()
+
+
+class MetricAverageCallback(keras.callbacks.Callback):
+    """Replaces the metrics of an epoch by their means over the ranks. Put it before callbacks that look at them."""
+
+    def __init__(self, device: str = "", process_set: Any = api.global_process_set):
+        super().__init__()
+        self.process_set = process_set
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if not logs or self.process_set.size() == 1:
+            return
+        names = sorted(logs)
+        values = tf.constant(np.array([float(logs[name]) for name in names], np.float64))
+        means = api.allreduce(values, op=api.Average, name="grace/metrics", process_set=self.process_set, ignore_name_scope=True)
+        logs.update(zip(names, means.numpy().tolist(), strict=True))
+
+
+class LearningRateScheduleCallback(keras.callbacks.Callback):
+    """Sets the learning rate to initial_lr * multiplier(epoch), from start_epoch until end_epoch: at each epoch, or with staircase=False
+    at each batch."""
+
+    def __init__(
+        self,
+        initial_lr: float,
+        multiplier: float | Callable[[float], float],
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        staircase: bool = True,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+    ):
+        super().__init__()
+        self.initial_lr, self.start_epoch, self.end_epoch = initial_lr, start_epoch, end_epoch
+        self.staircase, self.steps_per_epoch = staircase, steps_per_epoch
+        self.multiplier: Callable[[float], float] = multiplier if callable(multiplier) else lambda epoch: multiplier
+        self._epoch = 0
+
+    def _set(self, epoch: float) -> None:
+        if epoch >= self.start_epoch and (self.end_epoch is None or epoch < self.end_epoch):
+            self.model.optimizer.learning_rate = self.initial_lr * self.multiplier(epoch)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
+        if self.staircase:
+            self._set(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if not self.staircase:
+            steps = self.steps_per_epoch or self.params.get("steps")
+            if not steps:
+                raise ValueError("the number of steps per epoch is unknown here; pass steps_per_epoch")
+            self._set(self._epoch + batch / steps)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if logs is not None:
+            logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+
+class LearningRateWarmupCallback(LearningRateScheduleCallback):
+    """Raises the learning rate from initial_lr / size to initial_lr over the first epochs (Goyal et al. 2017)."""
+
+    def __init__(
+        self,
+        initial_lr: float,
+        warmup_epochs: int = 5,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+        verbose: int = 0,
+        process_set: Any = api.global_process_set,
+    ):
+        def multiplier(epoch: float) -> float:
+            size = process_set.size()
+            return (epoch * (size - 1) / warmup_epochs + 1) / size
+
+        super().__init__(initial_lr, multiplier, 0, warmup_epochs, staircase=False, steps_per_epoch=steps_per_epoch)
+        self.warmup_epochs, self.verbose = warmup_epochs, verbose
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        if epoch == self.warmup_epochs:
+            self.model.optimizer.learning_rate = self.initial_lr
+            if self.verbose and api.rank() == 0:
+                print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {self.initial_lr:g}.")
+
+
+class CompressionMetricsCallback(keras.callbacks.Callback):
+    """Adds to each epoch's logs: `wire_bytes` (a rank's bytes a step) and `compression_ratio` (dense bytes / sent bytes)."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        sent = self.model.optimizer.wire_bytes
+        dense = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in self.model.trainable_variables)
+        if logs is not None and sent:
+            logs["wire_bytes"], logs["compression_ratio"] = sent, dense / sent

@@ -1,0 +1,213 @@
+"""One model's exchange as TensorFlow operations, in eager code and in graphs.
+
+The driver is the same generator as everywhere. Here it is run in pieces, each a `tf.numpy_function` between two network operations:
+    put(bucket 0) -> arrays -> Horovod ops ...   put(bucket 1) -> ...   finish: result -> next arrays -> Horovod ops ... -> gradients
+Which collectives there are, and of which kind, must be known when the graph is traced: a rehearsal with zero gradients and a pretended
+network tells (sizes may change from step to step, kinds and order do not). A token passes through all pieces, so they run in this order
+whatever the graph around them is; no piece ever waits for the network, so any number of models may be under way.
+
+The agreement of the first step is a blocking collective, made when the first graph is traced, outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from ...composition import Grace
+from ...driver import Driver, Start, perform
+from ...errors import GraceError
+from ...exchange import Collective
+from ...spec import TensorSpec
+from ..base import Transport, cut, gathered, rank_ordered_mean
+from .ops import GraphOps
+
+
+class HorovodTransport(Transport):
+    """Horovod's named collectives as TensorFlow ops. `start` and `wait` are for eager code; graphs are built by `apply`."""
+
+    gathers_uneven = True
+
+    def __init__(self, process_set: Any):
+        self.ops, self.process_set = GraphOps(), process_set
+        self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
+
+    def apply(self, collective: Collective, tensor: tf.Tensor, name: str) -> list[tf.Tensor]:
+        """The collective on this tensor, as tensors; `result` turns their values into what the driver expects."""
+        if self.size == 1:
+            return [tensor]
+        options = {"process_set": self.process_set, "ignore_name_scope": True}
+        if collective.kind == "allreduce":
+            op = hvd.Average if collective.divisor == self.size else hvd.Sum
+            return [hvd.allreduce(tensor, op=op, name=name, **options)]
+        if collective.kind == "allgather":
+            return [hvd.allgather(tensor, name=name, **options)]
+        if collective.kind == "alltoall":
+            return [hvd.alltoall(tensor, splits=tf.constant(collective.sizes, tf.int32), name=name, **options)[0]]
+        raise GraceError(f"no TensorFlow form of {collective.kind}")
+
+    def result(self, collective: Collective, values: Sequence[np.ndarray]) -> Any:
+        """What the driver waits for, from the values of the tensors of `apply`."""
+        if collective.kind == "allreduce":
+            return values[0] if collective.divisor in (1, self.size) else values[0] / collective.divisor
+        if collective.kind == "alltoall":
+            assert collective.sizes is not None
+            return cut(values[0], [collective.sizes[self.rank]] * self.size)
+        return gathered(self, collective, values[0])
+
+    def carry(self, collective: Collective):
+        # Broadcasts of n messages need n operations whose shapes the graph does not know; one all-gather brings the same bytes.
+        if collective.kind == "broadcast":
+            collective = collective._replace(kind="allgather")
+        return super().carry(collective)
+
+    def start(self, collective: Collective, name: str) -> Any:
+        return collective, self.apply(collective, tf.constant(collective.array), name)
+
+    def wait(self, handle: Any) -> Any:
+        collective, tensors = handle
+        return self.result(collective, [tensor.numpy() for tensor in tensors])
+
+
+class Rehearsal(Transport):
+    """A pretended network of `size` ranks that all send the same."""
+
+    def __init__(self, real: HorovodTransport):
+        self.ops, self.rank, self.size, self.carry = real.ops, real.rank, real.size, real.carry  # type: ignore[method-assign]
+
+    def start(self, collective: Collective, name: str) -> Any:
+        return collective
+
+    def wait(self, handle: Collective) -> Any:
+        if handle.kind == "allreduce":
+            return rank_ordered_mean([handle.array] * self.size, handle.divisor)
+        if handle.kind == "alltoall":
+            assert handle.sizes is not None
+            return [cut(handle.array, handle.sizes)[self.rank]] * self.size
+        return [handle.array] * self.size
+
+
+class GraphExchange:
+    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate."""
+
+    def __init__(self, grace: Grace, specs: Sequence[TensorSpec], process_set: Any, *, average: bool):
+        self.transport = HorovodTransport(process_set)
+        self._lr: float | None = None
+        divisor = self.transport.size if average else 1
+        self.driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor, read_lr=lambda: self._lr)
+        self.driver.register(specs)
+        self._pieces: list[Any] = self._rehearse(divisor)
+        self._started: list[np.ndarray] = []
+        self._under_way: dict[str, Collective] = {}
+        self._finishing: Any = None
+
+    def _rehearse(self, divisor: int) -> list[Any]:
+        """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
+        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport), divisor=divisor)
+        driver.register(self.driver.specs.values())
+        driver.agreed = True
+        pieces: list[Any] = []
+        handles: dict[str, Any] = {}
+        for bucket in driver.buckets:
+            started = []
+            for spec in bucket.specs:
+                for effect in driver.put(spec.name, np.zeros(spec.shape, _numpy_dtype(spec.dtype))):
+                    handles[effect.name] = effect.collective
+                    started.append(effect)
+            pieces.append(([spec.name for spec in bucket.specs], started))
+        finish, answer = driver.finish(), None
+        while True:
+            try:
+                effect = finish.send(answer)
+            except StopIteration:
+                return pieces
+            answer = None
+            if isinstance(effect, Start):
+                handles[effect.name] = effect.collective
+                pieces[-1][1].append(effect)
+            else:
+                pieces.append((effect.name, []))
+                answer = driver.transport.wait(handles.pop(effect.name))
+
+    # --- building the operations ------------------------------------------------------------------------------------
+    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
+        """The aggregates, in the gradients' order, shapes and dtypes."""
+        if not self.driver.agreed:
+            with tf.init_scope():
+                perform(self.driver.agree(), self.transport, {})
+        specs = list(self.driver.specs.values())
+        by_name = dict(zip(self.driver.specs, gradients, strict=True))
+        token = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)  # it carries the learning rate, too
+        in_flight: dict[str, list[tf.Tensor]] = {}
+        outputs: list[tf.Tensor] = []
+        for number, (what, effects) in enumerate(self._pieces):
+            last = number == len(self._pieces) - 1
+            inputs = [by_name[name] for name in what] if isinstance(what, list) else in_flight.pop(what)
+            types = [tf.as_dtype(effect.collective.array.dtype) for effect in effects]
+            types += [tf.as_dtype(spec.dtype) for spec in specs] if last else []
+            results = tf.numpy_function(self._piece(what, first=number == 0, last=last), [token, *inputs], [tf.float32, *types])
+            token, arrays = results[0], results[1:]
+            token.set_shape([])
+            for effect, array in zip(effects, arrays, strict=False):
+                array.set_shape([None])
+                in_flight[effect.name] = self.transport.apply(effect.collective, array, self._real_name(effect.name))
+            outputs = arrays[len(effects) :]
+        for spec, output in zip(specs, outputs, strict=True):
+            output.set_shape(spec.shape)
+        return list(outputs)
+
+    def _real_name(self, rehearsed: str) -> str:
+        return self.driver._prefix + rehearsed
+
+    def _piece(self, what: list[str] | str, first: bool, last: bool) -> Callable[..., list[np.ndarray]]:
+        """What runs between two network operations, as a function of numpy arrays."""
+
+        def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+            if first:
+                self._abandon()
+                self._lr = None if np.isnan(token) else float(token)
+            if isinstance(what, list):
+                for name, value in zip(what, values, strict=True):
+                    for effect in self.driver.put(name, value):
+                        self._begin(effect)
+                outputs = self._resume(None) if last else None  # last only where nothing needs the network
+            else:
+                name = self._real_name(what)
+                outputs = self._resume(self.transport.result(self._under_way.pop(name), values))
+            started, self._started = self._started, []
+            return [token, *started, *([] if outputs is None else outputs.values())]
+
+        return run
+
+    def _abandon(self) -> None:
+        """Forgets a step that was begun and not ended (an error elsewhere in the graph)."""
+        self._finishing = None
+        self._started, self._under_way = [], {}
+        self.driver._reset()
+
+    def _begin(self, effect: Start) -> None:
+        self._under_way[effect.name] = effect.collective
+        self._started.append(effect.collective.array)
+
+    def _resume(self, result: Any) -> dict[str, np.ndarray] | None:
+        """Runs the driver's `finish` from the wait that this is the result of to its next wait; returns the outputs at its end."""
+        try:
+            if self._finishing is None:
+                self._finishing = self.driver.finish()
+                next(self._finishing)  # up to its first wait: everything is started already
+            effect = self._finishing.send(result)
+            while isinstance(effect, Start):
+                self._begin(effect)
+                effect = next(self._finishing)
+        except StopIteration as stop:
+            self._finishing = None
+            return stop.value
+        return None
+
+
+def _numpy_dtype(name: str) -> Any:
+    return tf.as_dtype(name).as_numpy_dtype

@@ -1,0 +1,275 @@
+"""`DistributedOptimizer` for Keras 3 optimizers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as api
+import keras
+import tensorflow as tf
+
+from ...composition import Grace, grace
+from ...errors import NamesError, ParameterError, UnsupportedError
+from ...spec import TensorSpec
+from .graph import GraphExchange
+
+XLA = (
+    "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
+    "use model.compile(..., jit_compile=False)"
+)
+
+
+def chosen_compression(compression: Any) -> Grace | None:
+    """The Grace to use; None where the user gave one of Horovod's own compressions other than none."""
+    if isinstance(compression, Grace):
+        return compression
+    if isinstance(compression, str):
+        return grace(compression)
+    if compression in (None, api.Compression.none):
+        return grace("none")
+    if compression is api.Compression.fp16:
+        return grace("fp16")
+    raise ParameterError(
+        f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
+    )
+
+
+def averages(op: Any) -> bool:
+    """Whether `op` is the mean; raises UnsupportedError for what is neither mean nor sum."""
+    if op in (api.Average, api.Sum):
+        return op == api.Average
+    raise UnsupportedError(
+        "compressed gradients can be averaged or added up only (Adasum combines parameter updates by their angles); use op=hvd.Average"
+    )
+
+
+def names_of(variables: Sequence[Any]) -> list[str]:
+    """A name for each variable, the same on all ranks: its path or name, with a number where several share one."""
+    names: list[str] = []
+    for variable in variables:
+        name = getattr(variable, "path", None) or variable.name
+        count = sum(known == name or known.startswith(name + "#") for known in names)
+        names.append(f"{name}#{count + 1}" if count else name)
+    return names
+
+
+def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set: Any) -> tf.IndexedSlices:
+    """A sparse gradient, exchanged exactly and uncompressed, as Horovod does."""
+    return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
+
+
+class Exchanges:
+    """The exchange of one optimizer or tape: made at the first call, when the variables and their gradients' kinds are known."""
+
+    def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
+        self.grace, self.op, self.process_set = g, op, process_set
+        self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
+        self.dense: GraphExchange | None = None
+        self._saved: Any = None
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to exchange on this rank."""
+        return not self.process_set.included() or (self.process_set.size() == 1 and not self.simulate)
+
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None) -> list[Any]:
+        """The aggregates of the gradients; None stays None."""
+        results, dense = list(gradients), []
+        for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
+            if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
+                results[place] = exchange_sparse(gradient, name, self.op, self.process_set)
+            elif gradient is not None:
+                dense.append((place, name, tf.convert_to_tensor(gradient)))
+        if dense:
+            specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
+            exchange = self._exchange(specs)
+            for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr), strict=True):
+                results[place] = result
+        return results
+
+    def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
+        if self.dense is None:
+            self.dense = GraphExchange(self.grace, specs, self.process_set, average=self.average)
+            if self._saved is not None:
+                self.dense.driver.load_state_dict(self._saved)
+        known = self.dense.driver.specs
+        if {spec.name: spec for spec in specs} != known:
+            differing = sorted({s.name for s in specs} ^ set(known)) or [s.name for s in specs if known[s.name] != s]
+            raise NamesError(
+                f"the variables with gradients are not those of the first step (state is kept by name): {', '.join(differing[:5])}; "
+                "make a new optimizer for a changed model"
+            )
+        return self.dense
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step, sparse gradients excluded."""
+        return self.dense.driver.wire_bytes if self.dense else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory: see Driver.state_dict."""
+        return self.dense.driver.state_dict() if self.dense else (self._saved or {})
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes; before the first step it is kept until the variables are known."""
+        self._saved = saved
+        if self.dense:
+            self.dense.driver.load_state_dict(saved)
+
+
+def DistributedOptimizer(  # noqa: N802 (Horovod's name)
+    optimizer: Any,
+    name: str | None = None,
+    use_locking: bool = False,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = None,
+    sparse_as_dense: bool = False,
+    backward_passes_per_step: int = 1,
+    op: Any = api.Average,
+    gradient_predivide_factor: float = 1.0,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = api.global_process_set,
+    scale_local_gradients: bool = True,
+    *,
+    simulate: bool = False,
+) -> Any:
+    """A Keras 3 optimizer whose `apply` exchanges the gradients of all ranks first: for `compile` and `fit`, and for custom loops.
+
+    compression: a Grace, a spec string, None or hvd.Compression.none/.fp16. (Plain Horovod 0.28 reduces nothing under Keras 3, so these
+      too go through grace_ext.)
+    backward_passes_per_step: gradients of that many calls are added up (averaged with average_aggregated_gradients) and exchanged once.
+    op: Average or Sum. gradient_predivide_factor, num_groups, groups: accepted; sums are formed in float32 and gradients travel in buckets.
+    sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
+    device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
+    The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes` and
+    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory.
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise UnsupportedError(
+            f"{type(optimizer).__module__}.{type(optimizer).__name__} is not a Keras 3 optimizer; for TF1-style optimizers use plain "
+            "horovod.tensorflow with a DistributedGradientTape(compression=g.bind(variables))"
+        )
+    if keras.backend.backend() != "tensorflow":
+        raise UnsupportedError(
+            f"Keras runs on the {keras.backend.backend()!r} backend here; this wrapper exchanges TensorFlow gradients. "
+            + ("Use grace_ext.frameworks.torch" if keras.backend.backend() == "torch" else "Set KERAS_BACKEND=tensorflow")
+        )
+    if backward_passes_per_step <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
+    if gradient_predivide_factor != 1.0 and op != api.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    exchanges = Exchanges(chosen_compression(compression), op, process_set, sparse_as_dense, simulate)
+    # The module and name of the wrapped class are kept: Keras writes them into saved models.
+    cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": type(optimizer).__module__})
+    wrapped = cls.from_config(optimizer.get_config())
+    # Outside of Keras's tracking: neither a layer nor a variable.
+    object.__setattr__(wrapped, "_grace", exchanges)
+    object.__setattr__(wrapped, "_grace_passes", (backward_passes_per_step, average_aggregated_gradients))
+    object.__setattr__(wrapped, "_grace_local", (set(), scale_local_gradients))
+    object.__setattr__(wrapped, "_grace_accumulators", None)
+    if optimizer.built:
+        wrapped.build(list(optimizer._trainable_variables))
+        for new, old in zip(wrapped.variables, optimizer.variables, strict=True):
+            new.assign(old)
+    return wrapped
+
+
+class _Distributed:
+    """What is put in front of a Keras optimizer's class."""
+
+    _grace: Exchanges
+
+    def build(self, variables: Any) -> None:
+        super().build(variables)  # type: ignore[misc]
+        if not self._grace.idle:
+            _refuse_xla(self)
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        grads = list(grads)
+        if not grads or self._grace.idle:
+            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+        if trainable_variables is not None and not self.built:  # type: ignore[has-type]
+            self.build(list(trainable_variables))
+            self.built = True
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        passes, average = self._grace_passes
+        if passes == 1:
+            super().apply(self._exchanged(grads, variables), variables)  # type: ignore[misc]
+        else:
+            self._accumulate_and_apply(grads, variables, passes, average)
+
+    def _exchanged(self, grads: list[Any], variables: list[Any]) -> list[Any]:
+        local, scale = self._grace_local
+        shared = [i for i, v in enumerate(variables) if id(v) not in local]
+        results = list(grads)
+        if scale and len(shared) < len(grads):
+            results = [g if g is None or i in shared else g / self._grace.process_set.size() for i, g in enumerate(grads)]
+        exchanged = self._grace([grads[i] for i in shared], [variables[i] for i in shared], self.learning_rate)
+        for i, result in zip(shared, exchanged, strict=True):
+            results[i] = result
+        return results
+
+    def _accumulate_and_apply(self, grads: list[Any], variables: list[Any], passes: int, average: bool) -> None:
+        present = [i for i, g in enumerate(grads) if g is not None]
+        if self._grace_accumulators is None:
+            with tf.init_scope():
+                sums = [tf.Variable(tf.zeros(variables[i].shape, tf.as_dtype(grads[i].dtype)), trainable=False) for i in present]
+                object.__setattr__(self, "_grace_accumulators", (tf.Variable(0, trainable=False, dtype=tf.int64), sums))
+        count, sums = self._grace_accumulators
+        for total, i in zip(sums, present, strict=True):
+            total.assign_add(tf.convert_to_tensor(grads[i]))
+        count.assign_add(1)
+
+        def exchange_and_apply() -> None:
+            summed: list[Any] = [None] * len(grads)
+            for total, i in zip(sums, present, strict=True):
+                summed[i] = total / passes if average else total.read_value()
+            super(_Distributed, self).apply(self._exchanged(summed, variables), variables)  # type: ignore[misc]
+            for total in sums:
+                total.assign(tf.zeros_like(total))
+            count.assign(0)
+
+        tf.cond(tf.equal(count, passes), lambda: (exchange_and_apply(), tf.constant(True))[1], lambda: tf.constant(False))
+
+    def register_local_var(self, variable: Any) -> None:
+        """Gradients of this variable are not exchanged (with scale_local_gradients they are divided by the world size, as in Horovod)."""
+        self._grace_local[0].add(id(variable))
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step."""
+        return self._grace.wire_bytes
+
+    def grace_state_dict(self) -> dict[str, Any]:
+        """This rank's memory and compressor state, as numpy arrays by name. It differs by rank: save every rank's."""
+        return self._grace.state_dict()
+
+    def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes bit for bit on the same rank."""
+        self._grace.load_state_dict(saved)
+
+
+def _refuse_xla(optimizer: Any) -> None:
+    """Keras builds an optimizer before it compiles the training step, from a method of the model: the one moment to see `jit_compile`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        model = frame.f_locals.get("self")
+        if isinstance(model, keras.Model) and getattr(model, "optimizer", None) is optimizer:
+            config = model._compile_config.config if getattr(model, "_compile_config", None) is not None else {}
+            if config.get("jit_compile") is True:
+                raise UnsupportedError(XLA)
+            if model.jit_compile:
+                model.jit_compile = False
+                warnings.warn(
+                    "grace_ext turned Keras's jit_compile='auto' off: XLA cannot run the exchange. Say jit_compile=False to compile() to "
+                    "silence this",
+                    stacklevel=2,
+                )
+            return
+        frame = frame.f_back

@@ -1,0 +1,122 @@
+"""`DistributedGradientTape`: a gradient tape whose gradients are those of all ranks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as api
+import tensorflow as tf
+
+from ...composition import Grace
+from ...errors import UnsupportedError
+from .optimizer import Exchanges, chosen_compression
+
+# Tapes come and go with every step; the memory must not. It belongs to the Grace that the user made once, and to the variables.
+_exchanges: dict[tuple[int, ...], tuple[Any, dict, Exchanges, list[Any]]] = {}
+
+ANEW = (
+    "a tape for these variables got another Grace of the same spec than before ({}): made anew at each step, it would lose its memory. "
+    "Call grace_ext.grace(...) once, outside of the step, and pass the same object"
+)
+
+
+def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> Exchanges:
+    """The exchange of these variables with this Grace, made once."""
+    key = tuple(id(v) for v in variables) + settings
+    g = chosen_compression(compression)
+    known = _exchanges.get(key)
+    if known is not None:
+        same_object = isinstance(compression, Grace) and known[0]() is compression
+        same_name = not isinstance(compression, Grace) and known[0] is None
+        if known[1] == g.to_config():
+            if same_object or same_name:
+                return known[2]
+            raise UnsupportedError(ANEW.format(g))
+    owner = weakref.ref(compression) if isinstance(compression, Grace) else None
+    exchange = make(g)
+    _exchanges[key] = (owner, g.to_config(), exchange, list(variables))  # holds the variables, so that ids stay theirs
+    return exchange
+
+
+class _Tape:
+    """Wraps a tf.GradientTape. Everything but `gradient` is the tape's own."""
+
+    def __init__(
+        self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool
+    ):
+        self._tape, self._compression = tape, compression
+        self._op, self._process_set, self._sparse_as_dense = op, process_set, sparse_as_dense
+        self._scale, self._simulate = scale, simulate
+        self._local: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tape, name)
+
+    def __enter__(self) -> _Tape:
+        self._tape.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._tape.__exit__(*error)
+
+    def register_local_source(self, source: Any) -> None:
+        """Gradients of this variable stay this rank's own (divided by the world size, with scale_local_gradients)."""
+        self._local.add(id(source))
+
+    def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
+        """The tape's gradients, exchanged: in the structure of `sources` (tf.Variables or Keras 3 variables)."""
+        flat = tf.nest.flatten(sources)
+        inner = [v.value if hasattr(v, "path") and hasattr(v, "value") and not isinstance(v, tf.Variable) else v for v in flat]
+        gradients = self._tape.gradient(target, inner, output_gradients)
+        shared = [i for i, v in enumerate(flat) if id(v) not in self._local]
+        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
+        exchange = _exchanges_for(
+            self._compression,
+            [flat[i] for i in shared],
+            settings,
+            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
+        )
+        if not exchange.idle:
+            if self._scale:
+                size = self._process_set.size()
+                gradients = [g if g is None or i in shared else g / size for i, g in enumerate(gradients)]
+            for i, result in zip(shared, exchange([gradients[i] for i in shared], [flat[i] for i in shared]), strict=True):
+                gradients[i] = result
+        return tf.nest.pack_sequence_as(sources, gradients)
+
+
+def DistributedGradientTape(  # noqa: N802 (Horovod's name)
+    gradtape: tf.GradientTape,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = None,
+    sparse_as_dense: bool = False,
+    op: Any = api.Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: Any = api.global_process_set,
+    scale_local_gradients: bool = True,
+    *,
+    simulate: bool = False,
+) -> Any:
+    """A tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, eager and in tf.function.
+
+    compression: a Grace, made once outside of the step (its memory is kept for it and the variables; one made anew each step is refused), a
+    spec string, None or hvd.Compression. The other arguments: as for DistributedOptimizer.
+    """
+    if gradient_predivide_factor != 1.0 and op != api.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate)
+
+
+def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **options: Any) -> Any:  # noqa: N802
+    """A DistributedGradientTape that leaves the trainable weights of `local_layers` to their rank."""
+    tape = DistributedGradientTape(gradtape, *args, **options)
+    layers = [] if local_layers is None else local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
+    for layer in layers:
+        for variable in layer.trainable_weights:
+            tape.register_local_source(variable)
+    return tape
