@@ -87,7 +87,8 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
     x = ops.cast(compensated, "float64" if wide else "float32")
     done = yield from job.compressor.exchange(ops, x, spec, info, state, job.communicator)
     sent = done.sent() if memory.uses_sent else None
-    state = {**state, **memory.after(ops, compensated, sent, spec, info, state), **done.state}
+    # In this order: a compressor may hand back all of the state it was given, old memory included.
+    state = {**state, **done.state, **memory.after(ops, compensated, sent, spec, info, state)}
     output, after = memory.on_aggregate(ops, done.aggregate, spec, info, state)
     return Outcome(output, {**state, **after})
 
