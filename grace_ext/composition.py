@@ -47,22 +47,28 @@ class Grace:
         }
 
     def bind(self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False) -> Any:
-        """A `compression=` object for the unmodified `horovod.torch.DistributedOptimizer` of this model.
+        """A `compression=` object for unmodified Horovod: `horovod.torch.DistributedOptimizer` of this model, given
+        model.named_parameters(), or `horovod.tensorflow.DistributedGradientTape` over these tf.Variables.
 
-        `op` and `process_set` must be the ones given to Horovod, which does not pass them on; `optimizer` gives the learning rate to
-        memories that use it; `simulate` compresses at world size 1 too (there Horovod itself never calls the object, so it needs
-        `optimizer`). One bound object serves one optimizer."""
-        pairs = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
-        if any(type(p).__module__.split(".")[0] == "torch" for item in pairs if isinstance(item, tuple) for p in item):
-            from .frameworks.torch.adapter import bind
-        elif pairs:
-            raise UnboundError(
-                "bind takes model.named_parameters() of a torch model, got a list of "
-                f"{type(pairs[0]).__module__}.{type(pairs[0]).__name__}"
-            )
-        else:
+        `op` and `process_set` must be the ones given to Horovod, which does not pass them on; `optimizer` (torch) gives the learning rate
+        to memories that use it; `simulate` (torch) compresses at world size 1 too (there Horovod itself never calls the object, so it
+        needs `optimizer`). One bound object serves one optimizer or tape."""
+        items = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
+        if not items:
             raise UnboundError("bind got no parameters; a generator can be used once, so call model.named_parameters() again")
-        return bind(self, pairs, optimizer=optimizer, op=op, process_set=process_set, simulate=simulate)
+        packages = {type(x).__module__.split(".")[0] for item in items for x in (item if isinstance(item, tuple) else (item,))}
+        if "torch" in packages:
+            from .frameworks.torch.adapter import bind
+
+            return bind(self, items, optimizer=optimizer, op=op, process_set=process_set, simulate=simulate)
+        if packages & {"tensorflow", "keras"}:
+            from .frameworks.tensorflow.adapter import bind as bind_tensorflow
+
+            return bind_tensorflow(self, items, op=op, process_set=process_set, simulate=simulate)
+        raise UnboundError(
+            "bind takes model.named_parameters() of a torch model or a list of tf.Variables, got a list of "
+            f"{type(items[0]).__module__}.{type(items[0]).__name__}"
+        )
 
     def compress(self, *_: Any, **__: Any) -> Any:
         raise UnboundError(UNBOUND.format(self))

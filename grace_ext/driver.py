@@ -83,12 +83,15 @@ class Driver:
         self.grace, self.ops, self.transport = grace, ops, transport
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
-        self._prefix = ""  # of the names of collectives; agreed on at the first step
+        self.prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
         self.state: dict[str, dict[str, Array]] = {}
         self.step = 0
         self.agreed = False
+        #: Whether the last step's state was committed: every rank was finite in every bucket.
+        self.committed = True
+        self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only where `roll_back` may be called
         #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
         self._reset()
@@ -114,6 +117,17 @@ class Driver:
                 groups.append([])
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
+
+    def regroup(self, groups: Iterable[Iterable[str]]) -> None:
+        """Packs the registered parameters into these buckets instead, which all ranks must pass alike, for a framework that makes buckets
+        of its own. State is kept by name, so nothing else changes. Buckets that have started in this step must stay as they are."""
+        lists = [list(names) for names in groups]
+        if sorted(itertools.chain.from_iterable(lists)) != sorted(self.specs):
+            raise NamesError("the buckets must hold every registered parameter once")
+        if any([spec.name for spec in b.specs] != names for b, names in zip(self.buckets[: self._next], lists, strict=False)):
+            raise GraceError("a bucket that has started cannot be regrouped")
+        later = [[self.specs[name] for name in names] for names in lists[self._next :]]
+        self.buckets = self.buckets[: self._next] + [Bucket(group, self._digest(group)) for group in later]
 
     def check(self, name: str, tensor: Any) -> None:
         """Raises if this tensor is not what was registered under its name."""
@@ -177,7 +191,7 @@ class Driver:
         bucket.waiting = []
         for collective in collectives:
             # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
-            name = f"{self._prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
+            name = f"{self.prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
             bucket.waiting.append(name)
             self._bytes += len(collective.array) * ITEMSIZE[collective.dtype]
             yield Start(name, collective)
@@ -191,11 +205,17 @@ class Driver:
                 output = outcome.output if finite or not spec.size else self.ops.full_nan(spec.size)
                 outputs[spec.name] = self.ops.emit(output, spec)
                 states[spec.name] = outcome.state
+        self.committed = every_rank_finite
         if every_rank_finite:
-            self.state = states
+            self._before, self.state = None if self._before is None else self.state, states
         self.step += 1
         self.wire_bytes = self._bytes
         return {name: outputs[name] for name in self.specs}
+
+    def roll_back(self) -> None:
+        """Takes the last step's commit back, where there was one. Only after `join_agreement`."""
+        if self.committed and self._before is not None:
+            self.state, self.committed = self._before, False
 
     def _reset(self) -> None:
         self._arrived: dict[str, Any] = {}
@@ -228,8 +248,13 @@ class Driver:
         said = yield from agree(self.ops, self.transport, mine)
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
-        self._prefix = f"grace/{number}"
+        self.prefix = f"grace/{number}"
         self.agreed = True
+
+    def join_agreement(self, prefix: str) -> None:
+        """For one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with `prefix`,
+        and the state before each commit is kept, so that all can roll back where one could not commit."""
+        self.prefix, self.agreed, self._before = prefix, True, {}
 
     def _digest(self, specs: list[TensorSpec]) -> int:
         text = json.dumps([str(self.grace), self.grace.seed, [[s.name, s.shape, s.dtype] for s in specs]])

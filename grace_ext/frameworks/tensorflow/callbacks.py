@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from .optimizer import without_xla
+
 
 def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
     """Gives every rank the root's values. Takes tf.Variables and Keras 3 variables."""
@@ -18,12 +20,17 @@ def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.g
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own."""
+    """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own.
+    Turns Keras's jit_compile='auto' off where it came to True, with a notice."""
 
     def __init__(self, root_rank: int = 0, device: str = "", process_set: Any = api.global_process_set):
         super().__init__()
         self.root_rank, self.process_set = root_rank, process_set
         self._done = False
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        without_xla(model)  # Keras makes the training step after this
 
     def _broadcast(self) -> None:
         self._done = True

@@ -94,7 +94,16 @@ class Rehearsal(Transport):
 class GraphExchange:
     """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate."""
 
-    def __init__(self, grace: Grace, specs: Sequence[TensorSpec], process_set: Any, *, average: bool):
+    def __init__(
+        self,
+        grace: Grace,
+        specs: Sequence[TensorSpec],
+        process_set: Any,
+        *,
+        average: bool,
+        before_step: Callable[[int], None] = lambda step: None,
+    ):
+        self._before_step = before_step
         self.transport = HorovodTransport(process_set)
         self._lr: float | None = None
         divisor = self.transport.size if average else 1
@@ -161,7 +170,7 @@ class GraphExchange:
         return list(outputs)
 
     def _real_name(self, rehearsed: str) -> str:
-        return self.driver._prefix + rehearsed
+        return self.driver.prefix + rehearsed
 
     def _piece(self, what: list[str] | str, first: bool, last: bool) -> Callable[..., list[np.ndarray]]:
         """What runs between two network operations, as a function of numpy arrays."""
@@ -169,6 +178,7 @@ class GraphExchange:
         def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
             if first:
                 self._abandon()
+                self._before_step(self.driver.step)
                 self._lr = None if np.isnan(token) else float(token)
             if isinstance(what, list):
                 for name, value in zip(what, values, strict=True):

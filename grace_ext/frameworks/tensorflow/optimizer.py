@@ -18,7 +18,7 @@ from .graph import GraphExchange
 
 XLA = (
     "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
-    "use model.compile(..., jit_compile=False)"
+    "use model.compile(..., jit_compile=False). (Keras's default 'auto' is turned off by hvd.callbacks.BroadcastGlobalVariablesCallback.)"
 )
 
 
@@ -185,12 +185,15 @@ class _Distributed:
 
     _grace: Exchanges
 
+    @tf.autograph.experimental.do_not_convert
     def build(self, variables: Any) -> None:
         super().build(variables)  # type: ignore[misc]
         if not self._grace.idle:
             _refuse_xla(self)
 
+    @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
         grads = list(grads)
         if not grads or self._grace.idle:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
@@ -256,20 +259,25 @@ class _Distributed:
 
 
 def _refuse_xla(optimizer: Any) -> None:
-    """Keras builds an optimizer before it compiles the training step, from a method of the model: the one moment to see `jit_compile`."""
+    """Raises where the training step that is being traced would be compiled by XLA. The model is found on the stack: an optimizer is not
+    told about it. Keras's own default, jit_compile='auto', is turned off earlier, by the callbacks (see `without_xla`)."""
     frame = inspect.currentframe()
     while frame is not None:
         model = frame.f_locals.get("self")
         if isinstance(model, keras.Model) and getattr(model, "optimizer", None) is optimizer:
-            config = model._compile_config.config if getattr(model, "_compile_config", None) is not None else {}
-            if config.get("jit_compile") is True:
-                raise UnsupportedError(XLA)
             if model.jit_compile:
-                model.jit_compile = False
-                warnings.warn(
-                    "grace_ext turned Keras's jit_compile='auto' off: XLA cannot run the exchange. Say jit_compile=False to compile() to "
-                    "silence this",
-                    stacklevel=2,
-                )
+                raise UnsupportedError(XLA)
             return
         frame = frame.f_back
+
+
+def without_xla(model: Any) -> None:
+    """Before the training step is made: turns jit_compile='auto' off, with a notice, where it came to True."""
+    wrapped = isinstance(getattr(model, "optimizer", None), _Distributed) and not model.optimizer._grace.idle
+    # compile() keeps no trace of what was said; True was asked for where "auto" would have said no, and is refused later.
+    if wrapped and model.jit_compile and model._resolve_auto_jit_compile():
+        model.jit_compile = False
+        warnings.warn(
+            "grace_ext turned Keras's jit_compile='auto' off: XLA cannot run the exchange. Pass jit_compile=False to silence this",
+            stacklevel=4,
+        )

@@ -65,6 +65,7 @@ class _Tape:
         """Gradients of this variable stay this rank's own (divided by the world size, with scale_local_gradients)."""
         self._local.add(id(source))
 
+    @tf.autograph.experimental.do_not_convert
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
         """The tape's gradients, exchanged: in the structure of `sources` (tf.Variables or Keras 3 variables)."""
         flat = tf.nest.flatten(sources)

@@ -1,0 +1,48 @@
+# make demo           train on two ranks with torch.distributed, dense and compressed (no compiler, no Horovod)
+# make demo-horovod   the same by horovodrun
+# make test           lint and all tests, Horovod included
+# make horovod        Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
+# make lint           ruff alone
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q
+# The tested versions. (Where plain `torch` brings CUDA packages you do not want, name a CPU build here.)
+TORCH ?= torch==2.13.0
+TENSORFLOW ?= tensorflow-cpu==2.21.0
+DEMO_OPTIONS ?=
+
+.PHONY: demo demo-horovod test horovod lint clean
+
+demo: $(VENV)/.demo-installed
+	$(PY) examples/demo.py $(DEMO_OPTIONS)
+
+demo-horovod: horovod
+	$(PY) examples/demo.py --launcher horovodrun $(DEMO_OPTIONS)
+
+test: horovod lint
+	$(PY) -m pytest
+
+horovod: $(VENV)/.all-installed
+	$(PY) tools/build_horovod.py --no-check
+
+lint: $(VENV)/.all-installed
+	$(VENV)/bin/ruff check .
+
+$(PY):
+	python3 -m venv $(VENV)
+
+$(VENV)/.demo-installed: setup.cfg pyproject.toml | $(PY)
+	@echo "installing torch, grace_ext and the examples' needs into $(VENV) ..."
+	$(PIP) "$(TORCH)"
+	$(PIP) -e '.[torch,examples]'
+	@touch $@
+
+$(VENV)/.all-installed: $(VENV)/.demo-installed
+	@echo "installing TensorFlow, MPI and the tests' needs into $(VENV) ..."
+	$(PIP) "$(TENSORFLOW)"
+	$(PIP) -e '.[torch,tensorflow,mpi,horovod,examples,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo .pytest_cache .ruff_cache

@@ -1,0 +1,135 @@
+"""A `compression=` object for the unmodified `horovod.tensorflow.DistributedGradientTape` over tf.Variables.
+
+Horovod calls `compress(gradient)` and `decompress(reduced, ctx)` while it traces its reduction, for one tensor after the other, in the
+order of the tape's sources, and more than once for the same tensor; what it all-reduces in between is pruned from the graph where nobody
+uses it. So each variable gets an exchange of its own, and a tensor is known by its place among those of its graph. Variables without a
+gradient, and sparse ones, are never seen; they are recognised as skipped by the shapes that follow.
+
+State is committed by step, not by variable: where one variable's gradients were not finite on some rank, the others' commits of that
+step are taken back before the next step begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import tensorflow as tf
+
+from ...composition import Grace
+from ...driver import Driver, perform
+from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
+from ...spec import TensorSpec
+from .graph import GraphExchange, HorovodTransport
+from .optimizer import averages, names_of
+
+
+def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool) -> BoundCompression:
+    """See Grace.bind."""
+    if any(not isinstance(v, tf.Variable) for v in variables):
+        raise UnsupportedError(
+            "bind takes tf.Variables; Horovod's own tape and optimizer cannot use Keras 3 variables (it has no error for the optimizer: it "
+            "silently reduces nothing). Use `import grace_ext.frameworks.tensorflow as hvd`"
+        )
+    if simulate:
+        raise UnboundError("simulate=True: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape")
+    op = hvd.Average if op is None else op
+    return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set)
+
+
+class BoundCompression:
+    """One tape's compression: make it once, for the tape's sources in their order. Compared and hashed by identity."""
+
+    def __init__(self, g: Grace, variables: Sequence[tf.Variable], average: bool, process_set: Any):
+        self.grace, self._average, self._process_set = g, average, process_set
+        self._specs = [TensorSpec(n, tuple(v.shape), v.dtype.name) for n, v in zip(names_of(variables), variables, strict=True)]
+        self._exchanges: dict[str, GraphExchange] = {}
+        self._places: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
+        self._settled = 0
+        self._prefix = ""
+        self._saved: dict[str, Any] = {}
+
+    @tf.autograph.experimental.do_not_convert
+    def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Called by Horovod while it traces: the exchange of this gradient goes into `ctx`."""
+        if self._process_set.size() == 1:
+            return tensor, None
+        spec = self._spec_of(tensor)
+        return tf.zeros([1], tensor.dtype), self._exchange(spec)([tensor])[0]
+
+    @tf.autograph.experimental.do_not_convert
+    def decompress(self, tensor: tf.Tensor, ctx: tf.Tensor | None) -> tf.Tensor:
+        """Called by Horovod: the aggregate."""
+        return tensor if ctx is None else ctx
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step."""
+        return sum(exchange.driver.wire_bytes for exchange in self._exchanges.values())
+
+    def _spec_of(self, tensor: tf.Tensor) -> TensorSpec:
+        """The variable this gradient belongs to: the next one of its shape, in the order of this graph's tensors."""
+        places = self._places.setdefault(tensor.graph, {})
+        if tensor.name not in places:
+            place = max(places.values(), default=-1) + 1
+            while place < len(self._specs) and not self._fits(tensor, self._specs[place]):
+                place += 1
+            if place == len(self._specs):
+                raise NamesError(
+                    f"{tensor.name} {tensor.dtype.name}{tensor.shape} is the gradient of none of the bound variables that are left: bind "
+                    "the tape's sources, all of them and in their order, and make one bound object for each tape"
+                )
+            places[tensor.name] = place
+        return self._specs[places[tensor.name]]
+
+    @staticmethod
+    def _fits(tensor: tf.Tensor, spec: TensorSpec) -> bool:
+        return tensor.dtype.name == spec.dtype and tensor.shape.is_compatible_with(spec.shape)
+
+    def _exchange(self, spec: TensorSpec) -> GraphExchange:
+        if not self._prefix:
+            with tf.init_scope():
+                self._agree()
+        if spec.name not in self._exchanges:
+            exchange = GraphExchange(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
+            exchange.driver.join_agreement(f"{self._prefix}/{self._specs.index(spec)}")
+            if spec.name in self._saved:
+                exchange.driver.load_state_dict(self._saved[spec.name])
+            self._exchanges[spec.name] = exchange
+        return self._exchanges[spec.name]
+
+    def _agree(self) -> None:
+        """One agreement for all variables."""
+        transport = HorovodTransport(self._process_set)
+        driver = Driver(self.grace, transport.ops, transport)
+        driver.register(self._specs)
+        perform(driver.agree(), transport, {})
+        self._prefix = driver.prefix
+
+    def _settle(self, step: int) -> None:
+        """Before the first variable begins a step: if any rank had a non-finite gradient in the last one, nothing of it was learnt."""
+        if step <= self._settled:
+            return
+        self._settled = step
+        drivers = [exchange.driver for exchange in self._exchanges.values() if exchange.driver.step == step]
+        if not all(driver.committed for driver in drivers):
+            for driver in drivers:
+                driver.roll_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory, by variable: save it on every rank."""
+        self._settle(max((exchange.driver.step for exchange in self._exchanges.values()), default=0))
+        return {name: exchange.driver.state_dict() for name, exchange in self._exchanges.items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes bit for bit; before the first step it is kept until the variables' exchanges are made."""
+        unknown = set(saved) - {spec.name for spec in self._specs}
+        if unknown:
+            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}")
+        self._saved = dict(saved)
+        for name, exchange in self._exchanges.items():
+            if name in saved:
+                exchange.driver.load_state_dict(saved[name])
+        self._settled = max((int(state["step"]) for state in saved.values()), default=0)

@@ -1,0 +1,102 @@
+"""Cases of `g.bind(variables)` with the unmodified horovod.tensorflow, on 2 ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+
+import grace_ext
+from grace_ext.errors import UnboundError, UnsupportedError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tf_training as problem  # noqa: E402
+from cases import raises, run_cases  # noqa: E402
+
+TOPK = "topk(ratio=0.1) + residual"
+
+
+def tf_variables():
+    return [tf.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+
+
+def train(variables, bound, graph, bad_step=None, **options):
+    def one_step(step, rank):
+        with tf.GradientTape() as tape:
+            loss = problem.loss_of(variables, rank, step)
+        tape = hvd.DistributedGradientTape(tape, compression=bound, **options)
+        return tape.gradient(loss, variables)
+
+    run = tf.function(one_step) if graph else one_step
+    for step in range(problem.STEPS):
+        for v, g in zip(variables, run(step, hvd.rank()), strict=True):
+            v.assign(v - problem.LR * g)
+
+
+def check(spec, graph, **options):
+    variables = tf_variables()
+    train(variables, grace_ext.grace(spec).bind(variables), graph, **options)
+    expected = problem.train_in_cluster(spec, 2, [v.name for v in variables])
+    for v, w in zip(variables, expected, strict=True):
+        assert np.abs(v.numpy() - w).max() <= 1e-6, spec
+
+
+def case_eager():
+    for spec in problem.SPECS:
+        check(spec, graph=False)
+
+
+def case_graph():
+    for spec in (TOPK, "powersgd(rank=2) + residual"):
+        check(spec, graph=True)
+
+
+def case_groups():
+    check(TOPK, graph=True, groups=1)
+
+
+def case_state_is_committed_by_step():
+    variables = tf_variables()
+    bound = grace_ext.grace(TOPK).bind(variables)
+
+    def gradients(scale):
+        with tf.GradientTape() as tape:
+            loss = problem.loss_of(variables, hvd.rank(), 1)
+            loss = loss + scale * tf.reduce_sum(variables[1])  # an infinite scale hits one variable's gradient only
+        return hvd.DistributedGradientTape(tape, compression=bound).gradient(loss, variables)
+
+    gradients(0.0)
+    before = bound.state_dict()
+    result = gradients(np.inf if hvd.rank() == 1 else 0.0)
+    assert np.isnan(result[1].numpy()).any() and np.isfinite(result[0].numpy()).all()
+    after = bound.state_dict()
+    for name, state in before.items():
+        for key, array in state["state"].items():
+            assert np.array_equal(after[name]["state"][key], array), key
+
+
+def case_unbound_is_refused_at_construction():
+    g = grace_ext.grace(TOPK)
+    raises(UnboundError, "grace_ext.frameworks.tensorflow", lambda: hvd.DistributedGradientTape(tf.GradientTape(), compression=g))
+    raises(UnboundError, "grace_ext.frameworks.tensorflow", lambda: hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=g))
+
+
+def case_keras_3_variables_are_refused():
+    variable = keras.Variable(np.ones(3, np.float32))
+    raises(UnsupportedError, "Keras 3", lambda: grace_ext.grace(TOPK).bind([variable]))
+
+
+def case_disagreement():
+    variables = tf_variables()
+    bound = grace_ext.grace([TOPK, "qsgd"][hvd.rank()]).bind(variables)
+    # TensorFlow wraps what user code raises while it is traced in an error of its own, with the same text.
+    raises(Exception, "rank 1 uses 'qsgd @ allgather'", lambda: train(variables, bound, graph=True))
+
+
+hvd.init()
+run_cases(hvd, globals())
+hvd.shutdown()

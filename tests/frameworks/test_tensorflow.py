@@ -1,0 +1,82 @@
+"""TensorFlow and Keras 3 in real jobs (each case of jobs/tf_*_job.py is a test here), and what needs no job."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from .launch import environment
+from .test_jobs import cases_of, held
+
+if importlib.util.find_spec("tensorflow") is None:
+    pytest.skip("TensorFlow is not installed: pip install 'grace_ext[tensorflow]'", allow_module_level=True)
+
+
+@pytest.mark.parametrize("case", cases_of("tf_job.py"))
+def test_wrapper(case):
+    assert case in held("horovodrun", 2, "tf_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("tf_bind_job.py"))
+def test_bind(case):
+    assert case in held("horovodrun", 2, "tf_bind_job.py")
+
+
+def python(code: str, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**environment(), **more}, capture_output=True, text=True, timeout=120)
+
+
+def test_another_keras_backend_is_refused_by_name():
+    code = (
+        "import keras, grace_ext.frameworks.tensorflow as hvd\n"
+        "try: hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression='none')\n"
+        "except NotImplementedError as error: print('REFUSED', error)\n"
+    )
+    done = python(code, KERAS_BACKEND="torch")
+    assert "REFUSED" in done.stdout and "'torch' backend" in done.stdout, done.stderr[-2000:]
+
+
+def test_without_horovod_the_error_says_how_to_get_it():
+    code = (
+        "import sys; sys.modules['horovod.tensorflow'] = None\n"
+        "import numpy as np, grace_ext, grace_ext.frameworks.tensorflow as hvd\n"
+        "print(grace_ext.LocalCluster(grace_ext.grace('none'), 1, framework='tensorflow').step([{'w': np.ones(2, np.float32)}]))\n"
+        "hvd.init()\n"
+    )
+    done = python(code)
+    assert "tf.Tensor" in done.stdout and "make horovod" in done.stderr, done.stdout + done.stderr[-2000:]
+
+
+def test_plain_python_is_one_rank_and_compresses_only_when_asked():
+    code = (
+        "import keras, numpy as np, grace_ext, grace_ext.frameworks.tensorflow as hvd\n"
+        "hvd.init(); assert hvd.size() == 1\n"
+        "for simulate, expected in ((False, [-1, -2]), (True, [0, -2])):\n"
+        "    v = keras.Variable(np.zeros(2, np.float32))\n"
+        "    g = grace_ext.grace('topk(ratio=0.5) + residual')\n"
+        "    o = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=g, simulate=simulate)\n"
+        "    o.apply([np.array([1, 2], np.float32)], [v])\n"
+        "    assert np.asarray(v.numpy()).tolist() == expected, (simulate, v.numpy())\n"
+        "print('ALONE OK')\n"
+    )
+    done = python(code)
+    assert "ALONE OK" in done.stdout, done.stderr[-2000:]
+
+
+def test_local_cluster_takes_and_gives_tensorflow_tensors():
+    import tensorflow as tf
+
+    import grace_ext
+
+    cluster = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.25) + residual"), 2, framework="tensorflow")
+    for dtype in (tf.float32, tf.bfloat16, tf.float64):
+        out = grace_ext.LocalCluster(cluster.grace, 2, framework="tensorflow").step([{"w": tf.constant([1, -4, 2, 0], dtype)}] * 2)["w"]
+        assert out.dtype == dtype and np.array_equal(tf.cast(out, tf.float32).numpy(), [0, -4, 0, 0])
+    variable = tf.Variable([1.0, 2.0])
+    assert cluster.step([{"w": variable}, {"w": np.array([3.0, 0.0], np.float32)}])["w"].shape == (2,)
+    assert "HOROVOD_CONTROLLER" in os.environ  # plain python: MPI must not be started
