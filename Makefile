@@ -19,6 +19,7 @@ demo: $(VENV)/.demo-installed
 
 demo-horovod: horovod
 	$(PY) examples/demo.py --launcher horovodrun $(DEMO_OPTIONS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/horovodrun --gloo -np 2 $(PY) examples/keras_mnist.py
 
 test: horovod lint
 	$(PY) -m pytest
