@@ -96,30 +96,37 @@ class LocalCluster:
 
 def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:
     # Gradients arrive in parameter order, not the mapping's: ranks of one lockstep must do the same things at the same time.
-    for name in reversed(list(driver.specs)):
-        yield from driver.put(name, gradients[name])
-    return (yield from driver.finish())
+    try:
+        for name in reversed(list(driver.specs)):
+            yield from driver.put(name, gradients[name])
+        return (yield from driver.finish())
+    finally:
+        driver.abandon()  # where another rank's error ended the step
 
 
 def run_lockstep(ranks: Sequence[Effects], ops: Ops) -> list[Any]:
     """Runs the effects of all ranks side by side; when all wait for a collective, it is executed. Returns what each rank returned."""
     pending: dict[str, list[Collective]] = {}
     answers: list[Any] = [None] * len(ranks)
-    while True:
-        effects, returned = [], []
-        for rank, answer in zip(ranks, answers, strict=True):
-            try:
-                effects.append(rank.send(answer))
-            except StopIteration as stop:
-                returned.append(stop.value)
-        if returned:
-            return returned
-        name = effects[0].name
-        if isinstance(effects[0], Start):
-            pending[name] = [effect.collective for effect in effects]
-            answers = [None] * len(ranks)
-        else:
-            answers = execute(pending.pop(name), ops)
+    try:
+        while True:
+            effects, returned = [], []
+            for rank, answer in zip(ranks, answers, strict=True):
+                try:
+                    effects.append(rank.send(answer))
+                except StopIteration as stop:
+                    returned.append(stop.value)
+            if returned:
+                return returned
+            name = effects[0].name
+            if isinstance(effects[0], Start):
+                pending[name] = [effect.collective for effect in effects]
+                answers = [None] * len(ranks)
+            else:
+                answers = execute(pending.pop(name), ops)
+    finally:
+        for rank in ranks:
+            rank.close()
 
 
 def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:

@@ -94,7 +94,7 @@ class Driver:
         self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only where `roll_back` may be called
         #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
-        self._reset()
+        self.abandon()
 
     # --- what takes part ----------------------------------------------------------------------------------------------
     def register(self, specs: Iterable[TensorSpec]) -> None:
@@ -166,7 +166,7 @@ class Driver:
                         yield from self._advance(bucket, results)
             return self._commit()
         finally:
-            self._reset()
+            self.abandon()
 
     def _start_ready(self, all_of_them: bool = False) -> Effects:
         while self._next < len(self.buckets):
@@ -217,7 +217,8 @@ class Driver:
         if self.committed and self._before is not None:
             self.state, self.committed = self._before, False
 
-    def _reset(self) -> None:
+    def abandon(self) -> None:
+        """Forgets the step under way, where there is one. The state is that of the last commit."""
         self._arrived: dict[str, Any] = {}
         self._next = self._bytes = 0
         self._info: StepInfo | None = None

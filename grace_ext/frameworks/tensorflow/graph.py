@@ -197,7 +197,7 @@ class GraphExchange:
         """Forgets a step that was begun and not ended (an error elsewhere in the graph)."""
         self._finishing = None
         self._started, self._under_way = [], {}
-        self.driver._reset()
+        self.driver.abandon()
 
     def _begin(self, effect: Start) -> None:
         self._under_way[effect.name] = effect.collective

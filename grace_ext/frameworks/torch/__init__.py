@@ -13,5 +13,6 @@ if ENGINE == "horovod":
 else:
     from .dist_api import *  # noqa: F403
 
+from .ddp import ddp_comm_hook as ddp_comm_hook
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

@@ -1,0 +1,50 @@
+"""Hugging Face Accelerate with compressed gradients: the hook is registered on the model that `prepare` returns.
+
+    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (or: accelerate launch --cpu --num_processes 2 ...)
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import mnist
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+
+from grace_ext.frameworks.torch import ddp_comm_hook
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
+parser.add_argument("--epochs", type=int, default=3)
+arguments = parser.parse_args()
+
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=not torch.cuda.is_available())
+train_x, train_y, test_x, test_y = mnist.load()
+torch.manual_seed(0)
+loader = DataLoader(TensorDataset(train_x, train_y), batch_size=32, shuffle=True, drop_last=True)
+model = mnist.make_model()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+
+state = None
+if accelerator.num_processes > 1:  # else there is no DDP to register it on
+    state, hook = ddp_comm_hook(arguments.compression, model, optimizer)
+    model.register_comm_hook(state, hook)
+
+sent, dense = 0, 0
+for epoch in range(arguments.epochs):
+    for x, y in loader:
+        optimizer.zero_grad()
+        accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        sent += state.wire_bytes if state else 0
+        dense += sum(4 * p.numel() for p in model.parameters())
+    bare = accelerator.unwrap_model(model)
+    reached = mnist.accuracy(bare, test_x.to(accelerator.device), test_y.to(accelerator.device))
+    accelerator.print(f"epoch {epoch + 1}: test accuracy {reached:.3f}", flush=True)
+
+ratio = f", {dense / sent:.1f} times fewer" if sent else " (one rank: nothing is compressed)"
+accelerator.print(f"sent {sent:,} bytes; dense gradients are {dense:,}{ratio}")
+accelerator.end_training()

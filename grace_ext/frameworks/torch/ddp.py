@@ -1,0 +1,194 @@
+"""`ddp_comm_hook`: the communication hook of DistributedDataParallel.
+
+DDP packs gradients into buckets, calls the hook for each, in the same order on all ranks, and waits for the futures after the last one.
+Torch's own multi-round hooks start a later round in a future's callback. Callbacks run in whatever order the collectives finish, which
+differs by rank, and torch.distributed pairs collectives by order: with several buckets, Gloo mixes them up. Here a bucket's first round
+starts in its hook, and later rounds in the hook of the last bucket, in the driver's order (driver.py, comments 1-4). Waiting there delays
+nothing: the last bucket is complete when the backward pass has computed all it has to.
+
+State is kept by parameter name, so it survives that DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's: a
+layout not seen before (first step, first step after the rebuild) is known only at its last bucket, so what differs starts there.
+"""
+# No `from __future__ import annotations` here: DDP checks the hook's annotations, and does not take strings.
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from ...composition import Grace, grace
+from ...errors import GraceError, NamesError, UnsupportedError
+from ...spec import TensorSpec
+from .ops import HostOps, TorchOps, describe
+from .session import Session, named
+from .transports import DistTransport, SingleTransport
+
+
+def ddp_comm_hook(
+    g: Grace | str,
+    ddp: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    simulate: bool = False,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple["DDPState", Any]:
+    """(state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp))`. The gradients become the mean over the ranks.
+
+    ddp: the DistributedDataParallel; or, for libraries that wrap it later (Lightning), the module that it will wrap.
+    optimizer: gives the learning rate to memories that use it.
+    simulate: compress at world size 1 too, to see the effect of compression without a cluster.
+    process_group: with a module that is not wrapped yet, the group that its DDP will have; None is the default group.
+    """
+    chosen = grace(g) if isinstance(g, str) else g
+    return DDPState(chosen, ddp, optimizer, simulate, process_group), _hook
+
+
+def _hook(state: "DDPState", bucket: dist.GradBucket) -> Future[torch.Tensor]:
+    return state.take(bucket)
+
+
+class _Taken(NamedTuple):
+    """A bucket whose hook was called: its gradients by name, in the memory of `buffer`."""
+
+    gradients: dict[str, torch.Tensor]
+    buffer: torch.Tensor
+    future: Future[torch.Tensor]
+
+
+class DDPState:
+    """The exchange of one DDP module on this rank.
+
+    `state_dict()` and `load_state_dict()` hold the memory and compressor state; it differs by rank: save every rank's.
+    """
+
+    def __init__(self, g: Grace, ddp: torch.nn.Module, optimizer: Any, simulate: bool, process_group: Any):
+        wrapped = isinstance(ddp, DistributedDataParallel)
+        if wrapped and process_group not in (None, ddp.process_group):
+            raise UnsupportedError("process_group is for modules that are not wrapped yet; gradients travel in the DDP's own group")
+        self._grace, self._optimizer, self._simulate = g, optimizer, simulate
+        self._group = ddp.process_group if wrapped else process_group
+        # The reducer owns this object, so holding the module here would keep both for ever.
+        self._ddp = weakref.ref(ddp) if wrapped else lambda: None
+        self._parameters = named((ddp.module if wrapped else ddp).named_parameters())
+        self._names = {id(p): name for name, p in self._parameters.items()}
+        self._made: Session | None = None
+        self._taken: list[_Taken] = []
+        self._put = 0  # how many of them the driver has
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step: payloads, headers, all rounds. 0 where nothing is compressed."""
+        return self._made.wire_bytes if self._made else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, as torch tensors by 'kind/parameter'."""
+        return self._session().state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        self._session().load_state_dict(dict(saved))
+
+    def _session(self) -> Session:
+        """Made at first use: a module may be handed over before there is a process group, or before it is on its device."""
+        if self._made is None:
+            if not dist.is_initialized():
+                raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
+            named(self._parameters.items())  # it may be on several devices now
+            self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr)
+        return self._made
+
+    def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
+        return SingleTransport(ops) if dist.get_world_size(self._group) == 1 else DistTransport(ops, self._group)
+
+    def _read_lr(self) -> float | None:
+        lr = None if self._optimizer is None else self._optimizer.param_groups[0].get("lr")
+        return None if lr is None else float(lr)
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+    def take(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
+        """The hook: takes one bucket; with the last one the step ends, and all futures have results."""
+        buffer = bucket.buffer()
+        future: Future[torch.Tensor] = Future() if buffer.device.type == "cpu" else Future(devices=[buffer.device])
+        if dist.get_world_size(self._group) == 1 and not self._simulate:
+            future.set_result(buffer)
+            return future
+        if buffer.is_sparse:
+            raise UnsupportedError("DDP has a bucket of sparse gradients, which this hook does not compress; use Embedding(sparse=False)")
+        if bucket.index() == 0:
+            self._taken, self._put = [], 0  # a backward pass that an exception ended may have left some
+        self._taken.append(_Taken(self._gradients(bucket), buffer, future))
+        session = self._session()
+        if self._put == bucket.index() and self._as_before(session):
+            self._give(session)
+        if bucket.is_last():
+            self._finish(session)
+        return future
+
+    def _gradients(self, bucket: dist.GradBucket) -> dict[str, torch.Tensor]:
+        found = {}
+        for parameter, flat in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            name = self._names.get(id(parameter))
+            if name is None:
+                raise NamesError(
+                    f"DDP has a parameter of shape {list(parameter.shape)} that is not one of the module's that ddp_comm_hook was given; "
+                    "call it with the module that this DDP wraps, after its parameters were made"
+                )
+            # DDP keeps elements in the parameter's memory order (channels_last, for one), but shows them as if they were in row order.
+            dense = parameter.numel() == 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
+            strides = parameter.stride() if dense and parameter.numel() else flat.stride()
+            found[name] = flat.as_strided(flat.shape, strides, flat.storage_offset())
+        return found
+
+    def _as_before(self, session: Session) -> bool:
+        """Whether the bucket just taken holds the parameters of the driver's bucket in its place."""
+        place, buckets = len(self._taken) - 1, session.driver.buckets
+        return place < len(buckets) and [spec.name for spec in buckets[place].specs] == list(self._taken[place].gradients)
+
+    def _give(self, session: Session) -> None:
+        """Hands the next bucket to the driver, which starts it (at the very first step: only keeps it)."""
+        for name, gradient in self._taken[self._put].gradients.items():
+            session.put(name, gradient)
+        self._put += 1
+
+    def _finish(self, session: Session) -> None:
+        try:
+            self._follow(session)
+            while self._put < len(self._taken):
+                self._give(session)
+            results = session.finish(())
+            for taken in self._taken:
+                for name, gradient in taken.gradients.items():
+                    gradient.copy_(results[name])
+            ddp = self._ddp()
+            if ddp is None or ddp.find_unused_parameters or ddp.static_graph:
+                self._keep_unused()
+            for taken in self._taken:
+                taken.future.set_result(taken.buffer)
+        finally:
+            self._taken, self._put = [], 0
+
+    def _follow(self, session: Session) -> None:
+        """Gives the driver DDP's buckets, where they are not the ones it has."""
+        driver, every = session.driver, {name: x for taken in self._taken for name, x in taken.gradients.items()}
+        if not driver.specs:
+            driver.register(TensorSpec(name, *describe(every[name])) for name in self._parameters if name in every)
+        layout = [list(taken.gradients) for taken in self._taken]
+        if layout != [[spec.name for spec in bucket.specs] for bucket in driver.buckets]:
+            driver.regroup(layout)
+
+    def _keep_unused(self) -> None:
+        """DDP throws away the result for a parameter that no rank used in this step. It may hold what a memory kept from earlier steps and
+        counts as sent now, so it is put into `.grad` here. Where a rank did use the parameter, DDP writes the same values again."""
+        for_all = [(self._parameters[name], result) for taken in self._taken for name, result in taken.gradients.items()]
+        # gradient_as_bucket_view: gradients lie in the bucket, and DDP wants them there.
+        views = any(p.grad is not None and p.grad.data_ptr() == result.data_ptr() for p, result in for_all)
+        for parameter, result in for_all:
+            if parameter.grad is None:
+                if result.any():  # else it stays None, as without a hook
+                    parameter.grad = result if views else result.clone()
+            elif parameter.grad.data_ptr() != result.data_ptr():
+                parameter.grad.copy_(result)
