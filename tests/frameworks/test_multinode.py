@@ -1,0 +1,175 @@
+"""Two hosts of one rank, over links of 1 Gbit/s (benchmarks/netlab): every launcher trains as it does on one host, bit for bit.
+
+Needs root, iproute2 and openssh-server; skipped, with the reason, where one is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+
+import grace_ext
+from grace_ext.check import DONE, horovod_built, tool
+
+from . import training
+from .launch import JOBS, ROOT, environment, run
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "netlab"))
+from netlab import Netlab, NetlabError, why_not  # noqa: E402
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts can be made here: {why_not()}")
+
+LOSS_JOB = [sys.executable, str(JOBS / "loss_job.py")]
+TIMEOUT = 240
+EIGHT_MB = 8_000_000
+HOSTS = ["-np", "2", "-H", "h1:1,h2:1"]
+HOROVODRUN = ["horovodrun", "--gloo", "--disable-cache", *HOSTS]  # finds the interface by itself, which takes some seconds
+WITH_INTERFACE = [*HOROVODRUN, "--network-interfaces", "eth0"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "-bind-to", "none", *HOSTS, "-mca", "btl_tcp_if_include", "eth0"]
+MPIRUN += ["-mca", "oob_tcp_if_include", "eth0"]
+# h1's rank has them all; where h2's lacks HOROVOD_DYNAMIC_PROCESS_SETS, for one, the job hangs.
+MPIRUN += [word for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HOROVOD_DYNAMIC_PROCESS_SETS") for word in ("-x", name)]
+ONE_HOST = {
+    "horovodrun": ["horovodrun", "--gloo", "-np", "2"],
+    "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-bind-to", "none", "-np", "2"],
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node", "2"],
+}
+TWO_HOSTS = {"horovodrun": WITH_INTERFACE, "mpirun": MPIRUN}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Netlab]:
+    try:
+        made = Netlab(2, rate="1gbit").up()
+    except NetlabError as error:  # root of a container that may not make namespaces
+        pytest.skip(f"no hosts can be made here: {error}")
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+def launched(command: list[str]) -> list[str]:
+    """The command with its launcher's path in place of the name; skips the test where it is not installed."""
+    if command[0] == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    path = tool(command[0])
+    if path is None or importlib.util.find_spec("horovod") is None:
+        pytest.skip(f"{command[0]} or Horovod is not installed: `make horovod` installs both")
+    return [path, *command[1:]]
+
+
+def on_h1(lab: Netlab, launcher: list[str], *program: str) -> str:
+    """What the job printed that this launcher, on h1, starts on both hosts."""
+    return run(lab.command([*launched(launcher), *program]), TIMEOUT)
+
+
+def torchrun(lab: Netlab, *program: str) -> str:
+    """What node 0 printed: torchrun is started once on every host."""
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", lab.addresses["h1"], "--master-port", "29511"]
+    nodes = []
+    for rank, host in enumerate(lab.addresses):
+        command = [*launched(["torchrun", *rendezvous, "--node-rank", str(rank)]), *program]
+        nodes.append(lab.start(command, host, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        said = [node.communicate(timeout=TIMEOUT) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(out + err for out, err in said)[-6000:]
+    return said[0][0]
+
+
+def curves_in(output: str) -> dict[str, list[str]]:
+    """Spec -> the loss of each step, as printed."""
+    curves: dict[str, list[str]] = {}
+    for spec, step, loss in re.findall(r"LOSS '(.+)' (\d+) (\S+)", output):
+        assert int(step) == len(curves.setdefault(spec, []))
+        curves[spec].append(loss)
+    return curves
+
+
+@lru_cache
+def simulated(spec: str) -> list[str]:
+    """The same curve of two ranks in this process."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 2, framework="torch")
+    model = training.make_model()
+    optimizer, losses = training.make_optimizer(model), []
+    for step in range(training.STEPS):
+        by_rank, gradients = [], []
+        for rank in range(2):
+            model.zero_grad()
+            loss = training.loss_of(model, rank, step)
+            loss.backward()
+            by_rank.append(loss.item())
+            gradients.append({k: torch.zeros_like(p) if p.grad is None else p.grad.clone() for k, p in model.named_parameters()})
+        mean = cluster.step(gradients, lr=0.05)
+        for name, p in model.named_parameters():
+            p.grad = mean[name]
+        optimizer.step()
+        losses.append((sum(by_rank) / 2).hex())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("launcher", "by"), [("torchrun", "wrapper"), ("horovodrun", "wrapper"), ("mpirun", "wrapper"), ("mpirun", "exchange")]
+)
+def test_the_loss_curve_is_that_of_one_host(lab, launcher, by):
+    if by == "exchange":
+        pytest.importorskip("mpi4py")
+    program = [*LOSS_JOB[launcher == "torchrun" :], by]
+    one = curves_in(run([*launched(ONE_HOST[launcher]), *program], TIMEOUT))
+    two = curves_in(torchrun(lab, *program) if launcher == "torchrun" else on_h1(lab, TWO_HOSTS[launcher], *program))
+    assert len(one) == 3 and all(len(curve) == training.STEPS for curve in one.values())
+    assert two == one == {spec: simulated(spec) for spec in one}
+
+
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_selfcheck_by_horovodrun(lab, framework):
+    if {"torch": "pytorch"}.get(framework, framework) not in horovod_built():
+        pytest.skip(f"Horovod was built without {framework}")
+    launcher = HOROVODRUN if framework == "torch" else WITH_INTERFACE
+    assert DONE in on_h1(lab, launcher, sys.executable, "-m", "grace_ext.frameworks.selfcheck", framework)
+
+
+def test_links_have_the_rate_they_were_given(lab):
+    """8 MB, which each of two ranks sends and receives once, takes 0.64 s at 100 Mbit/s, and less time on an unlimited link."""
+
+    def seconds(rate: str) -> float:
+        lab.set_rate(rate)
+        return float(re.search(r"SECONDS (\S+)", torchrun(lab, *LOSS_JOB[1:], "time", str(EIGHT_MB)))[1])
+
+    try:
+        slow, fast = seconds("100mbit"), seconds("unlimited")
+    finally:
+        lab.set_rate("1gbit")
+    assert 0.5 <= slow <= 10
+    assert fast < slow
+
+
+def test_hosts_have_names_and_ssh(lab):
+    said = run(lab.command(["sh", "-c", "hostname; ssh h2 hostname; getent hosts h1 h2"]), TIMEOUT)
+    assert said.split() == ["h1", "h2", "10.77.0.1", "h1", "10.77.0.2", "h2"]
+
+
+def test_labs_side_by_side_and_what_a_killed_process_leaves(lab):
+    """A second lab has the same addresses and its own network; killed with SIGKILL, it is gone after the next `up`."""
+    program = "import netlab, os, signal; netlab.Netlab(1, name='nltkill').up(); os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "benchmarks" / "netlab", capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert os.path.exists("/sys/class/net/nltkill-br")
+    with Netlab(1, name="nltnext", rate="100mbit") as other:
+        assert not os.path.exists("/sys/class/net/nltkill-br")
+        assert other.run(["ssh", "-o", "ConnectTimeout=2", "10.77.0.2", "true"], capture_output=True).returncode
+        orphan = other.start(["sleep", "1000"])
+    assert orphan.wait(10) == -15
+    assert not os.path.exists("/sys/class/net/nltnext-br") and not os.path.exists("/run/netlab/nltnext")
+    assert lab.run(["ssh", "h2", "true"]).returncode == 0
