@@ -148,8 +148,12 @@ class Driver:
         if name in self._arrived:
             raise GraceError(f"a second gradient for {name!r} came before the step was finished")
         self._arrived[name] = tensor
-        if self.agreed:
-            yield from self._start_ready()
+        try:
+            if self.agreed:
+                yield from self._start_ready()
+        except BaseException:
+            self.abandon()  # nothing can be known of what was started
+            raise
 
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
@@ -244,6 +248,8 @@ class Driver:
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "op": "sum" if self.divisor == 1 and self.transport.size > 1 else "mean",
+            "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "number": Driver._next_number,
         }
         said = yield from agree(self.ops, self.transport, mine)
@@ -286,8 +292,8 @@ class Driver:
 
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
-    """What every rank says of itself ({'spec', 'seed', 'parameters', 'number'}), by rank. Raises DisagreementError, on every rank alike,
-    where anything but the number differs."""
+    """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
+    alike, where anything but the number differs."""
     text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
     carried = transport.carry(Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree"))
     answer, turn = None, 0
@@ -310,16 +316,19 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
     """Executes a driver's effects on a transport; `handles` holds what is under way between calls."""
     answer = None
-    while True:
-        try:
-            effect = effects.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        if isinstance(effect, Start):
-            handles[effect.name] = transport.start(effect.collective, effect.name)
-            answer = None
-        else:
-            answer = transport.wait(handles.pop(effect.name))
+    try:
+        while True:
+            try:
+                effect = effects.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            if isinstance(effect, Start):
+                handles[effect.name] = transport.start(effect.collective, effect.name)
+                answer = None
+            else:
+                answer = transport.wait(handles.pop(effect.name))
+    finally:
+        effects.close()  # so that an engine's error reaches the driver at once
 
 
 def _few(names: Iterable[str]) -> str:
@@ -329,14 +338,19 @@ def _few(names: Iterable[str]) -> str:
 
 def _difference(said: list[dict]) -> str:
     """What differs between the ranks, in words."""
-    lines = []
+
+    def what(other: dict) -> str:
+        return f"uses {other['spec']!r} (seed {other['seed']}, op {other.get('op')}, payload version {other['version']})"
+
+    lines = [f"rank 0 {what(said[0])}"]
     for rank, other in enumerate(said):
-        if other["spec"] != said[0]["spec"] or other["seed"] != said[0]["seed"] or other["version"] != said[0]["version"]:
-            lines.append(f"rank {rank} uses {other['spec']!r} (seed {other['seed']}, payload version {other['version']})")
+        if what(other) != what(said[0]):
+            lines.append(f"rank {rank} {what(other)}")
         elif other["parameters"] != said[0]["parameters"]:
             first, its = ({p[0]: p[1:] for p in x["parameters"]} for x in (said[0], other))
             differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
-            what = _few(differing) if differing else "the order of the parameters"
-            lines.append(f"rank {rank} has other parameters than rank 0: {what}")
-    lines.insert(0, f"rank 0 uses {said[0]['spec']!r} (seed {said[0]['seed']}, payload version {said[0]['version']})")
+            names = _few(differing) if differing else "the order of the parameters"
+            lines.append(f"rank {rank} has other parameters than rank 0: {names}")
+        elif other != {**said[0], "number": other["number"]}:
+            lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

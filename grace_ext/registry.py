@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from .errors import GraceError, UnknownPartError
+from .parts import Part
 
 C = TypeVar("C", bound=type)
 
@@ -47,8 +48,8 @@ class Registry:
         self._load()
         try:
             return self._classes[name]
-        except KeyError:
-            nearest = difflib.get_close_matches(name, self._classes, n=3, cutoff=0.6)
+        except (KeyError, TypeError):  # TypeError: not even a possible key
+            nearest = difflib.get_close_matches(str(name).lower(), self._classes, n=3, cutoff=0.6)
             raise UnknownPartError(self.kind, name, nearest, self.names()) from None
 
     def _add(self, name: str, cls: type) -> None:
@@ -67,6 +68,9 @@ class Registry:
             importlib.import_module(f"{self.package}.{module.name}")
         for entry in entry_points(group=self.package):
             try:
-                self._add(entry.name, entry.load())
+                cls = entry.load()
+                if not (isinstance(cls, type) and issubclass(cls, Part) and cls.kind == self.kind):
+                    raise TypeError(f"{cls!r} is not a subclass of grace_ext's {self.kind} class")
+                self._add(entry.name, cls)
             except Exception as error:  # one broken plugin must not take every other part down with it
                 warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", stacklevel=3)

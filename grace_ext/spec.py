@@ -67,10 +67,7 @@ def parse(text: str) -> dict[str, Part]:
     """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said."""
     from . import communicators, compressors, memories
 
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise SpecSyntaxError(f"cannot read {text!r}: {error.msg} at column {error.offset}. {GRAMMAR}") from None
+    node = _expression(text)
     nodes: dict[str, ast.expr] = {}
     # '@' binds tighter than '+' in Python, so 'a + b @ c' arrives as a + (b @ c) and 'a @ c' as itself.
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -86,6 +83,15 @@ def parse(text: str) -> dict[str, Part]:
     return {kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}
 
 
+def _expression(text: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise SpecSyntaxError(f"cannot read {text!r}: {error.msg} at column {error.offset}. {GRAMMAR}") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # null bytes; nested too deeply
+        raise SpecSyntaxError(f"cannot read {text[:80]!r}: {error or 'nested too deeply'}. {GRAMMAR}") from None
+
+
 GRAMMAR = "Write it as 'compressor(knob=value) + memory @ communicator', e.g. 'topk(ratio=0.01) + residual @ allgather'."
 
 
@@ -97,9 +103,11 @@ def _part(kind: Any, node: ast.expr, text: str) -> Part:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         try:
             args = tuple(ast.literal_eval(a) for a in node.args)
-            knobs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg}
-        except ValueError:
+            knobs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
+        if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
+            raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: give each knob once, by its name. {GRAMMAR}")
         return kind.get(node.func.id).create(args, knobs)
     raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r} in {text!r}. {GRAMMAR}")
 
@@ -114,11 +122,7 @@ def part_from(kind: Any, value: Any) -> Part:
     if value is None:
         return kind.get("none").create()
     if isinstance(value, str):
-        try:
-            node = ast.parse(value.strip(), mode="eval").body
-        except SyntaxError as error:
-            raise SpecSyntaxError(f"cannot read {value!r}: {error.msg}. {GRAMMAR}") from None
-        return _part(kind, node, value)
+        return _part(kind, _expression(value), value)
     if isinstance(value, Mapping) and isinstance(value.get("id"), str):
         knobs = {str(k): v for k, v in value.items() if k != "id"}
         return kind.get(value["id"]).create((), knobs)

@@ -140,6 +140,11 @@ def _launched() -> bool:
         return True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set; launch with torchrun")
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+        raise UnsupportedError(
+            f"srun started {os.environ['SLURM_NTASKS']} tasks, but {', '.join(missing)} is not set, so each would train alone; let srun "
+            "start one torchrun a node (docs/multinode.md), or set these variables"
+        )
     for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(name, 1)) > 1:
             raise UnsupportedError(

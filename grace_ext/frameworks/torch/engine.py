@@ -1,7 +1,7 @@
 """Which engine carries the collectives of this process: Horovod, where a Horovod launcher started it, else torch.distributed.
 
     horovodrun, or mpirun with Horovod installed     -> horovod
-    torchrun, Slurm with MASTER_ADDR set, ...        -> torch.distributed
+    torchrun, or RANK, WORLD_SIZE, MASTER_ADDR, ...  -> torch.distributed
     plain python                                     -> torch.distributed, as one rank
 The environment variable GRACE_EXT_ENGINE=horovod or =torch decides otherwise.
 """
