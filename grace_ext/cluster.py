@@ -90,6 +90,10 @@ class LocalCluster:
         """Resumes. Raises GraceError if it was saved with another spec or another number of ranks."""
         if len(saved["ranks"]) != self.size:
             raise GraceError(f"this state is of {len(saved['ranks'])} ranks, the cluster has {self.size}")
+        for driver, state in zip(self.drivers, saved["ranks"], strict=True):  # all are checked before any is changed
+            driver.read_state(state)
+            if state["rank"] != driver.transport.rank:
+                raise GraceError(f"the state of rank {state['rank']} stands in the place of rank {driver.transport.rank}")
         for driver, state in zip(self.drivers, saved["ranks"], strict=True):
             driver.load_state_dict(state)
 

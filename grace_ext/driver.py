@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,6 +118,11 @@ class Driver:
                 groups.append([])
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
+        try:
+            self._check_state(self.state)  # loaded before the parameters were known
+        except GraceError:
+            self.specs, self.buckets = {}, []
+            raise
 
     def regroup(self, groups: Iterable[Iterable[str]]) -> None:
         """Packs the registered parameters into these buckets instead, which all ranks must pass alike, for a framework that makes buckets
@@ -277,18 +283,50 @@ class Driver:
         }  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` gave on the same rank. Raises GraceError, and changes nothing, if it does not fit."""
+        """Resumes bit for bit from what `state_dict` gave on the same rank. On another rank's (a checkpoint of rank 0 alone) the memory
+        starts at zero, with a warning. Raises GraceError, and changes nothing, if the state does not fit."""
+        state = self.read_state(saved)
+        if saved["rank"] != self.transport.rank:
+            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (1,)), self._step_info()))
+            for arrays in state.values():
+                arrays.update({key: self.ops.zeros(len(array)) for key, array in arrays.items() if key in own})
+            warnings.warn(
+                f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
+                "zero. Save the state of every rank to resume exactly",
+                stacklevel=3,
+            )
+        self.state, self.step = state, int(saved["step"])
+
+    def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """The arrays of a state by parameter, copied and checked. Raises GraceError if it is not for this exchange."""
         if saved.get("version") != 1:
             raise GraceError(f"this state has version {saved.get('version')!r}, expected 1")
         if saved["spec"] != str(self.grace):
             raise GraceError(f"this state was saved with {saved['spec']!r}, the exchange is {str(self.grace)!r}")
+        if saved["size"] != self.transport.size:
+            raise GraceError(
+                f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; leave it out to start with an "
+                "empty memory"
+            )
         state: dict[str, dict[str, Array]] = {}
         for key, array in saved["state"].items():
             part, name = key.split("/", 1)
-            if self.specs and name not in self.specs:
-                raise GraceError(f"this state has {key!r}, and there is no parameter {name!r}")
             state.setdefault(name, {})[part] = self.ops.copy(array)
-        self.state, self.step = state, int(saved["step"])
+        if self.specs:
+            self._check_state(state)
+        return state
+
+    def _check_state(self, state: dict[str, dict[str, Array]]) -> None:
+        info = self._step_info()
+        for name, arrays in state.items():
+            if name not in self.specs:
+                raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
+            spec = self.specs[name]
+            compressor, memory, _ = self.grace.parts_for(spec)
+            expected = {**memory.init(self.ops, spec, info), **compressor.init(self.ops, spec, info)} if spec.size else {}
+            shapes, found = ({key: len(array) for key, array in x.items()} for x in (expected, arrays))
+            if shapes != found:
+                raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")
 
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:

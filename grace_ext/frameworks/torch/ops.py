@@ -106,11 +106,13 @@ class TorchOps(Ops):
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         if dtype == "float64":
             return x.to(torch.float64).contiguous().view(torch.uint8)
-        x = x.clamp(-FLOAT32_MAX, FLOAT32_MAX).to(torch.float32)
+        if x.dtype != torch.float32:
+            x = x.clamp(-FLOAT32_MAX, FLOAT32_MAX).to(torch.float32)
         if dtype == "float16":
             x = x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
         elif dtype == "bfloat16":
-            x = x.to(torch.bfloat16).clamp(-BFLOAT16_MAX, BFLOAT16_MAX)
+            rounded = x.to(torch.bfloat16)
+            x = torch.where(x.isinf(), rounded, rounded.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
         return x.contiguous().view(torch.uint8)
 
     def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
