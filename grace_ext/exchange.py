@@ -13,7 +13,7 @@ sees the flag, returns NaN for the bucket, and (driver.py) commits no state of t
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,17 +80,21 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
     if not state:
         state = {**memory.init(ops, spec, info), **job.compressor.init(ops, spec, info)}
     compensated = memory.before(ops, job.grad, spec, info, state)
-    if not ops.all_finite(compensated):
-        flag[0] = True
-        compensated = ops.zeros(spec.size)
     wide = job.compressor.keeps_float64 and spec.dtype == "float64"
     x = ops.cast(compensated, "float64" if wide else "float32")
+    if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
+        flag[0] = True
+        compensated = x = ops.zeros(spec.size)
     done = yield from job.compressor.exchange(ops, x, spec, info, state, job.communicator)
     sent = done.sent() if memory.uses_sent else None
-    # In this order: a compressor may hand back all of the state it was given, old memory included.
-    state = {**state, **done.state, **memory.after(ops, compensated, sent, spec, info, state)}
+    state = _updated(state, done.state, memory.after(ops, compensated, sent, spec, info, state))
     output, after = memory.on_aggregate(ops, done.aggregate, spec, info, state)
-    return Outcome(output, {**state, **after})
+    return Outcome(output, _updated(state, after))
+
+
+def _updated(state: Mapping[str, Array], *changes: Mapping[str, Array]) -> dict[str, Array]:
+    """The state with what parts changed. A part may hand back all that it was given: what it did not change is not its to overwrite."""
+    return {**state, **{key: array for change in changes for key, array in change.items() if array is not state.get(key)}}
 
 
 def lockstep(generators: Sequence[Generator]) -> Generator[list[tuple[int, Any]], dict[int, Any], list[Any]]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
+
+from .worlds import NUMPY, WORLDS, World
 
 # Beside the bare name. A part that has no entry is tested with its defaults.
 COMPRESSOR_VARIANTS = {
@@ -54,3 +60,11 @@ PLAIN = compositions(("none",), natural_only=True)
 FEEDBACK = compositions(("residual",), natural_only=True)
 #: What these leave behind is representable in float32.
 EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "threshold")
+
+
+def on_worlds(specs: list[str], *others: Any, worlds: list[World] = WORLDS) -> list[Any]:
+    """Parameters (world, spec, other): the reference library with everything, the others with one spec a compressor. What they do
+    with all the rest follows from test_worlds.py: they give the reference's bytes."""
+    chosen = [(world, spec) for world in worlds for spec in specs if world is NUMPY or spec in FEEDBACK]
+    rest = [(other,) for other in others] or [()]
+    return [pytest.param(w, s, *o, id="-".join([w.name, s, *map(str, o)])) for w, s in chosen for o in rest]

@@ -66,6 +66,8 @@ def _numpy() -> list[World]:
 def _torch() -> list[World]:
     import torch
 
+    torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
+
     from grace_ext.frameworks.torch.ops import HostOps, TorchOps
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -141,6 +143,4 @@ def states(cluster: LocalCluster, world: World) -> list[dict[str, np.ndarray]]:
 
 def same_bits(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     """Same names, shapes, dtypes and bits."""
-    return set(a) == set(b) and all(
-        a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
-    )
+    return set(a) == set(b) and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)

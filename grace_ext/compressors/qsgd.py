@@ -54,7 +54,7 @@ class QSGD(Compressor):
 
     def _scales(self, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(float32 norms with hopeless ones set to zero, s / norm where there is one, else 0)."""
-        norms = np.minimum(norms, LARGEST).astype(np.float32)
+        norms = np.minimum(norms, LARGEST * 0.99999).astype(np.float32)  # so that norm / s times s does not overflow
         norms[norms < self.s / LARGEST * 1.0001] = 0
         with np.errstate(divide="ignore"):
             return norms, np.where(norms > 0, np.float32(self.s) / norms, np.float32(0))

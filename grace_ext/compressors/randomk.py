@@ -44,7 +44,7 @@ class RandomK(Compressor):
     def compress(self, ops, x, spec, info, state):
         values = x[self._positions(ops, spec, info)]
         if self.scale:
-            values = values * (spec.size / kept(self.ratio, spec.size))
+            values = ops.cast(values, "float64") * (spec.size / kept(self.ratio, spec.size))  # too large for float32: saturates
         return (ops.to_bytes(values, VALUES[self.values]),), state
 
     def decompress(self, ops, payload, spec, info):

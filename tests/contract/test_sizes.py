@@ -26,7 +26,8 @@ def test_payloads_are_what_fields_declare(world, text):
             continue
         for kind, x in inputs.adversarial(spec.size).items():
             info = StepInfo(step=0, rank=0, size=1, divisor=1)
-            payload, _ = compressor.compress(ops, ops.ingest(world.tensor(x)), spec, info, compressor.init(ops, spec, info))
+            with np.errstate(all="ignore"):  # powersgd's factors of the largest floats overflow
+                payload, _ = compressor.compress(ops, ops.ingest(world.tensor(x)), spec, info, compressor.init(ops, spec, info))
             fields = compressor.fields(spec)
             assert len(payload) == len(fields)
             for field, array in zip(fields, payload, strict=True):
@@ -41,8 +42,8 @@ def test_payloads_are_what_fields_declare(world, text):
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"),
-    [(s, "float32") for s in catalog.ALL if "beta" not in s] + [(s, d) for s in catalog.PLAIN for d in ("bfloat16", "float64")],
+    ("world", "spec", "dtype"),
+    catalog.on_worlds([s for s in catalog.ALL if "beta" not in s], "float32") + catalog.on_worlds(catalog.PLAIN, "bfloat16", "float64"),
 )
 def test_wire_bytes(world, spec, dtype):
     """wire_bytes is what really went to the collectives, for each rank, and at most the declared payloads plus headers and flags."""

@@ -13,9 +13,13 @@ from ...spec import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
 PIECE = 1 << 15
-FLOAT16_MAX = np.float32(65504)
-FLOAT32_MAX = np.finfo(np.float32).max
-BFLOAT16_MAX_BITS = np.uint32(0x7F7F)
+# The largest finite value of each dtype, exact in float32 (and in float64).
+LARGEST = {
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    "float32": float(np.finfo(np.float32).max),
+    "float64": float(np.finfo(np.float64).max),
+}
 
 
 class NumpyOps(Ops):
@@ -31,6 +35,7 @@ class NumpyOps(Ops):
         return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
+        array = saturated(array, spec.dtype)
         if spec.dtype == "bfloat16":
             import ml_dtypes  # the numpy dtype that the user's own array has
 
@@ -53,18 +58,16 @@ class NumpyOps(Ops):
         return np.full(size, np.nan, np.float32)
 
     def cast(self, x: np.ndarray, dtype: str) -> np.ndarray:
-        return x.astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # what overflows is found by all_finite
+            return x.astype(dtype, copy=False)
 
     def to_bytes(self, x: np.ndarray, dtype: str) -> np.ndarray:
         if dtype == "float64":
             return np.ascontiguousarray(x, np.float64).view(np.uint8)
-        if x.dtype != np.float32:
-            x = np.clip(x, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
-        if dtype == "float32":
-            return np.ascontiguousarray(x).view(np.uint8)
-        if dtype == "float16":
-            return np.clip(x, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).view(np.uint8)
-        return _bfloat16_bits(x).view(np.uint8)
+        x = saturated(x, dtype)
+        if dtype == "bfloat16":
+            return _bfloat16_bits(x.astype(np.float32, copy=False)).view(np.uint8)
+        return np.ascontiguousarray(x, dtype).view(np.uint8)
 
     def from_bytes(self, data: np.ndarray, dtype: str) -> np.ndarray:
         data = np.ascontiguousarray(data)
@@ -156,10 +159,16 @@ class NumpyOps(Ops):
         return np.arange(count)
 
 
+def saturated(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x with what is finite clipped to the range of `dtype`; Inf and NaN stay. x itself where nothing can be out of range."""
+    largest = LARGEST[dtype]
+    if largest >= LARGEST[x.dtype.name]:
+        return x
+    return np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
+
+
 def _bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """uint16: the upper half of the float32 bits, rounded to nearest even; finite values stay finite, NaN stays NaN."""
+    """uint16: the upper half of the float32 bits, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    overflowed = ((upper & np.uint32(0x7FFF)) > BFLOAT16_MAX_BITS) & np.isfinite(x)
-    upper = np.where(overflowed, (bits >> np.uint32(16) & np.uint32(0x8000)) | BFLOAT16_MAX_BITS, upper)
     return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)

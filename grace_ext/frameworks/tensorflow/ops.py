@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from ...errors import UnsupportedError
 from ...spec import TensorSpec
-from ..numpy.ops import NumpyOps
+from ..numpy.ops import NumpyOps, saturated
 
 
 class TensorFlowOps(NumpyOps):
@@ -33,7 +33,7 @@ class TensorFlowOps(NumpyOps):
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
         # Converted by TensorFlow, which copies: the array may be shared by simulated ranks.
-        return tf.cast(tf.reshape(tf.constant(array), spec.shape), spec.dtype)
+        return tf.cast(tf.reshape(tf.constant(saturated(array, spec.dtype)), spec.shape), spec.dtype)
 
 
 class GraphOps(NumpyOps):

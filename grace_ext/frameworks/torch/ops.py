@@ -14,10 +14,8 @@ import torch
 from ... import rng
 from ...ops import Ops
 from ...spec import TensorSpec
-from ..numpy.ops import NumpyOps
+from ..numpy.ops import LARGEST, NumpyOps, saturated
 
-FLOAT16_MAX, FLOAT32_MAX = 65504.0, float(np.finfo(np.float32).max)
-BFLOAT16_MAX = float(torch.finfo(torch.bfloat16).max)
 MASK32 = 0xFFFFFFFF
 
 
@@ -52,6 +50,7 @@ class HostOps(NumpyOps):
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> torch.Tensor:
         # Received data may be a read-only or shared view; what the user gets is always its own, writable memory.
+        array = saturated(array, spec.dtype)
         owned = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
         return torch.from_numpy(owned).to(getattr(torch, spec.dtype)).reshape(spec.shape)
 
@@ -77,7 +76,7 @@ class TorchOps(Ops):
         return flat(tensor).to(self.device)
 
     def emit(self, array: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        return array.to(getattr(torch, spec.dtype)).reshape(spec.shape)
+        return _narrowed(array, spec.dtype).reshape(spec.shape)
 
     def as_torch(self, array: torch.Tensor) -> torch.Tensor:
         return array
@@ -104,16 +103,7 @@ class TorchOps(Ops):
         return x.to(getattr(torch, dtype))
 
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        if dtype == "float64":
-            return x.to(torch.float64).contiguous().view(torch.uint8)
-        if x.dtype != torch.float32:
-            x = x.clamp(-FLOAT32_MAX, FLOAT32_MAX).to(torch.float32)
-        if dtype == "float16":
-            x = x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16)
-        elif dtype == "bfloat16":
-            rounded = x.to(torch.bfloat16)
-            x = torch.where(x.isinf(), rounded, rounded.clamp(-BFLOAT16_MAX, BFLOAT16_MAX))
-        return x.contiguous().view(torch.uint8)
+        return _narrowed(x, dtype).contiguous().view(torch.uint8)
 
     def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
         if data.storage_offset() % 8 or not data.is_contiguous():
@@ -211,3 +201,11 @@ class TorchOps(Ops):
 
     def arange(self, count: int) -> torch.Tensor:
         return torch.arange(count, device=self.device)
+
+
+def _narrowed(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """x in that dtype, rounded to nearest even; what is finite saturates, Inf and NaN stay."""
+    largest = LARGEST[dtype]
+    if largest < LARGEST[str(x.dtype).removeprefix("torch.")]:
+        x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
+    return x.to(getattr(torch, dtype))

@@ -1,0 +1,122 @@
+"""The equations of the compressors once more, in float64 and as plainly as possible: none of the package's maths is used.
+
+Each oracle is a function of the compensated gradients p_i of all ranks (float64 arrays in the tensor's shape) that returns
+(the aggregate, what each rank sent). `Feedback` adds error feedback around one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+Arrays = list[np.ndarray]
+Oracle = Callable[[Arrays], tuple[np.ndarray, Arrays]]
+
+
+def mean(sent: Arrays) -> np.ndarray:
+    return sum(sent[1:], sent[0]) / len(sent)
+
+
+def averaged(one: Callable[[np.ndarray], np.ndarray]) -> Oracle:
+    """The mean of what each rank's own compressor makes of its gradient."""
+
+    def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
+        sent = [one(x.reshape(-1)).reshape(x.shape) for x in p]
+        return mean(sent), sent
+
+    return oracle
+
+
+def topk(ratio: float) -> Oracle:
+    """The k largest magnitudes, ties to the lowest position."""
+
+    def one(x: np.ndarray) -> np.ndarray:
+        k = max(1, min(x.size, math.ceil(ratio * x.size - 1e-9)))
+        order = sorted(range(x.size), key=lambda j: (-abs(x[j]), j))
+        kept = np.zeros_like(x)
+        for j in order[:k]:
+            kept[j] = x[j]
+        return kept
+
+    return averaged(one)
+
+
+def threshold(limit: float) -> Oracle:
+    return averaged(lambda x: np.array([v if abs(v) >= limit else 0.0 for v in x]))
+
+
+def half(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Rounding to 16 bits by an independent implementation, with saturation."""
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    return lambda x: np.clip(x, -65504, 65504).astype(kind).astype(np.float64) if dtype == "float16" else x.astype(kind).astype(np.float64)
+
+
+def cast(dtype: str, *, rounded_mean: bool) -> Oracle:
+    """fp16 and bf16: an all-reduce rounds the mean once more, a gather does not."""
+
+    def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
+        sent = [half(dtype)(x) for x in p]
+        result = mean(sent).astype(np.float32)
+        return (half(dtype)(result) if rounded_mean else result), sent
+
+    return oracle
+
+
+def signsgd(ties: str = "zero") -> Oracle:
+    """sign(number of +1 votes - number of -1 votes); zeros vote +1, a zero tensor does not vote."""
+
+    def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
+        sent = [np.where(x >= 0, 1.0, -1.0) if x.any() else np.zeros_like(x) for x in p]
+        plus, minus = sum((s > 0).astype(int) for s in sent), sum((s < 0).astype(int) for s in sent)
+        tie = 1.0 if ties == "plus" and any(x.any() for x in p) else 0.0
+        return np.where(plus > minus, 1.0, np.where(plus < minus, -1.0, tie)), sent
+
+    return oracle
+
+
+def efsignsgd(block: int | None = None) -> Oracle:
+    def one(x: np.ndarray) -> np.ndarray:
+        size, out = block or x.size, np.zeros_like(x)
+        for start in range(0, x.size, size):
+            piece = x[start : start + size]
+            out[start : start + size] = np.abs(piece).sum() / piece.size * np.where(piece >= 0, 1.0, -1.0)
+        return out
+
+    return averaged(one)
+
+
+class PowerSGD:
+    """Projection of the mean on the column space of (mean M) Q, by singular vectors; only the span of Q matters."""
+
+    def __init__(self, q: np.ndarray, feedback: str):
+        self.q, self.feedback = q.astype(np.float64), feedback
+
+    def __call__(self, p: Arrays) -> tuple[np.ndarray, Arrays]:
+        matrices = [x.reshape(x.shape[0], -1) for x in p]
+        average = mean(matrices)
+        left, size, _ = np.linalg.svd(average @ self.q, full_matrices=False)
+        basis = left[:, size > 1e-6 * size[0]]
+        result = basis @ (basis.T @ average)
+        sent = [result if self.feedback == "mean" else basis @ (basis.T @ m) for m in matrices]
+        self.q = average.T @ basis
+        return result.reshape(p[0].shape), [s.reshape(p[0].shape) for s in sent]
+
+
+class Feedback:
+    """p_i = beta e_i + gamma g_i;  e_i <- p_i - sent_i."""
+
+    def __init__(self, oracle: Oracle, size: int, beta: float = 1.0, gamma: float = 1.0, on: bool = True):
+        self.oracle, self.beta, self.gamma, self.on = oracle, beta, gamma, on
+        self.residuals: list[np.ndarray | float] = [0.0] * size
+
+    def step(self, gradients: Arrays) -> np.ndarray:
+        p = [g.astype(np.float64) for g in gradients]
+        if self.on:
+            p = [self.beta * e + self.gamma * g for e, g in zip(self.residuals, p, strict=True)]
+        result, sent = self.oracle(p)
+        if self.on:
+            self.residuals = [x - s for x, s in zip(p, sent, strict=True)]
+        return result

@@ -1,0 +1,75 @@
+"""The frozen inputs, and what the package makes of them. Nothing here may change without a new payload version."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import grace_ext
+from grace_ext import rng
+from grace_ext.spec import StepInfo, TensorSpec
+
+from ..worlds import World, tapped
+
+#: Every compressor whose bytes are the same in every library, and knobs that change the format.
+SPECS = (
+    "none @ allreduce",
+    "none @ allgather",
+    "fp16 + residual @ allgather",
+    "bf16 + residual @ allgather",
+    "topk(ratio=0.1) + residual @ allgather",
+    "topk(ratio=0.4, values='fp16') + residual @ allgather",
+    "topk(ratio=0.1, values='bf16') + residual @ broadcast",
+    "threshold(threshold=1.5) + residual @ allgather",
+    "threshold(threshold=1.5, values='fp16') + residual @ allgather",
+    "randomk(ratio=0.2) + residual @ allreduce",
+    "randomk(ratio=0.2, values='fp16') + residual @ allgather",
+    "signsgd + residual @ allgather",
+    "efsignsgd + residual @ allgather",
+    "efsignsgd(block=16) + residual @ allgather",
+    "qsgd + none @ allgather",
+    "qsgd(bits=4, bucket=32) + none @ allgather",
+    "qsgd(levels=1000, bucket=32) + none @ allgather",
+)
+RANKS, STEPS = 2, 2
+SHAPES = {"w": (97,), "layer/m": (9, 7)}
+
+
+def gradient(name: str, rank: int, step: int) -> np.ndarray:
+    """Made by integer arithmetic: multiples of 1/64 in [-8, 8], with ties and zeros."""
+    shape = SHAPES[name]
+    j = np.arange(int(np.prod(shape)), dtype=np.int64)
+    return (((j * j * 31 + j * 7919 + rank * 613 + step * 271 + len(name)) % 1025 - 512) / 64).astype(np.float32).reshape(shape)
+
+
+def messages(world: World, spec: str) -> list[list[str]]:
+    """Hex of each rank's buffer for every collective of every step, in order."""
+    cluster = world.cluster(grace_ext.grace(spec), RANKS)
+    with tapped() as seen:
+        for step in range(STEPS):
+            world.step(cluster, [{name: gradient(name, rank, step) for name in SHAPES} for rank in range(RANKS)])
+    return [[buffer.hex() for buffer in collective.buffers] for collective in seen]
+
+
+def generator() -> dict[str, object]:
+    """Words, positions, normals and keys of the one random generator."""
+    info = StepInfo(step=3, rank=1, size=2, divisor=2, seed=5)
+    return {
+        "shared key": list(info.shared_key("layer/m", "randomk")),
+        "private key": list(info.private_key("layer/m", "qsgd")),
+        "key without anything": list(StepInfo(step=0, rank=0, size=1, divisor=1).shared_key("", "")),
+        "words (0, 0)": rng.words((0, 0), 8).tolist(),
+        "words (1, 2) from 4294967290": rng.words((1, 2), 8, start=2**32 - 6).tolist(),
+        "sample (7, 8) 20 of 1000": rng.sample((7, 8), 1000, 20).tolist(),
+        "sample (7, 8) 3 of 5": rng.sample((7, 8), 5, 3).tolist(),
+        "normals (3, 4)": rng.normals((3, 4), 6).tobytes().hex(),
+    }
+
+
+def digests() -> dict[str, str]:
+    """The header's digest and the sizes that the formats declare."""
+    g = grace_ext.grace("topk(ratio=0.1) + residual @ allgather")
+    return {f"nbytes {shape}": str(g.nbytes(TensorSpec("w", shape))) for shape in ((1,), (97,), (9, 7), (100_000,))}
+
+
+def everything(world: World) -> dict[str, object]:
+    return {"messages": {spec: messages(world, spec) for spec in SPECS}, "generator": generator(), "sizes": digests()}
