@@ -9,6 +9,7 @@ What is drawn here on the host is small (k indices, a PowerSGD factor); bulk wor
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def words(key: Key, count: int, start: int = 0) -> np.ndarray:
     return mix(x)
 
 
+@lru_cache(maxsize=32)  # the encoder, and the decoder for each rank, want the same positions in the same step
 def sample(key: Key, d: int, k: int) -> np.ndarray:
-    """int64[k], ascending: k distinct positions of d, every k-subset about equally likely, in O(k).
+    """int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
 
     The positions are the images of 0..k-1 under a keyed permutation of [0, d): a Feistel network over the next even power of
     two, applied again to whatever falls outside (cycle walking), which keeps it a permutation."""
@@ -66,7 +68,9 @@ def sample(key: Key, d: int, k: int) -> np.ndarray:
     while outside.size:
         x[outside] = permute(x[outside])
         outside = outside[x[outside] >= d]
-    return np.sort(x).astype(np.int64)
+    positions = np.sort(x).astype(np.int64)
+    positions.flags.writeable = False  # shared by all who ask
+    return positions
 
 
 def normals(key: Key, count: int) -> np.ndarray:
