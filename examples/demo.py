@@ -73,27 +73,27 @@ def run_job(arguments: list[str], on_epoch: Callable[[re.Match[str]], None], tim
     last: deque[str] = deque(maxlen=25)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        job = subprocess.Popen(
-            [*arguments, "--json", str(result)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert job.stdout is not None
-        watchdog = threading.Timer(timeout, job.terminate)
-        watchdog.start()
-        try:
-            for line in job.stdout:
-                last.append(line.rstrip())
-                if match := EPOCH.search(line):
-                    on_epoch(match)
-            code = job.wait()
-        finally:
-            if late := not watchdog.is_alive():
-                last.append(f"(stopped after {timeout:.0f} s)")
-            watchdog.cancel()
-            if job.poll() is None:  # interrupted: the launcher stops its ranks when it is told to stop
-                job.terminate()
-                job.wait(30)
-        if code or late or not result.exists():
-            raise JobFailed("\n".join([f"exit code {code}: {shlex.join(arguments)}", *last]))
+        arguments = [*arguments, "--json", str(result)]
+        with subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
+            assert job.stdout is not None
+            # A launcher that is told to terminate stops its ranks.
+            watchdog = threading.Timer(timeout, job.terminate)
+            watchdog.start()
+            try:
+                for line in job.stdout:
+                    last.append(line.rstrip())
+                    if match := EPOCH.search(line):
+                        on_epoch(match)
+                job.wait()
+            finally:
+                late = not watchdog.is_alive()
+                watchdog.cancel()
+                if job.poll() is None:  # this process was interrupted
+                    job.terminate()
+        if late:
+            last.append(f"(stopped after {timeout:.0f} s)")
+        if late or job.returncode or not result.exists():
+            raise JobFailed("\n".join([f"exit code {job.returncode}: {shlex.join(arguments)}", *last]))
         return json.loads(result.read_text())
 
 
@@ -206,7 +206,7 @@ def main() -> int:
     try:
         results = train_all(options, console)
     except JobFailed as failure:
-        console.print(f"[bold red]The demo failed:[/] a training job did not end well. {escape(str(failure))}", highlight=False)
+        console.print(f"[bold red]The demo failed:[/] a training job did not end well. {escape(str(failure))}", highlight=False, soft_wrap=True)
         return 1
     rows = {name: summarise(name, runs) for name, runs in results.items()}
     criteria = judge(rows)

@@ -60,8 +60,7 @@ def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace
     model = make_model()
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # +
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-    compression = grace_ext.grace("none" if options.compression == "dense" else options.compression)  # +
-    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=compression)  # +
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=options.compression)  # +
     steps = TRAIN // (options.batch_size * hvd.size())  # + every rank makes as many steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=steps * options.epochs, pct_start=0.2, cycle_momentum=False
@@ -90,7 +89,7 @@ def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace
             if not quiet:
                 print(f"seed {seed}  epoch {epoch}/{options.epochs}  loss {losses[-1]:.4f}  accuracy {accuracies[-1]:.2f}%", flush=True)
     return {
-        "spec": str(compression), "seed": seed, "ranks": hvd.size(), "epochs": options.epochs, "steps_per_epoch": steps,
+        "spec": str(options.compression), "seed": seed, "ranks": hvd.size(), "epochs": options.epochs, "steps_per_epoch": steps,
         "parameters": sum(p.numel() for p in model.parameters()), "accuracy": accuracies[-1], "test_accuracy": accuracies,
         "train_loss": losses, "bytes_per_step": statistics.mean(sent), "step_seconds": statistics.median(seconds),
     }  # fmt: skip
@@ -105,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one training for each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list with one entry for each seed")
     options = parser.parse_args()
+    options.compression = grace_ext.grace("none" if options.compression == "dense" else options.compression)  # +
     hvd.init()  # +
     torch.set_num_threads(1)  # one core a rank, and sums in the same order on every machine
     data = load()
