@@ -70,7 +70,7 @@ def run_job(arguments: list[str], on_epoch: Callable[[re.Match[str]], None], tim
     """Runs one job, calls `on_epoch` for each epoch that it reports, and returns the example's results."""
     # One thread a rank: the ranks have the cores already.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    last: deque[str] = deque(maxlen=25)
+    last: deque[str] = deque(maxlen=60)  # torchrun's own report comes after the rank's
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         arguments = [*arguments, "--json", str(result)]
@@ -206,7 +206,8 @@ def main() -> int:
     try:
         results = train_all(options, console)
     except JobFailed as failure:
-        console.print(f"[bold red]The demo failed:[/] a training job did not end well. {escape(str(failure))}", highlight=False, soft_wrap=True)
+        sentence = f"[bold red]The demo failed:[/] a training job did not end well. {escape(str(failure))}"
+        console.print(sentence, highlight=False, soft_wrap=True)
         return 1
     rows = {name: summarise(name, runs) for name, runs in results.items()}
     criteria = judge(rows)
