@@ -63,13 +63,14 @@ def command(launcher: str) -> list[str]:
     horovodrun = Path(sys.executable).with_name("horovodrun")
     if not horovodrun.exists():
         raise JobFailed(f"there is no {horovodrun}: `make horovod` installs it")
-    return [str(horovodrun), "-np", str(RANKS), sys.executable]
+    # Gloo needs no mpirun on the PATH.
+    return [str(horovodrun), "--gloo", "-np", str(RANKS), sys.executable]
 
 
 def run_job(arguments: list[str], on_epoch: Callable[[re.Match[str]], None], timeout: float) -> list[dict[str, Any]]:
     """Runs one job, calls `on_epoch` for each epoch that it reports, and returns the example's results."""
-    # One thread a rank: the ranks have the cores already.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # One thread a rank: the ranks have the cores already. horovodrun imports TensorFlow, which logs a lot.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     last: deque[str] = deque(maxlen=60)  # torchrun's own report comes after the rank's
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -128,7 +129,7 @@ def judge(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def make_table(rows: dict[str, dict[str, Any]], seeds: list[int]) -> Table:
-    title = f"{RANKS} ranks; accuracy is the mean of seeds {', '.join(map(str, seeds))} ± half the range"
+    title = f"{RANKS} ranks; accuracy is the mean over seed {', '.join(map(str, seeds))} ± half the range"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("compression", no_wrap=True)
     for header in ("test\naccuracy", "bytes/\nstep", "to\ndense", "step\ntime"):

@@ -12,6 +12,7 @@ import pytest
 
 from .launch import environment
 from .test_jobs import cases_of, held
+from .training import SPECS
 
 if importlib.util.find_spec("tensorflow") is None:
     pytest.skip("TensorFlow is not installed: pip install 'grace_ext[tensorflow]'", allow_module_level=True)
@@ -80,3 +81,23 @@ def test_local_cluster_takes_and_gives_tensorflow_tensors():
     variable = tf.Variable([1.0, 2.0])
     assert cluster.step([{"w": variable}, {"w": np.array([3.0, 0.0], np.float32)}])["w"].shape == (2,)
     assert "HOROVOD_CONTROLLER" in os.environ  # plain python: MPI must not be started
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_compressor_gives_the_same_on_every_library(spec):
+    """numpy, torch and TensorFlow LocalClusters: the same bytes sent and the same results; matrix products to 1e-5."""
+    import grace_ext
+
+    generator = np.random.default_rng(3)
+    clusters = {name: grace_ext.LocalCluster(grace_ext.grace(spec), 2, framework=name) for name in ("numpy", "torch", "tensorflow")}
+    for _ in range(3):
+        gradients = [{"w": generator.standard_normal((40, 30)).astype(np.float32), "b": np.float32(0.5)} for _ in range(2)]
+        outs = {name: cluster.step(gradients) for name, cluster in clusters.items()}
+        for name in ("torch", "tensorflow"):
+            assert clusters[name].wire_bytes == clusters["numpy"].wire_bytes
+            for key, expected in outs["numpy"].items():
+                got = np.asarray(outs[name][key].numpy())
+                if "powersgd" in spec:
+                    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+                else:
+                    assert got.tobytes() == expected.tobytes(), (name, key)
