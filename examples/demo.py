@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -229,4 +230,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # As for Ctrl-C: unwind, so that the job is stopped too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())
