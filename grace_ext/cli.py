@@ -41,7 +41,7 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     found = {"kind": kind, "name": name, "summary": text.splitlines()[0], "text": text, "knobs": knobs}
     if kind == "compressor":
         part = cls.create()
-        properties = ("summable", "unbiased", "wants_memory", "own_rounds")
+        properties = ("summable", "unbiased", "wants_memory", "selects", "votes", "rounds")
         found["properties"] = {p: bool(getattr(part, p)) for p in properties}
         found["communicators"] = [c for c in communicators.names() if _fits(part, c)]
     return found

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .driver import Driver, Effects, Start
 from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
-from .frameworks.base import Carried, Transport, rank_ordered_mean
+from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
 from .ops import Ops
+from .parts import INTEGERS
 from .spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class LocalCluster:
         self.grace, self.size, self.framework = grace, size, framework
         self.ops = _ops_of(framework)
         self.drivers = [
-            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr) for rank in range(size)
+            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr, diverging=True) for rank in range(size)
         ]
         self._lr: float | None = None
 
@@ -53,12 +54,14 @@ class LocalCluster:
         """Bytes of each rank's own input buffers to all collectives of the last step; the start-up agreement excluded."""
         return [driver.wire_bytes for driver in self.drivers]
 
-    def step(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> dict[str, Any]:
+    def step(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> Any:
         """One exchange: a mapping name -> gradient for each rank in, the aggregated mapping (the same on all ranks) out, in the
-        shapes and dtypes of the input. Input that does not fit raises before anything has changed."""
+        shapes and dtypes of the input; or a list of each rank's mapping, for a memory whose result differs from rank to rank (cser).
+        Input that does not fit raises before anything has changed."""
         self._check(gradients)
         self._lr = lr
-        return run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)[0]
+        by_rank = run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)
+        return by_rank if self.grace.memory.diverges else by_rank[0]
 
     def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
         """Registers the parameters at the first step. Raises, and forgets them again, where a rank's do not fit."""
@@ -137,10 +140,13 @@ def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
     """One collective of all ranks: the result for each. Sums are made in rank order."""
     first, arrays = collectives[0], [c.array for c in collectives]
     if first.kind == "allreduce":
-        mean = rank_ordered_mean(arrays, first.divisor)
+        total = rank_ordered_sum(arrays) / first.divisor if first.dtype not in INTEGERS else rank_ordered_sum(arrays)
         if first.dtype in ("float16", "bfloat16"):
-            mean = ops.from_bytes(ops.to_bytes(mean, first.dtype), first.dtype)
-        return [mean] * len(collectives)
+            total = ops.from_bytes(ops.to_bytes(total, first.dtype), first.dtype)
+        return [total] * len(collectives)
+    if first.kind == "alltoall":
+        pieces = [cut(c.array, c.sizes) for c in collectives]
+        return [list(column) for column in zip(*pieces, strict=True)]
     return [arrays] * len(collectives)  # allgather, broadcast
 
 

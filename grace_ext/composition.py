@@ -10,7 +10,7 @@ from typing import Any
 from . import communicators, compressors, memories
 from .communicators.base import Communicator
 from .compressors.base import Compressor
-from .errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnboundError
+from .errors import BiasedCompressorWarning, IncompatiblePartsError, ParameterError, SpecSyntaxError, UnboundError
 from .memories.base import Memory
 from .spec import TensorSpec, parse, part_from
 
@@ -24,18 +24,26 @@ class Grace:
     """
 
     def __init__(self, compressor: Compressor, memory: Memory, communicator: Communicator, seed: int = 0):
+        compressor.check()
         communicator.check(compressor)
+        memory.check(compressor)
         self.compressor, self.memory, self.communicator, self.seed = compressor, memory, communicator, seed
-        self._dense = compressors.get("none").create()
+        self._dense = compressors.get("none").create(), communicator
+        try:
+            communicator.check(self._dense[0])
+        except IncompatiblePartsError:  # it carries compressed payloads only
+            self._dense = self._dense[0], communicators.get("allreduce").create()
 
     def parts_for(self, spec: TensorSpec) -> tuple[Compressor, Memory, Communicator]:
         """The parts that a tensor of this shape really goes through: dense where its payload would not be smaller."""
-        compressor = self._dense if spec.size and self.compressor.sends_dense(spec) else self.compressor
-        return compressor, self.memory, self.communicator
+        dense = spec.size and self.compressor.sends_dense(spec)
+        compressor, communicator = self._dense if dense else (self.compressor, self.communicator)
+        return compressor, self.memory, communicator
 
-    def nbytes(self, spec: TensorSpec) -> int:
-        """Upper bound of the bytes that such a tensor's payload takes on the wire, bucket header excluded."""
-        return self.parts_for(spec)[0].nbytes(spec) if spec.size else 0
+    def nbytes(self, spec: TensorSpec, size: int = 2) -> int:
+        """Upper bound of the bytes that one of `size` ranks hands to collectives for such a tensor, bucket headers excluded."""
+        compressor, _, communicator = self.parts_for(spec)
+        return communicator.input_bytes(compressor, spec, size) if spec.size else 0
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-safe dictionary; `grace(g.to_config()) == g`."""

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError
-from .exchange import Collective, Job, exchange_bucket
+from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+from .exchange import Collective, Job, exchange_bucket, initial_state
 from .ops import Array, Ops
 from .parts import ITEMSIZE
 from .payload import VERSION, message, open_message
@@ -80,7 +80,13 @@ class Driver:
         divisor: int | None = None,
         read_lr: Callable[[], float | None] = lambda: None,
         bucket_bytes: int = BUCKET_BYTES,
+        diverging: bool = False,
     ):
+        if grace.memory.diverges and not diverging:
+            raise UnsupportedError(
+                f"memory {grace.memory.name!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
+                "(LocalSGD), not behind an optimizer that expects the same gradient everywhere"
+            )
         self.grace, self.ops, self.transport = grace, ops, transport
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
@@ -96,6 +102,17 @@ class Driver:
         #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
         self.abandon()
+
+    @property
+    def _whole_model(self) -> str:
+        """Why the parameters must travel in one bucket, or ''."""
+        parts = [part for part in (self.grace.compressor, self.grace.memory) if part.whole_model]
+        if not parts:
+            return ""
+        return (
+            f"{parts[0]} looks at the gradients of the whole model at once, and here they are exchanged in several buckets: make one bucket "
+            "(DDP: bucket_cap_mb larger than the model), use the wrapper's DistributedOptimizer, or a part that works tensor by tensor"
+        )
 
     # --- what takes part ----------------------------------------------------------------------------------------------
     def register(self, specs: Iterable[TensorSpec]) -> None:
@@ -114,7 +131,7 @@ class Driver:
         self.specs = {spec.name: spec for spec in specs}
         groups: list[list[TensorSpec]] = [[]]
         for spec in reversed(specs):
-            if groups[-1] and sum(s.nbytes for s in groups[-1]) + spec.nbytes > self.bucket_bytes:
+            if groups[-1] and not self._whole_model and sum(s.nbytes for s in groups[-1]) + spec.nbytes > self.bucket_bytes:
                 groups.append([])
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
@@ -128,6 +145,8 @@ class Driver:
         """Packs the registered parameters into these buckets instead, which all ranks must pass alike, for a framework that makes buckets
         of its own. State is kept by name, so nothing else changes. Buckets that have started in this step must stay as they are."""
         lists = [list(names) for names in groups]
+        if self._whole_model and len(lists) > 1:
+            raise UnsupportedError(self._whole_model)
         if sorted(itertools.chain.from_iterable(lists)) != sorted(self.specs):
             raise NamesError("the buckets must hold every registered parameter once")
         if any([spec.name for spec in b.specs] != names for b, names in zip(self.buckets[: self._next], lists, strict=False)):
@@ -267,6 +286,8 @@ class Driver:
     def join_agreement(self, prefix: str) -> None:
         """For one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with `prefix`,
         and the state before each commit is kept, so that all can roll back where one could not commit."""
+        if self._whole_model:
+            raise UnsupportedError(self._whole_model)
         self.prefix, self.agreed, self._before = prefix, True, {}
 
     def _digest(self, specs: list[TensorSpec]) -> int:
@@ -287,7 +308,7 @@ class Driver:
         starts at zero, with a warning. Raises GraceError, and changes nothing, if the state does not fit."""
         state = self.read_state(saved)
         if saved["rank"] != self.transport.rank:
-            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (1,)), self._step_info()))
+            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self._step_info()))
             for arrays in state.values():
                 arrays.update({key: self.ops.zeros(len(array)) for key, array in arrays.items() if key in own})
             warnings.warn(
@@ -322,8 +343,7 @@ class Driver:
             if name not in self.specs:
                 raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
             spec = self.specs[name]
-            compressor, memory, _ = self.grace.parts_for(spec)
-            expected = {**memory.init(self.ops, spec, info), **compressor.init(self.ops, spec, info)} if spec.size else {}
+            expected = initial_state(self.ops, spec, self.grace.parts_for(spec), info) if spec.size else {}
             shapes, found = ({key: len(array) for key, array in x.items()} for x in (expected, arrays))
             if shapes != found:
                 raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")

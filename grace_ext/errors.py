@@ -53,6 +53,10 @@ class UnsupportedDtypeError(GraceError, TypeError):
     """Integer, boolean or complex gradients."""
 
 
+class LearningRateError(GraceError, RuntimeError):
+    """A part uses the learning rate, and no optimizer was bound that has one."""
+
+
 class DisagreementError(GraceError, RuntimeError):
     """Ranks whose scripts compress differently. `by_rank` holds what each rank said."""
 

@@ -1,7 +1,7 @@
 """Requests, and the pipelines of one tensor and of one bucket: generators that yield collectives and are resumed with results.
 
 Three layers, none of which blocks or knows a transport:
-  exchange_tensor   memory -> compressor -> communicator -> memory, for one gradient; yields AllReduce and Gather requests
+  exchange_tensor   memory -> compressor -> communicator -> memory, for one gradient; yields requests
   exchange_bucket   runs the tensors of one bucket in lockstep and fuses each round's requests into one collective a kind;
                     yields lists of Collective, and returns outputs, new states and whether every rank was finite
   carry             (a transport's) expresses a collective that its engine lacks by ones that it has
@@ -13,37 +13,57 @@ sees the flag, returns NaN for the bucket, and (driver.py) commits no state of t
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .ops import Array, Ops
-from .parts import Field
-from .payload import message, open_message, pack, unpack
+from .parts import INTEGERS, Field
+from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
 
 
 class AllReduce(NamedTuple):
     """Mean (or sum, with divisor 1) over the ranks of a flat float array; a 16-bit `dtype` travels as such, is summed in float32 in
-    rank order, divided, and rounded once. The result is float32 (float64 for float64)."""
+    rank order, divided, and rounded once. The result is float32 (float64 for float64). With an integer dtype ('int8', 'int16', 'int32')
+    the array is int64[] whose sum over ranks must fit, and the result is the exact sum, int64[], never divided."""
 
     array: Array
     dtype: str
 
 
 class Gather(NamedTuple):
-    """Every rank's payload: the result is a list of payloads in rank order."""
+    """Every rank's payload: the result is a list of payloads in rank order. `by_rank`: the fields of each rank's payload, where they are
+    not the same."""
 
     fields: Sequence[Field]
     payload: Sequence[Array]
     by_broadcast: bool = False
+    by_rank: Sequence[Sequence[Field]] | None = None
+
+
+class Scatter(NamedTuple):
+    """A payload for each rank, in rank order, with the fields of each: the result is a list, in rank order, of the payloads that the ranks
+    made for this one."""
+
+    fields: Sequence[Sequence[Field]]
+    payloads: Sequence[Sequence[Array]]
+
+
+class Together(NamedTuple):
+    """Not a collective: a value of this tensor, for a part that looks at all tensors of the bucket at once. `combine(values)`, a
+    module-level function, is called with the values of all tensors that ask with it and returns one answer for each."""
+
+    value: Any
+    combine: Callable[[list[Any]], Sequence[Any]]
 
 
 class Collective(NamedTuple):
     """One operation on one array of every rank. kind: 'allreduce' (float; result divided by `divisor`), 'allgather' (uint8; result a list
     by rank; `sizes` by rank, or None where they are not known, and then the arrays are messages of payload.py), 'broadcast' (as allgather,
-    by n broadcasts), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank). `label` tells a bucket's
-    collectives of one round apart."""
+    by n broadcasts), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank; `received`: the sizes of what arrives,
+    by rank, where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
+    messages of payload.py). `label` tells a bucket's collectives of one round apart."""
 
     kind: str
     array: Array
@@ -51,6 +71,7 @@ class Collective(NamedTuple):
     divisor: int = 1
     sizes: tuple[int, ...] | None = None
     dtype: str = "uint8"
+    received: tuple[int, ...] | None = None
 
 
 class Outcome(NamedTuple):
@@ -78,18 +99,26 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
     if not spec.size:
         return Outcome(ops.copy(job.grad), state)
     if not state:
-        state = {**memory.init(ops, spec, info), **job.compressor.init(ops, spec, info)}
-    compensated = memory.before(ops, job.grad, spec, info, state)
-    wide = job.compressor.keeps_float64 and spec.dtype == "float64"
-    x = ops.cast(compensated, "float64" if wide else "float32")
-    if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
-        flag[0] = True
-        compensated = x = ops.zeros(spec.size)
-    done = yield from job.compressor.exchange(ops, x, spec, info, state, job.communicator)
-    sent = done.sent() if memory.uses_sent else None
-    state = _updated(state, done.state, memory.after(ops, compensated, sent, spec, info, state))
-    output, after = memory.on_aggregate(ops, done.aggregate, spec, info, state)
-    return Outcome(output, _updated(state, after))
+        state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
+
+    def send(x: Array) -> Generator[Any, Any, Any]:
+        wide = job.compressor.keeps_float64 and spec.dtype == "float64"
+        x = ops.cast(x, "float64" if wide else "float32")
+        if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
+            flag[0] = True
+            x = ops.zeros(spec.size)
+        done = yield from job.compressor.exchange(ops, x, spec, info, state, job.communicator)
+        kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**state, **done.state})
+        return done._replace(state={**done.state, **kept})
+
+    output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
+    return Outcome(output, _updated(state, *changes))
+
+
+def initial_state(ops: Ops, spec: TensorSpec, parts: tuple[Any, Any, Any], info: StepInfo) -> dict[str, Array]:
+    """What the compressor, memory and communicator of one tensor keep before its first step, by key."""
+    compressor, memory, communicator = parts
+    return {**memory.init(ops, spec, info), **compressor.init(ops, spec, info), **communicator.init(ops, compressor, spec, info)}
 
 
 def _updated(state: Mapping[str, Array], *changes: Mapping[str, Array]) -> dict[str, Array]:
@@ -98,18 +127,20 @@ def _updated(state: Mapping[str, Array], *changes: Mapping[str, Array]) -> dict[
 
 
 def lockstep(generators: Sequence[Generator]) -> Generator[list[tuple[int, Any]], dict[int, Any], list[Any]]:
-    """Runs generators side by side: yields each round's (index, request) of those still running, takes their results by index,
-    and returns what the generators returned."""
+    """Runs generators side by side: yields each round's (index, request) of those that were answered, takes answers by index (those left
+    out wait on), and returns what the generators returned."""
     results: list[Any] = [None] * len(generators)
     answers: dict[int, Any] = dict.fromkeys(range(len(generators)))
-    while answers:
+    running = len(generators)
+    while running:
         requests = []
         for index, answer in answers.items():
             try:
                 requests.append((index, generators[index].send(answer)))
             except StopIteration as stop:
                 results[index] = stop.value
-        answers = (yield requests) if requests else {}
+                running -= 1
+        answers = (yield requests) if running else {}
     return results
 
 
@@ -123,7 +154,7 @@ def exchange_bucket(
     all_finite, turn = True, 0
     while True:
         try:
-            requests = tensors.send(answers)
+            requests = _next_requests(tensors, answers)
         except StopIteration as stop:
             return stop.value, all_finite
         groups = _by_kind(requests)
@@ -146,12 +177,31 @@ def exchange_bucket(
         turn += 1
 
 
+def _next_requests(tensors: Generator, answers: Any) -> list[tuple[int, Any]]:
+    """What the tensors want of the network next, once all that they want of each other (Together) is answered."""
+    waiting: dict[int, Any] = {}
+    while True:
+        local: dict[Any, dict[int, Any]] = {}
+        for index, request in tensors.send(answers):
+            if isinstance(request, Together):
+                local.setdefault(request.combine, {})[index] = request.value
+            else:
+                waiting[index] = request
+        if not local:
+            return sorted(waiting.items())
+        answers = {}
+        for combine, values in local.items():
+            answers.update(zip(values, combine(list(values.values())), strict=True))
+
+
 def _by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, list[tuple[int, Any]]]:
     """Requests that one collective can carry together, in an order that all ranks share."""
     groups: dict[str, list[tuple[int, Any]]] = {}
     for index, request in requests:
         if isinstance(request, AllReduce):
             kind = "sum-" + request.dtype
+        elif isinstance(request, Scatter):
+            kind = "scatter"
         else:
             kind = "broadcast" if request.by_broadcast else "gather"
         groups.setdefault(kind, []).append((index, request))
@@ -160,18 +210,24 @@ def _by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, list[tuple[int, A
 
 def _fused(ops, kind, group, specs, info, digest, flag, turn, carry):
     """One collective for a group of requests of one kind: yields Collectives, returns ({index: result}, every rank finite)."""
+    label = f"{kind}.{turn}"
     if kind.startswith("sum-"):
-        return _fused_sum(ops, group, info, flag, f"{kind}.{turn}", carry)
-    return _fused_gather(ops, kind, group, specs, info, digest, flag, f"{kind}.{turn}", carry)
+        return _fused_sum(ops, group, info, flag, label, carry)
+    if kind == "scatter":
+        return _fused_scatter(ops, group, specs, info, digest, flag, label, carry)
+    return _fused_gather(ops, kind, group, specs, info, digest, flag, label, carry)
 
 
 def _fused_sum(ops, group, info, flag, label, carry):
+    """One element more than the arrays says whether a rank was not finite: NaN, or 1 among integers."""
     dtype = group[0][1].dtype
-    wide = "float64" if dtype == "float64" else "float32"
-    tail = ops.full_nan(1) if flag[0] else ops.zeros(1)
-    whole = ops.concat([*(request.array for _, request in group), ops.cast(tail, wide)])
-    total = yield from carry(Collective("allreduce", whole, label, info.divisor, dtype=dtype))
-    finite = ops.all_finite(total[-1:])
+    if dtype in INTEGERS:
+        tail, divisor = ops.arange(1) + int(flag[0]), 1
+    else:
+        tail, divisor = ops.cast(ops.full_nan(1) if flag[0] else ops.zeros(1), "float64" if dtype == "float64" else "float32"), info.divisor
+    whole = ops.concat([*(request.array for _, request in group), tail])
+    total = yield from carry(Collective("allreduce", whole, label, divisor, dtype=dtype))
+    finite = not int(total[-1]) if dtype in INTEGERS else ops.all_finite(total[-1:])
     answers, at = {}, 0
     for index, request in group:
         answers[index] = total[at : at + len(request.array)]
@@ -179,20 +235,39 @@ def _fused_sum(ops, group, info, flag, label, carry):
     return answers, finite
 
 
+def _fused_scatter(ops, group, specs, info, digest, flag, label, carry):
+    """One message for each rank, with the shares of all tensors in it."""
+    data = []
+    for rank in range(info.size):
+        pieces = [piece for _, request in group for piece in pack(ops, request.fields[rank], request.payloads[rank])]
+        data.append(message(ops, pieces, digest=digest, step=info.step, finite=not flag[0]))
+    sizes = tuple(len(piece) for piece in data)
+    variable = any(field.variable for _, request in group for fields in request.fields for field in fields)
+    collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None)
+    received = yield from carry(collective)
+    mine = [request.fields[info.rank] for _, request in group]
+    return _opened(ops, group, [mine] * info.size, specs, info, digest, received)
+
+
 def _fused_gather(ops, kind, group, specs, info, digest, flag, label, carry):
-    tensors = [(specs[index].name, request.fields) for index, request in group]
     pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
     data = message(ops, pieces, digest=digest, step=info.step, finite=not flag[0])
-    variable = any(field.variable for _, fields in tensors for field in fields)
-    sizes = None if variable else (len(data),) * info.size
+    by_rank = [[request.by_rank[rank] if request.by_rank else request.fields for _, request in group] for rank in range(info.size)]
+    sizes: Any = tuple(HEADER.size + sum(field.max_bytes for fields in one for field in fields) for one in by_rank)
+    if any(field.variable for one in by_rank for fields in one for field in fields):
+        sizes = None
     collective = "broadcast" if kind == "broadcast" else "allgather"
     received = yield from carry(Collective(collective, data, label, sizes=sizes))
+    return _opened(ops, group, by_rank, specs, info, digest, received)
+
+
+def _opened(ops, group, fields_by_rank, specs, info, digest, received):
+    """({index: payloads in rank order}, every rank finite) from the ranks' messages, given the fields of each of the group's requests."""
     finite, by_rank = True, []
-    for rank, its_data in enumerate(received):
+    for rank, (its_data, its_fields) in enumerate(zip(received, fields_by_rank, strict=True)):
         body, its_finite = open_message(ops, its_data, digest=digest, step=info.step, rank=rank)
+        tensors = [(specs[index].name, fields) for (index, _), fields in zip(group, its_fields, strict=True)]
         by_rank.append(list(unpack(ops, body, tensors, rank)))
         finite = finite and its_finite
-    answers = {}
-    for place, (index, _) in enumerate(group):
-        answers[index] = [payloads[place] for payloads in by_rank]
+    answers = {index: [payloads[place] for payloads in by_rank] for place, (index, _) in enumerate(group)}
     return answers, finite

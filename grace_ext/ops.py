@@ -65,11 +65,23 @@ class Ops(ABC):
     @abstractmethod
     def to_bytes(self, x: Array, dtype: str) -> Array:
         """uint8 array, little-endian, of floats rounded to nearest even to `dtype`; float16 saturates at +-65504, bfloat16 and
-        float32 at their largest finite value. NaN stays NaN."""
+        float32 at their largest finite value. NaN stays NaN. Integer dtypes take int64 in their range."""
 
     @abstractmethod
     def from_bytes(self, data: Array, dtype: str) -> Array:
-        """The inverse: floats (float32, or float64 for 'float64') from uint8."""
+        """The inverse: floats (float32, or float64 for 'float64') or int64 (for 'int8', 'int16', 'int32') from uint8."""
+
+    @abstractmethod
+    def float_bits(self, x: Array) -> Array:
+        """int64: the 32 bits of each float32, as an unsigned number."""
+
+    @abstractmethod
+    def bits_float(self, bits: Array) -> Array:
+        """The inverse: float32 from int64 in [0, 2**32)."""
+
+    @abstractmethod
+    def as_int(self, x: Array) -> Array:
+        """int64 of floats that are whole numbers, or of booleans."""
 
     # --- questions about values -------------------------------------------------------------------------------------
     @abstractmethod
@@ -90,12 +102,59 @@ class Ops(ABC):
     def at_least(self, x: Array, threshold: float) -> Array:
         """int64[m], ascending: positions with |x| >= threshold and x != 0."""
 
+    @abstractmethod
+    def total(self, x: Array) -> float:
+        """The sum, in float64."""
+
+    @abstractmethod
+    def largest(self, x: Array) -> float:
+        """max |x|, 0 where x is empty."""
+
+    @abstractmethod
+    def where(self, mask: Array, a: Any, b: Any) -> Array:
+        """a where the mask holds, else b: arrays, or Python numbers where the other is an array."""
+
+    @abstractmethod
+    def positions(self, mask: Array) -> Array:
+        """int64, ascending: where the mask holds."""
+
+    @abstractmethod
+    def cumsum(self, x: Array) -> Array:
+        """int64: running sums of int64."""
+
+    @abstractmethod
+    def sort(self, x: Array) -> Array:
+        """A new array, ascending."""
+
+    @abstractmethod
+    def search(self, edges: np.ndarray, x: Array) -> Array:
+        """int64: how many of these ascending edges (float32, on the host) are <= x_j."""
+
+    @abstractmethod
+    def sums_by_code(self, codes: Array, x: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(float64[count] sums of the x_j whose code is c, int64[count] how many there are), on the host, added in order of j."""
+
     # --- elementwise ------------------------------------------------------------------------------------------------
     @abstractmethod
     def copy(self, x: Array) -> Array: ...
 
     @abstractmethod
     def sign(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def floor(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def rint(self, x: Array) -> Array:
+        """Rounded to the nearest whole number, ties to even; still floats."""
+
+    @abstractmethod
+    def random_words(self, key: Key, count: int) -> Array:
+        """int64[count] in [0, 2**32): the stream of rng.words."""
+
+    @abstractmethod
+    def transpose(self, x: Array, axes: Sequence[int]) -> Array:
+        """x with its axes in this order; contiguous."""
 
     @abstractmethod
     def spread(self, per_block: np.ndarray, block: int, size: int) -> Array:

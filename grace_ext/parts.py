@@ -32,9 +32,16 @@ def knob(
     return dataclasses.field(default=default, metadata=rule)
 
 
+def part_knob(default: str, help: str) -> Any:
+    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
+    return dataclasses.field(default=default, metadata={"help": help, "part": True, "choices": None, "headline": True})
+
+
 def valid_range(field: dataclasses.Field) -> str:
     """The valid range of a knob in words, e.g. 'a number in (0, 1]'."""
     rule = field.metadata
+    if rule.get("part"):
+        return "a compressor"
     if rule["choices"]:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
     if isinstance(field.default, bool):
@@ -48,6 +55,11 @@ def valid_range(field: dataclasses.Field) -> str:
 def _valid(field: dataclasses.Field, value: Any) -> Any:
     """The value, converted to the knob's type; raises ValueError if it is not valid."""
     rule, kind = field.metadata, type(field.default)
+    if rule.get("part"):
+        from . import compressors
+        from .spec import part_from
+
+        return part_from(compressors, value)
     if value is None and field.default is None:
         return None
     if rule["choices"]:
@@ -103,13 +115,15 @@ class Part:
 
     def to_config(self) -> dict[str, Any]:
         """{'id': name, every knob: its value}, made of JSON types only."""
-        return {"id": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"id": self.name, **{k: v.to_config() if isinstance(v, Part) else v for k, v in values.items()}}
 
     def __str__(self) -> str:
         shown: Callable[[dataclasses.Field], bool] = lambda f: (  # noqa: E731
             getattr(self, f.name) != f.default or (f.metadata["headline"] and f.default is not None)
         )
-        knobs = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if shown(f))
+        values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if shown(f)]
+        knobs = ", ".join(f"{name}={value if isinstance(value, Part) else repr(value)}" for name, value in values)
         return f"{self.name}({knobs})" if knobs else self.name
 
 
@@ -129,4 +143,5 @@ class Field:
 
 
 # bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.
-ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+INTEGERS = {"int8": 1, "int16": 2, "int32": 4}
+ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **INTEGERS}

@@ -1,7 +1,7 @@
 """Names and configurations <-> parts, and the two small values that describe one tensor of one step.
 
-A spec string is `compressor [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own expression syntax:
-`topk(ratio=0.01) + residual @ allgather`. It is read with `ast`, never evaluated.
+A spec string is `compressor [> compressor of the values] [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own
+expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. It is read with `ast`, never evaluated.
 """
 
 from __future__ import annotations
@@ -68,19 +68,42 @@ def parse(text: str) -> dict[str, Part]:
     from . import communicators, compressors, memories
 
     node = _expression(text)
+    stages: list[ast.expr] = []
+    # 'a > b + m @ c' arrives as the comparison of a with (b + (m @ c)).
+    if _is_pipeline(node):
+        *stages, node = [node.left, *node.comparators]
     nodes: dict[str, ast.expr] = {}
     # '@' binds tighter than '+' in Python, so 'a + b @ c' arrives as a + (b @ c) and 'a @ c' as itself.
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        nodes["compressor"], node = node.left, node.right
+        last, node = node.left, node.right
         nodes["memory"] = node
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
             nodes["memory"], nodes["communicator"] = node.left, node.right
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-        nodes["compressor"], nodes["communicator"] = node.left, node.right
+        last, nodes["communicator"] = node.left, node.right
     else:
-        nodes["compressor"] = node
-    kinds = {"compressor": compressors, "memory": memories, "communicator": communicators}
-    return {kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}
+        last = node
+    parts = {"compressor": _pipeline([*stages, last], text)}
+    kinds = {"memory": memories, "communicator": communicators}
+    return {**parts, **{kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}}
+
+
+def _is_pipeline(node: ast.expr) -> bool:
+    return isinstance(node, ast.Compare) and all(isinstance(op, ast.Gt) for op in node.ops)
+
+
+def _pipeline(stages: list[ast.expr], text: str) -> Part:
+    """One compressor, or 'select > values'."""
+    from . import compressors
+
+    if len(stages) == 1:
+        return _part(compressors, stages[0], text)
+    if len(stages) > 2:
+        raise SpecSyntaxError(f"{text!r} has {len(stages)} stages; a pipeline has two: what selects, and what encodes the values")
+    if isinstance(stages[1], ast.Name) and stages[1].id == "sign":
+        stages[1] = ast.Name("efsignsgd")  # the papers' name for signs with one scale
+    select, values = (_part(compressors, stage, text) for stage in stages)
+    return compressors.get("pipeline").create((select, values))
 
 
 def _expression(text: str) -> ast.expr:
@@ -96,20 +119,33 @@ GRAMMAR = "Write it as 'compressor(knob=value) + memory @ communicator', e.g. 't
 
 
 def _part(kind: Any, node: ast.expr, text: str) -> Part:
+    if _is_pipeline(node) and kind.registry.kind == "compressor":
+        return _pipeline([node.left, *node.comparators], text)
     if isinstance(node, ast.Constant) and node.value is None:
         node = ast.Name("none")  # a user's None, where a part called none is meant
     if isinstance(node, ast.Name):
         return kind.get(node.id).create()
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         try:
-            args = tuple(ast.literal_eval(a) for a in node.args)
-            knobs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            args = tuple(_value(a, text) for a in node.args)
+            knobs = {str(k.arg): _value(k.value, text) for k in node.keywords}
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: give each knob once, by its name. {GRAMMAR}")
         return kind.get(node.func.id).create(args, knobs)
     raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r} in {text!r}. {GRAMMAR}")
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """A knob's value: a plain one, or a compressor."""
+    from . import compressors
+
+    first = node.left if _is_pipeline(node) else node
+    name = first.func if isinstance(first, ast.Call) else first
+    if isinstance(name, ast.Name) and name.id in compressors.names():
+        return _part(compressors, node, text)
+    return ast.literal_eval(node)
 
 
 def part_from(kind: Any, value: Any) -> Part:

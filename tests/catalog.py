@@ -13,8 +13,12 @@ from .worlds import NUMPY, WORLDS, World
 
 # Beside the bare name. A part that has no entry is tested with its defaults.
 COMPRESSOR_VARIANTS = {
-    "topk": ("topk(ratio=0.25)", "topk(ratio=0.25, values='fp16')", "topk(ratio=0.1, values='bf16')", "topk(ratio=1)"),
+    "topk": ("topk(ratio=0.25)", "topk(ratio=0.25, values='fp16')", "topk(ratio=0.1, values='bf16')", "topk(ratio=1)",
+             *(f"topk(ratio=0.1, index={index!r})" for index in ("golomb", "packed", "block16", "bitmap"))),
     "randomk": ("randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "randomk(ratio=0.25, values='fp16')"),
+    "randblock": ("randblock(ratio=0.25)", "randblock(ratio=0.25, scale=True)"),
+    "pipeline": ("topk(ratio=0.25) > sign", "threshold(threshold=0.5) > fp16", "topk(ratio=0.25) > qsgd(bits=2, bucket=64)"),
+    "signum": ("signum(momentum=0)",),
     "threshold": ("threshold(threshold=0.5)", "threshold(threshold=0.5, values='bf16')", "threshold(threshold=0)"),
     "qsgd": ("qsgd(bits=4)", "qsgd(levels=1000)", "qsgd(bits=2, bucket=64)", "qsgd(levels=32767)"),
     "efsignsgd": ("efsignsgd(block=64)",),
@@ -32,34 +36,40 @@ def natural(compressor: str) -> str:
     return grace_ext.grace(f"{compressor} + none").communicator.name
 
 
-def _allowed(compressor: str, communicator: str) -> bool:
+def _allowed(compressor: str, memory: str, communicator: str) -> bool:
     try:
-        grace_ext.grace(f"{compressor} + none @ {communicator}")
+        grace_ext.grace(f"{compressor} + {memory} @ {communicator}")
     except IncompatiblePartsError:
         return False
     return True
 
 
-def compositions(memories: tuple[str, ...], *, natural_only: bool) -> list[str]:
-    """All allowed specs with these memories, with the natural communicators or with all the others."""
+def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, natural_only: bool) -> list[str]:
+    """All allowed specs of these, with the natural communicators or with all the others."""
     return [
         f"{compressor} + {memory} @ {communicator}"
-        for compressor in COMPRESSORS
+        for compressor in compressors
         for communicator in grace_ext.communicators.names()
-        if (communicator == natural(compressor)) == natural_only and _allowed(compressor, communicator)
+        if (communicator == natural(compressor)) == natural_only
         for memory in memories
+        if _allowed(compressor, memory, communicator)
     ]
 
 
-#: Every compressor with every memory over its natural communicator.
-NATURAL = compositions(MEMORIES, natural_only=True)
+#: What memories are tried with, those that they take; every other compressor meets 'none' and 'residual'.
+REPRESENTATIVE = ("topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "qsgd(bits=4)", "efsignsgd", "powersgd")
+_BARE = tuple(grace_ext.compressors.names())
+_OTHER_MEMORIES = tuple(text for text in MEMORIES if text not in ("none", "residual"))
+#: Over the natural communicators.
+NATURAL = compositions(COMPRESSORS, ("none", "residual"), natural_only=True)
+NATURAL += compositions(REPRESENTATIVE, _OTHER_MEMORIES, natural_only=True)
 #: The same, and every other communicator that is allowed.
-ALL = NATURAL + compositions(("residual",), natural_only=False)
+ALL = NATURAL + compositions(_BARE, ("residual",), natural_only=False)
 #: One spec a compressor: the natural communicator, without and with error feedback.
-PLAIN = compositions(("none",), natural_only=True)
-FEEDBACK = compositions(("residual",), natural_only=True)
+PLAIN = compositions(COMPRESSORS, ("none",), natural_only=True)
+FEEDBACK = compositions(COMPRESSORS, ("residual",), natural_only=True)
 #: What these leave behind is representable in float32.
-EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "threshold")
+EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold")
 
 
 def on_worlds(specs: list[str], *others: Any, worlds: list[World] = WORLDS) -> list[Any]:

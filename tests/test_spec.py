@@ -169,8 +169,8 @@ def test_the_edges_of_the_ranges_are_valid():
 def test_unknown_and_superfluous_knobs():
     """They are named, with those that there are."""
     for text, message in (
-        ("topk(ration=0.1)", "topk: unknown knob ration; its knobs are ratio, values"),
-        ("topk(0.1, 'fp32', 3)", "topk: unknown knob 3; its knobs are"),
+        ("topk(ration=0.1)", "topk: unknown knob ration; its knobs are ratio, values, index"),
+        ("topk(0.1, 'fp32', 'auto', 3)", "topk: unknown knob 3; its knobs are"),
         ("topk(0.1, ratio=0.2)", "topk: knob ratio given twice"),
         ("none(1)", "none: unknown knob 1; it has no knobs"),
         ("fp16(bits=3)", "fp16: unknown knob bits; it has no knobs"),
@@ -191,7 +191,7 @@ def test_the_seed():
 
 def test_impossible_mixes_name_the_way_out():
     """Payloads that cannot be summed, and rounds that a gather would drop, are refused when composed."""
-    for compressor in ("topk", "threshold", "qsgd", "signsgd", "efsignsgd"):
+    for compressor in ("topk", "threshold", "qsgd", "efsignsgd"):
         with pytest.raises(IncompatiblePartsError, match=f"'{compressor}' payloads cannot be summed.*use communicator 'allgather'"):
             grace(f"{compressor} + none @ allreduce")
     for communicator in ("allgather", "broadcast"):

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from ..errors import IncompatiblePartsError
 from ..exchange import AllReduce
+from ..parts import ITEMSIZE
 from . import register
-from .base import Communicator
+from .base import Communicator, exchanged
 
 
 @register("allreduce")
@@ -13,18 +14,40 @@ from .base import Communicator
 class Allreduce(Communicator):
     """Sums the payloads in the network and decodes the mean once.
 
-    Only for payloads that can be added: shared positions (randomk), shared factors (powersgd), plain casts (none, fp16, bf16).
+    Only for payloads that can be added: shared positions (randomk), shared factors (powersgd), an agreed scale (scaled_int), plain casts
+    (none, fp16, bf16), and votes, which are counted in 8- or 16-bit integers (signsgd, signum).
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes (ring), whatever the number of ranks.
     """
 
-    def exchange(self, ops, compressor, payload, spec, info):
+    def exchange(self, ops, compressor, x, spec, info, state):
+        if compressor.votes:
+            return (yield from self._count(ops, compressor, x, spec, info, state))
         (field,) = compressor.fields(spec)
+        payload, state = compressor.compress(ops, x, spec, info, state)
         mean = yield AllReduce(ops.from_bytes(payload[0], field.dtype), field.dtype)
-        return compressor.decompress(ops, (ops.to_bytes(mean, field.dtype),), spec, info)
+        aggregate = compressor.decompress(ops, (ops.to_bytes(mean, field.dtype),), spec, info)
+        return exchanged(ops, compressor, payload, aggregate, spec, info, state)
+
+    def _count(self, ops, compressor, x, spec, info, state):
+        payload, state = compressor.compress(ops, x, spec, info, state)
+        counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
+        return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)
+
+    def input_bytes(self, compressor, spec, n):
+        return ITEMSIZE[_counter(n)] * (spec.size + 1) if compressor.votes else compressor.nbytes(spec)
+
+    def bytes_sent(self, n, payload, dense):
+        return 2 * (n - 1) / n * payload
 
     def check(self, compressor):
-        if not compressor.summable:
+        if not (compressor.summable or compressor.votes):
             raise IncompatiblePartsError(
                 f"{compressor.name!r} payloads cannot be summed (each rank picks its own positions, scales or codes); "
                 "use communicator 'allgather' or 'broadcast'"
             )
+        super().check(compressor)
+
+
+def _counter(n: int) -> str:
+    """The integers that hold the votes of n ranks."""
+    return "int8" if n <= 127 else "int16" if n <= 32767 else "int32"

@@ -7,12 +7,13 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..compressors.base import Exchanged
 from ..errors import IncompatiblePartsError
 from ..parts import Part
 from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from ..compressors.base import Compressor, Payload
+    from ..compressors.base import Compressor, Payload, State
     from ..ops import Array, Ops
 
 
@@ -24,14 +25,33 @@ class Communicator(Part):
 
     @abstractmethod
     def exchange(
-        self, ops: Ops, compressor: Compressor, payload: Payload, spec: TensorSpec, info: StepInfo
-    ) -> Generator[Any, Any, Array]:
-        """Yields one request for this tensor's payload, is resumed with its result, returns the aggregate."""
+        self, ops: Ops, compressor: Compressor, x: Array, spec: TensorSpec, info: StepInfo, state: State
+    ) -> Generator[Any, Any, Exchanged]:
+        """Compresses x, yields requests, is resumed with their results, and aggregates."""
+
+    def init(self, ops: Ops, compressor: Compressor, spec: TensorSpec, info: StepInfo) -> State:
+        """The communicator's own state before the first step, where it has one."""
+        return {}
+
+    def input_bytes(self, compressor: Compressor, spec: TensorSpec, n: int) -> int:
+        """Upper bound of the bytes that one of n ranks hands to collectives for such a tensor, headers excluded."""
+        return compressor.nbytes(spec)
+
+    @abstractmethod
+    def bytes_sent(self, n: int, payload: int, dense: int) -> float:
+        """Bytes that one of n ranks sends to the network, for payloads of `payload` bytes of tensors of `dense` bytes."""
 
     def check(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError where this communicator cannot carry that compressor's payloads."""
-        if compressor.own_rounds:
+        if compressor.rounds and self.name not in compressor.rounds:
             raise IncompatiblePartsError(
-                f"{compressor.name!r} communicates in rounds of all-reduces of its own, which {self.name!r} would drop; "
-                "use communicator 'allreduce'"
+                f"{compressor.name!r} communicates in rounds of its own, which {self.name!r} would drop; "
+                f"use communicator {' or '.join(map(repr, compressor.rounds))}"
             )
+
+
+def exchanged(ops: Ops, compressor: Compressor, payload: Payload, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> Exchanged:
+    """The outcome where one payload was sent."""
+    return Exchanged(
+        aggregate, lambda: compressor.decompress(ops, payload, spec, info), state, lambda: compressor.positions(ops, payload, spec, info)
+    )

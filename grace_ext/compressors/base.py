@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from ..errors import PayloadError
 from ..parts import Field, Part
 from ..spec import StepInfo, TensorSpec
 
@@ -20,12 +22,13 @@ Payload = Sequence["Array"]
 
 
 class Exchanged(NamedTuple):
-    """What the exchange of one tensor gives: the aggregate of all ranks, what this rank's own payload stands for (a function,
-    because a memory may not ask), and the compressor's new state."""
+    """What the exchange of one tensor gives: the aggregate of all ranks, what this rank's own payload stands for and where (functions,
+    because a memory may not ask), and what the compressor and the communicator changed of their state."""
 
     aggregate: Array
-    sent: Callable[[], Array]
+    values: Callable[[], Array]
     state: State
+    positions: Callable[[], Array | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,14 @@ class Compressor(Part):
     unbiased: ClassVar[bool] = False
     #: Training without error feedback is expected to suffer: one warning where the memory is 'none'.
     wants_memory: ClassVar[bool] = False
-    #: It communicates in rounds of its own (PowerSGD: P, then Q) and needs `allreduce`.
-    own_rounds: ClassVar[bool] = False
+    #: It communicates in rounds of its own, over communicators of these names only (PowerSGD: P, then Q, by all-reduce).
+    rounds: ClassVar[tuple[str, ...]] = ()
+    #: It sends values at some positions and zero elsewhere, and `positions` tells which.
+    selects: ClassVar[bool] = False
+    #: The result is a vote of the ranks' signs, not a mean.
+    votes: ClassVar[bool] = False
+    #: It looks at all tensors of the model at once, so they travel in one bucket.
+    whole_model: ClassVar[bool] = False
     #: The same input gives the same payload in every array library, byte for byte.
     deterministic_bytes: ClassVar[bool] = True
     #: The aggregate is not a mean (a vote), so that sending a tensor dense instead would change its meaning.
@@ -68,6 +77,10 @@ class Compressor(Part):
         """The state before the first step. Equal on all ranks where it takes part in what they share."""
         return {}
 
+    def positions(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array | None:
+        """int64[m], ascending: where the payload has values; None where it stands for every element. Raises PayloadError."""
+        return None
+
     def accumulate(self, ops: Ops, total: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
         """Adds one rank's decoded payload to `total`, in place. Sparse compressors add only what they hold."""
         total += self.decompress(ops, payload, spec, info)
@@ -76,18 +89,72 @@ class Compressor(Part):
         """From the sum over ranks to the result: the mean (or, with divisor 1, the sum)."""
         return total / info.divisor
 
+    def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo) -> Array:
+        """The result for the payloads of all ranks, in rank order. Overridden where it is not a function of their sum."""
+        total = ops.zeros(spec.size, "float64" if self.keeps_float64 and spec.dtype == "float64" else "float32")
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                self.accumulate(ops, total, payload, spec, info)
+        return self.aggregate(ops, total, spec, info)
+
+    def on_aggregate(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> State:
+        """The state (or what changes of it) once the result is known, which is the same on all ranks."""
+        return {}
+
+    def recompressor(self) -> Compressor:
+        """What sends a result that all ranks share the making of (communicator reduce_scatter): by default the compressor itself."""
+        return self
+
+    # --- what it promises --------------------------------------------------------------------------------------------
+    def omega(self, d: int) -> float | None:
+        """E||C(x) - x||^2 <= omega ||x||^2 for x of d elements, where C is unbiased; None where that is not promised."""
+        return None
+
+    def delta(self, d: int) -> float | None:
+        """E||C(x) - x||^2 <= (1 - delta) ||x||^2, 0 < delta <= 1: a contraction; None where that is not promised."""
+        return None
+
+    def kappa(self, d: int) -> float | None:
+        """||C(x) - x||^2 <= kappa^2 whatever x is (an absolute compressor); None where that is not promised."""
+        return None
+
     def nbytes(self, spec: TensorSpec) -> int:
         """Upper bound of the payload's bytes on the wire, all rounds together, bucket header excluded."""
         return sum(field.max_bytes for field in self.fields(spec))
 
+    def mean_nbytes(self, spec: TensorSpec) -> float:
+        """Expected bytes a step, where that is less than the bound: sizes that vary, rounds that are not made at every step."""
+        return self.nbytes(spec)
+
+    @property
+    def fixed_size(self) -> bool:
+        """Payloads of one shape have one size, whatever the values are."""
+        return not any(field.variable for field in self.fields(TensorSpec("", (64, 64))))
+
     def sends_dense(self, spec: TensorSpec) -> bool:
         """Whether such a tensor is sent as it is instead: where the payload would not be smaller."""
-        return not self.always_compresses and self.nbytes(spec) >= spec.nbytes
+        return not self.always_compresses and self.mean_nbytes(spec) >= spec.nbytes
+
+    def check(self) -> None:
+        """Raises IncompatiblePartsError where the compressors that it is made of do not fit."""
 
     def exchange(
         self, ops: Ops, x: Array, spec: TensorSpec, info: StepInfo, state: State, communicator: Communicator
     ) -> Generator[Any, Any, Exchanged]:
         """Compress, send, receive, aggregate. Overridden where the compressor has rounds of its own."""
-        payload, state = self.compress(ops, x, spec, info, state)
-        aggregate = yield from communicator.exchange(ops, self, payload, spec, info)
-        return Exchanged(aggregate, lambda: self.decompress(ops, payload, spec, info), state)
+        ready = yield from self.prepare(ops, x, spec, info)
+        return (yield from communicator.exchange(ops, ready, x, spec, info, state))
+
+    def prepare(self, ops: Ops, x: Array, spec: TensorSpec, info: StepInfo) -> Generator[Any, Any, Compressor]:
+        """For a compressor that looks at the whole model: asks the other tensors (exchange.Together), and returns the one to go on with."""
+        return self
+        yield
+
+
+@contextmanager
+def sent_by(rank: int, parameter: str) -> Iterator[None]:
+    """Says in a PayloadError who sent the payload, and for what."""
+    try:
+        yield
+    except PayloadError as error:
+        raise error.at(rank, parameter) from None

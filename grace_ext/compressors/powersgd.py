@@ -43,7 +43,7 @@ class PowerSGD(Compressor):
 
     summable: ClassVar[bool] = True
     wants_memory: ClassVar[bool] = True
-    own_rounds: ClassVar[bool] = True
+    rounds: ClassVar[tuple[str, ...]] = ("allreduce",)
     deterministic_bytes: ClassVar[bool] = False  # matrix products round differently from library to library
     rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
     warm_start: bool = knob(True, "start each step from the last step's subspace")

@@ -21,28 +21,24 @@ def _blocks(size: int, block: int | None) -> tuple[int, int]:
     return block, -(-size // block)
 
 
-@register("signsgd")
-@dataclass(frozen=True)
-class SignSGD(Compressor):
-    """Sends signs, and takes the majority vote.
-
-    Payload sign(x_j), one bit; zeros count as +1, but a tensor that is zero everywhere casts no vote. Result: sign(sum over ranks),
-    in {-1, 0, +1}: NOT divided by the world size, whatever `op` is.  x: float[d] -> ceil(d / 8) + 1 bytes.
-    Ties (even worlds) give 0, or +1 with ties='plus'. Neither unbiased nor a contraction; the step has length sqrt(d), so choose a
-    learning rate 10 to 100 times lower than for SGD. Without error feedback it fails on simple problems; 'efsignsgd' with
-    'residual' does not. Source: Bernstein et al. 2018. GRACE sends a byte a sign.
-    """
+class _Vote(Compressor):
+    """The majority of the ranks' signs, however the ballots travel: one bit an element each, or counted by an integer all-reduce."""
 
     wants_memory: ClassVar[bool] = True
+    votes: ClassVar[bool] = True
     always_compresses: ClassVar[bool] = True
-    ties: str = knob("zero", "what a tied vote gives", choices=("zero", "plus"))
+    ties: str
 
     def fields(self, spec):
         return Field("votes", "uint8", 1), Field("signs", "uint8", (spec.size + 7) // 8)
 
-    def compress(self, ops, x, spec, info, state):
+    def ballot(self, ops, x):
+        """The payload: whether this rank votes, and its signs."""
         votes = np.array([ops.any_nonzero(x)], np.uint8)
-        return (ops.upload(votes), ops.pack_signs(x)), state
+        return ops.upload(votes), ops.pack_signs(x)
+
+    def compress(self, ops, x, spec, info, state):
+        return self.ballot(ops, x), state
 
     def decompress(self, ops, payload, spec, info):
         votes = int(payload[0][0])
@@ -58,6 +54,89 @@ class SignSGD(Compressor):
     def aggregate(self, ops, total, spec, info):
         return ops.sign(total)
 
+    def counts(self, ops, payload, spec, info):
+        """int64[d + 1]: this rank's ballot in a form that adds up, and whether it votes."""
+        signs = ops.as_int(self.decompress(ops, payload, spec, info))
+        return ops.concat([signs, ops.arange(1) + int(payload[0][0])])
+
+    def elected(self, ops, counts, spec, info):
+        """The result of the sum of all ranks' counts."""
+        total = ops.cast(counts[:-1], "float32")
+        if self.ties == "plus" and int(counts[-1]):
+            total = total + TIE_BREAK
+        return self.aggregate(ops, total, spec, info)
+
+    def recompressor(self):
+        return _Elected()
+
+
+class _Elected(Compressor):
+    """What an election gave, in {-1, 0, +1}: 2 bits an element. Not registered: reduce_scatter sends the result of its shard with it."""
+
+    always_compresses: ClassVar[bool] = True
+
+    def fields(self, spec):
+        return (Field("codes", "uint8", (2 * spec.size + 7) // 8),)
+
+    def compress(self, ops, x, spec, info, state):
+        return (ops.pack(ops.as_int(x) + 1, 2),), state
+
+    def decompress(self, ops, payload, spec, info):
+        codes = ops.unpack(payload[0], 2, spec.size)
+        if int(codes.max()) > 2:
+            raise PayloadError("has a code above 2")
+        return ops.cast(codes - 1, "float32")
+
+
+def ties_knob():
+    return knob("zero", "what a tied vote gives", choices=("zero", "plus"))
+
+
+@register("signsgd")
+@dataclass(frozen=True)
+class SignSGD(_Vote):
+    """Sends signs, and takes the majority vote.
+
+    Payload sign(x_j), one bit; zeros count as +1, but a tensor that is zero everywhere casts no vote. Result: sign(sum over ranks),
+    in {-1, 0, +1}: NOT divided by the world size, whatever `op` is.  x: float[d] -> ceil(d / 8) + 1 bytes.
+    Ties (even worlds) give 0, or +1 with ties='plus'. Neither unbiased nor a contraction; the step has length sqrt(d), so choose a
+    learning rate 10 to 100 times lower than for SGD. Without error feedback it fails on simple problems; 'efsignsgd' with
+    'residual' does not. Over allgather every rank counts, over reduce_scatter each its shard (1 bit up, 2 bits down), over allreduce the
+    network counts in 8-bit integers (16-bit beyond 127 ranks). Source: Bernstein et al. 2018. GRACE sends a byte a sign.
+    """
+
+    ties: str = ties_knob()
+
+
+@register("signum")
+@dataclass(frozen=True)
+class Signum(_Vote):
+    """Sends the signs of a running mean of the gradient, and takes the majority vote.
+
+    m <- beta m + (1 - beta) x, m = 0 at first; payload sign(m_j), one bit; otherwise as signsgd, whose result and communicators it has.
+    x: float[d] -> ceil(d / 8) + 1 bytes.  State: `signum_momentum`, float32[d], a copy (GRACE keeps a view of the gradient).
+    beta (`momentum`) nearer to 1 averages longer; with momentum=0 it is signsgd. The optimizer should have no momentum of its own.
+    Source: Bernstein et al. 2018.
+    """
+
+    momentum: float = knob(0.9, "how much of the running mean is kept at every step", low=0, high=0.9999, headline=True)
+    ties: str = ties_knob()
+
+    def init(self, ops, spec, info):
+        return {"signum_momentum": ops.zeros(spec.size)}
+
+    def _mean(self, ops, x, state):
+        return ops.cast(state["signum_momentum"] * self.momentum + x * (1 - self.momentum), "float32")
+
+    def compress(self, ops, x, spec, info, state):
+        mean = self._mean(ops, x, state)
+        return self.ballot(ops, mean), {"signum_momentum": mean}
+
+    def exchange(self, ops, x, spec, info, state, communicator):
+        mean = self._mean(ops, x, state)
+        done = yield from communicator.exchange(ops, SignSGD(self.ties), mean, spec, info, state)
+        return done._replace(state={**done.state, "signum_momentum": mean})
+
 
 @register("efsignsgd")
 @dataclass(frozen=True)
@@ -72,6 +151,9 @@ class EFSignSGD(Compressor):
 
     wants_memory: ClassVar[bool] = True
     block: int | None = knob(None, "elements that share a scale; None: the whole tensor", low=1)
+
+    def delta(self, d):
+        return 1 / min(d, self.block or d)
 
     def fields(self, spec):
         _, blocks = _blocks(spec.size, self.block)

@@ -1,14 +1,19 @@
-"""Shared by compressors that send values at some positions and zero elsewhere."""
+"""What compressors share that send some elements and zero for the rest: subclasses say which positions, this is their wire form."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
-from ..parts import knob
+from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
+from ..parts import ITEMSIZE, knob
+from .base import Compressor, Field
 
 if TYPE_CHECKING:
     from ..ops import Array, Ops
+    from ..spec import StepInfo, TensorSpec
+    from .base import State
 
 #: Names of the value precisions that a user chooses, and their wire dtypes.
 VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -17,6 +22,10 @@ VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def values_knob():
     """How kept values travel; the rounding error of a 16-bit form stays in the residual."""
     return knob("fp32", "precision of the kept values on the wire", choices=tuple(VALUES))
+
+
+def index_knob():
+    return knob("auto", "coding of the positions; auto: the smallest whose size depends on k and d alone", choices=CODINGS)
 
 
 def ratio_knob():
@@ -39,3 +48,70 @@ def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
     dense = ops.zeros(d)
     dense[positions] = values
     return dense
+
+
+class Selecting(Compressor):
+    """Base of compressors that send values and their positions. A subclass says which: `select`; and how many at most: `most`.
+
+    Where `exactly` is True, `select` gives exactly `most` positions and the payload has a fixed size.
+    """
+
+    selects: ClassVar[bool] = True
+    wants_memory: ClassVar[bool] = True
+    #: The number of positions depends on the shape alone.
+    exactly: ClassVar[bool] = False
+    # A subclass has knobs of these names, or keeps these.
+    values = "fp32"
+    index = "auto"
+
+    @abstractmethod
+    def select(self, ops: Ops, x: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
+        """(int64[m], ascending and distinct: the positions to send; the new state)."""
+
+    def most(self, d: int) -> int:
+        """The largest number of positions that are sent of d."""
+        return d
+
+    def fields(self, spec):
+        d, most = spec.size, self.most(spec.size)
+        return (
+            Field("values", VALUES[self.values], most, variable=not self.exactly),
+            index_field(most, d, self.index, exactly=self.exactly),
+        )
+
+    def nbytes(self, spec):
+        d, most, item = spec.size, self.most(spec.size), ITEMSIZE[VALUES[self.values]]
+        # `compress` sends all values without positions where that is not larger.
+        return super().nbytes(spec) if self.exactly else min(item * d, item * most + max_index_bytes(most, d, self.index)) + 8
+
+    def compress(self, ops, x, spec, info, state):
+        positions, state = self.select(ops, x, spec, info, state)
+        return self.payload(ops, x, positions, spec), state
+
+    def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec):
+        """The wire form of x at these positions."""
+        d, item = spec.size, ITEMSIZE[VALUES[self.values]]
+        if not self.exactly and item * len(positions) + index_bytes(len(positions), d, self.index) >= item * d and self.most(d) == d:
+            positions = ops.arange(d)
+        return ops.to_bytes(x[positions], VALUES[self.values]), encode_indices(ops, positions, d, self.index)
+
+    def _decode(self, ops, payload, spec):
+        values = ops.from_bytes(payload[0], VALUES[self.values])
+        return decode_indices(ops, payload[1], len(values), spec.size, self.index), values
+
+    def positions(self, ops, payload, spec, info):
+        return self._decode(ops, payload, spec)[0]
+
+    def decompress(self, ops, payload, spec, info):
+        return scatter(ops, *self._decode(ops, payload, spec), spec.size)
+
+    def accumulate(self, ops, total, payload, spec, info):
+        positions, values = self._decode(ops, payload, spec)
+        total[positions] += values
+
+
+def index_field(most: int, d: int, index: str, *, exactly: bool) -> Field:
+    """The wire field of at most (or exactly) `most` positions of d."""
+    if exactly and index != "golomb":
+        return Field("positions", "uint8", index_bytes(most, d, index))
+    return Field("positions", "uint8", max_index_bytes(most, d, index), variable=True)

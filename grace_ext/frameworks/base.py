@@ -10,6 +10,7 @@ import numpy as np
 
 from ..exchange import Collective
 from ..ops import Array, Ops
+from ..parts import INTEGERS, ITEMSIZE
 from ..payload import split_messages
 
 Carried = Generator[Collective, Any, Any]
@@ -23,6 +24,8 @@ class Transport(ABC):
     ops: Ops
     #: The engine's all-gather takes arrays of different lengths as they are; else lengths are exchanged and arrays padded.
     gathers_uneven: bool = False
+    #: The engine's all-to-all finds out by itself how much arrives; else every rank's sizes are exchanged.
+    scatters_uneven: bool = False
 
     @abstractmethod
     def start(self, collective: Collective, name: str) -> Any:
@@ -34,37 +37,44 @@ class Transport(ABC):
 
     def carry(self, collective: Collective) -> Carried:
         """Yields collectives that this engine has, one at a time, and returns the result of the one that was asked for."""
-        if collective.kind == "allreduce" and collective.dtype in ("float16", "bfloat16"):
-            # Engines' own 16-bit sums round at every addition, and are slow on a CPU.
-            return (yield from half_sum(self, collective))
+        if collective.kind == "allreduce" and collective.dtype in ("float16", "bfloat16", *INTEGERS):
+            # Engines' own 16-bit sums round at every addition, and are slow on a CPU; not all have sums of all integers.
+            return (yield from ordered_sum(self, collective))
         if collective.kind == "allgather" and not self.gathers_uneven:
             return (yield from uneven_gather(self, collective))
+        if collective.kind == "alltoall" and collective.received == () and not self.scatters_uneven:
+            own = self.ops.upload(np.array(collective.sizes, np.int64).view(np.uint8))
+            said = yield Collective("allgather", own, collective.label + ".size", sizes=(8 * self.size,) * self.size)
+            received = tuple(int(_int64(self.ops, sizes)[self.rank]) for sizes in said)
+            return (yield collective._replace(received=received))
         if collective.kind == "broadcast" and collective.sizes is None:
             sizes = yield from _lengths(self, collective)
             return (yield collective._replace(sizes=sizes))
         return (yield collective)
 
 
-def half_sum(transport: Transport, collective: Collective) -> Carried:
-    """A 16-bit all-reduce: every rank gets its share of all arrays, adds it in float32 in rank order, divides, rounds once, and the
-    shares are gathered. The same bits on every engine and for every number of ranks."""
+def ordered_sum(transport: Transport, collective: Collective) -> Carried:
+    """A 16-bit or integer all-reduce: every rank gets its share of all arrays, adds it in rank order (in float32 or int64), divides,
+    rounds once, and the shares are gathered. The same bits on every engine and for every number of ranks."""
     ops, dtype, count, size = transport.ops, collective.dtype, len(collective.array), transport.size
-    bounds = [2 * (count * rank // size) for rank in range(size + 1)]
+    bounds = [ITEMSIZE[dtype] * (count * rank // size) for rank in range(size + 1)]
     sizes = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     data = ops.to_bytes(collective.array, dtype)
     pieces = yield Collective("alltoall", data, collective.label + ".scatter", sizes=sizes)
-    share = rank_ordered_mean([ops.from_bytes(piece, dtype) for piece in pieces], collective.divisor)
+    share = rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces])
+    if dtype not in INTEGERS:
+        share = share / collective.divisor
     gather = Collective("allgather", ops.to_bytes(share, dtype), collective.label + ".gather", sizes=sizes)
     gathered = yield from transport.carry(gather)
     return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered])
 
 
-def rank_ordered_mean(arrays: list[Array], divisor: int) -> Array:
-    """(a_0 + a_1 + ...) / divisor, added in rank order in the arrays' own precision."""
+def rank_ordered_sum(arrays: list[Array]) -> Array:
+    """a_0 + a_1 + ..., added in rank order in the arrays' own precision."""
     total = arrays[0]
     for array in arrays[1:]:
         total = total + array
-    return total / divisor
+    return total
 
 
 def uneven_gather(transport: Transport, collective: Collective) -> Carried:
@@ -84,7 +94,17 @@ def _lengths(transport: Transport, collective: Collective) -> Carried:
     ops = transport.ops
     own = ops.upload(np.array([len(collective.array)], np.int64).view(np.uint8))
     lengths = yield Collective("allgather", own, collective.label + ".size", sizes=(8,) * transport.size)
-    return tuple(int(np.ascontiguousarray(ops.host(length)).copy().view(np.int64)[0]) for length in lengths)
+    return tuple(int(_int64(ops, length)[0]) for length in lengths)
+
+
+def _int64(ops: Ops, data: Array) -> np.ndarray:
+    return np.ascontiguousarray(ops.host(data)).copy().view(np.int64)
+
+
+def arriving(collective: Collective, rank: int) -> list[int]:
+    """How many bytes an all-to-all brings from each rank."""
+    assert collective.sizes is not None
+    return list(collective.received or (collective.sizes[rank],) * len(collective.sizes))
 
 
 def cut(data: Array, sizes: Sequence[int]) -> list[Array]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import IncompatiblePartsError, LearningRateError
 from ..parts import Part
 from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
+    from ..compressors.base import Compressor, Exchanged
     from ..ops import Array, Ops
 
 State = Mapping[str, "Array"]
+#: Compresses and communicates one flat array: `done = yield from send(p)`.
+Send = Callable[["Array"], Generator[Any, Any, "Exchanged"]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,14 @@ class Memory(Part):
     """
 
     kind: ClassVar[str] = "memory"
-    #: `after` looks at what was sent; where it does not, a payload is not decoded for it.
-    uses_sent: ClassVar[bool] = True
+    #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
+    uses_lr: ClassVar[bool] = False
+    #: It is the momentum of the training itself, so the optimizer must be SGD without momentum of its own.
+    is_momentum: ClassVar[bool] = False
+    #: The result differs from rank to rank: only for wrappers that average models, and for LocalCluster.
+    diverges: ClassVar[bool] = False
+    #: It looks at all tensors of the model at once, so they travel in one bucket.
+    whole_model: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
@@ -37,9 +47,40 @@ class Memory(Part):
         """What is compressed in place of the gradient."""
 
     @abstractmethod
-    def after(self, ops: Ops, compensated: Array, sent: Array | None, spec: TensorSpec, info: StepInfo, state: State) -> State:
-        """The new state, given what this rank's payload stands for in the precision that was really sent."""
+    def after(self, ops: Ops, compensated: Array, sent: Exchanged, spec: TensorSpec, info: StepInfo, state: State) -> State:
+        """The new state, given `sent.values()`, what this rank's payload stands for in the precision that was really sent, and
+        `sent.positions()`, where it sent values at all (None: everywhere)."""
 
     def on_aggregate(self, ops: Ops, mean: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
         """What the user gets for the aggregate of all ranks, and the state after it."""
         return mean, state
+
+    def exchange(
+        self, ops: Ops, send: Send, grad: Array, spec: TensorSpec, info: StepInfo, state: State
+    ) -> Generator[Any, Any, tuple[Array, Any]]:
+        """One step: returns (the user's result, and changes of the state, the later ones over the earlier ones). Overridden by memories
+        that send more than one array, or that ask the other tensors (exchange.Together) first."""
+        compensated = self.before(ops, grad, spec, info, state)
+        done = yield from send(compensated)
+        kept = self.after(ops, compensated, done, spec, info, state)
+        output, last = self.on_aggregate(ops, done.aggregate, spec, info, {**state, **kept})
+        return output, done.state, kept, last
+
+    def check(self, compressor: Compressor) -> None:
+        """Raises IncompatiblePartsError where this memory cannot work with that compressor."""
+
+    def rate(self, info: StepInfo) -> float:
+        """The current learning rate. Raises LearningRateError where there is none."""
+        if info.lr is None:
+            raise LearningRateError(
+                f"memory {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., optimizer=opt)) "
+                "or step(..., lr=...)"
+            )
+        return info.lr
+
+    def _needs_positions(self, compressor: Compressor) -> None:
+        if not compressor.selects:
+            raise IncompatiblePartsError(
+                f"memory {self.name!r} has to know which elements were sent, and {compressor.name!r} sends something of every element; use a "
+                "compressor that picks positions, such as topk, threshold, randomk, dgc, sidco or strom"
+            )

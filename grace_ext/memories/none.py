@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from . import register
 from .base import Memory
@@ -11,8 +10,6 @@ from .base import Memory
 @dataclass(frozen=True)
 class NoMemory(Memory):
     """Remembers nothing: what compression loses is lost. Right for unbiased compressors. State: none."""
-
-    uses_sent: ClassVar[bool] = False
 
     def init(self, ops, spec, info):
         return {}

@@ -27,12 +27,11 @@ class Recorder:
     """Sees what every memory was given by wrapping its `after`."""
 
     def __init__(self, memory, ops):
-        self.calls: list[tuple[str, int, np.ndarray, np.ndarray | None]] = []
+        self.calls: list[tuple[str, int, np.ndarray, np.ndarray]] = []
         original = type(memory).after
 
         def after(part, ops_, compensated, sent, spec, info, state):
-            host = None if sent is None else np.array(ops.host(sent))
-            self.calls.append((spec.name, info.rank, np.array(ops.host(compensated)), host))
+            self.calls.append((spec.name, info.rank, np.array(ops.host(compensated)), np.array(ops.host(sent.values()))))
             return original(part, ops_, compensated, sent, spec, info, state)
 
         self.patch = mock.patch.object(type(memory), "after", after)

@@ -13,6 +13,7 @@ from grace_ext.spec import StepInfo, TensorSpec
 from .. import catalog, inputs
 from ..worlds import tapped
 
+MATRIX = TensorSpec("w", (24, 50))
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
 
 
@@ -22,7 +23,7 @@ def test_payloads_are_what_fields_declare(world, text):
     compressor, ops = grace_ext.grace(f"{text} + none").compressor, world.ops
     for shape in SHAPES:
         spec = TensorSpec("w", shape)
-        if len(shape) < 2 and compressor.own_rounds:
+        if len(shape) < 2 and compressor.rounds:
             continue
         for kind, x in inputs.adversarial(spec.size).items():
             info = StepInfo(step=0, rank=0, size=1, divisor=1)
@@ -54,12 +55,12 @@ def test_wire_bytes(world, spec, dtype):
         with tapped() as seen:
             world.step(cluster, inputs.ranks(size, step, dtype))
         assert cluster.wire_bytes == [sum(s.nbytes[rank] for s in seen) for rank in range(size)]
-        overhead = sum(ITEMSIZE[s.dtype] if s.kind == "allreduce" else HEADER.size for s in seen)
-        assert len(seen) <= 3 and overhead <= 2 * HEADER.size
-        for sent in cluster.wire_bytes:
-            assert sent <= declared + overhead
-            if "threshold" not in spec:  # all others have a fixed size, which nbytes names exactly
-                assert sent == declared + overhead
+        # A header a message (an all-to-all has one for each rank), a flag element a sum.
+        overhead = sum({"allreduce": ITEMSIZE[s.dtype], "alltoall": size * HEADER.size}.get(s.kind, HEADER.size) for s in seen)
+        assert len(seen) <= 4 and overhead <= 4 * HEADER.size
+        assert max(cluster.wire_bytes) <= declared + overhead
+        if g.compressor.fixed_size and g.compressor.mean_nbytes(MATRIX) == g.compressor.nbytes(MATRIX):
+            assert max(cluster.wire_bytes) == declared + overhead or "reduce" in spec  # shards, and what sums of them leave, differ
 
 
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)
@@ -67,10 +68,12 @@ def test_never_larger_than_dense(text):
     """A tensor whose payload would not be smaller is sent dense; only a vote (for its meaning) and a size that the values decide
     may cost more, by a flag or two counts."""
     g = grace_ext.grace(f"{text} + none")
+    if not g.compressor.fixed_size:
+        pytest.skip("how much it sends is known from the values only; see its own tests")
     for dtype in inputs.DTYPES:
         for shape in SHAPES:
             tensor = TensorSpec("w", shape, dtype)
-            limit = {"threshold": max(tensor.nbytes, 4 * tensor.size) + 8, "signsgd": tensor.nbytes + 2}
+            limit = {"signsgd": tensor.nbytes + 2, "signum": tensor.nbytes + 2}
             assert g.nbytes(tensor) <= limit.get(g.compressor.name, tensor.nbytes), tensor
     assert g.nbytes(TensorSpec("w", (0, 3))) == 0
 

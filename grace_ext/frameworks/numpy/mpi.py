@@ -19,7 +19,7 @@ from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange import Collective
 from ...spec import TensorSpec
-from ..base import Carried, Transport, _lengths, cut
+from ..base import Carried, Transport, _lengths, arriving, cut
 from .ops import NumpyOps
 
 # MPI-3 counts and offsets are C ints.
@@ -70,7 +70,7 @@ class MpiTransport(Transport):
             total = np.empty_like(data)
             return collective, total, [comm.Iallreduce(data, total, self._mpi.SUM)]
         if collective.kind == "alltoall":
-            mine = [sizes[self.rank]] * self.size
+            mine = arriving(collective, self.rank)
             out = np.empty(sum(mine), np.uint8)
             return collective, cut(out, mine), [comm.Ialltoallv([data, sizes], [out, mine])]
         if collective.kind == "allgather" and sum(sizes) <= LIMIT:

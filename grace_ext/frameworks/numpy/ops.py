@@ -9,6 +9,7 @@ import numpy as np
 
 from ... import rng
 from ...ops import Ops
+from ...parts import INTEGERS
 from ...spec import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
@@ -62,8 +63,8 @@ class NumpyOps(Ops):
             return x.astype(dtype, copy=False)
 
     def to_bytes(self, x: np.ndarray, dtype: str) -> np.ndarray:
-        if dtype == "float64":
-            return np.ascontiguousarray(x, np.float64).view(np.uint8)
+        if dtype == "float64" or dtype in INTEGERS:
+            return np.ascontiguousarray(x, dtype).view(np.uint8)
         x = saturated(x, dtype)
         if dtype == "bfloat16":
             return _bfloat16_bits(x.astype(np.float32, copy=False)).view(np.uint8)
@@ -76,7 +77,18 @@ class NumpyOps(Ops):
         if dtype == "bfloat16":
             return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
         x = data.view(dtype)
+        if dtype in INTEGERS:
+            return x.astype(np.int64)
         return x.astype(np.float32) if dtype == "float16" else x
+
+    def float_bits(self, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.int64)
+
+    def bits_float(self, bits: np.ndarray) -> np.ndarray:
+        return bits.astype(np.uint32).view(np.float32)
+
+    def as_int(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.int64)
 
     def all_finite(self, x: np.ndarray) -> bool:
         return bool(np.isfinite(x).all())
@@ -104,11 +116,47 @@ class NumpyOps(Ops):
     def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
         return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
 
+    def total(self, x: np.ndarray) -> float:
+        return float(np.sum(x, dtype=np.float64))
+
+    def largest(self, x: np.ndarray) -> float:
+        return float(np.abs(x).max()) if x.size else 0.0
+
+    def where(self, mask: np.ndarray, a: Any, b: Any) -> np.ndarray:
+        return np.where(mask, a, b)
+
+    def positions(self, mask: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(mask)
+
+    def cumsum(self, x: np.ndarray) -> np.ndarray:
+        return np.cumsum(x)
+
+    def sort(self, x: np.ndarray) -> np.ndarray:
+        return np.sort(x)
+
+    def search(self, edges: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.searchsorted(edges.astype(np.float32), x, side="right")
+
+    def sums_by_code(self, codes: np.ndarray, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.bincount(codes, weights=x, minlength=count), np.bincount(codes, minlength=count)
+
     def copy(self, x: np.ndarray) -> np.ndarray:
         return x.copy()
 
     def sign(self, x: np.ndarray) -> np.ndarray:
         return np.sign(x)
+
+    def floor(self, x: np.ndarray) -> np.ndarray:
+        return np.floor(x)
+
+    def rint(self, x: np.ndarray) -> np.ndarray:
+        return np.rint(x)
+
+    def random_words(self, key: rng.Key, count: int) -> np.ndarray:
+        return rng.words(key, count).astype(np.int64)
+
+    def transpose(self, x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        return np.ascontiguousarray(x.transpose(axes))
 
     def spread(self, per_block: np.ndarray, block: int, size: int) -> np.ndarray:
         return np.repeat(per_block.astype(np.float32), block)[:size]

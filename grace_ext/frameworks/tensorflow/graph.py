@@ -22,8 +22,9 @@ from ...composition import Grace
 from ...driver import Driver, Start, perform
 from ...errors import GraceError
 from ...exchange import Collective
+from ...payload import message, open_message, split_messages
 from ...spec import TensorSpec
-from ..base import Transport, cut, gathered, rank_ordered_mean
+from ..base import Transport, cut, gathered, rank_ordered_sum
 from .ops import GraphOps
 
 
@@ -63,7 +64,16 @@ class HorovodTransport(Transport):
         # Broadcasts of n messages need n operations whose shapes the graph does not know; one all-gather brings the same bytes.
         if collective.kind == "broadcast":
             collective = collective._replace(kind="allgather")
+        if collective.kind == "alltoall" and collective.received == ():
+            # Its splits would have to be known to the graph; so everyone gets everything, and takes what is for it.
+            return self._scatter_by_gather(collective)
         return super().carry(collective)
+
+    def _scatter_by_gather(self, collective: Collective):
+        whole = message(self.ops, [collective.array], digest=0, step=0, finite=True)
+        received = yield Collective("allgather", whole, collective.label + ".all")
+        bodies = [open_message(self.ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
+        return [split_messages(self.ops, body, self.size)[self.rank] for body in bodies]
 
     def start(self, collective: Collective, name: str) -> Any:
         return collective, self.apply(collective, tf.constant(collective.array), name)
@@ -84,7 +94,7 @@ class Rehearsal(Transport):
 
     def wait(self, handle: Collective) -> Any:
         if handle.kind == "allreduce":
-            return rank_ordered_mean([handle.array] * self.size, handle.divisor)
+            return rank_ordered_sum([handle.array] * self.size) / handle.divisor
         if handle.kind == "alltoall":
             assert handle.sizes is not None
             return [cut(handle.array, handle.sizes)[self.rank]] * self.size

@@ -13,6 +13,7 @@ import torch
 
 from ... import rng
 from ...ops import Ops
+from ...parts import INTEGERS
 from ...spec import TensorSpec
 from ..numpy.ops import LARGEST, NumpyOps, saturated
 
@@ -103,13 +104,25 @@ class TorchOps(Ops):
         return x.to(getattr(torch, dtype))
 
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        return _narrowed(x, dtype).contiguous().view(torch.uint8)
+        narrow = x.to(getattr(torch, dtype)) if dtype in INTEGERS else _narrowed(x, dtype)
+        return narrow.contiguous().view(torch.uint8)
 
     def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
         if data.storage_offset() % 8 or not data.is_contiguous():
             data = data.clone()
         x = data.view(getattr(torch, dtype))
+        if dtype in INTEGERS:
+            return x.to(torch.int64)
         return x if dtype in ("float32", "float64") else x.to(torch.float32)
+
+    def float_bits(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & MASK32
+
+    def bits_float(self, bits: torch.Tensor) -> torch.Tensor:
+        return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+    def as_int(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.int64)
 
     def all_finite(self, x: torch.Tensor) -> bool:
         return bool(torch.isfinite(x).all())
@@ -137,6 +150,31 @@ class TorchOps(Ops):
     def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
+    def total(self, x: torch.Tensor) -> float:
+        return float(x.sum(dtype=torch.float64))
+
+    def largest(self, x: torch.Tensor) -> float:
+        return float(x.abs().max()) if len(x) else 0.0
+
+    def where(self, mask: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        return torch.where(mask, a, b)
+
+    def positions(self, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nonzero(mask).reshape(-1)
+
+    def cumsum(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(x, 0)
+
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sort(x).values
+
+    def search(self, edges: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(self.upload(edges.astype(np.float32)), x, right=True)
+
+    def sums_by_code(self, codes: torch.Tensor, x: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+        sums = torch.bincount(codes, weights=x.to(torch.float64), minlength=count)
+        return sums.cpu().numpy(), torch.bincount(codes, minlength=count).cpu().numpy()
+
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone() if isinstance(x, torch.Tensor) else self.upload(np.array(x))
 
@@ -149,12 +187,21 @@ class TorchOps(Ops):
     def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: rng.Key) -> torch.Tensor:
         scaled = x.abs() * scale
         low = scaled.floor()
-        draw = (self._words(key, len(x)) >> 8).to(torch.float32)
+        draw = (self.random_words(key, len(x)) >> 8).to(torch.float32)
         codes = low.to(torch.int64) + (draw < (scaled - low) * float(2**24))
         return codes.clamp(max=levels)
 
-    def _words(self, key: rng.Key, count: int) -> torch.Tensor:
-        """rng.words, in int64 kept below 2**32 (torch has no unsigned 32-bit arithmetic)."""
+    def floor(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.floor(x)
+
+    def rint(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(x)
+
+    def transpose(self, x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+        return x.permute(*axes).contiguous()
+
+    def random_words(self, key: rng.Key, count: int) -> torch.Tensor:
+        # In int64 kept below 2**32: torch has no unsigned 32-bit arithmetic.
         x = (torch.arange(count, device=self.device) + key[0]) & MASK32
         return self._mix(self._mix(x) ^ key[1])
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ...exchange import Collective
-from ..base import Transport, cut, gathered
+from ..base import Transport, arriving, cut, gathered
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
@@ -17,7 +17,7 @@ DeviceOps = HostOps | TorchOps
 class SingleTransport(Transport):
     """A world of one: every collective gives back what was put in."""
 
-    rank, size, gathers_uneven = 0, 1, True
+    rank, size, gathers_uneven, scatters_uneven = 0, 1, True, True
 
     def __init__(self, ops: DeviceOps):
         self.ops = ops
@@ -33,6 +33,7 @@ class HorovodTransport(Transport):
     """Horovod's named collectives. Its all-gather takes arrays of different lengths and returns one concatenation."""
 
     gathers_uneven = True
+    scatters_uneven = True
 
     def __init__(self, ops: DeviceOps, hvd: Any, process_set: Any):
         self.ops, self.hvd, self.process_set = ops, hvd, process_set
@@ -87,7 +88,7 @@ class DistTransport(Transport):
             return collective, tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)]
         if collective.kind == "alltoall":
             assert collective.sizes is not None
-            mine = [collective.sizes[self.rank]] * self.size
+            mine = arriving(collective, self.rank)
             out = tensor.new_empty(sum(mine))
             work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self.group, async_op=True)
             return collective, list(out.split(mine)), [work]

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..coding import decode_indices, encode_indices
+from ..errors import IncompatiblePartsError, PayloadError
+from ..parts import knob, part_knob
+from ..spec import TensorSpec
+from . import register
+from .base import Compressor, Field
+from .sparse import Selecting, index_field, scatter
+
+
+@register("pipeline")
+@dataclass(frozen=True)
+class Pipeline(Compressor):
+    """Selects elements with one compressor and encodes the selected values with another: 'topk(ratio=0.01) > qsgd(bits=4)'.
+
+    C(x) = Q(x_S) / (1 + omega) at the positions S that `select` picks, else 0; omega is the variance of Q where Q is unbiased (qsgd,
+    natural, terngrad, ...) and 0 where it is not. The division makes the whole a contraction whatever Q's variance is, so that error
+    feedback converges: delta = k / (d (1 + omega)); scale=False leaves it out.
+    x: float[d] -> the positions of `select`, coded as it codes them, and Q's payload of float[k].
+    Wire: k positions and what Q sends of k values. 'sign' means 'efsignsgd': (||x_S||_1 / k) sign(x_S).
+    `select` is an index-sparse compressor that sends positions (topk, threshold, dgc, sidco, global_topk); `values` is one
+    that encodes every element (qsgd, efsignsgd, natural, fp16, ...). Biased: pair with 'residual'.
+    Source: Basu et al. 2019 (Qsparse-local-SGD), whose released code takes omega = k/s^2 only.
+    """
+
+    wants_memory: ClassVar[bool] = True
+    select: Compressor = part_knob("topk(ratio=0.01)", "which elements are sent")
+    codec: Compressor = part_knob("qsgd(bits=4)", "how their values are encoded")
+    scale: bool = knob(True, "divide by 1 + omega of an unbiased codec, so that error feedback converges")
+
+    def __str__(self):
+        return f"{self.select} > {self.codec}" if self.scale else super().__str__()
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def whole_model(self) -> bool:  # type: ignore[override]
+        return self.select.whole_model
+
+    @property
+    def deterministic_bytes(self) -> bool:  # type: ignore[override]
+        return self.select.deterministic_bytes and self.codec.deterministic_bytes
+
+    def check(self):
+        if not isinstance(self.select, Selecting):
+            raise IncompatiblePartsError(
+                f"'{self.select} > {self.codec}': the first stage must pick positions and send them (topk, threshold, dgc, sidco, ...), "
+                f"which {self.select.name!r} does not"
+            )
+        if self.codec.selects or self.codec.rounds or self.codec.votes or type(self.codec).init is not Compressor.init:
+            raise IncompatiblePartsError(
+                f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, fp16, "
+                f"terngrad, ...), which {self.codec.name!r} does not"
+            )
+        self.select.check()
+        self.codec.check()
+
+    def _inner(self, spec, count):
+        return TensorSpec(spec.name, (count,), "float32")
+
+    def delta(self, d):
+        whole = self.select.delta(d)
+        if whole is None or not self.codec.unbiased or not self.scale:
+            return None
+        omega = self.codec.omega(max(1, round(whole * d)))
+        return None if omega is None else whole / (1 + omega)
+
+    def fields(self, spec):
+        d, most = spec.size, self.select.most(spec.size)
+        exactly = self.select.exactly
+        inner = self.codec.fields(self._inner(spec, most))
+        head = () if exactly else (Field("count", "uint32", 1),)
+        return (
+            *head,
+            index_field(most, d, self.select.index, exactly=exactly),
+            *(Field("value " + f.name, f.dtype, f.count, f.variable or not exactly) for f in inner),
+        )
+
+    def sends_dense(self, spec):
+        return self.select.exactly and super().sends_dense(spec)
+
+    def init(self, ops, spec, info):
+        return self.select.init(ops, spec, info)
+
+    def prepare(self, ops, x, spec, info):
+        select = yield from self.select.prepare(ops, x, spec, info)
+        return self if select is self.select else dataclasses.replace(self, select=select)
+
+    def compress(self, ops, x, spec, info, state):
+        positions, state = self.select.select(ops, x, spec, info, state)
+        return self._payload(ops, x, positions, spec, info), state
+
+    def _payload(self, ops, x, positions, spec, info):
+        count = len(positions)
+        if count:
+            inner, _ = self.codec.compress(ops, x[positions], self._inner(spec, count), info, {})
+        else:
+            inner = [positions[:0]] * len(self.codec.fields(self._inner(spec, 1)))
+            inner = [ops.set_bits(piece, 0) for piece in inner]
+        head = () if self.select.exactly else (ops.upload(np.array([count], "<u4").view(np.uint8)),)
+        return *head, encode_indices(ops, positions, spec.size, self.select.index), *inner
+
+    def _decode(self, ops, payload, spec, info):
+        if self.select.exactly:
+            count, rest = self.select.most(spec.size), payload
+        else:
+            count, rest = int(ops.host(payload[0]).copy().view("<u4")[0]), payload[1:]
+            if count > self.select.most(spec.size):
+                raise PayloadError(f"claims {count} values of {spec.size} elements")
+        positions = decode_indices(ops, rest[0], count, spec.size, self.select.index)
+        if not count:
+            return positions, ops.zeros(0)
+        inner = self._inner(spec, count)
+        for field, piece in zip(self.codec.fields(inner), rest[1:], strict=True):
+            if not field.variable and len(piece) != field.max_bytes or len(piece) > field.max_bytes:
+                raise PayloadError(f"has {len(piece)} bytes of {field.name!r} for {count} values, expected {field.max_bytes}")
+        values = self.codec.decompress(ops, rest[1:], inner, info)
+        omega = self.codec.omega(count) if self.scale and self.codec.unbiased else None
+        return positions, values / (1 + omega) if omega else values
+
+    def positions(self, ops, payload, spec, info):
+        return self._decode(ops, payload, spec, info)[0]
+
+    def decompress(self, ops, payload, spec, info):
+        return scatter(ops, *self._decode(ops, payload, spec, info), spec.size)
+
+    def accumulate(self, ops, total, payload, spec, info):
+        positions, values = self._decode(ops, payload, spec, info)
+        total[positions] += values
