@@ -131,6 +131,11 @@ class Compressor(Part):
         """Payloads of one shape have one size, whatever the values are."""
         return not any(field.variable for field in self.fields(TensorSpec("", (64, 64))))
 
+    @property
+    def natural_memory(self) -> str:
+        """The spec of the memory that it is meant to be used with."""
+        return "residual" if self.wants_memory else "none"
+
     def sends_dense(self, spec: TensorSpec) -> bool:
         """Whether such a tensor is sent as it is instead: where the payload would not be smaller."""
         return not self.always_compresses and self.mean_nbytes(spec) >= spec.nbytes

@@ -1,0 +1,72 @@
+"""The papers' small problems, in float64, and gradient descent on them through a LocalCluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+import grace_ext
+
+
+@dataclass
+class Logistic:
+    """f(x) = mean log(1 + exp(-y a.x)) + mu/2 |x|^2 over m rows, dealt to workers in equal, consecutive shares."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    mu: float
+    gamma: float  # 1 / (L + mu)
+
+    @classmethod
+    def random(cls, m: int, d: int, condition: float) -> Logistic:
+        generator = np.random.default_rng(0)
+        rows = np.abs(generator.standard_normal((m, d)))
+        rows /= rows.max()
+        labels = np.sign((rows - rows.mean(0)) @ generator.standard_normal(d) + 0.5 * generator.standard_normal(m))
+        smoothness = np.linalg.norm(rows, 2) ** 2 / (4 * m)
+        return cls(rows, labels, smoothness * condition, 1 / (smoothness * (1 + condition)))
+
+    def value(self, x: np.ndarray) -> float:
+        return np.logaddexp(0, -self.labels * (self.rows @ x)).mean() + self.mu / 2 * x @ x
+
+    def gradient(self, x: np.ndarray, which: slice | Sequence[int] = slice(None)) -> np.ndarray:
+        rows, labels = self.rows[which], self.labels[which]
+        return -(rows * (labels / (1 + np.exp(labels * (rows @ x))))[:, None]).mean(0) + self.mu * x
+
+    def minimum(self) -> np.ndarray:
+        """x*, by damped Newton steps."""
+        x = np.zeros(self.rows.shape[1])
+        while np.linalg.norm(gradient := self.gradient(x)) > 1e-12:
+            s = 1 / (1 + np.exp(self.labels * (self.rows @ x)))
+            hessian = (self.rows * (s * (1 - s))[:, None]).T @ self.rows / len(s) + self.mu * np.eye(len(x))
+            direction, size = np.linalg.solve(hessian, gradient), 1.0
+            while size > 1e-6 and self.value(x - size * direction) > self.value(x) - 1e-4 * size * gradient @ direction:
+                size /= 2
+            x = x - size * direction
+        return x
+
+
+def descend(
+    spec: str,
+    gradients: Callable[[np.ndarray, int], Sequence[np.ndarray]],
+    x: np.ndarray,
+    rate: float,
+    steps: int,
+    watch: Callable[[int, np.ndarray, grace_ext.LocalCluster], None] = lambda step, x, cluster: None,
+    prepare: Callable[[grace_ext.LocalCluster], None] = lambda cluster: None,
+) -> np.ndarray:
+    """x -= rate * (the exchange of the workers' gradients(x, step)), `steps` times; `watch` is called after each."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), len(gradients(x, 0)))
+    prepare(cluster)
+    for step in range(steps):
+        mean = cluster.step([{"x": g} for g in gradients(x, step)], lr=rate)["x"]
+        x = x - rate * np.asarray(mean, np.float64)
+        watch(step + 1, x, cluster)
+    return x
+
+
+def state_of(cluster: grace_ext.LocalCluster, key: str) -> list[np.ndarray]:
+    """One array of every rank's state."""
+    return [driver.state["x"][key] for driver in cluster.drivers]

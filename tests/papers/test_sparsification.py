@@ -1,0 +1,119 @@
+"""Rethinking gradient sparsification as total error minimization (Sahu et al. 2021): the claims that fit in a minute."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grace_ext.coding import index_bytes
+from grace_ext.payload import HEADER
+
+from .problems import Logistic, descend, state_of
+
+WORKERS, ROWS, COLUMNS = 20, 1200, 300
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[Logistic, np.ndarray]:
+    logistic = Logistic.random(ROWS, COLUMNS, 1e-4)
+    return logistic, logistic.minimum()
+
+
+def run(spec: str, problem, steps: int) -> tuple[dict[int, float], float, float]:
+    """(f - f* by step, the sum over steps of the mean |gamma e_i|^2, values sent a worker and step); batches of one row a worker."""
+    logistic, best = problem
+    generator = np.random.default_rng(100)
+    picks = [[i * (ROWS // WORKERS) + int(generator.integers(ROWS // WORKERS)) for i in range(WORKERS)] for _ in range(steps)]
+    gap, error, sent = {}, [], []
+    counts = {HEADER.size + 8 + 4 * m + index_bytes(m, COLUMNS): m for m in range(200)}
+
+    def watch(step, x, cluster):
+        gap[step] = logistic.value(x) - logistic.value(best)
+        error.append(np.mean([np.sum((logistic.gamma * e.astype(np.float64)) ** 2) for e in state_of(cluster, "residual")]))
+        if "threshold" in spec:
+            sent.extend(counts[size] for size in cluster.wire_bytes)
+
+    gradients = lambda x, step: [logistic.gradient(x, [row]) for row in picks[min(step, steps - 1)]]  # noqa: E731
+    descend(spec, gradients, best + 0.3, logistic.gamma, steps, watch)
+    return gap, sum(error), float(np.mean(sent)) if sent else 1.0
+
+
+def test_a_hard_threshold_beats_topk_at_equal_volume(problem):
+    """Both send one element a worker and step. Top-1's error peaks early and slows it down; the threshold's stays bounded."""
+    steps, gamma = 110, problem[0].gamma
+    top, top_error, _ = run("topk(ratio=0.003) + residual", problem, steps)
+    hard, hard_error, volume = run(f"threshold(threshold={0.54 / gamma}) + residual", problem, steps)
+    assert volume == pytest.approx(1.0, rel=0.1)
+    assert top_error > 3 * hard_error
+    assert top[100] > 10 * hard[100]
+
+
+def test_threshold_error_is_bounded_whatever_the_gradient_is(problem):
+    """|e|^2 <= lambda^2 d at every step: an absolute compressor needs no bound of the gradient."""
+    limit = 3.0
+    logistic, best = problem
+
+    def watch(step, x, cluster):
+        assert all(np.sum(e.astype(np.float64) ** 2) <= limit**2 * COLUMNS for e in state_of(cluster, "residual"))
+
+    gradients = lambda x, step: [50 * logistic.gradient(x, slice(i * 60, i * 60 + 60)) for i in range(4)]  # noqa: E731
+    descend(f"threshold(threshold={limit}) + residual", gradients, best + 0.3, logistic.gamma / 50, 100, watch)
+
+
+def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
+    """EF-GDstar: with heterogeneous workers plain error feedback sends ever more of a small threshold's gradients near the optimum, because
+    the local ones do not vanish there; shifted by each worker's gradient at the optimum, it converges and sends almost nothing."""
+    rows, columns, steps = 400, 100, 2500
+    logistic = Logistic.random(rows, columns, 1e-3)
+    best = logistic.minimum()
+    shares = [slice(i * rows // WORKERS, (i + 1) * rows // WORKERS) for i in range(WORKERS)]
+    gradients = lambda x, step: [logistic.gradient(x, share) for share in shares]  # noqa: E731
+    threshold = 1e-3 / logistic.gamma
+
+    def shifted(cluster):
+        for driver, share in zip(cluster.drivers, shares, strict=True):
+            state = {"residual/x": np.zeros(columns, np.float32), "shift/x": logistic.gradient(best, share).astype(np.float32)}
+            driver.load_state_dict({**driver.state_dict(), "state": state})
+
+    sent: dict[str, list[int]] = {"residual": [], "ef_star": []}
+    gaps = {}
+    for memory in sent:
+        watch = lambda step, x, cluster, memory=memory: sent[memory].append(sum(cluster.wire_bytes))  # noqa: E731
+        x = descend(
+            f"threshold(threshold={threshold}) + {memory}", gradients, best + 0.3, logistic.gamma, steps, watch,
+            shifted if memory == "ef_star" else lambda cluster: None,
+        )  # fmt: skip
+        gaps[memory] = logistic.value(x) - logistic.value(best)
+    overhead = WORKERS * (HEADER.size + 8)
+    plain, star = (np.mean(sent[m][-200:]) - overhead for m in ("residual", "ef_star"))
+    assert plain > 10 * max(star, 1)
+    assert gaps["ef_star"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"), [("none", (1, 4, 16)), ("threshold(threshold=1.0) + residual", (1, 4)), ("topk(ratio=0.1) + residual", (1, 4))]
+)
+def test_linear_speed_up(spec, sizes):
+    """The noise floor of SGD with error feedback falls about as 1/n: f = |x|^2 / 2 with unit noise on every worker's gradient."""
+    floors = {}
+    for n in sizes:
+        generator = np.random.default_rng(7)
+        late: list[float] = []
+        gradients = lambda x, step, n=n: [x + generator.standard_normal(50) for _ in range(n)]  # noqa: E731, B023
+        descend(spec, gradients, np.zeros(50), 0.02, 1200, lambda step, x, cluster: late.append(x @ x / 2) if step > 400 else None)  # noqa: B023
+        floors[n] = np.mean(late)
+    assert all(2.5 < floors[n] / floors[m] < 6 for n, m in zip(sizes, sizes[1:], strict=False))
+
+
+def test_dgc_masking_keeps_stale_momentum_from_overshooting():
+    """An element that waited k steps arrives with momentum gathered along the way; left in place it is applied again. On an ill-conditioned
+    quadratic with a high momentum, masking ends nearer to the optimum."""
+    scales = np.geomspace(0.02, 1, 100)
+    ends = {}
+    for masking in (True, False):
+        spec = f"topk(ratio=0.02) + dgc(momentum=0.95, masking={masking})"
+        x = descend(spec, lambda x, step: [scales * x] * 2, np.ones(100), 0.1, 400)
+        ends[masking] = x @ (scales * x) / 2
+    assert np.isfinite(ends[True]) and ends[True] < 0.5 * ends[False]
+
+
