@@ -42,7 +42,7 @@ def test_a_hard_threshold_beats_topk_at_equal_volume(problem):
     """Both send one element a worker and step. Top-1's error peaks early and slows it down; the threshold's stays bounded."""
     steps, gamma = 110, problem[0].gamma
     top, top_error, _ = run("topk(ratio=0.003) + residual", problem, steps)
-    hard, hard_error, volume = run(f"threshold(threshold={0.54 / gamma}) + residual", problem, steps)
+    hard, hard_error, volume = run(f"threshold(threshold={0.9 / gamma}) + residual", problem, steps)
     assert volume == pytest.approx(1.0, rel=0.1)
     assert top_error > 3 * hard_error
     assert top[100] > 10 * hard[100]
