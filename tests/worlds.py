@@ -25,6 +25,7 @@ class World:
     ops: Any
     tensor: Callable[[np.ndarray], Any]
     array: Callable[[Any], np.ndarray]
+    mutable: bool = True  # a user can write into these tensors
     native: bool = True  # LocalCluster(framework=...) uses these ops by itself
 
     def cluster(self, g: Grace, size: int) -> LocalCluster:
@@ -91,6 +92,18 @@ def _torch() -> list[World]:
     ]
 
 
+def _tensorflow() -> list[World]:
+    import tensorflow as tf
+
+    from grace_ext.frameworks.tensorflow.ops import TensorFlowOps
+
+    def array(t: tf.Tensor) -> np.ndarray:
+        assert isinstance(t, tf.Tensor)
+        return t.numpy()
+
+    return [World("tensorflow", "tensorflow", TensorFlowOps(), tf.constant, array, mutable=False)]
+
+
 def _there(module: str) -> bool:
     """Whether a module exists; one that exists and cannot be imported is a failure, not a skip."""
     try:
@@ -99,7 +112,7 @@ def _there(module: str) -> bool:
         return False
 
 
-WORLDS = _numpy() + (_torch() if _there("torch") and _there("grace_ext.frameworks.torch.ops") else [])
+WORLDS = _numpy() + (_torch() if _there("torch") else []) + (_tensorflow() if _there("tensorflow") else [])
 NUMPY = WORLDS[0]
 
 

@@ -147,10 +147,15 @@ def test_no_global_generator_is_touched(world, spec):
 
     def fingerprint():
         marks = [random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]]
-        if len(WORLDS) > 1:
+        frameworks = {w.framework for w in WORLDS}
+        if "torch" in frameworks:
             import torch
 
             marks.append(torch.get_rng_state().numpy().tobytes())
+        if "tensorflow" in frameworks:
+            import tensorflow as tf
+
+            marks.append(tf.random.get_global_generator().state.numpy().tobytes())
         return marks
 
     before = fingerprint()

@@ -17,11 +17,13 @@ JOBS = Path(__file__).parent / "jobs"
 # Tests run as root in containers, start more ranks than there are cores, and share the machine with other jobs.
 MPI_OPTIONS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GROUP_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
+# Set where grace_ext.frameworks.tensorflow is imported without a launcher, as the suite does: jobs choose for themselves.
+ALONE = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 
 
 def environment() -> dict[str, str]:
     """This process's environment without a launcher's variables: one thread a rank, this checkout first."""
-    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    clean = {name: value for name, value in os.environ.items() if name not in LAUNCHERS + ALONE}
     paths = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{clean.get('PYTHONPATH', '')}",

@@ -1,4 +1,4 @@
-"""The numpy Exchange in real MPI jobs (cases: jobs/mpi_*job.py), its example, and the torch wrapper under MPI's launchers."""
+"""The numpy Exchange in real MPI jobs (cases: jobs/mpi_*job.py), its example, and the wrappers under MPI's launchers."""
 
 from __future__ import annotations
 
@@ -71,12 +71,15 @@ def test_example(engine, ranks):
     assert dense["bytes"] > 8 * compressed["bytes"] > 0
 
 
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
 @pytest.mark.parametrize("engine", ["mpirun", "horovodrun --mpi"])
-def test_torch_wrapper_uses_horovod_under_mpi(engine):
+def test_wrapper_uses_horovod_under_mpi(engine, framework):
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed: pip install 'grace_ext[{framework}]'")
     if importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed; `make horovod` builds it")
-    said = job(engine, 2, "mpi_torch_job.py")
-    assert all(f"CASE {case} ok" in said for case in cases_of("mpi_torch_job.py"))
+    said = job(engine, 2, "mpi_wrapper_job.py", framework)
+    assert all(f"CASE {case} ok" in said for case in cases_of("mpi_wrapper_job.py"))
 
 
 def test_without_mpi4py(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ def initial() -> list[np.ndarray]:
     return [0.3 * generator.standard_normal(shape).astype(np.float32) for shape in SHAPES.values()]
 
 
+def tf_variables() -> list[tf.Variable]:
+    return [tf.Variable(w, name=n) for n, w in zip(SHAPES, initial(), strict=True)]
+
+
 def loss_of(weights: Sequence[Any], rank: int, step: int) -> tf.Tensor:
     """This rank's loss at this step, on data of its own."""
     x = tf.constant(np.random.default_rng(100 * step + rank).standard_normal((8, 6)).astype(np.float32))
@@ -45,15 +49,47 @@ def gradients_of(weights: Sequence[Any], rank: int, step: int) -> list[tf.Tensor
     return tape.gradient(loss, weights)
 
 
-def train_in_cluster(spec: str, size: int, names: Sequence[str], steps: int = STEPS, framework: str = "numpy") -> list[np.ndarray]:
-    """The reference: all ranks in this process. `names` are those the real job gives the variables; plain SGD."""
-    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework=framework)
-    weights = initial()
-    for step in range(steps):
-        by_rank = []
+def train_by_tape(
+    hvd: Any, variables: Sequence[Any], compression: Any, graph: bool = False, steps: Iterable[int] | None = None
+) -> list[float]:
+    """This rank's part of the training, by plain SGD on what grace_ext's tape gives; returns its losses."""
+
+    def one_step(step: int) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            tape = hvd.DistributedGradientTape(tape, compression=compression)
+            loss = loss_of(variables, hvd.rank(), step)
+        for v, g in zip(variables, tape.gradient(loss, variables), strict=True):
+            v.assign(v - LR * g)
+        return loss
+
+    # A new tf.function each step: retracing must keep the memory.
+    return [float((tf.function(one_step) if graph else one_step)(step)) for step in steps or range(STEPS)]
+
+
+def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The same over tf.Variables from the start: the weights at the end by name, and this rank's losses."""
+    variables = tf_variables()
+    losses = train_by_tape(hvd, variables, compression)
+    return {v.name: v.numpy() for v in variables}, losses
+
+
+def steps_in_cluster(spec: str, size: int, names: Sequence[str] | None = None) -> Iterator[tuple[dict[str, np.ndarray], float]]:
+    """The reference, with all ranks in this process: the weights after each step by name, and the ranks' mean loss in it. `names` are those
+    that the real job gives the variables; None: `tf_variables`."""
+    names = names or [v.name for v in tf_variables()]
+    cluster, weights = grace_ext.LocalCluster(grace_ext.grace(spec), size), initial()
+    for step in range(STEPS):
+        by_rank, losses = [], []
         for rank in range(size):
-            gradients = gradients_of([tf.constant(w) for w in weights], rank, step)
-            by_rank.append({name: g.numpy() for name, g in zip(names, gradients, strict=True)})
+            constants = [tf.constant(w) for w in weights]
+            losses.append(float(loss_of(constants, rank, step)))
+            by_rank.append({name: g.numpy() for name, g in zip(names, gradients_of(constants, rank, step), strict=True)})
         mean = cluster.step(by_rank, lr=LR)
         weights = [w - np.float32(LR) * np.asarray(mean[name]) for name, w in zip(names, weights, strict=True)]
+        yield dict(zip(names, weights, strict=True)), sum(losses) / size
+
+
+def train_in_cluster(spec: str, size: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The reference's weights at the end."""
+    *_, (weights, _) = steps_in_cluster(spec, size, names)
     return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -82,17 +83,32 @@ class Shuffled(torch.nn.Module):
         return sum(self.parts[i](torch.ones(2, 40) * (rank + 1)).square().mean() for i in self.ORDERS[rank])
 
 
-def train_in_cluster(spec: str, size: int, op: str = "Average") -> dict[str, np.ndarray]:
-    """The reference: the same training with all ranks in this process."""
-    assert op == "Average"
+def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float]]:
+    """This rank's part of the training, by grace_ext's optimizer: the weights at the end, and its losses."""
+    model = make_model()
+    optimizer = hvd.DistributedOptimizer(make_optimizer(model), model.named_parameters(), compression=compression)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, hvd.rank(), step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return weights_of(model), losses
+
+
+def steps_in_cluster(spec: str, size: int) -> Iterator[tuple[torch.nn.Module, float]]:
+    """The reference, with all ranks in this process: the model after each step, and the ranks' mean loss in it."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch")
     model = make_model()
     optimizer = make_optimizer(model)
     for step in range(STEPS):
-        by_rank = []
+        by_rank, losses = [], []
         for rank in range(size):
             model.zero_grad()
-            loss_of(model, rank, step).backward()
+            loss = loss_of(model, rank, step)
+            loss.backward()
+            losses.append(loss.item())
             gradients: dict[str, Any] = {}
             for name, p in model.named_parameters():
                 gradients[name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -101,4 +117,10 @@ def train_in_cluster(spec: str, size: int, op: str = "Average") -> dict[str, np.
         for name, p in model.named_parameters():
             p.grad = mean[name]
         optimizer.step()
+        yield model, sum(losses) / size
+
+
+def train_in_cluster(spec: str, size: int) -> dict[str, np.ndarray]:
+    """The reference's weights at the end."""
+    *_, (model, _) = steps_in_cluster(spec, size)
     return weights_of(model)

@@ -8,6 +8,9 @@ nothing: the last bucket is complete when the backward pass has computed all it 
 
 State is kept by parameter name, so it survives that DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's: a
 layout not seen before (first step, first step after the rebuild) is known only at its last bucket, so what differs starts there.
+
+The agreement of the first step covers the first layout. Later ones need none: where DDP rebuilds, it broadcasts rank 0's layout to all;
+with find_unused_parameters, where the ranks' first layouts may differ (by bucket_cap_mb), it never rebuilds.
 """
 # No `from __future__ import annotations` here: DDP checks the hook's annotations, and does not take strings.
 

@@ -153,6 +153,19 @@ def case_disagreement():
     raises(DisagreementError, "seed 1", lambda: train(ddp, layers_loss, range(1)))
 
 
+def case_ranks_with_different_bucket_sizes():
+    """Where DDP rebuilds its buckets, all ranks get rank 0's; where it keeps the first ones, the agreement of the first step raises."""
+    expected, _ = in_cluster(Layers, layers_loss, range(4))
+    for caps, last in (((EACH_ALONE, 25), 7), ((25, EACH_ALONE), 0)):
+        for options in ({}, {"static_graph": True}, {"static_graph": True, "find_unused_parameters": True}):
+            ddp, _, calls = wrap(Layers(), bucket_cap_mb=caps[hvd.rank()], **options)
+            assert_same(train(ddp, layers_loss, range(4)), expected)
+            assert calls[-1][:2] == (last, True), (caps, options, calls)
+        ddp, _, _ = wrap(Layers(), bucket_cap_mb=caps[hvd.rank()], find_unused_parameters=True)
+        text = "rank 1 packs the parameters into other buckets than rank 0"
+        raises(DisagreementError, text, lambda: train(ddp, layers_loss, range(1)))  # noqa: B023
+
+
 def alone():
     """One rank: no compression unless it is asked for."""
     weights = {}

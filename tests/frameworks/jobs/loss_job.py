@@ -1,6 +1,8 @@
-"""Prints the loss of every step of the small training, or the time of an all-reduce.  loss_job.py wrapper | exchange | time BYTES
+"""Prints the loss of every step of the small training, or the time of an all-reduce.
 
-    LOSS spec step loss      the mean over ranks, all digits (float.hex), for each of SPECS; by the wrapper of this launcher's engine,
+loss_job.py torch | tensorflow | exchange | time BYTES
+
+    LOSS spec step loss      the mean over ranks, all digits (float.hex), for each of SPECS; by a wrapper, over this launcher's engine,
                              or by Exchange over mpi4py
     SECONDS s                the median all-reduce of that many bytes
 """
@@ -11,70 +13,81 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from typing import Any
 
 import grace_ext
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import training  # noqa: E402
 
 # Gathered payloads, and a sum of two ranks: both give the same bits whatever the network.
 SPECS = ("none", "topk(ratio=0.05) + residual", "qsgd(bits=4)")
-Step = Callable[[], object]
+Curves = Callable[[str], list[list[float]] | None]  # every rank's losses; None on ranks other than the first
 
 
-def losses(model: torch.nn.Module, rank: int, clear: Step, update: Step) -> list[float]:
-    """This rank's loss at every step."""
-    seen = []
-    for step in range(training.STEPS):
-        clear()
-        loss = training.loss_of(model, rank, step)
-        loss.backward()
-        update()
-        seen.append(loss.item())
-    return seen
+def by_wrapper(hvd: Any, training: Any) -> Curves:
+    hvd.init()
+
+    def curves(spec: str) -> list[list[float]] | None:
+        _, losses = training.train(hvd, grace_ext.grace(spec))
+        everyone = hvd.allgather_object(losses)
+        return everyone if hvd.rank() == 0 else None
+
+    return curves
 
 
-def by_wrapper(spec: str) -> list[list[float]] | None:
-    """Every rank's losses; None on ranks other than the first."""
+def by_torch() -> Curves:
+    import training
+
     import grace_ext.frameworks.torch as hvd
 
-    hvd.init()
-    model = training.make_model()
-    named, g = model.named_parameters(), grace_ext.grace(spec)
-    optimizer = hvd.DistributedOptimizer(training.make_optimizer(model), named_parameters=named, compression=g)
-    everyone = hvd.allgather_object(losses(model, hvd.rank(), optimizer.zero_grad, optimizer.step))
-    return everyone if hvd.rank() == 0 else None
+    return by_wrapper(hvd, training)
 
 
-def by_exchange(spec: str) -> list[list[float]] | None:
-    from mpi4py import MPI
+def by_tensorflow() -> Curves:
+    import tf_training
+
+    import grace_ext.frameworks.tensorflow as hvd
+
+    return by_wrapper(hvd, tf_training)
+
+
+def by_exchange() -> Curves:
+    import torch
+    import training
 
     from grace_ext.frameworks.numpy import Exchange
 
-    model = training.make_model()
-    optimizer = training.make_optimizer(model)
-    with Exchange(spec) as exchange:
+    from mpi4py import MPI  # isort: skip
 
-        def update() -> None:
-            gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-            mean = exchange.step({name: gradient.numpy() for name, gradient in gradients.items()}, lr=0.05)
-            for name, p in model.named_parameters():
-                p.grad = torch.from_numpy(mean[name])
-            optimizer.step()
+    def curves(spec: str) -> list[list[float]] | None:
+        model, losses = training.make_model(), []
+        optimizer = training.make_optimizer(model)
+        with Exchange(spec) as exchange:
+            for step in range(training.STEPS):
+                optimizer.zero_grad()
+                loss = training.loss_of(model, MPI.COMM_WORLD.rank, step)
+                loss.backward()
+                gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+                mean = exchange.step({name: gradient.numpy() for name, gradient in gradients.items()}, lr=0.05)
+                for name, p in model.named_parameters():
+                    p.grad = torch.from_numpy(mean[name])
+                optimizer.step()
+                losses.append(loss.item())
+        return MPI.COMM_WORLD.gather(losses)
 
-        return MPI.COMM_WORLD.gather(losses(model, MPI.COMM_WORLD.Get_rank(), optimizer.zero_grad, update))
+    return curves
 
 
-def print_curves(by: Callable[[str], list[list[float]] | None]) -> None:
+def print_curves(curves: Curves) -> None:
     for spec in SPECS:
-        everyone = by(spec)
+        everyone = curves(spec)
         for step, of_ranks in enumerate(zip(*everyone or (), strict=True)):
             print(f"LOSS {spec!r} {step} {(sum(of_ranks) / len(of_ranks)).hex()}", flush=True)
 
 
 def print_seconds(size: int, times: int = 3) -> None:
+    import torch
+
     import grace_ext.frameworks.torch as hvd
 
     hvd.init()
@@ -94,4 +107,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "time":
         print_seconds(int(sys.argv[2]))
     else:
-        print_curves({"wrapper": by_wrapper, "exchange": by_exchange}[sys.argv[1]])
+        print_curves({"torch": by_torch, "tensorflow": by_tensorflow, "exchange": by_exchange}[sys.argv[1]]())

@@ -20,10 +20,6 @@ from cases import raises, run_cases  # noqa: E402
 TOPK = "topk(ratio=0.1) + residual"
 
 
-def tf_variables():
-    return [tf.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
-
-
 def train(variables, bound, graph, bad_step=None, **options):
     def one_step(step, rank):
         with tf.GradientTape() as tape:
@@ -38,10 +34,10 @@ def train(variables, bound, graph, bad_step=None, **options):
 
 
 def check(spec, graph, **options):
-    variables = tf_variables()
+    variables = problem.tf_variables()
     train(variables, grace_ext.grace(spec).bind(variables), graph, **options)
     expected = problem.train_in_cluster(spec, 2, [v.name for v in variables])
-    for v, w in zip(variables, expected, strict=True):
+    for v, w in zip(variables, expected.values(), strict=True):
         assert np.abs(v.numpy() - w).max() <= 1e-6, spec
 
 
@@ -60,7 +56,7 @@ def case_groups():
 
 
 def case_state_is_committed_by_step():
-    variables = tf_variables()
+    variables = problem.tf_variables()
     bound = grace_ext.grace(TOPK).bind(variables)
 
     def gradients(scale):
@@ -91,7 +87,7 @@ def case_keras_3_variables_are_refused():
 
 
 def case_disagreement():
-    variables = tf_variables()
+    variables = problem.tf_variables()
     bound = grace_ext.grace([TOPK, "qsgd"][hvd.rank()]).bind(variables)
     # TensorFlow wraps what user code raises while it is traced in an error of its own, with the same text.
     raises(Exception, "rank 1 uses 'qsgd @ allgather'", lambda: train(variables, bound, graph=True))

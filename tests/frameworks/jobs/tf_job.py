@@ -29,10 +29,6 @@ def keras_variables():
     return [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
 
 
-def tf_variables():
-    return [tf.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
-
-
 def values(variables):
     return [np.asarray(v.numpy()) for v in variables]
 
@@ -64,42 +60,30 @@ def case_keras_optimizer_every_spec():
         apply = applied_in_a_graph(optimizer, variables)
         for step in range(problem.STEPS):
             apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
-        assert_close(values(variables), problem.train_in_cluster(spec, 2, [v.path for v in variables]), spec)
+        assert_close(values(variables), problem.train_in_cluster(spec, 2, [v.path for v in variables]).values(), spec)
         assert_ranks_equal(values(variables))
-
-
-def train_by_tape(variables, compression, graph, steps=range(problem.STEPS)):
-    def one_step(step):
-        with tf.GradientTape() as tape:
-            tape = hvd.DistributedGradientTape(tape, compression=compression)
-            loss = problem.loss_of(variables, hvd.rank(), step)
-        for v, g in zip(variables, tape.gradient(loss, variables), strict=True):
-            v.assign(v - problem.LR * g)
-
-    for step in steps:
-        (tf.function(one_step) if graph else one_step)(step)  # a new tf.function each step: retracing must keep the memory
 
 
 def case_tape_over_tf_variables():
     for graph in (False, True):
         for spec in (TOPK, "powersgd(rank=2) + residual", "none"):
-            variables = tf_variables()
-            train_by_tape(variables, grace_ext.grace(spec), graph)
-            assert_close(values(variables), problem.train_in_cluster(spec, 2, [v.name for v in variables]), spec)
+            variables = problem.tf_variables()
+            problem.train_by_tape(hvd, variables, grace_ext.grace(spec), graph)
+            assert_close(values(variables), problem.train_in_cluster(spec, 2, [v.name for v in variables]).values(), spec)
             assert_ranks_equal(values(variables))
 
 
 def case_tape_over_keras_variables():
     for graph in (False, True):
         variables = keras_variables()
-        train_by_tape(variables, grace_ext.grace(TOPK), graph)
-        assert_close(values(variables), problem.train_in_cluster(TOPK, 2, [v.path for v in variables]), TOPK)
+        problem.train_by_tape(hvd, variables, grace_ext.grace(TOPK), graph)
+        assert_close(values(variables), problem.train_in_cluster(TOPK, 2, [v.path for v in variables]).values(), TOPK)
 
 
 def case_compression_made_anew_is_refused():
-    variables = tf_variables()
-    train_by_tape(variables, grace_ext.grace(TOPK), False, range(1))
-    raises(UnsupportedError, "same object", lambda: train_by_tape(variables, grace_ext.grace(TOPK), False, range(1)))
+    variables = problem.tf_variables()
+    problem.train_by_tape(hvd, variables, grace_ext.grace(TOPK), False, range(1))
+    raises(UnsupportedError, "same object", lambda: problem.train_by_tape(hvd, variables, grace_ext.grace(TOPK), False, range(1)))
 
 
 def tiny_model():
