@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 from typing import Annotated, Any
 
@@ -11,12 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, check, communicators, compressors, memories
-from .errors import GraceError, IncompatiblePartsError, UnknownPartError
-from .parts import valid_range
+from . import __version__, check
+from .catalogue import KINDS, describe
+from .errors import GraceError, UnknownPartError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Gradient compression by name.", pretty_exceptions_enable=False)
-KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators}
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -31,30 +28,6 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-def describe(kind: str, name: str) -> dict[str, Any]:
-    """What is known of a part, from its class: all JSON types."""
-    cls = KINDS[kind].get(name)
-    text = inspect.cleandoc(cls.__doc__ or "")
-    knobs = [
-        {"name": f.name, "default": f.default, "range": valid_range(f), "help": f.metadata["help"]} for f in dataclasses.fields(cls)
-    ]
-    found = {"kind": kind, "name": name, "summary": text.splitlines()[0], "text": text, "knobs": knobs}
-    if kind == "compressor":
-        part = cls.create()
-        properties = ("summable", "unbiased", "wants_memory", "selects", "votes", "rounds")
-        found["properties"] = {p: bool(getattr(part, p)) for p in properties}
-        found["communicators"] = [c for c in communicators.names() if _fits(part, c)]
-    return found
-
-
-def _fits(compressor: Any, communicator: str) -> bool:
-    try:
-        communicators.get(communicator).create().check(compressor)
-    except IncompatiblePartsError:
-        return False
-    return True
-
-
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
     """All parts by name, those of installed plugins included."""
@@ -62,13 +35,21 @@ def list_parts(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(catalogue))
         return
-    table = Table(box=None, pad_edge=False)
-    for heading in ("kind", "name", "knobs", "what it does"):
-        table.add_column(heading)
+    console = Console()
     for kind, parts in catalogue.items():
+        title = KINDS[kind].__name__.rpartition(".")[2]
+        table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold underline")
+        sized = kind == "compressor"
+        for heading in ("name", *(["bits"] if sized else []), "knobs", "what it does"):
+            table.add_column(heading, justify="right" if heading == "bits" else "left")
         for part in parts:
-            table.add_row(kind, f"[bold]{part['name']}[/]", ", ".join(k["name"] for k in part["knobs"]), part["summary"])
-    Console().print(table)
+            bits = [f"{part['bits_per_element']:.3g}"] if sized else []
+            knobs = ", ".join(f"{k['name']}={k['default']}" for k in part["knobs"])
+            table.add_row(f"[bold]{part['name']}[/]", *bits, knobs, part["summary"])
+        console.print(table)
+        console.print()
+    note = "bits: on the wire for each element of a 1000 x 1000 gradient, with the default knobs (at most, where sizes vary)."
+    console.print(note, style="dim")
 
 
 @app.command()
@@ -91,14 +72,29 @@ def show(name: str, as_json: JsonOption = False) -> None:
     console = Console()
     for part in found:
         console.print(f"[bold]{part['kind']} {part['name']}[/]\n")
-        console.print(part["text"], markup=False, highlight=False)
+        console.print(part["text"], markup=False, highlight=False, soft_wrap=True)
         for knob in part["knobs"]:
             console.print(f"\n  [bold]{knob['name']}[/] = {knob['default']!r}", highlight=False, end="")
             console.print(f"   {knob['range']}\n      {knob['help']}", markup=False, highlight=False, end="")
-        if "communicators" in part:
-            traits = [p.replace("_", " ") for p, value in part["properties"].items() if value]
-            console.print(f"\n\nCommunicators: {', '.join(part['communicators'])}.  Properties: {', '.join(traits) or 'none'}.", end="")
         console.print("\n")
+        for label, value in facts(part):
+            console.print(f"[bold]{label}:[/] ", end="")
+            console.print(value, markup=False, highlight=False)
+        console.print()
+
+
+def facts(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """What follows from a part's declarations, in words."""
+    found = []
+    if part["kind"] == "compressor":
+        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits an element of a 1000 x 1000 gradient, with the default knobs"))
+        natural = part["natural"]
+        found.append(("Meant for", f"{part['name']} + {natural['memory']} @ {natural['communicator']}"))
+    for kind in ("compressors", "memories", "communicators"):
+        if kind in part:
+            found.append((f"Fitting {kind}", ", ".join(part[kind]) or "none"))
+    traits = [name.replace("_", " ") for name, value in part["properties"].items() if value]
+    return [*found, ("Properties", ", ".join(traits))] if traits else found
 
 
 @app.command("check")

@@ -8,8 +8,7 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
-
-from .worlds import NUMPY, WORLDS, World
+from grace_ext.testing.worlds import NUMPY, WORLDS, World
 
 # Beside the bare name. A part that has no entry is tested with its defaults.
 COMPRESSOR_VARIANTS = {

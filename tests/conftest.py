@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .worlds import WORLDS, World
+from grace_ext.testing.worlds import WORLDS, World
 
 
 @pytest.fixture(params=WORLDS, ids=lambda world: world.name)

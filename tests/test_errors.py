@@ -8,8 +8,7 @@ import pytest
 import grace_ext
 from grace_ext import LocalCluster, errors
 from grace_ext.errors import GraceError, NamesError, ParameterError, PayloadError, TensorChangedError, UnsupportedDtypeError
-
-from .worlds import same_bits
+from grace_ext.testing.worlds import same_bits
 
 
 def ones(*shape: int, dtype: str = "float32") -> np.ndarray:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, World, states
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, World, states
+from .. import catalog
 
 # How each memory's new state follows from the old one. A new memory states its law here, or this file fails.
 CONSERVING = {"residual"}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, same_bits, states
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, same_bits, states
+from .. import catalog
 
 SHAPES = {"a": (40,), "empty": (0, 3), "m": (24, 18), "z": (7,)}
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}

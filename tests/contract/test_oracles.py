@@ -7,9 +7,9 @@ import pytest
 
 import grace_ext
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS, states
 
-from .. import inputs
-from ..worlds import NUMPY, WORLDS, states
 from . import oracles
 
 SIZES = (1, 2, 3, 8)

@@ -14,9 +14,10 @@ from grace_ext.coding import decode_indices, encode_indices, index_bytes, max_in
 from grace_ext.errors import PayloadError
 from grace_ext.payload import HEADER
 from grace_ext.spec import TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, tapped
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, WORLDS, same_bits, tapped
+from .. import catalog
 
 SHAPES = {"first": (600,), "second": (24, 18)}
 SENDER = 1

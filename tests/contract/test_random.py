@@ -16,9 +16,10 @@ import pytest
 import grace_ext
 from grace_ext import rng
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, WORLDS
+from .. import catalog
 
 FALSE_ALARM = 1e-9
 

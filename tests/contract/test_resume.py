@@ -9,9 +9,10 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import GraceError
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, same_bits, states
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, same_bits, states
+from .. import catalog
 
 SHAPES = {"a": (40,), "layer/with/slashes": (24, 18), "empty": (0, 3)}
 

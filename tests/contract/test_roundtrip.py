@@ -7,9 +7,10 @@ import pytest
 
 import grace_ext
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, same_bits, states, tapped
+from .. import catalog
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
 

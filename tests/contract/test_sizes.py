@@ -9,9 +9,10 @@ import grace_ext
 from grace_ext.parts import ITEMSIZE
 from grace_ext.payload import HEADER
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import tapped
 
-from .. import catalog, inputs
-from ..worlds import tapped
+from .. import catalog
 
 MATRIX = TensorSpec("w", (24, 50))
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))

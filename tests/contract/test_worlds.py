@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states, tapped
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, WORLDS, same_bits, states, tapped
+from .. import catalog
 
 OTHERS = WORLDS[1:]
 #: Those that compute with arrays of their own; the rest are numpy inside, and need only their border tested.

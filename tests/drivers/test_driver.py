@@ -12,9 +12,10 @@ import grace_ext
 from grace_ext.driver import Driver, perform
 from grace_ext.frameworks.base import Transport
 from grace_ext.spec import TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, same_bits
 
-from .. import catalog, inputs
-from ..worlds import NUMPY, same_bits
+from .. import catalog
 from .hub import OPS, Concatenating, Hub, Native, Poor, perform_collective, step
 
 SHAPES = {"a": (40,), "b": (24, 18), "empty": (0, 3), "c": (), "d": (7,), "e": (33, 17), "f": (300,)}

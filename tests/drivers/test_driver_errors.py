@@ -10,9 +10,9 @@ import grace_ext
 from grace_ext.driver import Driver
 from grace_ext.errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError
 from grace_ext.spec import TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import same_bits
 
-from .. import inputs
-from ..worlds import same_bits
 from .hub import OPS, Concatenating, Hub, Native, Poor, step
 from .test_driver import SHAPES, SPECS, drivers, run, shuffled, state
 

@@ -7,8 +7,7 @@ import numpy as np
 import grace_ext
 from grace_ext import rng
 from grace_ext.spec import StepInfo, TensorSpec
-
-from ..worlds import World, tapped
+from grace_ext.testing.worlds import World, tapped
 
 #: Every compressor whose bytes are the same in every library, and knobs that change the format.
 SPECS = (

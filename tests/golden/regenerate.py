@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     if arguments != [FLAG]:
         print(__doc__, file=sys.stderr)
         return 2
-    from ..worlds import NUMPY
+    from grace_ext.testing.worlds import NUMPY
     from .messages import everything
 
     PATH.write_text(json.dumps(everything(NUMPY), indent=1) + "\n")

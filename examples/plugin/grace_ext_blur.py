@@ -1,0 +1,32 @@
+"""A compressor in a package of its own: found by its entry point, used by its name, `grace_ext.grace("blur(block=4) + residual")`."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from grace_ext.compressors.base import Compressor
+from grace_ext.parts import Field, knob
+
+
+@dataclass(frozen=True)
+class Blur(Compressor):
+    """Sends the mean of every `block` neighbouring elements.
+
+    C(x)_j = mean of the block that j is in.  x: float[d] -> float32[ceil(d / block)], 4 / block bytes an element. Linear, so an all-reduce
+    can carry it; biased, so pair it with 'residual'. The last block is filled up with zeros.
+    """
+
+    summable: ClassVar[bool] = True
+    wants_memory: ClassVar[bool] = True
+    block: int = knob(4, "elements that share a mean", low=1, high=2**20, headline=True)
+
+    def fields(self, spec):
+        return (Field("means", "float32", -(-spec.size // self.block)),)
+
+    def compress(self, ops, x, spec, info, state):
+        padded = ops.concat([x, ops.zeros(-spec.size % self.block)])
+        sums = ops.cast(padded, "float64").reshape(-1, self.block).sum(1)
+        return (ops.to_bytes(sums / self.block, "float32"),), state
+
+    def decompress(self, ops, payload, spec, info):
+        means = ops.host(ops.from_bytes(payload[0], "float32"))
+        return ops.spread(means, self.block, spec.size)
