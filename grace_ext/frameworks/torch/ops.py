@@ -133,6 +133,7 @@ class TorchOps(Ops):
     def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
         if not len(x):
             return np.zeros(0)
+        block = min(block, len(x))
         padded = torch.nn.functional.pad(x.to(torch.float64), (0, -len(x) % block)).reshape(-1, block)
         if order == np.inf:
             return padded.abs().amax(dim=1).cpu().numpy()
@@ -187,7 +188,7 @@ class TorchOps(Ops):
         return torch.sign(x)
 
     def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
-        return self.upload(per_block.astype(dtype)).repeat_interleave(block)[:size]
+        return self.upload(per_block.astype(dtype)).repeat_interleave(min(block, size))[:size]
 
     def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: rng.Key) -> torch.Tensor:
         scaled = x.abs() * scale
