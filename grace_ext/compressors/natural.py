@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import PayloadError
+from ..parts import knob
+from . import register
+from .base import Compressor, Field
+
+# The 8-bit form keeps the exponents above this biased one, 127 of them: magnitudes 2**-108 to 2**18.
+LOWEST = 18
+
+
+@register("natural")
+@dataclass(frozen=True)
+class Natural(Compressor):
+    """Rounds each element to one of the two powers of two around it, at random and without bias (natural compression).
+
+    |x| = 2^f (1 + m / 2^23) becomes 2^(f+1) with probability m / 2^23, else 2^f: exact in integers, m > u with u uniform in [0, 2^23).
+    x: float[d] -> the exponent, 8 bits, and the sign: 9 bits an element.  Unbiased, omega = 1/8: needs no memory.
+    Zero stays zero; a subnormal becomes 0 or 2^-126, without bias but beyond omega; what is above 2^127 becomes 2^127.
+    bits=8 keeps 7 bits of exponent, the magnitudes 2^-108 to 2^18: what is rounded below becomes 0 and what is above 2^18, so it is
+    unbiased inside that window only, and not declared so.
+    Draws are private to the rank. Source: Horvath et al. 2022. GRACE's draw leaves out one value (a bias of 2^-23), has the 8-bit form
+    only, and turns NaN and Inf into numbers.
+    """
+
+    bits: int = knob(9, "9: every exponent; 8: magnitudes 2^-108 to 2^18", choices=(9, 8))
+
+    @property
+    def unbiased(self) -> bool:  # type: ignore[override]
+        return self.bits == 9
+
+    def omega(self, d):
+        return 1 / 8 if self.unbiased else None
+
+    def fields(self, spec):
+        if self.bits == 8:
+            return (Field("codes", "uint8", spec.size),)
+        return Field("exponents", "uint8", spec.size), Field("signs", "uint8", (spec.size + 7) // 8)
+
+    def compress(self, ops, x, spec, info, state):
+        bits = ops.float_bits(x)
+        draws = ops.random_words(info.private_key(spec.name, "natural"), spec.size) >> 9
+        exponents = ((bits >> 23) & 255) + ops.as_int((bits & (2**23 - 1)) > draws)
+        if self.bits == 9:
+            return (ops.pack(ops.where(exponents > 254, 254, exponents), 8), ops.pack_signs(x)), state
+        codes = exponents - LOWEST
+        codes = ops.where(codes < 0, 0, ops.where(codes > 127, 127, codes))
+        return (ops.pack(codes + 128 * ops.as_int(x < 0), 8),), state
+
+    def decompress(self, ops, payload, spec, info):
+        codes = ops.unpack(payload[0], 8, spec.size)
+        if self.bits == 9:
+            if int(codes.max()) > 254:
+                raise PayloadError("has an exponent of Inf or NaN")
+            return ops.bits_float(codes << 23) * ops.unpack_signs(payload[1], spec.size)
+        kept = codes & 127
+        return ops.bits_float((ops.where(kept > 0, kept + LOWEST, 0) << 23) | ((codes >> 7) << 31))

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..parts import knob
+from . import register
+from .base import Compressor, Field
+from .scales import blocks, floats_from_bytes, floats_to_bytes
+
+
+def _book() -> np.ndarray:
+    """float32[128], ascending: 0, and in the decade 10^(i-6) the midpoints of 2^i equal parts of [0.1, 1], i = 0..6; the last is 1."""
+    values = [0.0] + [(0.1 + 0.9 * (j + 0.5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for j in range(2**i)]
+    return np.array([*values[:-1], 1.0], np.float64).astype(np.float32)
+
+
+BOOK = _book()
+#: Where the nearest value of the book changes.
+EDGES = ((BOOK[1:].astype(np.float64) + BOOK[:-1]) / 2).astype(np.float32)
+
+
+@register("u8bit")
+@dataclass(frozen=True)
+class U8Bit(Compressor):
+    """Rounds to 8-bit dynamic-tree numbers: a sign, and the nearest of 128 magnitudes relative to the block's largest.
+
+    C(x)_j = s sign(x_j) b_q, with s = max |x| of the block of `block` elements (default: the whole tensor) and b_q the value of the code
+    book nearest to |x_j| / s, a tie going up. The book: 0, and for i = 0..6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6);
+    its largest is 1, so that the largest element survives exactly. The nearest to s are rounded to 0.7% of s, small ones more coarsely,
+    and what is under 2.75e-7 s becomes 0.
+    x: float[d] -> one byte an element (sign and place in the book) and 4 bytes a block. A zero block decodes to zeros.
+    Deterministic, the error of an element never exceeds it and the largest has none: contraction delta >= 1 / block; 'residual' is
+    optional. Smaller blocks hold the range of magnitudes together, 4 bytes each.
+    Source: Dettmers 2016. GRACE looks up values beyond its table as NaN, the largest element among them, and rounds down.
+    """
+
+    block: int | None = knob(None, "elements that share a scale; None: the whole tensor", low=1)
+
+    def delta(self, d):
+        return 1 / min(d, self.block or d)
+
+    def fields(self, spec):
+        return Field("scales", "float32", blocks(spec.size, self.block)[1]), Field("codes", "uint8", spec.size)
+
+    def compress(self, ops, x, spec, info, state):
+        block, _ = blocks(spec.size, self.block)
+        scales = ops.block_norms(x, block, np.inf)
+        relative = abs(x) / ops.spread(np.where(scales > 0, scales, 1.0), block, spec.size)
+        codes = ops.search(EDGES, relative) + 128 * ops.as_int(x < 0)
+        return (floats_to_bytes(ops, scales), ops.pack(codes, 8)), state
+
+    def decompress(self, ops, payload, spec, info):
+        block, _ = blocks(spec.size, self.block)
+        scales = floats_from_bytes(ops, payload[0], "scale")
+        book = ops.upload(np.concatenate([BOOK, -BOOK]))
+        return book[ops.unpack(payload[1], 8, spec.size)] * ops.spread(scales, block, spec.size)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from .. import rng
+from ..errors import PayloadError
+from ..parts import knob
+from . import register
+from .base import Compressor, Field
+from .scales import floats_from_bytes, floats_to_bytes
+
+
+@register("vqsgd")
+@dataclass(frozen=True)
+class VQSGD(Compressor):
+    """Sends a few random corners of a cross-polytope around the gradient, whose mean is the gradient (vector quantization).
+
+    x = sum_v w_v v over the 2d corners v = +-N e_j, with N = sqrt(d) ||x||_2 (hull='l2', the paper: the polytope holds the whole ball)
+    or ||x||_1 (hull='l1': the smallest that holds x): corner sign(x_j) N e_j has weight |x_j| / N, and what remains of 1 is shared by all
+    corners alike. `repeats` = R corners are drawn independently with these weights, and averaged.
+    x: float[d] -> N float32 and R codes of ceil(log2(2d)) bits, 2 j + [negative]: R ceil(log2(2d)) / 8 + 4 bytes.
+    Unbiased, E||C(x)||^2 = ||x||^2 + (N^2 - ||x||^2) / R, omega = (d - 1) / R: enormous for few repeats, so either R is near d, or the
+    learning rate is low. For messages of a few bytes, and for private ones ('l2'). A zero tensor decodes to zeros. Weights are rounded to
+    about 2^-60 d of the largest, N saturates at 3.4e38. Draws are private to the rank. With error feedback it may diverge: use no memory.
+    Source: Gandikota et al. 2021 (vqSGD).
+    """
+
+    unbiased: ClassVar[bool] = True
+    repeats: int = knob(100, "corners drawn; the variance falls as 1 / repeats", low=1, high=2**24, headline=True)
+    hull: str = knob("l2", "size of the polytope: around the ball of x, or just around x", choices=("l2", "l1"))
+
+    def omega(self, d):
+        return (d - 1) / self.repeats
+
+    def fields(self, spec):
+        return Field("norm", "float32", 1), Field("corners", "uint8", (self.repeats * _width(spec) + 7) // 8)
+
+    def compress(self, ops, x, spec, info, state):
+        d, largest = spec.size, ops.largest(x)
+        if not largest:
+            corners = ops.arange(self.repeats) * 0
+            return (floats_to_bytes(ops, np.zeros(1)), ops.pack(corners, _width(spec))), state
+        # Weights as integers, whose running sums are exact in every library.
+        one = 2.0 ** (61 - d.bit_length())
+        weights = ops.as_int(ops.floor(abs(ops.cast(x, "float64")) / largest * one))
+        running = ops.cumsum(weights)
+        mass = int(running[-1])
+        norm = ops.block_norms(x, d, 2)[0] * d**0.5 if self.hull == "l2" else ops.block_norms(x, d, 1)[0]
+        whole = max(mass, int(norm / largest * one)) if self.hull == "l2" else mass
+        draws, evenly = _uniform(info.private_key(spec.name, "vqsgd"), self.repeats)
+        drawn = np.minimum((draws * whole).astype(np.int64), whole - 1)
+        places = ops.rank_among(running, ops.upload(np.minimum(drawn, mass - 1)))
+        corners = 2 * places + ops.as_int(x[places] < 0)
+        evenly = ops.upload(np.minimum((evenly * (2 * d)).astype(np.int64), 2 * d - 1))
+        corners = ops.where(ops.upload(drawn < mass), corners, evenly)
+        return (floats_to_bytes(ops, np.array([norm])), ops.pack(corners, _width(spec))), state
+
+    def _decode(self, ops, payload, spec):
+        """(positions, float32 values there), on the host: distinct positions, few of them."""
+        norm = float(floats_from_bytes(ops, payload[0], "norm")[0])
+        corners = ops.host(ops.unpack(payload[1], _width(spec), self.repeats))
+        if int(corners.max()) >= 2 * spec.size:
+            raise PayloadError(f"has corner {int(corners.max())} of {2 * spec.size}")
+        positions, places = np.unique(corners // 2, return_inverse=True)
+        counts = np.bincount(places.reshape(-1), weights=1 - 2 * (corners % 2))
+        return ops.upload(positions), ops.upload((counts / self.repeats * norm).astype(np.float32))
+
+    def decompress(self, ops, payload, spec, info):
+        total = ops.zeros(spec.size)
+        self.accumulate(ops, total, payload, spec, info)
+        return total
+
+    def accumulate(self, ops, total, payload, spec, info):
+        positions, values = self._decode(ops, payload, spec)
+        total[positions] += values
+
+
+def _width(spec) -> int:
+    return (2 * spec.size - 1).bit_length()
+
+
+def _uniform(key, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays of float64[count] in [0, 1), multiples of 2^-53."""
+    high, low = rng.words(key, 4 * count).astype(np.int64).reshape(2, -1, 2).transpose(2, 0, 1)
+    return tuple(((high >> 5) * 2.0**26 + (low >> 6)) / 2.0**53)  # type: ignore[return-value]
