@@ -91,8 +91,8 @@ class Ops(ABC):
     def any_nonzero(self, x: Array) -> bool: ...
 
     @abstractmethod
-    def block_norms(self, x: Array, block: int, order: int) -> np.ndarray:
-        """float64[ceil(d / block)] on the host: the 1- or 2-norm of each block (the last may be shorter), summed in float64."""
+    def block_norms(self, x: Array, block: int, order: float) -> np.ndarray:
+        """float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64."""
 
     @abstractmethod
     def top_k(self, x: Array, k: int) -> Array:
@@ -135,6 +135,10 @@ class Ops(ABC):
         """int64: how many of these ascending edges (float32, on the host) are <= x_j."""
 
     @abstractmethod
+    def rank_among(self, ascending: Array, x: Array) -> Array:
+        """int64: how many elements of `ascending` (of x's dtype) are <= x_j."""
+
+    @abstractmethod
     def sums_by_code(self, codes: Array, x: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(float64[count] sums of the x_j whose code is c, int64[count] how many there are), on the host, added in order of j."""
 
@@ -165,8 +169,8 @@ class Ops(ABC):
         """x with its axes in this order; contiguous."""
 
     @abstractmethod
-    def spread(self, per_block: np.ndarray, block: int, size: int) -> Array:
-        """float32[size]: element j is per_block[j // block]."""
+    def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> Array:
+        """float32[size] (or float64): element j is per_block[j // block]."""
 
     @abstractmethod
     def round_randomly(self, x: Array, scale: Array, levels: int, key: Key) -> Array:

@@ -9,13 +9,66 @@ from ..errors import ParameterError, PayloadError
 from ..parts import knob
 from . import register
 from .base import Compressor, Field
+from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
-LARGEST = float(np.finfo(np.float32).max)
+
+class NormQuantizer(Compressor):
+    """Random rounding to s levels of the block's 2-norm: what qsgd and its adaptive forms share. A subclass says what s is."""
+
+    unbiased: ClassVar[bool] = True
+    bucket: int
+
+    def variance(self, s: int, d: int) -> float:
+        """omega of s levels for d elements."""
+        block = min(self.bucket, d)
+        return min(block / s**2, block**0.5 / s)
+
+    def norms_field(self, spec) -> Field:
+        return Field("norms", "float32", blocks(spec.size, self.bucket)[1])
+
+    def _scales(self, norms: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray]:
+        """(float32 norms with hopeless ones set to zero, s / norm where there is one, else 0)."""
+        norms = np.minimum(norms, LARGEST * 0.99999).astype(np.float32)  # so that norm / s times s does not overflow
+        norms[norms < s / LARGEST * 1.0001] = 0
+        with np.errstate(divide="ignore"):
+            return norms, np.where(norms > 0, np.float32(s) / norms, np.float32(0))
+
+    def quantize(self, ops, x, s: int, spec, info):
+        """The wire forms of the norms and of the codes."""
+        norms, scales = self._scales(ops.block_norms(x, self.bucket, 2), s)
+        key = info.private_key(spec.name, "qsgd")
+        codes = ops.round_randomly(x, ops.spread(scales, self.bucket, spec.size), s, key)
+        codes = codes + ((x < 0) * (1 << (code_width(s) - 1)))
+        return floats_to_bytes(ops, norms), ops.pack(codes, code_width(s))
+
+    def dequantize(self, ops, norms, codes, s: int, spec):
+        """The elements. Raises PayloadError."""
+        norms = floats_from_bytes(ops, norms, "norm")
+        width = code_width(s)
+        codes = ops.unpack(codes, width, spec.size)
+        levels = codes & ((1 << (width - 1)) - 1)
+        if int(levels.max()) > s:
+            raise PayloadError(f"has a level above {s}")
+        signed = ops.cast(levels * (1 - 2 * (codes >> (width - 1))), "float32")
+        return signed * ops.spread(norms / np.float32(s), self.bucket, spec.size)
+
+
+def code_width(s: int) -> int:
+    """Bits of one code: the level, and the sign above it."""
+    return s.bit_length() + 1
+
+
+def code_bytes(size: int, s: int) -> int:
+    return (size * code_width(s) + 7) // 8
+
+
+def bucket_knob():
+    return knob(512, "elements that share a norm", low=1, high=2**24)
 
 
 @register("qsgd")
 @dataclass(frozen=True)
-class QSGD(Compressor):
+class QSGD(NormQuantizer):
     """Rounds to s levels of the block's norm, at random and without bias.
 
     Per block of `bucket` elements, with n = ||x||_2 of the block:  C(x)_j = n sign(x_j) xi_j / s,  where xi_j is s |x_j| / n rounded
@@ -26,10 +79,9 @@ class QSGD(Compressor):
     Draws are private to the rank, from (seed, parameter, step, rank). Source: Alistarh et al. 2017, sec. 3.
     """
 
-    unbiased: ClassVar[bool] = True
     bits: int | None = knob(None, "bits an element, sign included; 8 if neither bits nor levels is given", low=2, high=8)
     levels: int | None = knob(None, "number of levels s, instead of bits", low=1, high=32767)
-    bucket: int = knob(512, "elements that share a norm", low=1, high=2**24)
+    bucket: int = bucket_knob()
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,38 +93,14 @@ class QSGD(Compressor):
         """The number of levels above zero."""
         return self.levels if self.levels is not None else 2 ** ((self.bits or 8) - 1) - 1
 
-    @property
-    def width(self) -> int:
-        """Bits of one code: the level, and the sign above it."""
-        return self.s.bit_length() + 1
+    def omega(self, d):
+        return self.variance(self.s, d)
 
     def fields(self, spec):
-        return (
-            Field("norms", "float32", -(-spec.size // self.bucket)),
-            Field("codes", "uint8", (spec.size * self.width + 7) // 8),
-        )
-
-    def _scales(self, norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(float32 norms with hopeless ones set to zero, s / norm where there is one, else 0)."""
-        norms = np.minimum(norms, LARGEST * 0.99999).astype(np.float32)  # so that norm / s times s does not overflow
-        norms[norms < self.s / LARGEST * 1.0001] = 0
-        with np.errstate(divide="ignore"):
-            return norms, np.where(norms > 0, np.float32(self.s) / norms, np.float32(0))
+        return self.norms_field(spec), Field("codes", "uint8", code_bytes(spec.size, self.s))
 
     def compress(self, ops, x, spec, info, state):
-        norms, scales = self._scales(ops.block_norms(x, self.bucket, 2))
-        key = info.private_key(spec.name, "qsgd")
-        codes = ops.round_randomly(x, ops.spread(scales, self.bucket, spec.size), self.s, key)
-        codes = codes + ((x < 0) * (1 << (self.width - 1)))
-        return (ops.to_bytes(ops.upload(norms), "float32"), ops.pack(codes, self.width)), state
+        return self.quantize(ops, x, self.s, spec, info), state
 
     def decompress(self, ops, payload, spec, info):
-        norms = ops.host(ops.from_bytes(payload[0], "float32"))
-        if not np.isfinite(norms).all() or (norms < 0).any():
-            raise PayloadError("has a norm that is negative or not finite")
-        codes = ops.unpack(payload[1], self.width, spec.size)
-        levels = codes & ((1 << (self.width - 1)) - 1)
-        if int(levels.max()) > self.s:
-            raise PayloadError(f"has a level above {self.s}")
-        signed = ops.cast(levels * (1 - 2 * (codes >> (self.width - 1))), "float32")
-        return signed * ops.spread(norms / np.float32(self.s), self.bucket, spec.size)
+        return self.dequantize(ops, *payload, self.s, spec)

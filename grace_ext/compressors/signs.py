@@ -9,16 +9,10 @@ from ..errors import PayloadError
 from ..parts import knob
 from . import register
 from .base import Compressor, Field
+from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
-LARGEST = float(np.finfo(np.float32).max)
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
 TIE_BREAK = 2.0**-13
-
-
-def _blocks(size: int, block: int | None) -> tuple[int, int]:
-    """(elements a block, number of blocks)."""
-    block = min(block or size, size)
-    return block, -(-size // block)
 
 
 class _Vote(Compressor):
@@ -156,19 +150,12 @@ class EFSignSGD(Compressor):
         return 1 / min(d, self.block or d)
 
     def fields(self, spec):
-        _, blocks = _blocks(spec.size, self.block)
-        return Field("scales", "float32", blocks), Field("signs", "uint8", (spec.size + 7) // 8)
+        return Field("scales", "float32", blocks(spec.size, self.block)[1]), Field("signs", "uint8", (spec.size + 7) // 8)
 
     def compress(self, ops, x, spec, info, state):
-        block, blocks = _blocks(spec.size, self.block)
-        counts = np.full(blocks, block)
-        counts[-1] = spec.size - block * (blocks - 1)
-        scales = np.minimum(ops.block_norms(x, block, 1) / counts, LARGEST).astype(np.float32)
-        return (ops.to_bytes(ops.upload(scales), "float32"), ops.pack_signs(x)), state
+        scales = ops.block_norms(x, blocks(spec.size, self.block)[0], 1) / counts(spec.size, self.block)
+        return (floats_to_bytes(ops, scales), ops.pack_signs(x)), state
 
     def decompress(self, ops, payload, spec, info):
-        block, _ = _blocks(spec.size, self.block)
-        scales = ops.host(ops.from_bytes(payload[0], "float32"))
-        if not np.isfinite(scales).all() or (scales < 0).any():
-            raise PayloadError("has a scale that is negative or not finite")
-        return ops.unpack_signs(payload[1], spec.size) * ops.spread(scales, block, spec.size)
+        scales = floats_from_bytes(ops, payload[0], "scale")
+        return ops.unpack_signs(payload[1], spec.size) * ops.spread(scales, blocks(spec.size, self.block)[0], spec.size)

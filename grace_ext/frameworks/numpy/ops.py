@@ -96,9 +96,11 @@ class NumpyOps(Ops):
     def any_nonzero(self, x: np.ndarray) -> bool:
         return bool(x.any())
 
-    def block_norms(self, x: np.ndarray, block: int, order: int) -> np.ndarray:
+    def block_norms(self, x: np.ndarray, block: int, order: float) -> np.ndarray:
         if not x.size:
             return np.zeros(0)
+        if order == np.inf:
+            return np.maximum.reduceat(np.abs(x), np.arange(0, x.size, block)).astype(np.float64)
         magnitudes = np.abs(x, dtype=np.float64) if order == 1 else np.square(x, dtype=np.float64)
         sums = np.add.reduceat(magnitudes, np.arange(0, x.size, block))
         return sums if order == 1 else np.sqrt(sums)
@@ -144,6 +146,9 @@ class NumpyOps(Ops):
     def search(self, edges: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.searchsorted(edges.astype(np.float32), x, side="right")
 
+    def rank_among(self, ascending: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.searchsorted(ascending, x, side="right")
+
     def sums_by_code(self, codes: np.ndarray, x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         return np.bincount(codes, weights=x, minlength=count), np.bincount(codes, minlength=count)
 
@@ -168,8 +173,10 @@ class NumpyOps(Ops):
     def transpose(self, x: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         return np.ascontiguousarray(x.transpose(axes))
 
-    def spread(self, per_block: np.ndarray, block: int, size: int) -> np.ndarray:
-        return np.repeat(per_block.astype(np.float32), block)[:size]
+    def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> np.ndarray:
+        if len(per_block) == 1:
+            return np.full(size, per_block[0], dtype)
+        return np.repeat(per_block.astype(dtype), block)[:size]
 
     def round_randomly(self, x: np.ndarray, scale: np.ndarray, levels: int, key: rng.Key) -> np.ndarray:
         scaled = np.abs(x) * scale

@@ -130,10 +130,12 @@ class TorchOps(Ops):
     def any_nonzero(self, x: torch.Tensor) -> bool:
         return bool((x != 0).any())
 
-    def block_norms(self, x: torch.Tensor, block: int, order: int) -> np.ndarray:
+    def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
         if not len(x):
             return np.zeros(0)
         padded = torch.nn.functional.pad(x.to(torch.float64), (0, -len(x) % block)).reshape(-1, block)
+        if order == np.inf:
+            return padded.abs().amax(dim=1).cpu().numpy()
         sums = padded.abs().sum(dim=1) if order == 1 else padded.square().sum(dim=1).sqrt()
         return sums.cpu().numpy()
 
@@ -178,6 +180,9 @@ class TorchOps(Ops):
     def search(self, edges: np.ndarray, x: torch.Tensor) -> torch.Tensor:
         return torch.searchsorted(self.upload(edges.astype(np.float32)), x, right=True)
 
+    def rank_among(self, ascending: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(ascending, x, right=True)
+
     def sums_by_code(self, codes: torch.Tensor, x: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
         sums = torch.bincount(codes, weights=x.to(torch.float64), minlength=count)
         return sums.cpu().numpy(), torch.bincount(codes, minlength=count).cpu().numpy()
@@ -191,8 +196,8 @@ class TorchOps(Ops):
     def log(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.float64).log()
 
-    def spread(self, per_block: np.ndarray, block: int, size: int) -> torch.Tensor:
-        return self.upload(per_block.astype(np.float32)).repeat_interleave(block)[:size]
+    def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
+        return self.upload(per_block.astype(dtype)).repeat_interleave(block)[:size]
 
     def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: rng.Key) -> torch.Tensor:
         scaled = x.abs() * scale

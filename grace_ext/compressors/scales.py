@@ -1,0 +1,42 @@
+"""What quantizers share that send a few floats beside their codes: blocks, and the check of floats that a peer sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import PayloadError
+
+if TYPE_CHECKING:
+    from ..ops import Array, Ops
+
+#: The largest finite float32.
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def blocks(size: int, block: int | None) -> tuple[int, int]:
+    """(elements a block, number of blocks); no block: one of all elements."""
+    block = min(block or size, size)
+    return block, -(-size // block)
+
+
+def counts(size: int, block: int | None) -> np.ndarray:
+    """int64: the elements of each block; the last may be shorter."""
+    block, number = blocks(size, block)
+    sizes = np.full(number, block)
+    sizes[-1] = size - block * (number - 1)
+    return sizes
+
+
+def floats_to_bytes(ops: Ops, values: np.ndarray) -> Array:
+    """The wire form of floats on the host: float32, finite ones saturated."""
+    return ops.to_bytes(ops.upload(np.clip(values, -LARGEST, LARGEST).astype(np.float32)), "float32")
+
+
+def floats_from_bytes(ops: Ops, data: Array, what: str, *, signed: bool = False) -> np.ndarray:
+    """The inverse, on the host: all finite, and not negative unless `signed`; else PayloadError."""
+    values = ops.host(ops.from_bytes(data, "float32"))
+    if not np.isfinite(values).all() or (not signed and (values < 0).any()):
+        raise PayloadError(f"has a {what} that is {'' if signed else 'negative or '}not finite")
+    return values
