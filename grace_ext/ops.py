@@ -99,6 +99,10 @@ class Ops(ABC):
         """int64[k], ascending: positions of the k largest |x|; among equals the lowest positions."""
 
     @abstractmethod
+    def top_k_each(self, x: Array, block: int, k: int) -> Array:
+        """int64, ascending: the positions in x, a whole number of blocks, of the k largest |x| of each block; equals as in `top_k`."""
+
+    @abstractmethod
     def at_least(self, x: Array, threshold: float) -> Array:
         """int64[m], ascending: positions with |x| >= threshold and x != 0."""
 
@@ -144,6 +148,10 @@ class Ops(ABC):
 
     @abstractmethod
     def sign(self, x: Array) -> Array: ...
+
+    @abstractmethod
+    def log(self, x: Array) -> Array:
+        """float64: natural logarithms of positive floats."""
 
     @abstractmethod
     def floor(self, x: Array) -> Array: ...

@@ -17,6 +17,18 @@ COMPRESSOR_VARIANTS = {
     "randomk": ("randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "randomk(ratio=0.25, values='fp16')"),
     "randblock": ("randblock(ratio=0.25)", "randblock(ratio=0.25, scale=True)"),
     "pipeline": ("topk(ratio=0.25) > sign", "threshold(threshold=0.5) > fp16", "topk(ratio=0.25) > qsgd(bits=2, bucket=64)"),
+    "dgc": ("dgc(ratio=0.25)", "dgc(ratio=0.1, values='fp16', resample=False)", "dgc(ratio=0.05, sample_ratio=0.1, sampling='shared')"),
+    "sidco": ("sidco(ratio=0.25, stages=1)", "sidco(ratio=0.05, distribution='pareto')",
+              "sidco(ratio=0.05, distribution='gamma', values='fp16', every=1)"),
+    "global_topk": ("global_topk(ratio=0.25)", "global_topk(ratio=0.1, values='bf16', index='golomb')",
+                    "global_topk(ratio=0.1) > qsgd(bits=4)"),
+    "adaq": ("adaq(ratio=0.25)", "adaq(ratio=1)", "adaq(ratio=0.1, index='packed')"),
+    "strom": ("strom(threshold=0.5)", "strom(threshold=0.5, multi=True)", "strom(threshold=0.001, multi=True)"),
+    "wangni": ("wangni(ratio=0.25)", "wangni(ratio=1)"),
+    "atomo": ("atomo(rank=1)", "atomo(rank=4)"),
+    "demo": ("demo(topk=4)", "demo(chunk=8, topk=8, values='fp32')", "demo(topk=4, values='fp16', sign=True)"),
+    "induced": ("induced(biased=topk(ratio=0.25), rest=qsgd(bits=4))",
+                "induced(biased=dgc(ratio=0.1), rest=randblock(ratio=0.25, scale=True))"),
     "signum": ("signum(momentum=0)",),
     "threshold": ("threshold(threshold=0.5)", "threshold(threshold=0.5, values='bf16')", "threshold(threshold=0)"),
     "qsgd": ("qsgd(bits=4)", "qsgd(levels=1000)", "qsgd(bits=2, bucket=64)", "qsgd(levels=32767)"),
@@ -78,7 +90,7 @@ ALL = NATURAL + compositions(_BARE, ("residual",), natural_only=False)
 PLAIN = compositions(COMPRESSORS, ("none",), natural_only=True)
 FEEDBACK = compositions(COMPRESSORS, ("residual",), natural_only=True)
 #: What these leave behind is representable in float32.
-EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold")
+EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold", "dgc", "sidco", "global_topk")
 
 
 def on_worlds(specs: list[str], *others: Any, worlds: list[World] = WORLDS) -> list[Any]:

@@ -36,6 +36,11 @@ class ReduceScatter(Communicator):
 
     def check(self, compressor):
         super().check(compressor)
+        if compressor.always_compresses and not compressor.votes:
+            raise IncompatiblePartsError(
+                f"the result of {compressor} is not a mean, and 'reduce_scatter' would compress it again as if it were; "
+                "use communicator 'allgather'"
+            )
         stateful = type(compressor).init is not Compressor.init and not compressor.votes
         if stateful or compressor.whole_model or not compressor.fixed_size:
             why = "keeps state of the whole tensor" if stateful or compressor.whole_model else "sends payloads whose size varies"

@@ -4,15 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from ..coding import decode_indices, encode_indices
 from ..errors import IncompatiblePartsError, PayloadError
 from ..parts import knob, part_knob
 from ..spec import TensorSpec
 from . import register
 from .base import Compressor, Field
-from .sparse import Selecting, index_field, scatter
+from .sparse import Selecting, count_field, get_count, index_field, put_count, scatter
 
 
 @register("pipeline")
@@ -71,14 +69,14 @@ class Pipeline(Compressor):
         whole = self.select.delta(d)
         if whole is None or not self.codec.unbiased or not self.scale:
             return None
-        omega = self.codec.omega(max(1, round(whole * d)))
+        omega = self.codec.omega(self.select.most(d))
         return None if omega is None else whole / (1 + omega)
 
     def fields(self, spec):
         d, most = spec.size, self.select.most(spec.size)
         exactly = self.select.exactly
         inner = self.codec.fields(self._inner(spec, most))
-        head = () if exactly else (Field("count", "uint32", 1),)
+        head = () if exactly else (count_field(),)
         return (
             *head,
             index_field(most, d, self.select.index, exactly=exactly),
@@ -106,16 +104,14 @@ class Pipeline(Compressor):
         else:
             inner = [positions[:0]] * len(self.codec.fields(self._inner(spec, 1)))
             inner = [ops.set_bits(piece, 0) for piece in inner]
-        head = () if self.select.exactly else (ops.upload(np.array([count], "<u4").view(np.uint8)),)
+        head = () if self.select.exactly else (put_count(ops, count),)
         return *head, encode_indices(ops, positions, spec.size, self.select.index), *inner
 
     def _decode(self, ops, payload, spec, info):
         if self.select.exactly:
             count, rest = self.select.most(spec.size), payload
         else:
-            count, rest = int(ops.host(payload[0]).copy().view("<u4")[0]), payload[1:]
-            if count > self.select.most(spec.size):
-                raise PayloadError(f"claims {count} values of {spec.size} elements")
+            count, rest = get_count(ops, payload[0], self.select.most(spec.size), spec.size), payload[1:]
         positions = decode_indices(ops, rest[0], count, spec.size, self.select.index)
         if not count:
             return positions, ops.zeros(0)

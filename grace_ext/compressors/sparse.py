@@ -6,7 +6,10 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
+from ..errors import PayloadError
 from ..parts import ITEMSIZE, knob
 from .base import Compressor, Field
 
@@ -53,7 +56,8 @@ def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
 class Selecting(Compressor):
     """Base of compressors that send values and their positions. A subclass says which: `select`; and how many at most: `most`.
 
-    Where `exactly` is True, `select` gives exactly `most` positions and the payload has a fixed size.
+    Where `exactly` is True, `select` gives exactly `most` positions and the payload has a fixed size; else `typical` says how many are
+    expected.
     """
 
     selects: ClassVar[bool] = True
@@ -72,6 +76,10 @@ class Selecting(Compressor):
         """The largest number of positions that are sent of d."""
         return d
 
+    def typical(self, d: int) -> int:
+        """About how many positions are sent of d."""
+        return self.most(d)
+
     def fields(self, spec):
         d, most = spec.size, self.most(spec.size)
         return (
@@ -81,8 +89,15 @@ class Selecting(Compressor):
 
     def nbytes(self, spec):
         d, most, item = spec.size, self.most(spec.size), ITEMSIZE[VALUES[self.values]]
-        # `compress` sends all values without positions where that is not larger.
-        return super().nbytes(spec) if self.exactly else min(item * d, item * most + max_index_bytes(most, d, self.index)) + 8
+        if self.exactly:
+            return super().nbytes(spec)
+        # Where any number may be sent, `payload` sends all values without positions if that is not larger.
+        return 8 + (item * d if most == d else item * most + max_index_bytes(most, d, self.index))
+
+    def mean_nbytes(self, spec):
+        d, count, item = spec.size, self.typical(spec.size), ITEMSIZE[VALUES[self.values]]
+        bound = self.nbytes(spec)
+        return bound if self.exactly else min(bound, item * count + index_bytes(count, d, self.index) + 8)
 
     def compress(self, ops, x, spec, info, state):
         positions, state = self.select(ops, x, spec, info, state)
@@ -108,6 +123,30 @@ class Selecting(Compressor):
     def accumulate(self, ops, total, payload, spec, info):
         positions, values = self._decode(ops, payload, spec)
         total[positions] += values
+
+
+def count_field() -> Field:
+    """The wire field of a number of positions, for payloads from whose other fields it does not follow."""
+    return Field("count", "uint32", 1)
+
+
+def put_count(ops: Ops, count: int) -> Array:
+    """The bytes of a `count_field`."""
+    return ops.upload(np.array([count], "<u4").view(np.uint8))
+
+
+def get_count(ops: Ops, piece: Array, most: int, d: int) -> int:
+    """The inverse. Raises PayloadError where there are more than `most`."""
+    count = int(ops.host(piece).copy().view("<u4")[0])
+    if count > most:
+        raise PayloadError(f"claims {count} values of {d} elements, at most {most} are possible")
+    return count
+
+
+def expect_bytes(piece: Array, size: int, what: str) -> None:
+    """Raises PayloadError where a variable field has not the size that a count before it implies."""
+    if len(piece) != size:
+        raise PayloadError(f"has {len(piece)} bytes of {what}, expected {size}")
 
 
 def index_field(most: int, d: int, index: str, *, exactly: bool) -> Field:

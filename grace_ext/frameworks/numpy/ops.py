@@ -115,6 +115,13 @@ class NumpyOps(Ops):
         keep[equal[: k - np.count_nonzero(keep)]] = True
         return np.flatnonzero(keep)
 
+    def top_k_each(self, x: np.ndarray, block: int, k: int) -> np.ndarray:
+        magnitude = np.abs(x).reshape(-1, block)
+        smallest = np.partition(magnitude, block - k, axis=1)[:, block - k, None]
+        keep, equal = magnitude > smallest, magnitude == smallest
+        keep |= equal & (np.cumsum(equal, axis=1) <= k - keep.sum(axis=1, keepdims=True))
+        return np.flatnonzero(keep)
+
     def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
         return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
 
@@ -150,6 +157,9 @@ class NumpyOps(Ops):
 
     def sign(self, x: np.ndarray) -> np.ndarray:
         return np.sign(x)
+
+    def log(self, x: np.ndarray) -> np.ndarray:
+        return np.log(x, dtype=np.float64)
 
     def floor(self, x: np.ndarray) -> np.ndarray:
         return np.floor(x)

@@ -150,6 +150,13 @@ class TorchOps(Ops):
         keep[equal[: k - int(keep.sum())]] = True
         return torch.nonzero(keep).reshape(-1)
 
+    def top_k_each(self, x: torch.Tensor, block: int, k: int) -> torch.Tensor:
+        magnitude = x.abs().reshape(-1, block)
+        smallest = torch.topk(magnitude, k, dim=1).values[:, -1:]
+        keep, equal = magnitude > smallest, magnitude == smallest
+        keep |= equal & (torch.cumsum(equal, 1) <= k - keep.sum(dim=1, keepdim=True))
+        return torch.nonzero(keep.reshape(-1)).reshape(-1)
+
     def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
@@ -186,6 +193,9 @@ class TorchOps(Ops):
 
     def sign(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sign(x)
+
+    def log(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float64).log()
 
     def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
         return self.upload(per_block.astype(dtype)).repeat_interleave(min(block, size))[:size]

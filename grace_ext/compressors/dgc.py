@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import rng
+from ..parts import knob
+from . import register
+from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+
+
+def stride(d: int, samples: int) -> int:
+    """The step that takes at least `samples` of d elements: odd, and where it is large a multiple of 32 plus 1, so that it does not walk
+    along the columns of a matrix whose rows are a round number long."""
+    step = max(1, d // samples)
+    return step - (step - 1) % 32 if step > 32 else step - (step + 1) % 2
+
+
+@register("dgc")
+@dataclass(frozen=True)
+class DGC(Selecting):
+    """Sends about the k elements of largest magnitude, found by a threshold that is estimated on a sample.
+
+    k = max(1, ceil(ratio * d)). Every s-th element from a random start is sampled, at least max(sample_ratio d, 2 / ratio) of them (all,
+    where there are no more); the threshold t is the smallest magnitude among the top `ratio` of the sample; C(x)_j = x_j where
+    |x_j| >= t, else 0. Where more than upper * k elements reach t, the k LARGEST of them are sent (resample=True), or t is multiplied by
+    `upper` (resample=False); where fewer than lower * k do, t is multiplied by `lower`; at most `max_iters` times. What is still outside
+    [lower k, upper k] then, and a t of zero (most of the sample is zero), gives way to the k largest elements that are not zero.
+    x: float[d] -> values float32[m] (or 16 bits) and their positions, lower k <= m <= upper k, less only where no more are non-zero.
+    Wire: as topk with k = m, and 8 bytes of counts. Contraction: delta = lower k / d. Biased: pair with 'residual' or memory 'dgc'.
+    Cheaper than topk, which looks at every element twice. A larger sample finds a better threshold and costs more; a tight [lower, upper]
+    keeps the size near k and costs more passes. The start of the sample is this rank's own; sampling='shared' makes it the same on all
+    ranks (the thresholds still differ, as the gradients do).
+    Source: Lin et al. 2018 (deep gradient compression). Where GRACE meets a threshold of zero it sends the whole tensor with 8-byte
+    indices, and the authors' code keeps the first k of too many, not the largest; both are put right here.
+    """
+
+    ratio: float = ratio_knob()
+    sample_ratio: float = knob(0.01, "fraction of the elements that is sampled; more gives a better threshold", above=0, high=1)
+    upper: float = knob(1.3, "most elements that are sent, as a multiple of k", low=1, high=1000)
+    lower: float = knob(0.8, "fewest elements that are sent, as a multiple of k", above=0, high=1)
+    max_iters: int = knob(10, "most adaptations of the threshold; 0: the sample's, or the exact one", low=0, high=1000)
+    resample: bool = knob(True, "select the k largest of too many; False: raise the threshold")
+    sampling: str = knob("private", "whose random start the sample has: this rank's, or one for all", choices=("private", "shared"))
+    values: str = values_knob()
+    index: str = index_knob()
+
+    def most(self, d):
+        return min(d, math.floor(self.upper * kept(self.ratio, d) + 1e-9))
+
+    def _least(self, d):
+        return math.ceil(self.lower * kept(self.ratio, d) - 1e-9)
+
+    def typical(self, d):
+        return kept(self.ratio, d)
+
+    def delta(self, d):
+        return self._least(d) / d if self.values == "fp32" else None
+
+    def _sampled(self, ops, x, spec, info) -> float:
+        """The threshold that the sample suggests."""
+        step = stride(spec.size, max(math.ceil(self.sample_ratio * spec.size), math.ceil(2 / self.ratio)))
+        key = (info.private_key if self.sampling == "private" else info.shared_key)(spec.name, "dgc")
+        sample = abs(x[int(rng.words(key, 1)[0]) * step >> 32 :: step])
+        return float(sample[ops.top_k(sample, kept(self.ratio, len(sample)))].min())
+
+    def select(self, ops, x, spec, info, state):
+        k, least, most = kept(self.ratio, spec.size), self._least(spec.size), self.most(spec.size)
+        threshold = self._sampled(ops, x, spec, info)
+        found = ops.at_least(x, threshold)
+        for _ in range(self.max_iters):
+            many, few = len(found) > most, len(found) < least
+            if not threshold or not (few or many) or (many and self.resample):
+                break
+            threshold = float(np.float32(min(threshold * (self.lower if few else self.upper), 3e38)))
+            found = ops.at_least(x, threshold)
+        if len(found) < least:
+            found = ops.top_k(x, k)
+        elif len(found) > most:
+            found = found[ops.top_k(x[found], k)]
+        return found[x[found] != 0], state

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..parts import knob
+from . import register
+from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+
+
+def exponential(mean: float, ratio: float) -> float:
+    """What a fraction `ratio` of an exponential law exceeds."""
+    return -mean * math.log(ratio)
+
+
+def pareto(mean: float, variance: float, ratio: float) -> float:
+    """The same of the generalised Pareto law with these moments."""
+    if variance <= 1e-12 * mean * mean:
+        return mean  # all are equal
+    spread = mean * mean / variance
+    scale, shape = mean / 2 * (spread + 1), (spread - 1) / 2
+    return -scale * math.expm1(shape * math.log(ratio)) / shape if shape else exponential(scale, ratio)
+
+
+def gamma(mean: float, mean_log: float, ratio: float) -> float:
+    """The same, approximately, of the gamma law; not positive where the approximation fails."""
+    gap = math.log(mean) - mean_log
+    if gap < 1e-9:
+        return 0.0  # all are equal
+    shape = (3 - gap + math.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
+    return -mean / shape * (math.log(ratio) + math.lgamma(shape))
+
+
+@register("sidco")
+@dataclass(frozen=True)
+class SIDCo(Selecting):
+    """Sends the elements above a threshold that follows from a fitted distribution, so that about k are sent without any sorting.
+
+    C(x)_j = x_j where |x_j| >= t, else 0. With r = k / m, k = max(1, ceil(ratio * d)), m the number of elements that are not zero, t comes
+    from M stages: the first inverts the tail of the law of |x| at r_1 = first_ratio (at r itself where M = 1 or r >= first_ratio), each
+    further one that of the exceedances |x_j| - min, |x_j| >= t so far, at (r / r_1)^(1 / (M - 1)), and adds it to t. The laws, with
+    mean u, variance v of what is fitted:
+        exponential  u ln(1 / r)
+        pareto       a (1 - r^c) / c,  a = u/2 (u^2/v + 1),  c = (u^2/v - 1) / 2
+        gamma        first stage -b (ln r + lnGamma(s)),  b = u / s,  s = (3 - q + sqrt((q - 3)^2 + 24 q)) / (12 q),  q = ln u - mean ln|x|,
+                     a closed form for s near 1 (pareto where it is not positive); pareto in the later stages
+    Every `every` calls M follows the mean of sent / k: one stage fewer above 1.2, one more below 0.8, 1 <= M <= ceil(log2(1 / ratio)).
+    x: float[d] -> values float32[m] (or 16 bits) and their positions, at least one for x != 0, any number at most; where all magnitudes
+    are equal no threshold divides them, and all are sent. Where m <= k, all that is not zero is sent.
+    Wire: as topk with the number sent, and 8 bytes of counts; never more than dense. Biased: pair with 'residual'.
+    State: `sidco_stages`, float32[3], of each tensor: M, calls since it was looked at, sum of sent / k. 'exponential' is the cheapest and
+    right for most layers; 'pareto' follows heavy tails; 'gamma' needs logarithms.
+    Source: Abdelmoniem et al. 2021. The laws are fitted to what is not zero, which the paper does not say; the authors' code has one
+    controller for all tensors.
+    """
+
+    ratio: float = ratio_knob()
+    distribution: str = knob("exponential", "the law of the magnitudes", choices=("exponential", "pareto", "gamma"), headline=True)
+    stages: int = knob(3, "stages at the first step; the controller changes them", low=1, high=64)
+    first_ratio: float = knob(0.25, "fraction that the first of several stages leaves", above=0, high=0.999)
+    every: int = knob(5, "calls between two looks at how many were sent", low=1, high=10000)
+    values: str = values_knob()
+    index: str = index_knob()
+
+    def typical(self, d):
+        return kept(self.ratio, d)
+
+    def init(self, ops, spec, info):
+        return {"sidco_stages": ops.upload(np.array([min(self.stages, self._most_stages()), 0, 0], np.float32))}
+
+    def _most_stages(self) -> int:
+        return max(1, math.ceil(-math.log2(self.ratio) - 1e-9))
+
+    def select(self, ops, x, spec, info, state):
+        k, control = kept(self.ratio, spec.size), ops.host(state["sidco_stages"])
+        magnitudes = abs(x[x != 0])
+        found = ops.positions(x != 0)
+        if len(found) > k:
+            found = ops.at_least(x, self._threshold(ops, magnitudes, k / len(found), int(control[0])))
+        return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
+
+    def _threshold(self, ops, magnitudes, ratio, stages) -> float:
+        several = stages > 1 and ratio < self.first_ratio
+        ratios = [self.first_ratio, *[(ratio / self.first_ratio) ** (1 / (stages - 1))] * (stages - 1)] if several else [ratio]
+        largest, threshold, rest = ops.largest(magnitudes), 0.0, magnitudes
+        for stage, share in enumerate(ratios):
+            excess = rest - rest.min() if stage else rest
+            threshold = float(np.float32(min(threshold + self._tail(ops, excess, share, first=not stage), largest)))
+            rest = rest[rest >= threshold]
+        return threshold
+
+    def _tail(self, ops, excess, ratio, *, first) -> float:
+        """What about a fraction `ratio` of the excess is larger than."""
+        count = len(excess)
+        mean = ops.total(excess) / count
+        if not mean:
+            return 0.0
+        if self.distribution == "exponential":
+            return exponential(mean, ratio)
+        if self.distribution == "gamma" and first:
+            tail = gamma(mean, ops.total(ops.log(excess)) / count, ratio)
+            if tail > 0:
+                return tail
+        return pareto(mean, float(ops.block_norms(excess, count, 2)[0]) ** 2 / count - mean * mean, ratio)
+
+    def _adapted(self, control, share) -> np.ndarray:
+        """The controller's state after one more call, which sent `share` of what it should."""
+        stages, calls, total = int(control[0]), int(control[1]) + 1, float(control[2]) + share
+        if calls >= self.every:
+            mean = total / calls
+            stages = min(max(stages + (mean < 0.8) - (mean > 1.2), 1), self._most_stages())
+            calls, total = 0, 0.0
+        return np.array([stages, calls, total], np.float32)
