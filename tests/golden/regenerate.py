@@ -18,6 +18,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     from grace_ext.testing.worlds import NUMPY
+
     from .messages import everything
 
     PATH.write_text(json.dumps(everything(NUMPY), indent=1) + "\n")
