@@ -93,6 +93,22 @@ FEEDBACK = compositions(COMPRESSORS, ("residual",), natural_only=True)
 EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold", "dgc", "sidco", "global_topk")
 
 
+def shelf() -> list[str]:
+    """Every part by name in one mix that it is meant for: what the real jobs loop over."""
+    specs = []
+    for name in grace_ext.compressors.names():
+        part = grace_ext.compressors.get(name).create()
+        specs.append(f"{part} + {part.natural_memory} @ {natural(name)}")
+    for name in grace_ext.memories.names():
+        if not grace_ext.memories.get(name).diverges:
+            specs.append(next(s for s in compositions(REPRESENTATIVE, (name,), natural_only=True)))
+    for name in grace_ext.communicators.names():
+        for compressor in (*REPRESENTATIVE, "signsgd"):
+            if _allowed(compressor, "residual", name):
+                specs.append(f"{compressor} + residual @ {name}")
+    return list(dict.fromkeys(specs))
+
+
 def on_worlds(specs: list[str], *others: Any, worlds: list[World] = WORLDS) -> list[Any]:
     """Parameters (world, spec, other): the reference library with everything, the others with one spec a compressor. What they do
     with all the rest follows from test_worlds.py: they give the reference's bytes."""

@@ -39,8 +39,9 @@ def make_model() -> torch.nn.Module:
     return model
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def make_optimizer(model: torch.nn.Module, spec: str = "none") -> torch.optim.Optimizer:
+    """SGD with momentum, but where the spec's memory is the momentum."""
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if grace_ext.grace(spec).memory.is_momentum else 0.9)
 
 
 def loss_of(model: torch.nn.Module, rank: int, step: int) -> torch.Tensor:
@@ -86,7 +87,8 @@ class Shuffled(torch.nn.Module):
 def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float]]:
     """This rank's part of the training, by grace_ext's optimizer: the weights at the end, and its losses."""
     model = make_model()
-    optimizer = hvd.DistributedOptimizer(make_optimizer(model), model.named_parameters(), compression=compression)
+    optimizer = make_optimizer(model, str(compression))
+    optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -101,7 +103,7 @@ def steps_in_cluster(spec: str, size: int) -> Iterator[tuple[torch.nn.Module, fl
     """The reference, with all ranks in this process: the model after each step, and the ranks' mean loss in it."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch")
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, spec)
     for step in range(STEPS):
         by_rank, losses = [], []
         for rank in range(size):
