@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .ops import Array, Ops
-from .parts import INTEGERS, Field
+from .parts import INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
 
@@ -199,7 +199,7 @@ def _by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, list[tuple[int, A
     groups: dict[str, list[tuple[int, Any]]] = {}
     for index, request in requests:
         if isinstance(request, AllReduce):
-            kind = "sum-" + request.dtype
+            kind = "sum-integers" if request.dtype in INTEGERS else "sum-" + request.dtype
         elif isinstance(request, Scatter):
             kind = "scatter"
         else:
@@ -220,7 +220,7 @@ def _fused(ops, kind, group, specs, info, digest, flag, turn, carry):
 
 def _fused_sum(ops, group, info, flag, label, carry):
     """One element more than the arrays says whether a rank was not finite: NaN, or 1 among integers."""
-    dtype = group[0][1].dtype
+    dtype = max((request.dtype for _, request in group), key=ITEMSIZE.__getitem__)
     if dtype in INTEGERS:
         tail, divisor = ops.arange(1) + int(flag[0]), 1
     else:

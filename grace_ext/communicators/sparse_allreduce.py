@@ -33,8 +33,8 @@ class SparseAllreduce(Communicator):
     contributions, and all gather the regions' non-zero sums. The same result as allgather, to the rounding of the division.
     Sent per rank: k (n-1)/n elements, and the union of all selections, (n-1)/n u, against (n-1) k of allgather: it pays where the ranks
     select much the same positions, or n is large; u is at most min(d, n k). Every rank decodes the union once, not n payloads.
-    For compressors that pick positions and send plain values (topk, threshold, dgc, sidco, ...). TensorFlow's graphs carry the all-to-all
-    by an all-gather, which saves decoding but no bytes. Source: the region-wise reduction of Ok-Topk (Li and Hoefler 2022), exact here.
+    For compressors that pick positions and send plain values (topk, threshold, dgc, sidco, ...). Source: the region-wise
+    reduction of Ok-Topk (Li and Hoefler 2022), exact here.
     """
 
     def check(self, compressor):

@@ -3,8 +3,9 @@
 The driver is the same generator as everywhere. Here it is run in pieces, each a `tf.numpy_function` between two network operations:
     put(bucket 0) -> arrays -> Horovod ops ...   put(bucket 1) -> ...   finish: result -> next arrays -> Horovod ops ... -> gradients
 Which collectives there are, and of which kind, must be known when the graph is traced: a rehearsal with zero gradients and a pretended
-network tells (sizes may change from step to step, kinds and order do not). A token passes through all pieces, so they run in this order
-whatever the graph around them is; no piece ever waits for the network, so any number of models may be under way.
+network tells (sizes may change from step to step, kinds and order do not; so what an all-to-all sends to whom is a tensor, too). A
+token passes through all pieces, so they run in this order whatever the graph around them is; no piece ever waits for the network, so any
+number of models may be under way.
 
 The agreement of the first step is a blocking collective, made when the first graph is traced, outside of it.
 """
@@ -22,9 +23,8 @@ from ...composition import Grace
 from ...driver import Driver, Start, perform
 from ...errors import GraceError
 from ...exchange import Collective
-from ...payload import message, open_message, split_messages
 from ...spec import TensorSpec
-from ..base import Transport, cut, gathered, rank_ordered_sum
+from ..base import Transport, cut, gathered
 from .ops import GraphOps
 
 
@@ -32,15 +32,17 @@ class HorovodTransport(Transport):
     """Horovod's named collectives as TensorFlow ops. `start` and `wait` are for eager code; graphs are built by `apply`."""
 
     gathers_uneven = True
+    scatters_uneven = True
 
     def __init__(self, process_set: Any):
         self.ops, self.process_set = GraphOps(), process_set
         self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
 
-    def apply(self, collective: Collective, tensor: tf.Tensor, name: str) -> list[tf.Tensor]:
-        """The collective on this tensor, as tensors; `result` turns their values into what the driver expects."""
+    def apply(self, collective: Collective, inputs: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """The collective on the tensors of `arrays(collective)`, as tensors; `result` turns their values into what the driver expects."""
+        tensor, *splits = inputs
         if self.size == 1:
-            return [tensor]
+            return [tensor, *splits]
         options = {"process_set": self.process_set, "ignore_name_scope": True}
         if collective.kind == "allreduce":
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
@@ -48,7 +50,7 @@ class HorovodTransport(Transport):
         if collective.kind == "allgather":
             return [hvd.allgather(tensor, name=name, **options)]
         if collective.kind == "alltoall":
-            return [hvd.alltoall(tensor, splits=tf.constant(collective.sizes, tf.int32), name=name, **options)[0]]
+            return list(hvd.alltoall(tensor, splits=splits[0], name=name, **options))
         raise GraceError(f"no TensorFlow form of {collective.kind}")
 
     def result(self, collective: Collective, values: Sequence[np.ndarray]) -> Any:
@@ -56,49 +58,40 @@ class HorovodTransport(Transport):
         if collective.kind == "allreduce":
             return values[0] if collective.divisor in (1, self.size) else values[0] / collective.divisor
         if collective.kind == "alltoall":
-            assert collective.sizes is not None
-            return cut(values[0], [collective.sizes[self.rank]] * self.size)
+            return cut(values[0], values[1].tolist())
         return gathered(self, collective, values[0])
 
     def carry(self, collective: Collective):
         # Broadcasts of n messages need n operations whose shapes the graph does not know; one all-gather brings the same bytes.
         if collective.kind == "broadcast":
             collective = collective._replace(kind="allgather")
-        if collective.kind == "alltoall" and collective.received == ():
-            # Its splits would have to be known to the graph; so everyone gets everything, and takes what is for it.
-            return self._scatter_by_gather(collective)
         return super().carry(collective)
 
-    def _scatter_by_gather(self, collective: Collective):
-        whole = message(self.ops, [collective.array], digest=0, step=0, finite=True)
-        received = yield Collective("allgather", whole, collective.label + ".all")
-        bodies = [open_message(self.ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-        return [split_messages(self.ops, body, self.size)[self.rank] for body in bodies]
-
     def start(self, collective: Collective, name: str) -> Any:
-        return collective, self.apply(collective, tf.constant(collective.array), name)
+        return collective, self.apply(collective, [tf.constant(array) for array in arrays_of(collective)], name)
 
     def wait(self, handle: Any) -> Any:
         collective, tensors = handle
         return self.result(collective, [tensor.numpy() for tensor in tensors])
 
 
-class Rehearsal(Transport):
-    """A pretended network of `size` ranks that all send the same."""
+def arrays_of(collective: Collective) -> list[np.ndarray]:
+    """What the graph has to carry for it: the array, and how much of it goes to each rank."""
+    splits = [np.array(collective.sizes, np.int32)] if collective.kind == "alltoall" else []
+    return [collective.array, *splits]
 
-    def __init__(self, real: HorovodTransport):
-        self.ops, self.rank, self.size, self.carry = real.ops, real.rank, real.size, real.carry  # type: ignore[method-assign]
+
+class Rehearsal(HorovodTransport):
+    """A pretended network of this rank alone: other ranks do the same things in the same order."""
+
+    def __init__(self, ops: GraphOps):
+        self.ops, self.rank, self.size = ops, 0, 1
 
     def start(self, collective: Collective, name: str) -> Any:
         return collective
 
     def wait(self, handle: Collective) -> Any:
-        if handle.kind == "allreduce":
-            return rank_ordered_sum([handle.array] * self.size) / handle.divisor
-        if handle.kind == "alltoall":
-            assert handle.sizes is not None
-            return [cut(handle.array, handle.sizes)[self.rank]] * self.size
-        return [handle.array] * self.size
+        return handle.array / handle.divisor if handle.kind == "allreduce" else [handle.array]
 
 
 class GraphExchange:
@@ -126,7 +119,7 @@ class GraphExchange:
 
     def _rehearse(self, divisor: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
-        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport), divisor=divisor)
+        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor)
         driver.register(self.driver.specs.values())
         driver.agreed = True
         pieces: list[Any] = []
@@ -166,15 +159,18 @@ class GraphExchange:
         for number, (what, effects) in enumerate(self._pieces):
             last = number == len(self._pieces) - 1
             inputs = [by_name[name] for name in what] if isinstance(what, list) else in_flight.pop(what)
-            types = [tf.as_dtype(effect.collective.array.dtype) for effect in effects]
+            counts = [len(arrays_of(effect.collective)) for effect in effects]
+            types = [tf.as_dtype(array.dtype) for effect in effects for array in arrays_of(effect.collective)]
             types += [tf.as_dtype(spec.dtype) for spec in specs] if last else []
             results = tf.numpy_function(self._piece(what, first=number == 0, last=last), [token, *inputs], [tf.float32, *types])
             token, arrays = results[0], results[1:]
             token.set_shape([])
-            for effect, array in zip(effects, arrays, strict=False):
-                array.set_shape([None])
-                in_flight[effect.name] = self.transport.apply(effect.collective, array, self._real_name(effect.name))
-            outputs = arrays[len(effects) :]
+            outputs = arrays[sum(counts) :]
+            for effect, count in zip(effects, counts, strict=True):
+                mine, arrays = arrays[:count], arrays[count:]
+                for array in mine:
+                    array.set_shape([None])
+                in_flight[effect.name] = self.transport.apply(effect.collective, mine, self._real_name(effect.name))
         for spec, output in zip(specs, outputs, strict=True):
             output.set_shape(spec.shape)
         return list(outputs)
@@ -211,7 +207,7 @@ class GraphExchange:
 
     def _begin(self, effect: Start) -> None:
         self._under_way[effect.name] = effect.collective
-        self._started.append(effect.collective.array)
+        self._started += arrays_of(effect.collective)
 
     def _resume(self, result: Any) -> dict[str, np.ndarray] | None:
         """Runs the driver's `finish` from the wait that this is the result of to its next wait; returns the outputs at its end."""
