@@ -6,12 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from ..coding import decode_indices, encode_indices, index_bytes
-from ..errors import PayloadError
 from . import register
 from .base import Compressor, Field
+from .scales import floats_from_bytes, floats_to_bytes
 from .sparse import count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob, scatter
-
-LARGEST = float(np.finfo(np.float32).max)
 
 
 @register("adaq")
@@ -63,18 +61,15 @@ class AdaQ(Compressor):
             sides.append(candidates)
             means.append(abs(ops.total(x[candidates])) / len(candidates) if len(candidates) else 0.0)
         positions = ops.sort(ops.concat(sides))
-        scales = np.minimum(means, LARGEST).astype(np.float32)
         return (
-            ops.to_bytes(ops.upload(scales), "float32"),
+            floats_to_bytes(ops, np.array(means)),
             put_count(ops, len(positions)),
             encode_indices(ops, positions, spec.size, self.index),
             ops.pack_signs(x[positions]),
         ), state
 
     def _decode(self, ops, payload, spec):
-        means = ops.host(ops.from_bytes(payload[0], "float32"))
-        if not np.isfinite(means).all() or (means < 0).any():
-            raise PayloadError("has a mean that is negative or not finite")
+        means = floats_from_bytes(ops, payload[0], "mean")
         count = get_count(ops, payload[1], self._most(spec.size), spec.size)
         positions = decode_indices(ops, payload[2], count, spec.size, self.index)
         expect_bytes(payload[3], (count + 7) // 8, f"signs for {count} values")

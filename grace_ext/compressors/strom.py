@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ..coding import decode_indices, encode_indices, index_bytes
 from ..errors import PayloadError
 from ..parts import Field, knob
@@ -60,7 +62,7 @@ class Strom(Compressor):
         if not self.multi:
             return (put_count(ops, count), index, ops.pack_signs(chosen)), state
         limit = 1 << LEVEL_BITS
-        levels = ops.rint(abs(chosen) / (ops.zeros(1) + self.threshold))
+        levels = ops.rint(ops.cast(abs(chosen), "float64") / float(np.float32(self.threshold)))
         levels = ops.as_int(ops.where(levels < limit, levels, float(limit))) - 1
         width = (int(levels.max()).bit_length() if count else 0) + 1
         codes = ops.pack(levels * 2 + ops.as_int(chosen >= 0), width) if count else index[:0]

@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from ..coding import decode_indices, encode_indices, index_bytes
-from ..errors import PayloadError
 from . import register
 from .base import Compressor, Field
+from .scales import LARGEST, floats_from_bytes, floats_to_bytes
 from .sparse import count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
-LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).smallest_subnormal)
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 PASSES = 50
 
 
@@ -77,7 +77,7 @@ class Wangni(Compressor):
         words = ops.cast(ops.random_words(info.private_key(spec.name, "wangni"), spec.size), "float64")
         sampled = ops.positions((magnitudes < level) & (words + 0.5 < chances))
         return (
-            ops.to_bytes(ops.zeros(1) + level, "float32"),
+            floats_to_bytes(ops, np.array([level])),
             put_count(ops, len(sampled)),
             ops.to_bytes(x[exact], "float32"),
             encode_indices(ops, exact, spec.size, self.index),
@@ -87,9 +87,7 @@ class Wangni(Compressor):
 
     def _decode(self, ops, payload, spec):
         """((positions, values) of the exact ones, and of the sampled ones)."""
-        level = float(ops.host(ops.from_bytes(payload[0], "float32"))[0])
-        if not 0 < level <= LARGEST:
-            raise PayloadError(f"has a level of {level}")
+        level = float(floats_from_bytes(ops, payload[0], "level")[0])
         count = get_count(ops, payload[1], spec.size, spec.size)
         values = ops.from_bytes(payload[2], "float32")
         exact = decode_indices(ops, payload[3], len(values), spec.size, self.index)
