@@ -1,6 +1,6 @@
 """Hugging Face Accelerate with compressed gradients: the hook is registered on the model that `prepare` returns.
 
-    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (or: accelerate launch --cpu --num_processes 2 ...)
+    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (`accelerate launch --cpu` starts one process, whatever it is told)
 """
 
 from __future__ import annotations
