@@ -1,6 +1,6 @@
 """Hugging Face Accelerate with compressed gradients: the hook is registered on the model that `prepare` returns.
 
-    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (or: accelerate launch --cpu --num_processes 2 ...)
+    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (`accelerate launch --cpu` starts one process, whatever it is told)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from grace_ext.frameworks.torch import ddp_comm_hook
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
 parser.add_argument("--epochs", type=int, default=3)
 arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grace_ext.frameworks.torch import ddp_comm_hook
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
 parser.add_argument("--epochs", type=int, default=3)
 arguments = parser.parse_args()

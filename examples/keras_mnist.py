@@ -1,6 +1,6 @@
 """Train a small CNN on MNIST with Keras 3 `fit` and compressed gradients.
 
-    horovodrun -np 2 python examples/keras_mnist.py
+    horovodrun -np 2 python examples/keras_mnist.py                        or: mpirun -np 2 python examples/keras_mnist.py
     horovodrun -np 2 python examples/keras_mnist.py --compression dense
     horovodrun -np 2 python examples/keras_mnist.py --plain-horovod        what Horovod 0.28 does under Keras 3: it reduces nothing
 

@@ -51,7 +51,7 @@ class Compression(L.Callback):
             print(f"epoch {trainer.current_epoch + 1}: test accuracy {reached:.3f}", flush=True)
 
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
 parser.add_argument("--epochs", type=int, default=3)
 arguments = parser.parse_args()

@@ -3,6 +3,7 @@
     python examples/torch_mnist.py                                        one process: nothing to send
     torchrun --nproc-per-node 2 examples/torch_mnist.py --compression "powersgd(rank=2) + residual @ allreduce"
     horovodrun -np 2 python examples/torch_mnist.py --compression dense
+    mpirun -np 2 python examples/torch_mnist.py
 
 The lines that end in `# +` are what distributes and compresses it; the rest is a plain script.
 """

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ..frameworks.launch import ROOT, launcher, run
+from ..frameworks.launch import ROOT, environment, launcher, run
 
 pytest.importorskip("torch")
 pytest.importorskip("mlxtend", reason="pip install 'grace_ext[examples]'")
@@ -83,6 +83,21 @@ def test_the_demos_verdict(demo, accuracies, said, tmp_path, monkeypatch, capsys
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert ("The demo failed" in (out := capsys.readouterr().out)) == (said is not None)
     assert said is None or said in out
+
+
+@pytest.mark.parametrize("engine", ["torchrun", "horovodrun"])
+def test_the_demo_by_each_launcher(demo, engine, tmp_path, monkeypatch):
+    """One real job: started, watched and read."""
+    launcher(engine, demo.RANKS)  # skips where it is not installed
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(demo, "SPECS", {"dense": "dense"})
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--quick", "--launcher", engine])
+    assert demo.main() == 0
+    written = json.loads((tmp_path / "results.json").read_text())
+    (result,) = written["results"]["dense"]["runs"]
+    assert written["launcher"] == engine and result["ranks"] == 2 and len(result["test_accuracy"]) == 2
+    assert result["accuracy"] > 80
 
 
 def test_the_demo_shows_why_a_job_failed(demo, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from .launch import environment
+from grace_ext.check import DONE
+
+from .launch import environment, launcher, run
 from .test_jobs import cases_of, held
 
 if importlib.util.find_spec("tensorflow") is None:
@@ -48,6 +50,17 @@ def test_without_horovod_the_error_says_how_to_get_it():
     )
     done = python(code)
     assert "tf.Tensor" in done.stdout and "make horovod" in done.stderr, done.stdout + done.stderr[-2000:]
+
+
+def test_torchrun_is_refused():
+    """Horovod would take each of its ranks for a world of its own."""
+    command = [*launcher("torchrun", 2), "-m", "grace_ext.frameworks.selfcheck", "tensorflow"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode and "Use horovodrun or mpirun" in done.stderr, done.stderr[-2000:]
+
+
+def test_selfcheck():
+    assert DONE in run([*launcher("horovodrun", 2), "-m", "grace_ext.frameworks.selfcheck", "tensorflow"])
 
 
 def test_plain_python_is_one_rank_and_compresses_only_when_asked():

@@ -13,6 +13,11 @@ from ...errors import UnsupportedError
 if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
     # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
     os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        raise UnsupportedError(
+            "torchrun started this process, and TensorFlow's collectives come from Horovod, for which it would be alone: it would train on "
+            "its share and reduce nothing. Use horovodrun or mpirun"
+        )
 
 try:
     from horovod.tensorflow import *  # noqa: F403
