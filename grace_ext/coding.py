@@ -76,7 +76,8 @@ def max_index_bytes(most: int, d: int, index: str = "auto") -> int:
         return max(index_bytes(most, d, index), index_bytes(d - 1, d, index) if most == d and d > 1 else 0)
     # Between two powers of two the number of low bits changes by one at most.
     sizes = [1 << i for i in range(most.bit_length())]
-    return max((_bytes(2 * k * 33) if d < 4 else _elias_fano_bytes(2 * k, d, max(0, _low_bits(k, d) - 1)) + 2 * k for k in sizes), default=0)
+    bounds = [_elias_fano_bytes(2 * k, d, max(0, _low_bits(k, d) - 1)) + 2 * k for k in sizes]
+    return max(bounds, default=0) + (16 if d < 4 else 0)
 
 
 def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> Array:

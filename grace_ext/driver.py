@@ -110,8 +110,9 @@ class Driver:
         if not parts:
             return ""
         return (
-            f"{parts[0]} looks at the gradients of the whole model at once, and here they are exchanged in several buckets: make one bucket "
-            "(DDP: bucket_cap_mb larger than the model), use the wrapper's DistributedOptimizer, or a part that works tensor by tensor"
+            f"{parts[0]} looks at the gradients of the whole model at once, and here they are exchanged in several buckets: make one "
+            "bucket (DDP: bucket_cap_mb larger than the model), use the wrapper's DistributedOptimizer, or a part that works tensor by "
+            "tensor"
         )
 
     # --- what takes part ----------------------------------------------------------------------------------------------

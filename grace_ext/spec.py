@@ -65,7 +65,7 @@ class StepInfo:
 
 def parse(text: str) -> dict[str, Part]:
     """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said."""
-    from . import communicators, compressors, memories
+    from . import communicators, memories
 
     node = _expression(text)
     stages: list[ast.expr] = []

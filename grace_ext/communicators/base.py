@@ -50,7 +50,9 @@ class Communicator(Part):
             )
 
 
-def exchanged(ops: Ops, compressor: Compressor, payload: Payload, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> Exchanged:
+def exchanged(
+    ops: Ops, compressor: Compressor, payload: Payload, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State
+) -> Exchanged:
     """The outcome where one payload was sent."""
     return Exchanged(
         aggregate, lambda: compressor.decompress(ops, payload, spec, info), state, lambda: compressor.positions(ops, payload, spec, info)

@@ -22,9 +22,9 @@ def shards(d: int, n: int) -> list[slice]:
 class ReduceScatter(Communicator):
     """Every rank averages one shard of the tensor, compresses the mean again, and all gather the shards: an all-reduce of compressed data.
 
-    The tensor is cut into n shards, each compressed by itself; shard j of every rank goes to rank j (all-to-all), which decodes and averages
-    the n payloads, adds what it could not send of its shard before, compresses that, and sends it to all (all-gather). Votes are counted
-    by shard, and their result, in {-1, 0, 1}, needs no second error feedback.
+    The tensor is cut into n shards, each compressed by itself; shard j of every rank goes to rank j (all-to-all), which decodes and
+    averages the n payloads, adds what it could not send of its shard before, compresses that, and sends it to all (all-gather). Votes
+    are counted by shard, and their result, in {-1, 0, 1}, needs no second error feedback.
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m of allgather, for two compressions; equal at n = 2.
     State: `shard_residual`, float32, of this rank's shard. For compressors of fixed size without rounds or whole-tensor state.
     feedback=False leaves the second residual out (right for unbiased compressors). follow_rate multiplies the second residual by

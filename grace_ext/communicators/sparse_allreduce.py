@@ -59,7 +59,8 @@ class SparseAllreduce(Communicator):
             payload, _ = whole.compress(ops, parts.combine(ops, received, mine, info), mine, info, {})
         by_rank = [whole.fields(s) if s.size else () for s in specs]
         gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank)
-        result = ops.concat([self._open(ops, whole, p, s, info, rank) for rank, (p, s) in enumerate(zip(gathered, specs, strict=True)) if s.size])
+        regions = enumerate(zip(gathered, specs, strict=True))
+        result = ops.concat([self._open(ops, whole, p, s, info, rank) for rank, (p, s) in regions if s.size])
         return Exchanged(result, lambda: values, state, lambda: compressor.positions(ops, own, spec, info))
 
     def _open(self, ops, whole, payload, spec, info, rank):

@@ -58,8 +58,8 @@ class Pipeline(Compressor):
             )
         if self.codec.selects or self.codec.rounds or self.codec.votes or type(self.codec).init is not Compressor.init:
             raise IncompatiblePartsError(
-                f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, fp16, "
-                f"terngrad, ...), which {self.codec.name!r} does not"
+                f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, "
+                f"fp16, terngrad, ...), which {self.codec.name!r} does not"
             )
         self.select.check()
         self.codec.check()

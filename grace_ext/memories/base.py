@@ -73,14 +73,14 @@ class Memory(Part):
         """The current learning rate. Raises LearningRateError where there is none."""
         if info.lr is None:
             raise LearningRateError(
-                f"memory {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., optimizer=opt)) "
-                "or step(..., lr=...)"
+                f"memory {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
+                "optimizer=opt)) or step(..., lr=...)"
             )
         return info.lr
 
     def _needs_positions(self, compressor: Compressor) -> None:
         if not compressor.selects:
             raise IncompatiblePartsError(
-                f"memory {self.name!r} has to know which elements were sent, and {compressor.name!r} sends something of every element; use a "
-                "compressor that picks positions, such as topk, threshold, randomk, dgc, sidco or strom"
+                f"memory {self.name!r} has to know which elements were sent, and {compressor.name!r} sends something of every element; use "
+                "a compressor that picks positions, such as topk, threshold, randomk, dgc, sidco or strom"
             )
