@@ -205,7 +205,7 @@ class Driver:
                 return
             self._next += 1
             if self._info is None:
-                self._info = self._step_info()
+                self._info = self.step_info()
             jobs = [self._job(spec) for spec in bucket.specs]
             bucket.running = exchange_bucket(self.ops, jobs, self._info, bucket.digest, self.transport.carry)
             yield from self._advance(bucket, None)
@@ -255,7 +255,8 @@ class Driver:
         for bucket in self.buckets:
             bucket.running, bucket.waiting, bucket.turn, bucket.result = None, [], 0, None
 
-    def _step_info(self) -> StepInfo:
+    def step_info(self) -> StepInfo:
+        """What parts may know of the step to come."""
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
 
     def _job(self, spec: TensorSpec) -> Job:
@@ -309,7 +310,7 @@ class Driver:
         starts at zero, with a warning. Raises GraceError, and changes nothing, if the state does not fit."""
         state = self.read_state(saved)
         if saved["rank"] != self.transport.rank:
-            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self._step_info()))
+            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self.step_info()))
             for arrays in state.values():
                 arrays.update({key: self.ops.zeros(len(array)) for key, array in arrays.items() if key in own})
             warnings.warn(
@@ -339,7 +340,7 @@ class Driver:
         return state
 
     def _check_state(self, state: dict[str, dict[str, Array]]) -> None:
-        info = self._step_info()
+        info = self.step_info()
         for name, arrays in state.items():
             if name not in self.specs:
                 raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
