@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from .errors import LearningRateError, ParameterError
 
 if TYPE_CHECKING:
@@ -132,6 +130,8 @@ class Part:
 
     def rate_change(self, before: float, info: StepInfo) -> float:
         """lr_before / lr, in float32; 1 where there was none before. lr is not 0."""
+        import numpy as np
+
         return float(np.float32(before) / np.float32(self.rate(info))) if before else 1.0
 
     def to_config(self) -> dict[str, Any]:

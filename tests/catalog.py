@@ -68,7 +68,8 @@ def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, nat
 
 #: What memories are tried with, those that they take; every other compressor meets 'none' and 'residual'.
 REPRESENTATIVE = (
-    "topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "qsgd(bits=4)", "efsignsgd", "powersgd"
+    "topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "qsgd(bits=4)",
+    "efsignsgd", "powersgd",
 )  # fmt: skip
 _BARE = tuple(grace_ext.compressors.names())
 _OTHER_MEMORIES = tuple(text for text in MEMORIES if text not in ("none", "residual"))

@@ -15,7 +15,6 @@ import grace_ext.cluster as cluster_module
 from grace_ext import Grace, LocalCluster
 from grace_ext.parts import ITEMSIZE
 
-
 #: The learning rate of tests that are not about it; a power of two, so that it rounds nothing.
 LR = 0.125
 

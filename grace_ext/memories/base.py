@@ -33,6 +33,8 @@ class Memory(Part):
     is_momentum: ClassVar[bool] = False
     #: The result differs from rank to rank: only for wrappers that average models, and for LocalCluster.
     diverges: ClassVar[bool] = False
+    #: How often it sends a tensor in one step, at most.
+    sends: ClassVar[int] = 1
     #: It looks at all tensors of the model at once, so they travel in one bucket.
     whole_model: ClassVar[bool] = False
 

@@ -27,6 +27,7 @@ class CSER(Memory):
 
     uses_lr: ClassVar[bool] = True
     diverges: ClassVar[bool] = True
+    sends: ClassVar[int] = 2
     reset_period: int = knob(8, "steps from one error reset to the next", low=1, high=10**9, headline=True)
 
     def check(self, compressor):
