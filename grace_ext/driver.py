@@ -20,6 +20,7 @@ bucket. An exception anywhere leaves the state of the last committed step.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -167,6 +168,12 @@ class Driver:
                 "state is kept by name, so shapes and dtypes must stay (a new model needs a new optimizer)"
             )
 
+    def check_rate(self, lr: float | None) -> None:
+        """Raises LearningRateError if a part needs the learning rate and there is none."""
+        for part in (self.grace.memory, self.grace.communicator):
+            if part.uses_lr:
+                part.rate(dataclasses.replace(self._step_info(), lr=lr))
+
     # --- one step -----------------------------------------------------------------------------------------------------
     def put(self, name: str, tensor: Any) -> Effects:
         """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
@@ -184,6 +191,7 @@ class Driver:
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
         try:
+            self.check_rate(self.read_lr())
             if not self.agreed:
                 yield from self.agree()
             yield from self._start_ready(all_of_them=True)
@@ -205,7 +213,7 @@ class Driver:
                 return
             self._next += 1
             if self._info is None:
-                self._info = self.step_info()
+                self._info = self._step_info()
             jobs = [self._job(spec) for spec in bucket.specs]
             bucket.running = exchange_bucket(self.ops, jobs, self._info, bucket.digest, self.transport.carry)
             yield from self._advance(bucket, None)
@@ -255,8 +263,7 @@ class Driver:
         for bucket in self.buckets:
             bucket.running, bucket.waiting, bucket.turn, bucket.result = None, [], 0, None
 
-    def step_info(self) -> StepInfo:
-        """What parts may know of the step to come."""
+    def _step_info(self) -> StepInfo:
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
 
     def _job(self, spec: TensorSpec) -> Job:
@@ -310,7 +317,7 @@ class Driver:
         starts at zero, with a warning. Raises GraceError, and changes nothing, if the state does not fit."""
         state = self.read_state(saved)
         if saved["rank"] != self.transport.rank:
-            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self.step_info()))
+            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self._step_info()))
             for arrays in state.values():
                 arrays.update({key: self.ops.zeros(len(array)) for key, array in arrays.items() if key in own})
             warnings.warn(
@@ -340,7 +347,7 @@ class Driver:
         return state
 
     def _check_state(self, state: dict[str, dict[str, Array]]) -> None:
-        info = self.step_info()
+        info = self._step_info()
         for name, arrays in state.items():
             if name not in self.specs:
                 raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")

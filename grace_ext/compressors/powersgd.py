@@ -31,6 +31,8 @@ class _TwoSums(_LowRank):
         p = ops.upload(p_host)
         q_own = p.T @ m  # (r, b): far cheaper than m.T @ p
         q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
+        if not ops.all_finite(q):  # some rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
+            return nothing(ops, spec), before.reshape(-1)
         return self._outcome(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
 
     def _outcome(self, info, p, q, q_own) -> Exchanged:
@@ -48,6 +50,10 @@ class _TwoSums(_LowRank):
         return (p.reshape(a, r) @ q.reshape(r, b)).reshape(-1)
 
 
+def nothing(ops, spec) -> Exchanged:
+    return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
+
+
 def feedback_knob():
     return knob("local", "which approximation the memory subtracts", choices=("local", "mean"))
 
@@ -63,7 +69,8 @@ class PowerSGD(_TwoSums):
     less, are sent dense beside P. Q starts from the shared seed and is kept (warm start); warm_start=False draws it at every step.
     What is remembered as sent is P Q_i^T with this rank's own Q_i (feedback='local': a projection, the residual cannot outgrow its
     input) or P Q^T (feedback='mean', as in the paper's code and PyTorch). A column of P that is zero or dependent becomes zero, and
-    its column of Q is kept for the next step: a zero or rank-deficient gradient gives no NaN and loses no subspace.
+    its column of Q is kept for the next step: a zero or rank-deficient gradient gives no NaN and loses no subspace. Where Q overflows
+    nothing is sent.
     Biased: pair with 'residual'. Rank 1 to 4 is usual; higher costs bytes and orthogonalisation time. Source: Vogels et al. 2019, alg. 1.
     """
 

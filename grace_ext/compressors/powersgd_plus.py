@@ -9,7 +9,7 @@ from ..exchange import AllReduce
 from ..parts import knob
 from . import register
 from .lowrank import kept_subspace, orthonormalize
-from .powersgd import _TwoSums, feedback_knob
+from .powersgd import _TwoSums, feedback_knob, nothing
 
 
 def top_subspace(matrix: np.ndarray, r: int) -> np.ndarray:
@@ -54,7 +54,7 @@ class PowerSGDPlus(_TwoSums):
     """
 
     rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
-    refresh_period: int = knob(50, "steps from one refresh of the subspace to the next; 50 to 200 is usual", low=1, high=10**9)
+    refresh_period: int = knob(50, "steps from one refresh of the subspace to the next; 50 to 200 is usual", low=2, high=10**9)
     refresh: str = knob("svd", "how the subspace of the mean is found", choices=("svd", "randomized"))
     iterations: int = knob(4, "power iterations of refresh='randomized'", low=1, high=100)
     feedback: str = feedback_knob()
@@ -90,7 +90,8 @@ class PowerSGDPlus(_TwoSums):
     def _refresh(self, ops, x, spec, info, start):
         a, b, r = self._shape(spec)
         mean = (yield AllReduce(x, "float32")).reshape(a, b)
-        if not ops.all_finite(mean):  # the sum overflowed: nothing is sent, and all stays in the memory
+        overflowed = not ops.all_finite(mean)
+        if overflowed:
             mean = ops.zeros(a * b).reshape(a, b)
         own = np.zeros((r, b), np.float32)
         if info.rank == 0:
@@ -99,6 +100,10 @@ class PowerSGDPlus(_TwoSums):
         p_host = orthonormalize(ops.host(mean @ v.T))
         p = ops.upload(p_host)
         q, q_own = p.T @ mean, p.T @ x.reshape(a, b)
+        if overflowed or not ops.all_finite(q):
+            return nothing(ops, spec), start
+        if not ops.all_finite(q_own):
+            q_own = q * (info.divisor / info.size)
         return self._outcome(info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
 
     def compress(self, ops, x, spec, info, state):

@@ -54,8 +54,9 @@ class Diana(Memory):
         }
 
     def exchange(self, ops, send, grad, spec, info, state):
-        done = yield from send(self.before(ops, grad, spec, info, state))
-        kept = self.after(ops, grad, done, spec, info, state)
+        compensated = self.before(ops, grad, spec, info, state)
+        done = yield from send(compensated)
+        kept = self.after(ops, compensated, done, spec, info, state)
         return state["diana_mean"] + done.aggregate, done.state, kept
 
 

@@ -155,10 +155,7 @@ class GraphExchange:
     # --- building the operations ------------------------------------------------------------------------------------
     def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
         """The aggregates, in the gradients' order, shapes and dtypes."""
-        if lr is None:
-            for part in (self.driver.grace.memory, self.driver.grace.communicator):
-                if part.uses_lr:
-                    part.rate(self.driver.step_info())  # raises, while the graph is traced
+        self.driver.check_rate(None if lr is None else 1.0)  # while the graph is traced
         if not self.driver.agreed:
             with tf.init_scope():
                 perform(self.driver.agree(), self.transport, {})
