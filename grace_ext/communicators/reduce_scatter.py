@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compressors.base import Compressor, Exchanged
+from ..compressors.base import Exchanged
 from ..errors import IncompatiblePartsError
 from ..exchange import Gather, Scatter
 from ..parts import knob
@@ -37,7 +37,7 @@ class ReduceScatter(Communicator):
 
     def check(self, compressor):
         super().check(compressor)
-        stateful = type(compressor).init is not Compressor.init and not compressor.votes
+        stateful = compressor.keeps_state and not compressor.votes
         if stateful or compressor.whole_model or not compressor.fixed_size:
             why = "keeps state of the whole tensor" if stateful or compressor.whole_model else "sends payloads whose size varies"
             raise IncompatiblePartsError(

@@ -107,6 +107,11 @@ class Compressor(Part):
         """What sends a result that all ranks share the making of (communicator reduce_scatter): by default the compressor itself."""
         return self
 
+    @property
+    def keeps_state(self) -> bool:
+        """It has a state of its own from step to step."""
+        return type(self).init is not Compressor.init
+
     # --- what it promises --------------------------------------------------------------------------------------------
     def omega(self, d: int) -> float | None:
         """E||C(x) - x||^2 <= omega ||x||^2 for x of d elements, where C is unbiased; None where that is not promised."""
