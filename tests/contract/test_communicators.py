@@ -15,10 +15,14 @@ from .. import inputs
 from ..worlds import NUMPY, WORLDS, same_bits, states, tapped
 from . import oracles
 
-SIZES = (1, 2, 3, 5)
-RUNS = pytest.mark.parametrize(
-    ("world", "size"), [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in (SIZES if w is NUMPY else (3,))]
-)
+
+def runs(*sizes: int):
+    """The reference library at all of these sizes, the others at 3."""
+    cases = [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in (sizes if w is NUMPY else (3,))]
+    return pytest.mark.parametrize(("world", "size"), cases)
+
+
+EVERY, RUNS = runs(1, 2, 3, 4, 5), runs(1, 2, 5)
 SHAPES = {"two": (2,), "three": (3,), "seven": (7,), "vector": (193,), "matrix": (24, 18)}  # d < n among them
 RATES = (0.1, 0.1, 0.05, 0.025, 0.2)
 
@@ -78,7 +82,7 @@ class TwoWay:
         return result, sent
 
 
-@RUNS
+@EVERY
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("knobs", ["", "(feedback=False)", "(follow_rate=True)"])
 @pytest.mark.parametrize("text", ONES)
@@ -115,7 +119,7 @@ def test_reduce_scatter(world, text, knobs, memory, size):
                     assert np.allclose(own, run.lost[run.shards[rank]], atol=1e-4), (name, rank)
 
 
-@RUNS
+@EVERY
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
@@ -145,7 +149,7 @@ def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
     assert np.allclose(x, real, atol=1e-4)
 
 
-@RUNS
+@EVERY
 @pytest.mark.parametrize("text", ["signsgd", "signsgd(ties='plus')", "signum", "signum(momentum=0.5, ties='plus')"])
 @pytest.mark.parametrize("communicator", ["reduce_scatter", "allreduce", "broadcast"])
 @pytest.mark.parametrize("memory", ["none", "residual"])
