@@ -59,6 +59,7 @@ class LocalCluster:
         shapes and dtypes of the input; or a list of each rank's mapping, for a memory whose result differs from rank to rank (cser).
         Input that does not fit raises before anything has changed."""
         self._check(gradients)
+        self.drivers[0].check_rate(lr)
         self._lr = lr
         by_rank = run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)
         return by_rank if self.grace.memory.diverges else by_rank[0]

@@ -42,8 +42,8 @@ class Grace:
 
     def nbytes(self, spec: TensorSpec, size: int = 2) -> int:
         """Upper bound of the bytes that one of `size` ranks hands to collectives for such a tensor, bucket headers excluded."""
-        compressor, _, communicator = self.parts_for(spec)
-        return communicator.input_bytes(compressor, spec, size) if spec.size else 0
+        compressor, memory, communicator = self.parts_for(spec)
+        return memory.sends * communicator.input_bytes(compressor, spec, size) if spec.size else 0
 
     def to_config(self) -> dict[str, Any]:
         """A JSON-safe dictionary; `grace(g.to_config()) == g`."""

@@ -20,6 +20,7 @@ bucket. An exception anywhere leaves the state of the last committed step.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -167,6 +168,12 @@ class Driver:
                 "state is kept by name, so shapes and dtypes must stay (a new model needs a new optimizer)"
             )
 
+    def check_rate(self, lr: float | None) -> None:
+        """Raises LearningRateError if a part needs the learning rate and there is none."""
+        for part in (self.grace.memory, self.grace.communicator):
+            if part.uses_lr:
+                part.rate(dataclasses.replace(self._step_info(), lr=lr))
+
     # --- one step -----------------------------------------------------------------------------------------------------
     def put(self, name: str, tensor: Any) -> Effects:
         """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
@@ -184,6 +191,7 @@ class Driver:
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
         try:
+            self.check_rate(self.read_lr())
             if not self.agreed:
                 yield from self.agree()
             yield from self._start_ready(all_of_them=True)

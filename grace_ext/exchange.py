@@ -100,6 +100,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
+    current = dict(state)  # a memory may send twice: the second time finds what the first left behind
 
     def send(x: Array) -> Generator[Any, Any, Any]:
         wide = job.compressor.keeps_float64 and spec.dtype == "float64"
@@ -107,9 +108,11 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
             flag[0] = True
             x = ops.zeros(spec.size)
-        done = yield from job.compressor.exchange(ops, x, spec, info, state, job.communicator)
-        kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**state, **done.state})
-        return done._replace(state={**done.state, **kept})
+        done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
+        kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
+        changed = {**done.state, **kept}
+        current.update(changed)
+        return done._replace(state=changed, compressor=job.compressor)
 
     output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
     return Outcome(output, _updated(state, *changes))

@@ -11,9 +11,12 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import ParameterError
+from .errors import LearningRateError, ParameterError
+
+if TYPE_CHECKING:
+    from .spec import StepInfo
 
 
 def knob(
@@ -25,10 +28,11 @@ def knob(
     above: float | None = None,
     choices: tuple[Any, ...] | None = None,
     headline: bool = False,
+    kind: type | None = None,
 ) -> Any:
     """A dataclass field with a valid range. `above` excludes the bound, `low`/`high` include it; a `headline` knob is always
-    printed. Its type is that of the default, or int where the default is None (None then stays valid)."""
-    rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "headline": headline}
+    printed. Its type is that of the default, or, where the default is None (None then stays valid), `kind`, by default int."""
+    rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "headline": headline, "kind": kind}
     return dataclasses.field(default=default, metadata=rule)
 
 
@@ -46,7 +50,7 @@ def valid_range(field: dataclasses.Field) -> str:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
     if isinstance(field.default, bool):
         return "True or False"
-    kind = "a number" if isinstance(field.default, float) else "a whole number"
+    kind = "a number" if isinstance(field.default, float) or rule.get("kind") is float else "a whole number"
     left = f"({rule['above']:g}" if rule["above"] is not None else f"[{rule['low']:g}" if rule["low"] is not None else "(-inf"
     right = f"{rule['high']:g}]" if rule["high"] is not None else "inf)"
     return f"{kind} in {left}, {right}" + (" or None" if field.default is None else "")
@@ -54,7 +58,7 @@ def valid_range(field: dataclasses.Field) -> str:
 
 def _valid(field: dataclasses.Field, value: Any) -> Any:
     """The value, converted to the knob's type; raises ValueError if it is not valid."""
-    rule, kind = field.metadata, type(field.default)
+    rule, kind = field.metadata, field.metadata.get("kind") or type(field.default)
     if rule.get("part"):
         from . import compressors
         from .spec import part_from
@@ -90,6 +94,8 @@ class Part:
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
+    uses_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -112,6 +118,21 @@ class Part:
             problem = f"unknown knob {', '.join(unknown)}" if unknown else f"knob {', '.join(twice)} given twice"
             raise ParameterError(f"{cls.name}: {problem}; {has}")
         return cls(**given, **knobs)
+
+    def rate(self, info: StepInfo) -> float:
+        """The current learning rate. Raises LearningRateError where there is none."""
+        if info.lr is None:
+            raise LearningRateError(
+                f"{self.kind} {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
+                "optimizer=opt)) or step(..., lr=...); a gradient tape has none, so use a DistributedOptimizer there"
+            )
+        return info.lr
+
+    def rate_change(self, before: float, info: StepInfo) -> float:
+        """lr_before / lr, in float32; 1 where there was none before. lr is not 0."""
+        import numpy as np
+
+        return float(np.float32(before) / np.float32(self.rate(info))) if before else 1.0
 
     def to_config(self) -> dict[str, Any]:
         """{'id': name, every knob: its value}, made of JSON types only."""

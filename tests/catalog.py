@@ -45,8 +45,18 @@ COMPRESSOR_VARIANTS = {
     "vqsgd": ("vqsgd(repeats=1)", "vqsgd(repeats=300, hull='l1')"),
     "signsgd": ("signsgd(ties='plus')",),
     "powersgd": ("powersgd(rank=4, feedback='mean')", "powersgd(rank=1, warm_start=False)"),
+    "powersgd_plus": ("powersgd_plus(rank=3, refresh_period=2, refresh='randomized', feedback='mean')", "powersgd_plus(refresh_period=5)"),
+    "lqsgd": ("lqsgd(rank=3, bits=4, alpha=50)",),
 }
-MEMORY_VARIANTS = {"residual": ("residual(beta=0.9, gamma=0.5)",)}
+MEMORY_VARIANTS = {
+    "residual": ("residual(beta=0.9, gamma=0.5)",),
+    "dgc": ("dgc(nesterov=True, clipping=1)", "dgc(momentum=0.5, masking=False)"),
+    "diana": ("diana(alpha=0.25)",),
+    "cser": ("cser(reset_period=1)",),
+    "dist_ef_block": ("dist_ef_block(momentum=0.9)", "dist_ef_block(momentum=0.5, nesterov=True)"),
+    "gradient_compression": ("gradient_compression(momentum=0.5, nesterov=True)",),
+    "update_compression": ("update_compression(momentum=0.5, nesterov=True)", "update_compression(masking=True)"),
+}
 
 COMPRESSORS = tuple(text for name in grace_ext.compressors.names() for text in (name, *COMPRESSOR_VARIANTS.get(name, ())))
 MEMORIES = tuple(text for name in grace_ext.memories.names() for text in (name, *MEMORY_VARIANTS.get(name, ())))
@@ -78,7 +88,10 @@ def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, nat
 
 
 #: What memories are tried with, those that they take; every other compressor meets 'none' and 'residual'.
-REPRESENTATIVE = ("topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "qsgd(bits=4)", "efsignsgd", "powersgd")
+REPRESENTATIVE = (
+    "topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "qsgd(bits=4)",
+    "efsignsgd", "powersgd",
+)  # fmt: skip
 _BARE = tuple(grace_ext.compressors.names())
 _OTHER_MEMORIES = tuple(text for text in MEMORIES if text not in ("none", "residual"))
 #: Over the natural communicators.

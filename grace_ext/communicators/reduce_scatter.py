@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compressors.base import Compressor, Exchanged
+from ..compressors.base import Exchanged
 from ..errors import IncompatiblePartsError
 from ..exchange import Gather, Scatter
 from ..parts import knob
@@ -28,7 +28,8 @@ class ReduceScatter(Communicator):
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m of allgather, for two compressions; equal at n = 2.
     State: `shard_residual`, float32, of this rank's shard. For compressors of fixed size without rounds or whole-tensor state.
     feedback=False leaves the second residual out (right for unbiased compressors). follow_rate multiplies the second residual by
-    lr_before / lr, as memory 'dist_ef_block' does with the first. Source: Zheng, Huang, Kwok 2019; Bernstein et al. 2018 (votes).
+    lr_before / lr, as memory 'dist_ef_block' does with the first; it needs the learning rate, and a step with lr = 0 leaves the state.
+    Source: Zheng, Huang, Kwok 2019; Bernstein et al. 2018 (votes).
     """
 
     feedback: bool = knob(True, "remember what the second compression loses")
@@ -41,13 +42,17 @@ class ReduceScatter(Communicator):
                 f"the result of {compressor} is not a mean, and 'reduce_scatter' would compress it again as if it were; "
                 "use communicator 'allgather'"
             )
-        stateful = type(compressor).init is not Compressor.init and not compressor.votes
+        stateful = compressor.keeps_state and not compressor.votes
         if stateful or compressor.whole_model or not compressor.fixed_size:
             why = "keeps state of the whole tensor" if stateful or compressor.whole_model else "sends payloads whose size varies"
             raise IncompatiblePartsError(
                 f"{compressor.name!r} {why}, and 'reduce_scatter' compresses shards of a fixed size; use communicator 'allgather'"
                 + (" or 'sparse_allreduce'" if compressor.selects else "")
             )
+
+    @property
+    def uses_lr(self) -> bool:  # type: ignore[override]
+        return self.follow_rate
 
     def _keeps(self, compressor) -> bool:
         return self.feedback and not compressor.votes and compressor.name != "none"
@@ -75,10 +80,10 @@ class ReduceScatter(Communicator):
             if self._keeps(compressor):
                 mean = ops.cast(mean + self._residual(state, info), "float32")
             payload, _ = second.compress(ops, mean, mine, info, {})
-            if self._keeps(compressor):
+            if self._keeps(compressor) and not self._idle(info):
                 changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, mine, info), "float32")
-        if self.follow_rate and self._keeps(compressor):
-            changed["shard_rate"] = ops.zeros(1) + (info.lr or 0.0)
+        if self.follow_rate and self._keeps(compressor) and not self._idle(info):
+            changed["shard_rate"] = ops.zeros(1) + self.rate(info)
         by_rank = [second.fields(s) if s.size else () for s in means]
         gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank)
         result = ops.concat([second.decompress(ops, p, s, info) for p, s in zip(gathered, means, strict=True) if s.size])
@@ -96,10 +101,13 @@ class ReduceScatter(Communicator):
 
     def _residual(self, state, info):
         residual = state["shard_residual"]
-        if not self.follow_rate or not info.lr:
+        if not self.follow_rate:
             return residual
-        before = float(state["shard_rate"][0])
-        return residual * (before / info.lr) if before else residual
+        return residual * (0.0 if self._idle(info) else self.rate_change(float(state["shard_rate"][0]), info))
+
+    def _idle(self, info) -> bool:
+        """A step whose result the optimizer multiplies with 0, so that what it sends is not applied."""
+        return self.follow_rate and not self.rate(info)
 
     def input_bytes(self, compressor, spec, n):
         specs = [TensorSpec(spec.name, (r.stop - r.start,), _wire(spec)) for r in shards(spec.size, n)]

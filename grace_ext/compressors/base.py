@@ -23,12 +23,14 @@ Payload = Sequence["Array"]
 
 class Exchanged(NamedTuple):
     """What the exchange of one tensor gives: the aggregate of all ranks, what this rank's own payload stands for and where (functions,
-    because a memory may not ask), and what the compressor and the communicator changed of their state."""
+    because a memory may not ask), what the compressor and the communicator changed of their state, and (for memories) the compressor that
+    the tensor really went through, which is `none` where it was sent dense."""
 
     aggregate: Array
     values: Callable[[], Array]
     state: State
     positions: Callable[[], Array | None] = lambda: None
+    compressor: Any = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Compressor(Part):
     def recompressor(self) -> Compressor:
         """What sends a result that all ranks share the making of (communicator reduce_scatter): by default the compressor itself."""
         return self
+
+    @property
+    def keeps_state(self) -> bool:
+        """It has a state of its own from step to step."""
+        return type(self).init is not Compressor.init
 
     # --- what it promises --------------------------------------------------------------------------------------------
     def omega(self, d: int) -> float | None:

@@ -22,6 +22,12 @@ class NoCompression(Compressor):
     always_compresses: ClassVar[bool] = True  # it is the dense form
     keeps_float64: ClassVar[bool] = True
 
+    def omega(self, d):
+        return 0.0
+
+    def delta(self, d):
+        return 1.0
+
     def fields(self, spec):
         return (Field("values", spec.dtype, spec.size),)
 

@@ -45,6 +45,10 @@ class Pipeline(Compressor):
         return self.select.whole_model
 
     @property
+    def keeps_state(self) -> bool:
+        return self.select.keeps_state
+
+    @property
     def deterministic_bytes(self) -> bool:  # type: ignore[override]
         return self.select.deterministic_bytes and self.codec.deterministic_bytes
 
@@ -54,7 +58,7 @@ class Pipeline(Compressor):
                 f"'{self.select} > {self.codec}': the first stage must pick positions and send them (topk, threshold, dgc, sidco, ...), "
                 f"which {self.select.name!r} does not"
             )
-        if self.codec.selects or self.codec.rounds or self.codec.votes or type(self.codec).init is not Compressor.init:
+        if self.codec.selects or self.codec.rounds or self.codec.votes or self.codec.keeps_state:
             raise IncompatiblePartsError(
                 f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, "
                 f"fp16, terngrad, ...), which {self.codec.name!r} does not"

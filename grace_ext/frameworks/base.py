@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import IncompatiblePartsError
 from ..exchange import Collective
 from ..ops import Array, Ops
 from ..parts import INTEGERS, ITEMSIZE
 from ..payload import split_messages
 
+if TYPE_CHECKING:
+    from ..composition import Grace
+
 Carried = Generator[Collective, Any, Any]
+#: Hyperparameters that only optimizers with moments or scales of their own have, as torch and Keras call them.
+ADAPTIVE = ("betas", "eps", "etas", "rho", "beta_1", "beta_2_decay", "epsilon", "learning_rate_power", "history_size")
 
 
 class Transport(ABC):
@@ -67,6 +73,20 @@ def ordered_sum(transport: Transport, collective: Collective) -> Carried:
     gather = Collective("allgather", ops.to_bytes(share, dtype), collective.label + ".gather", sizes=sizes)
     gathered = yield from transport.carry(gather)
     return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered])
+
+
+def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:
+    """Raises IncompatiblePartsError where the memory is the momentum of the training, and this optimizer, given its class's name and its
+    hyperparameters by name, has one of its own or is an adaptive one."""
+    if not grace.memory.is_momentum:
+        return
+    adaptive = [key for key in ADAPTIVE if key in settings]
+    if settings.get("momentum") or adaptive:
+        has = f"adapts its steps ({', '.join(adaptive)})" if adaptive else f"has momentum={settings['momentum']} of its own"
+        raise IncompatiblePartsError(
+            f"memory {grace.memory} is the momentum of the training, and the optimizer {name} {has}: momentum would be applied twice. Use "
+            "SGD with momentum=0, or memory 'residual'"
+        )
 
 
 def rank_ordered_sum(arrays: list[Array]) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import IncompatiblePartsError, LearningRateError
+from ..errors import IncompatiblePartsError
 from ..parts import Part
 from ..spec import StepInfo, TensorSpec
 
@@ -29,18 +29,23 @@ class Memory(Part):
     """
 
     kind: ClassVar[str] = "memory"
-    #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
-    uses_lr: ClassVar[bool] = False
     #: It is the momentum of the training itself, so the optimizer must be SGD without momentum of its own.
     is_momentum: ClassVar[bool] = False
     #: The result differs from rank to rank: only for wrappers that average models, and for LocalCluster.
     diverges: ClassVar[bool] = False
+    #: How often it sends a tensor in one step, at most.
+    sends: ClassVar[int] = 1
     #: It looks at all tensors of the model at once, so they travel in one bucket.
     whole_model: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
         """The state before the first step: flat arrays by key; keys are unique among all parts ('residual', 'momentum')."""
+
+    def absorb(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> State:
+        """What of the state the gradient alone changes, before anything is sent: a momentum of this rank's own. `before` and `after` see
+        it."""
+        return {}
 
     @abstractmethod
     def before(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> Array:
@@ -60,23 +65,33 @@ class Memory(Part):
     ) -> Generator[Any, Any, tuple[Array, Any]]:
         """One step: returns (the user's result, and changes of the state, the later ones over the earlier ones). Overridden by memories
         that send more than one array, or that ask the other tensors (exchange.Together) first."""
+        absorbed = self.absorb(ops, grad, spec, info, state)
+        state = {**state, **absorbed}
         compensated = self.before(ops, grad, spec, info, state)
         done = yield from send(compensated)
         kept = self.after(ops, compensated, done, spec, info, state)
         output, last = self.on_aggregate(ops, done.aggregate, spec, info, {**state, **kept})
-        return output, done.state, kept, last
+        return output, absorbed, done.state, kept, last
 
     def check(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError where this memory cannot work with that compressor."""
 
-    def rate(self, info: StepInfo) -> float:
-        """The current learning rate. Raises LearningRateError where there is none."""
-        if info.lr is None:
-            raise LearningRateError(
-                f"memory {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
-                "optimizer=opt)) or step(..., lr=...)"
+    # --- what `check` may ask for ------------------------------------------------------------------------------------
+    def _needs_magnitudes(self, compressor: Compressor) -> None:
+        if compressor.votes:
+            raise IncompatiblePartsError(
+                f"memory {self.name!r} needs a compressor whose result stands for what was compressed, and {compressor.name!r} gives a "
+                "vote in {-1, 0, 1}, which has no size; use compressor 'efsignsgd' (signs with a scale), or memory 'residual' or 'none'"
             )
-        return info.lr
+
+    def _needs_contraction(self, compressor: Compressor) -> None:
+        self._needs_magnitudes(compressor)
+        if compressor.delta(64) is None:
+            instead = "memory 'diana' or 'none'" if compressor.unbiased else "memory 'residual'"
+            raise IncompatiblePartsError(
+                f"memory {self.name!r} needs a contraction, E||C(x) - x||^2 <= (1 - delta) ||x||^2, which {compressor} does not promise; "
+                f"use a compressor that does, such as topk, randomk, efsignsgd or 'topk > qsgd', or with {compressor.name!r} {instead}"
+            )
 
     def _needs_positions(self, compressor: Compressor) -> None:
         if not compressor.selects:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import states
 
-from .. import inputs
-from ..worlds import states
 from . import oracles
 from .test_oracles import RUNS, STEPS
 from .test_oracles_sparse import count, largest, only

@@ -11,9 +11,9 @@ import pytest
 import grace_ext
 from grace_ext import rng
 from grace_ext.errors import IncompatiblePartsError
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY
 
-from .. import inputs
-from ..worlds import NUMPY
 from . import oracles
 from .test_oracles import MATRIX, RUNS, VECTOR, compare
 from .test_oracles_sparse import Stepwise, count, info, largest, only

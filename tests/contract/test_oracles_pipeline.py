@@ -11,9 +11,9 @@ import grace_ext
 from grace_ext import rng
 from grace_ext.errors import IncompatiblePartsError, SpecSyntaxError
 from grace_ext.spec import TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, states
 
-from .. import inputs
-from ..worlds import NUMPY, states
 from . import oracles
 from .test_oracles import RUNS, VECTOR, compare
 from .test_oracles_sparse import Stepwise, count, info, largest

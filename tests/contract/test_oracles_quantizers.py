@@ -13,9 +13,9 @@ from grace_ext import rng
 from grace_ext.errors import ParameterError
 from grace_ext.payload import HEADER
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, states, tapped
 
-from .. import inputs
-from ..worlds import NUMPY, states, tapped
 from .oracles import Arrays, averaged, mean
 from .test_oracles import RUNS, VECTOR, compare, composed
 

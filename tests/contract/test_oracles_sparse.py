@@ -10,8 +10,8 @@ import pytest
 import grace_ext
 from grace_ext import rng
 from grace_ext.spec import StepInfo
+from grace_ext.testing.worlds import NUMPY, states
 
-from ..worlds import NUMPY, states
 from . import oracles
 from .test_oracles import RUNS, VECTOR, compare
 

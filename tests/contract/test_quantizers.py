@@ -9,9 +9,9 @@ import grace_ext
 from grace_ext.errors import IncompatiblePartsError, PayloadError, UnsupportedError
 from grace_ext.payload import HEADER
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, tapped
 
-from .. import inputs
-from ..worlds import NUMPY, tapped
 from .test_oracles import VECTOR
 from .test_oracles_quantizers import code_book, normal, private_words
 

@@ -12,9 +12,9 @@ import pytest
 
 import grace_ext
 from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY
 
-from .. import inputs
-from ..worlds import NUMPY
 from .test_oracles_mixed import chances
 
 DRAWS = 400

@@ -35,13 +35,13 @@ def round_trip(world, text: str, x: np.ndarray, info: StepInfo = INFO) -> np.nda
 )
 def test_shape_and_dtype(world, spec, dtype):
     """Every mix returns the input's shape and dtype, finite, for 0-d, empty, one-element, strided and other tensors; and the same
-    bytes on every rank, so that replicas never drift."""
-    size = 2
-    cluster = world.cluster(grace_ext.grace(spec), size)
+    bytes on every rank, so that replicas never drift (but for memories that say they do)."""
+    g, size = grace_ext.grace(spec), 2
+    cluster = world.cluster(g, size)
     for step in range(2):
         gradients = inputs.ranks(size, step, dtype)
         returned = world.everywhere(cluster, gradients)
-        assert len(returned) == size and all(same_bits(returned[0], other) for other in returned[1:])
+        assert len(returned) == size and all(same_bits(returned[0], other) or g.memory.diverges for other in returned[1:])
         out = returned[0]
         assert list(out) == list(gradients[0])
         for name, array in out.items():

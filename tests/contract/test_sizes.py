@@ -39,7 +39,7 @@ def test_payloads_are_what_fields_declare(world, text):
                     assert len(array) == field.count * ITEMSIZE[field.dtype], (field, kind, shape)
             total = sum(len(array) + 4 * field.variable for field, array in zip(fields, payload, strict=True))
             assert total <= compressor.nbytes(spec), (kind, shape)
-            if not any(field.variable for field in fields):
+            if not any(field.variable for field in fields) and compressor.mean_nbytes(spec) == compressor.nbytes(spec):
                 assert total == compressor.nbytes(spec)
 
 
@@ -60,7 +60,7 @@ def test_wire_bytes(world, spec, dtype):
         overhead = sum({"allreduce": ITEMSIZE[s.dtype], "alltoall": size * HEADER.size}.get(s.kind, HEADER.size) for s in seen)
         assert len(seen) <= 4 and overhead <= 4 * HEADER.size
         assert max(cluster.wire_bytes) <= declared + overhead
-        if g.compressor.fixed_size and g.compressor.mean_nbytes(MATRIX) == g.compressor.nbytes(MATRIX):
+        if g.compressor.fixed_size and g.memory.sends == 1 and g.compressor.mean_nbytes(MATRIX) == g.compressor.nbytes(MATRIX):
             assert max(cluster.wire_bytes) == declared + overhead or "reduce" in spec  # shards, and what sums of them leave, differ
 
 
@@ -69,8 +69,8 @@ def test_never_larger_than_dense(text):
     """A tensor whose payload would not be smaller is sent dense; only what is compressed for its meaning (a vote, an exact sum) or has a
     size that the values decide may cost more, by a flag, a scale or two counts."""
     g = grace_ext.grace(f"{text} + none")
-    if not g.compressor.fixed_size:
-        pytest.skip("how much it sends is known from the values only; see its own tests")
+    if not g.compressor.fixed_size or g.compressor.mean_nbytes(MATRIX) != g.compressor.nbytes(MATRIX):
+        pytest.skip("how much it sends is known from the values only, or differs from step to step; see its own tests")
     for dtype in inputs.DTYPES:
         for shape in SHAPES:
             tensor = TensorSpec("w", shape, dtype)

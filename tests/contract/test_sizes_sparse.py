@@ -10,9 +10,8 @@ from grace_ext import rng
 from grace_ext.errors import PayloadError
 from grace_ext.payload import HEADER
 from grace_ext.spec import StepInfo, TensorSpec
-
-from .. import inputs
-from ..worlds import NUMPY, tapped
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, tapped
 
 SHAPE, SIZE = (1000, 1000), 1_000_000
 INFO = StepInfo(step=0, rank=0, size=1, divisor=1)

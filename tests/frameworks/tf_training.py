@@ -23,6 +23,18 @@ SPECS = (
     "signsgd + none",
     "efsignsgd + residual",
     "powersgd(rank=2) + residual",
+    "efsignsgd(block=16) + residual @ reduce_scatter",
+    "topk(ratio=0.1) + residual @ sparse_allreduce",
+    "signsgd + residual @ allreduce",
+    "lqsgd + powersgd",
+    "powersgd_plus(rank=2, refresh_period=3) + residual",
+    "topk(ratio=0.1) + dgc",
+)
+#: For wrappers that know the learning rate, and all variables at once.
+WITH_AN_OPTIMIZER = (
+    "topk(ratio=0.1) + efsignsgd",
+    "topk(ratio=0.1) + dgc(clipping=0.1)",
+    "efsignsgd(block=16) + dist_ef_block(momentum=0.5) @ reduce_scatter(follow_rate=True)",
 )
 
 

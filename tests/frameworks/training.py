@@ -25,6 +25,12 @@ SPECS = (
     "efsignsgd + residual",
     "powersgd(rank=2) + residual",
     "fp16 + residual @ allgather",
+    "efsignsgd(block=64) + residual @ reduce_scatter",
+    "topk(ratio=0.05) + residual @ sparse_allreduce",
+    "signsgd + residual @ allreduce",
+    "lqsgd(rank=2) + powersgd",
+    "powersgd_plus(rank=2, refresh_period=5) + residual",
+    "topk(ratio=0.05) + ef21",
 )
 
 

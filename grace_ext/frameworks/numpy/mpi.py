@@ -133,15 +133,16 @@ class Exchange:
         Every rank passes the same names, at the first step in the same order, and the same shapes and dtypes at every step. If a
         gradient is NaN or Inf on any rank, all ranks get NaN for what travelled with it, and none changes its memory.
 
-        Raises, before anything is sent: NamesError, TensorChangedError, UnsupportedDtypeError on the ranks where it is so (the others
-        wait for them, see the module's text); DisagreementError on all ranks alike. And PayloadError, on all ranks alike, for a message
-        that cannot be decoded. After an error in the middle of a step ranks may be out of step with each other, which MPI could not
-        tell from the right order; so this Exchange refuses to go on. Its `state_dict` is then that of the last whole step."""
+        Raises, before anything is sent: NamesError, TensorChangedError, UnsupportedDtypeError, LearningRateError on the ranks where it is
+        so (the others wait for them, see the module's text); DisagreementError on all ranks alike. And PayloadError, on all ranks alike,
+        for a message that cannot be decoded. After an error in the middle of a step ranks may be out of step with each other, which MPI
+        could not tell from the right order; so this Exchange refuses to go on. Its `state_dict` is then that of the last whole step."""
         if self._over:
             raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
         self._check(gradients)
         if self._dense:
             return {name: np.array(gradients[name]) for name in self._driver.specs}
+        self._driver.check_rate(lr)
         self._lr = lr
         handles: dict[str, Any] = {}
         try:

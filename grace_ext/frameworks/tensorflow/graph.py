@@ -119,7 +119,7 @@ class GraphExchange:
 
     def _rehearse(self, divisor: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
-        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor)
+        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor, read_lr=lambda: 1.0)
         driver.register(self.driver.specs.values())
         driver.agreed = True
         pieces: list[Any] = []
@@ -148,6 +148,7 @@ class GraphExchange:
     # --- building the operations ------------------------------------------------------------------------------------
     def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
         """The aggregates, in the gradients' order, shapes and dtypes."""
+        self.driver.check_rate(None if lr is None else 1.0)  # while the graph is traced
         if not self.driver.agreed:
             with tf.init_scope():
                 perform(self.driver.agree(), self.transport, {})

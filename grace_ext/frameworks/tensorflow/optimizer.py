@@ -14,6 +14,7 @@ import tensorflow as tf
 from ...composition import Grace, grace
 from ...errors import NamesError, ParameterError, UnsupportedError
 from ...spec import TensorSpec
+from ..base import check_optimizer
 from .graph import GraphExchange
 
 XLA = (
@@ -164,7 +165,10 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         raise ValueError("backward_passes_per_step must be > 0")
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    exchanges = Exchanges(chosen_compression(compression), op, process_set, sparse_as_dense, simulate)
+    chosen = chosen_compression(compression)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    check_optimizer(chosen, type(inner).__name__, vars(inner))
+    exchanges = Exchanges(chosen, op, process_set, sparse_as_dense, simulate)
     # The module and name of the wrapped class are kept: Keras writes them into saved models.
     cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": type(optimizer).__module__})
     wrapped = cls.from_config(optimizer.get_config())

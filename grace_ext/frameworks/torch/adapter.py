@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...composition import Grace
 from ...errors import NamesError, UnboundError, UnsupportedError
-from .session import Session, named, require_sum_or_mean
+from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
 
@@ -30,6 +30,7 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
             "bind is for plain horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
         ) from error
     parameters = named(pairs)
+    check_torch_optimizer(g, optimizer)
     if optimizer is not None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = {name: p for name, p in parameters.items() if id(p) in trained}

@@ -27,7 +27,7 @@ from ...composition import Grace, grace
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...spec import TensorSpec
 from .ops import HostOps, TorchOps, describe
-from .session import Session, named
+from .session import Session, check_torch_optimizer, named
 from .transports import DistTransport, SingleTransport
 
 
@@ -47,6 +47,7 @@ def ddp_comm_hook(
     process_group: with a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     """
     chosen = grace(g) if isinstance(g, str) else g
+    check_torch_optimizer(chosen, optimizer)
     return DDPState(chosen, ddp, optimizer, simulate, process_group), _hook
 
 

@@ -14,7 +14,7 @@ from ...driver import agree, perform
 from ...errors import NamesError, ParameterError, UnsupportedError
 from . import engine
 from .ops import ops_for
-from .session import Session, named, require_sum_or_mean
+from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 
 api = engine.api
 
@@ -62,6 +62,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
             0, groups, sparse_as_dense, process_set,
         )  # fmt: skip
         return _checked_at_first(horovods, compression, process_set)
+    check_torch_optimizer(chosen, optimizer)
     _check_groups(groups)
     # The class of the wrapped optimizer is kept as a base, so that schedulers and isinstance() see what they expect.
     cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": __name__})

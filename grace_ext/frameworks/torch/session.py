@@ -15,7 +15,7 @@ from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import NamesError, UnsupportedError
 from ...spec import TensorSpec
-from ..base import Transport
+from ..base import Transport, check_optimizer
 from .ops import HostOps, TorchOps, describe, ops_for
 
 FSDP = (
@@ -40,6 +40,12 @@ def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
     if len({p.device for _, p in pairs}) > 1:
         raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device a process")
     return dict(pairs)
+
+
+def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises IncompatiblePartsError for an optimizer that this memory cannot work with."""
+    for group in [] if optimizer is None else optimizer.param_groups:
+        check_optimizer(grace, type(optimizer).__name__, group)
 
 
 class Session:

@@ -55,7 +55,7 @@ def applied_in_a_graph(optimizer, variables):
 
 
 def case_keras_optimizer_every_spec():
-    for spec in problem.SPECS:
+    for spec in (*problem.SPECS, *problem.WITH_AN_OPTIMIZER):
         variables, optimizer = keras_variables(), sgd(grace_ext.grace(spec))
         apply = applied_in_a_graph(optimizer, variables)
         for step in range(problem.STEPS):

@@ -1,0 +1,51 @@
+"""What the low-rank compressors share: the matrix of a tensor, its starting subspace, and orthonormal columns."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from .. import rng
+from .base import Compressor
+
+
+def orthonormalize(matrix: np.ndarray) -> np.ndarray:
+    """Columns made orthonormal by two passes of Gram-Schmidt in float64; a column that is zero, or depends on those before it,
+    becomes zero. Never divides by zero, whatever the input."""
+    columns = matrix.astype(np.float64)
+    for j in range(columns.shape[1]):
+        column = columns[:, j].copy()
+        before = np.linalg.norm(column)
+        for _ in range(2):
+            column -= columns[:, :j] @ (columns[:, :j].T @ column)
+        norm = np.linalg.norm(column)
+        columns[:, j] = column / norm if norm > 1e-7 * before else 0.0
+    return columns.astype(np.float32)
+
+
+class _LowRank(Compressor):
+    """Base: a gradient as a matrix float[a, b] (first dimension x the rest), and Q: float[b, r], kept by rows as float[r, b]. 0-d and 1-D
+    tensors are sent dense."""
+
+    wants_memory: ClassVar[bool] = True
+    deterministic_bytes: ClassVar[bool] = False  # matrix products round differently from library to library
+    rank: int
+
+    def _shape(self, spec) -> tuple[int, int, int]:
+        a = spec.shape[0] if spec.shape else 1
+        b = spec.size // a
+        return a, b, min(self.rank, a, b)
+
+    def sends_dense(self, spec):
+        return len(spec.shape) < 2 or super().sends_dense(spec)
+
+    def _draw(self, ops, spec, info, step):
+        _, b, r = self._shape(spec)
+        return ops.upload(rng.normals(info.shared_key(spec.name, "powersgd", step), b * r))
+
+
+def kept_subspace(ops, q, before, p_host: np.ndarray):
+    """What the next step starts from: q (float[r, b]), or, where a column of P is dead, the row of it that was there before."""
+    alive = ops.upload(p_host.any(axis=0).astype(np.float32)).reshape(-1, 1)
+    return (q * alive + before * (1 - alive)).reshape(-1)

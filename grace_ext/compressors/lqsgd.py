@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import PayloadError
+from ..exchange import Gather
+from ..parts import knob
+from . import register
+from .base import Exchanged, Field, sent_by
+from .lowrank import _LowRank, kept_subspace, orthonormalize
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@register("lqsgd")
+@dataclass(frozen=True)
+class LQSGD(_LowRank):
+    """Sends a low-rank approximation whose factors are quantised on a logarithmic scale.
+
+    As powersgd, with M_i: float[a, b], Q: float[b, r], r = min(rank, a, b), and every factor coded by D = decode(encode(.)):
+        P = orthonormalize(mean_i D(M_i Q));  Q_i = D(M_i^T P);  Q = mean_i(Q_i);  result P Q^T; the next step starts from Q.
+    Code of x in a factor with largest magnitude s: the nearest of L = 2**(bits-1) - 1 levels a sign to
+        sign(x) ln(1 + alpha |x| / s) / ln(1 + alpha);   decoded: s sign(q) ((1 + alpha)**|q| - 1) / alpha.
+    Codes of different ranks cannot be added, so each factor is gathered, in two rounds (allgather or broadcast).
+    Wire: bits r (a + b) + 64 bits (8-bit codes, 1000 x 1000, rank 1: 0.016 bits an element), in whole bytes a factor. 0-d and 1-D
+    tensors, and matrices for which that is not less, are sent dense.
+    Remembered as sent: P D(Q_i)^T with this rank's own Q_i, so that the memory keeps the quantisation error too. P is the same on all ranks
+    and orthonormal, because it is coded before it is averaged. (Other forms code P after it: then it is not orthonormal any more.)
+    Neither unbiased nor a contraction; pair with 'residual' or 'powersgd'. More bits, or an alpha nearer to 0 (even spacing) for values of
+    one size, err less; a larger alpha spends its codes on small values. A factor that is zero decodes to zeros, as do values that overflow.
+    Source: Li et al. 2025 (LQ-SGD); the normalisation by the factor's maximum, and the defaults, are ours.
+    """
+
+    rounds: ClassVar[tuple[str, ...]] = ("allgather", "broadcast")
+    rank: int = knob(1, "columns of the approximation", low=1, high=4096, headline=True)
+    bits: int = knob(8, "bits of a code, sign included", low=2, high=16)
+    alpha: float = knob(10.0, "curvature of the logarithmic scale", above=0, high=1e6)
+
+    @property
+    def levels(self) -> int:
+        """The number of levels a sign."""
+        return 2 ** (self.bits - 1) - 1
+
+    def fields(self, spec):
+        a, b, r = self._shape(spec)
+        return self._factor_fields("P", a * r) + self._factor_fields("Q", b * r)
+
+    def _factor_fields(self, name: str, count: int):
+        return Field(f"{name} scale", "float32", 1), Field(f"{name} codes", "uint8", (count * self.bits + 7) // 8)
+
+    def init(self, ops, spec, info):
+        return {"lqsgd_q": self._draw(ops, spec, info, 0)}
+
+    # --- the codec: factors are small, and coded on the host ---------------------------------------------------------
+    def _encode(self, ops, factor):
+        x = ops.host(factor).astype(np.float64).reshape(-1)
+        x = np.where(np.isfinite(x), x, 0.0)
+        scale = np.float32(min(float(np.abs(x).max()), LARGEST))
+        ratio = np.minimum(np.abs(x) / float(scale), 1.0) if scale else np.zeros_like(x)
+        levels = np.rint(np.log1p(self.alpha * ratio) / math.log1p(self.alpha) * self.levels)
+        codes = (np.where(x < 0, -levels, levels) + self.levels).astype(np.int64)
+        return ops.to_bytes(ops.upload(np.array([scale], np.float32)), "float32"), ops.pack(ops.upload(codes), self.bits)
+
+    def _decode(self, ops, payload, count: int) -> np.ndarray:
+        """float64[count]; raises PayloadError."""
+        scale = float(ops.host(ops.from_bytes(payload[0], "float32"))[0])
+        if not math.isfinite(scale) or scale < 0:
+            raise PayloadError("has a scale that is negative or not finite")
+        codes = ops.host(ops.unpack(payload[1], self.bits, count))
+        if int(codes.max()) > 2 * self.levels:
+            raise PayloadError(f"has a code above {2 * self.levels}")
+        level = (codes - self.levels) / self.levels
+        return np.copysign(np.expm1(np.abs(level) * math.log1p(self.alpha)) / self.alpha, level) * scale
+
+    def _gather(self, ops, name: str, factor, spec, communicator):
+        """One factor's round: (what this rank's decodes to, the sum of all ranks' decoded ones), float64 on the host."""
+        count = math.prod(factor.shape)
+        own = self._encode(ops, factor)
+        payloads = yield Gather(self._factor_fields(name, count), own, by_broadcast=communicator.by_broadcast)
+        total = np.zeros(count)
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                total += self._decode(ops, payload, count)
+        return self._decode(ops, own, count).reshape(factor.shape), total.reshape(factor.shape)
+
+    # --- the exchange --------------------------------------------------------------------------------------------------
+    def exchange(self, ops, x, spec, info, state, communicator):
+        a, b, r = self._shape(spec)
+        m, before = x.reshape(a, b), state["lqsgd_q"].reshape(r, b)
+        _, p_sum = yield from self._gather(ops, "P", m @ before.T, spec, communicator)
+        p_host = orthonormalize(p_sum)
+        p = ops.upload(p_host)
+        q_own, q_sum = yield from self._gather(ops, "Q", p.T @ m, spec, communicator)
+        q, q_own = _float32(ops, q_sum / info.divisor), _float32(ops, q_own)
+        return Exchanged(
+            (p @ q).reshape(-1), lambda: (p @ q_own).reshape(-1), {"lqsgd_q": kept_subspace(ops, q, before, p_host)}
+        )
+
+    def compress(self, ops, x, spec, info, state):
+        """The payload a rank alone in the world would send: P, then Q. What runs in training is `exchange`."""
+        a, b, r = self._shape(spec)
+        m = x.reshape(a, b)
+        first = self._encode(ops, m @ state["lqsgd_q"].reshape(r, b).T)
+        p = orthonormalize(self._decode(ops, first, a * r).reshape(a, r))
+        return (*first, *self._encode(ops, ops.upload(p).T @ m)), state
+
+    def decompress(self, ops, payload, spec, info):
+        a, b, r = self._shape(spec)
+        p = orthonormalize(self._decode(ops, payload[:2], a * r).reshape(a, r))
+        return (ops.upload(p) @ _float32(ops, self._decode(ops, payload[2:], b * r).reshape(r, b))).reshape(-1)
+
+
+def _float32(ops, x: np.ndarray):
+    """Rounded, saturated, and in the library."""
+    return ops.upload(np.clip(x, -LARGEST, LARGEST).astype(np.float32))

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..exchange import Together
+from ..parts import knob
+from . import register
+from .base import Memory
+
+
+def whole_norm(norms):
+    """The norm of the whole model, for each of its tensors."""
+    return [math.sqrt(math.fsum(norm * norm for norm in norms))] * len(norms)
+
+
+def masked(ops, momentum, sent):
+    """The momentum without what was sent; the momentum itself where the tensor was sent whole."""
+    positions = sent.positions()
+    if positions is None:
+        return momentum
+    momentum = ops.copy(momentum)
+    momentum[positions] = 0
+    return momentum
+
+
+@register("dgc")
+@dataclass(frozen=True)
+class DGC(Memory):
+    """Momentum correction: every rank accumulates its own momentum, and sends of what has come together.
+
+    u <- m u + g;  p = v + u;              with nesterov:  u <- m (u + g);  p = v + u + g;
+    v <- p - C(p);  u <- 0 where something was sent (masking);  result mean_i C(p_i), to be applied without momentum.
+    v is what is left of what was really sent, so the rounding of 16-bit values stays in it. A tensor that was sent dense has nothing
+    masked: then the result is the momentum of the mean gradient.
+    State: `momentum` (u) and `residual` (v), float[d], zero at first. Needs a compressor that picks positions, and an optimizer without
+    momentum.
+    m (`momentum`): as for SGD. masking=False lets a momentum that was sent already go on pushing (staleness).
+    clipping: each rank rescales its gradient so that its norm over the WHOLE model is at most clipping / sqrt(n), n ranks; too low slows
+    training down, too high does nothing, None clips nothing. All parameters then travel in one bucket.
+    Source: Lin et al. 2018. GRACE clamps elements at the norm of a tensor, and its clipping fails in one of its forms; the authors' code
+    clears v before rounding values to 16 bits.
+    """
+
+    is_momentum: ClassVar[bool] = True
+    momentum: float = knob(0.9, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
+    nesterov: bool = knob(False, "look one step ahead")
+    masking: bool = knob(True, "forget the momentum of what was sent")
+    clipping: float | None = knob(None, "norm over the whole model that gradients are rescaled to, times sqrt(n)", above=0, kind=float)
+
+    @property
+    def whole_model(self) -> bool:  # type: ignore[override]
+        return self.clipping is not None
+
+    def check(self, compressor):
+        self._needs_positions(compressor)
+
+    def init(self, ops, spec, info):
+        return {"momentum": ops.zeros(spec.size), "residual": ops.zeros(spec.size)}
+
+    def exchange(self, ops, send, grad, spec, info, state):
+        if self.clipping is not None:
+            norm = yield Together(float(ops.block_norms(grad, spec.size, 2)[0]), whole_norm)
+            limit = self.clipping / math.sqrt(info.size)
+            if not norm <= limit:  # NaN goes on, and is found
+                grad = grad * float(np.float32(limit / norm))
+        return (yield from super().exchange(ops, send, grad, spec, info, state))
+
+    def absorb(self, ops, grad, spec, info, state):
+        u = (state["momentum"] + grad) * self.momentum if self.nesterov else state["momentum"] * self.momentum + grad
+        return {"momentum": ops.cast(u, "float32")}
+
+    def before(self, ops, grad, spec, info, state):
+        p = state["residual"] + state["momentum"]
+        return p + grad if self.nesterov else p
+
+    def after(self, ops, compensated, sent, spec, info, state):
+        residual = ops.cast(compensated - sent.values(), "float32")
+        return {"residual": residual, "momentum": masked(ops, state["momentum"], sent) if self.masking else state["momentum"]}

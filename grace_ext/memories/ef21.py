@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..parts import knob
+from . import register
+from .base import Memory
+
+
+class _Estimates(Memory):
+    """Every rank compresses the difference between what it has and what the others believe it has."""
+
+    def check(self, compressor):
+        self._needs_contraction(compressor)
+
+    def init(self, ops, spec, info):
+        return {"ef21_estimate": ops.zeros(spec.size), "ef21_mean": ops.zeros(spec.size)}
+
+    def before(self, ops, grad, spec, info, state):
+        return grad - state["ef21_estimate"]
+
+    def after(self, ops, compensated, sent, spec, info, state):
+        return {"ef21_estimate": ops.cast(state["ef21_estimate"] + sent.values(), "float32")}
+
+    def on_aggregate(self, ops, mean, spec, info, state):
+        estimate = ops.cast(state["ef21_mean"] + mean, "float32")
+        return ops.copy(estimate), {"ef21_mean": estimate}
+
+
+@register("ef21")
+@dataclass(frozen=True)
+class EF21(_Estimates):
+    """Sends changes of the gradient: all ranks keep an estimate of each gradient, and compress what it lacks.
+
+    c_i = C(g_i - h_i);  h_i <- h_i + c_i;  G <- G + mean_i c_i, the same on all ranks;  result G.
+    Where the gradients settle, so do the estimates, and the error goes to zero: with exact gradients it converges at the rate of gradient
+    descent, without a bound on the gradients or on how they differ between ranks. Noise of mini-batches is not averaged out over time
+    ('ef21_sgdm' does that), and estimates that start at zero make the first steps short.
+    State: `ef21_estimate` (h_i) and `ef21_mean` (G = mean_i h_i, up to rounding), float[d], zero at first. Any optimizer.
+    Needs a contraction (topk, randomk, efsignsgd, pipelines of these); a threshold, or a vote, is none.
+    Source: Richtarik, Sokolov, Fatkhullin 2021.
+    """
+
+
+@register("ef21_sgdm")
+@dataclass(frozen=True)
+class EF21SGDM(_Estimates):
+    """EF21 for noisy gradients: compresses the change of a running mean of the gradient.
+
+    v_i <- m v_i + (1 - m) g_i;  c_i = C(v_i - h_i);  h_i <- h_i + c_i;  G <- G + mean_i c_i;  result G, to be applied without momentum.
+    m (`momentum`): nearer to 1 averages more noise out and reacts more slowly; with m = 0 it is ef21. v starts at zero, so that the first
+    1 / (1 - m) steps are shorter.
+    State: `momentum` (v_i), `ef21_estimate` (h_i) and `ef21_mean` (G), float[d], zero at first. Needs a contraction, as ef21.
+    Source: Fatkhullin, Tyurin, Richtarik 2023, whose v starts at a first gradient.
+    """
+
+    is_momentum: ClassVar[bool] = True
+    momentum: float = knob(0.9, "how much of the running mean is kept at every step", low=0, high=0.9999, headline=True)
+
+    def init(self, ops, spec, info):
+        return {"momentum": ops.zeros(spec.size), **super().init(ops, spec, info)}
+
+    def absorb(self, ops, grad, spec, info, state):
+        return {"momentum": ops.cast(state["momentum"] * self.momentum + grad * (1 - self.momentum), "float32")}
+
+    def before(self, ops, grad, spec, info, state):
+        return state["momentum"] - state["ef21_estimate"]

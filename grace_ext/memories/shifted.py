@@ -1,0 +1,90 @@
+"""Memories that subtract a shift of each rank's gradient before compressing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import IncompatiblePartsError
+from ..parts import knob
+from . import register
+from .base import Memory
+
+
+@register("diana")
+@dataclass(frozen=True)
+class Diana(Memory):
+    """Learns a shift for every rank, and sends the unbiased compression of what is left: no error feedback, and no bias.
+
+    c_i = Q(g_i - h_i);  result h + mean_i c_i;  h_i <- h_i + alpha c_i;  h <- h + alpha mean_i c_i.
+    The shifts follow the gradients, so that what is compressed, and with it the variance of Q, goes to zero where exact gradients settle,
+    also where they differ between ranks.
+    State: `diana_shift` (h_i) and `diana_mean` (h = mean_i h_i, up to rounding), float[d], zero at first. Any optimizer.
+    alpha: how fast the shifts learn; None is 1 / (1 + omega), the most that is safe, with Q's variance omega for as many elements. Lower is
+    slower, higher may diverge. Needs an unbiased compressor (qsgd, natural, terngrad, randomk(scale=True)).
+    Source: Mishchenko, Gorbunov, Takac, Richtarik 2019.
+    """
+
+    alpha: float | None = knob(None, "how fast shifts learn; None: 1 / (1 + omega)", above=0, high=1, kind=float)
+
+    def check(self, compressor):
+        if not compressor.unbiased:
+            raise IncompatiblePartsError(
+                f"memory 'diana' needs an unbiased compressor, such as qsgd, natural, terngrad or randomk(scale=True), and {compressor} is "
+                "biased; with it use memory 'residual' or 'ef21'"
+            )
+        if self.alpha is None and compressor.omega(64) is None:
+            raise IncompatiblePartsError(f"{compressor} does not say how large its variance is (omega), so give diana an alpha")
+
+    def _alpha(self, compressor, spec) -> float:
+        # A tensor that was sent dense has no variance, whatever alpha is meant for.
+        omega = compressor.omega(spec.size)
+        return 1 / (1 + omega) if self.alpha is None or omega == 0 else self.alpha
+
+    def init(self, ops, spec, info):
+        return {"diana_shift": ops.zeros(spec.size), "diana_mean": ops.zeros(spec.size)}
+
+    def before(self, ops, grad, spec, info, state):
+        return grad - state["diana_shift"]
+
+    def after(self, ops, compensated, sent, spec, info, state):
+        alpha = self._alpha(sent.compressor, spec)
+        return {
+            "diana_shift": ops.cast(state["diana_shift"] + sent.values() * alpha, "float32"),
+            "diana_mean": ops.cast(state["diana_mean"] + sent.aggregate * alpha, "float32"),
+        }
+
+    def exchange(self, ops, send, grad, spec, info, state):
+        compensated = self.before(ops, grad, spec, info, state)
+        done = yield from send(compensated)
+        kept = self.after(ops, compensated, done, spec, info, state)
+        return state["diana_mean"] + done.aggregate, done.state, kept
+
+
+@register("ef_star")
+@dataclass(frozen=True)
+class EFStar(Memory):
+    """Error feedback around a given shift, for experiments on problems whose optimum is known.
+
+    p = e + (g - h*);  e <- p - C(p);  result mean_i C(p_i). With h*_i the gradient of rank i's loss at the optimum, which add up to zero
+    over the ranks, nothing has to be added back; the residual is fed by what is not yet optimal only, and exact gradients converge
+    linearly where 'residual' keeps an error in proportion to how the ranks' gradients differ.
+    State: `residual` (e) and `shift` (h*), float[d], zero at first: with a zero shift it is 'residual'. The shift is an oracle's, and is
+    given through the state, which exists after a first step (one on zero gradients changes nothing):
+        saved = cluster.state_dict()
+        for rank in range(n): saved["ranks"][rank]["state"]["shift/w"] = h_star[rank]      # float32, flat
+        cluster.load_state_dict(saved)
+    and alike with Exchange.state_dict or the optimizer's 'grace_ext' entry. Any compressor that 'residual' takes, but votes.
+    Source: Gorbunov, Kovalev, Makarenko, Richtarik 2020 (EC-GDstar).
+    """
+
+    def check(self, compressor):
+        self._needs_magnitudes(compressor)
+
+    def init(self, ops, spec, info):
+        return {"residual": ops.zeros(spec.size), "shift": ops.zeros(spec.size)}
+
+    def before(self, ops, grad, spec, info, state):
+        return state["residual"] + (grad - state["shift"])
+
+    def after(self, ops, compensated, sent, spec, info, state):
+        return {"residual": ops.cast(compensated - sent.values(), "float32")}

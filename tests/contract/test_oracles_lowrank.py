@@ -1,0 +1,274 @@
+"""PowerSGD, PowerSGD+ and LQ-SGD equal their equations in float64, send what they say, and keep what PowerSGD+ promises at a refresh."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext import rng
+from grace_ext.errors import IncompatiblePartsError, PayloadError
+from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
+
+from . import oracles
+
+RUNS = pytest.mark.parametrize(
+    ("world", "size"), [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in ((1, 2, 3) if w is NUMPY else (2,))]
+)
+MATRIX, KERNEL, VECTOR = (24, 18), (8, 3, 5, 5), (50,)
+STEPS = 7
+
+
+def start(shape, r: int) -> np.ndarray:
+    """float64[b, r]: the shared first subspace of parameter 'w'."""
+    b = int(np.prod(shape[1:]))
+    key = StepInfo(step=0, rank=0, size=1, divisor=1).shared_key("w", "powersgd", 0)
+    return rng.normals(key, b * r).reshape(r, b).T.astype(np.float64)
+
+
+def basis_of(matrix: np.ndarray) -> np.ndarray:
+    """Orthonormal columns that span the matrix's, by singular vectors."""
+    left, size, _ = np.linalg.svd(matrix, full_matrices=False)
+    return left[:, size > 1e-6 * max(size[0], 1e-300)]
+
+
+class Plus:
+    """At a multiple of the period the best approximation of the mean, by its singular value decomposition; else PowerSGD."""
+
+    def __init__(self, q, period, feedback):
+        self.power, self.period, self.step = oracles.PowerSGD(q, feedback), period, 0
+
+    def __call__(self, p):
+        if self.step % self.period == 0:
+            average = oracles.mean([x.reshape(x.shape[0], -1) for x in p])
+            self.power.q = np.linalg.svd(average)[2][: self.power.q.shape[1]].T
+        self.step += 1
+        return self.power(p)
+
+
+def gaussian(size: int, step: int, shape) -> list[np.ndarray]:
+    """Matrices with singular values well apart, and noise by rank: subspaces are well defined."""
+    generator = np.random.default_rng(step)
+    a, b = shape[0], int(np.prod(shape[1:]))
+    u, v = np.linalg.qr(generator.standard_normal((a, a)))[0], np.linalg.qr(generator.standard_normal((b, b)))[0]
+    k = min(a, b)
+    common = (u[:, :k] * 2.0 ** -np.arange(k)) @ v[:k] * 10
+    noise = [0.02 * np.random.default_rng([step, rank]).standard_normal((a, b)) for rank in range(size)]
+    return [(common + x).reshape(shape).astype(np.float32) for x in noise]
+
+
+@RUNS
+@pytest.mark.parametrize("memory", ["none", "residual", "powersgd"])
+@pytest.mark.parametrize("knobs", ["rank=2, refresh_period=3", "rank=2, refresh_period=2, feedback='mean'", "rank=1, refresh_period=5",
+                                   "rank=2, refresh_period=3, refresh='randomized', iterations=40"])  # fmt: skip
+@pytest.mark.parametrize("shape", [MATRIX, KERNEL])
+def test_powersgd_plus(world, shape, knobs, memory, size):
+    """Over refreshes and the steps between them; enough power iterations give the same subspace as the decomposition."""
+    g = grace_ext.grace(f"powersgd_plus({knobs}) + {memory}")
+    cluster = world.cluster(g, size)
+    oracle = Plus(start(shape, g.compressor.rank), g.compressor.refresh_period, g.compressor.feedback)
+    expected = oracles.Feedback(oracle, size, on=memory != "none")
+    for step in range(STEPS):
+        given = gaussian(size, step, shape)
+        returned = world.everywhere(cluster, [{"w": x} for x in given])
+        wanted = expected.step(given)
+        assert all(np.array_equal(returned[0]["w"], other["w"]) for other in returned)
+        assert np.abs(returned[0]["w"] - wanted).max() <= 2e-4 * np.abs(given).max(), step
+    if memory != "none":
+        for rank, held in enumerate(states(cluster, world)):
+            assert np.abs(held["residual/w"].reshape(shape) - expected.residuals[rank]).max() <= 5e-4 * np.abs(given).max()
+
+
+def test_the_rounds_of_powersgd_plus_are_the_same_at_every_step(world):
+    """Two sums, of the same kinds and labels, at every step, so that a traced graph fits; at a refresh the first is the dense matrix."""
+    cluster = world.cluster(grace_ext.grace("powersgd_plus(rank=2, refresh_period=3) + residual"), 2)
+    (a, b), seen = MATRIX, []
+    for step in range(7):
+        with tapped() as wire:
+            world.step(cluster, [{"w": x} for x in gaussian(2, step, MATRIX)])
+        seen.append([(s.kind, s.label, s.dtype) for s in wire])
+        first = a * b if step % 3 == 0 else 2 * a
+        assert [s.nbytes for s in wire] == [[4 * (first + 1)] * 2, [4 * (2 * b + 1)] * 2]
+    assert all(one == seen[0] for one in seen)
+
+
+def test_a_refresh_contracts(world):
+    """At a refresh what is not sent of the mean is at most (1 - r / min(a, b)) of its square, whatever the subspace was before; PowerSGD
+    started orthogonally to the gradient sends nothing that matters."""
+    spec = TensorSpec("w", MATRIX)
+    q = start(MATRIX, 2)
+    m = inputs.normal(0, 0, shapes={"w": MATRIX})["w"].astype(np.float64)
+    m -= m @ basis_of(q) @ basis_of(q).T  # M Q = 0
+    m = m.astype(np.float32)
+    plain = world.step(world.cluster(grace_ext.grace("powersgd(rank=2) + none"), 1), [{"w": m}])["w"]
+    assert np.linalg.norm(m - plain) > 0.9 * np.linalg.norm(m)  # the rounding of M Q decides
+    for knobs in ("", "refresh='randomized', "):
+        g = grace_ext.grace(f"powersgd_plus({knobs}rank=2) + none")
+        left = m - world.step(world.cluster(g, 1), [{"w": m}])["w"]
+        assert (left**2).sum() <= (1 - 2 / min(MATRIX)) * (m**2).sum()
+    best = np.linalg.svd(m.astype(np.float64))[1][2:]
+    left = m - world.step(world.cluster(grace_ext.grace("powersgd_plus(rank=2) + none"), 1), [{"w": m}])["w"]
+    assert np.isclose((left.astype(np.float64) ** 2).sum(), (best**2).sum(), rtol=1e-4)
+    assert grace_ext.grace("powersgd_plus + none").compressor.delta(spec.size) is None  # not between refreshes
+
+
+@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=2)", "powersgd_plus(refresh='randomized')", "lqsgd(rank=2)"])
+def test_deficient_and_zero_gradients(world, text):
+    """A rank below r, a zero gradient and what overflows give no NaN, and what follows is compressed as before."""
+    cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
+    generator = np.random.default_rng(5)
+    low = (generator.standard_normal((24, 1)) @ generator.standard_normal((1, 18))).astype(np.float32)
+    slack = 0.05 if text.startswith("lqsgd") else 1e-4
+    for gradient in (low, 0 * low, 2 * low, 0 * low, low):
+        out = world.step(cluster, [{"w": gradient}] * 2)["w"]
+        assert np.abs(out - gradient).max() <= slack * np.abs(low).max() * 3
+    with np.errstate(all="ignore"):
+        world.step(cluster, [{"w": np.full((24, 18), 3e38, np.float32)}] * 2)
+    assert all(np.isfinite(x).all() for held in states(cluster, world) for x in held.values())
+
+
+# --- LQ-SGD ------------------------------------------------------------------------------------------------------------
+def coded(x: np.ndarray, bits: int, alpha: float) -> np.ndarray:
+    """decode(encode(x)) by the nearest of all values that a code may stand for, on the logarithmic scale."""
+    levels, scale = 2 ** (bits - 1) - 1, np.abs(x).max()
+    if not scale:
+        return np.zeros_like(x)
+    level = np.floor(np.log(1 + alpha * np.abs(x) / scale) / np.log(1 + alpha) * levels + 0.5)
+    return scale * np.sign(x) * ((1 + alpha) ** (level / levels) - 1) / alpha
+
+
+def lqsgd(q: np.ndarray, bits: int, alpha: float):
+    """Gram-Schmidt's P, because what is coded in Q depends on the basis and not only on its span."""
+
+    def oracle(p):
+        nonlocal q
+        matrices = [x.reshape(x.shape[0], -1) for x in p]
+        average = oracles.mean([coded(m @ q, bits, alpha) for m in matrices])
+        basis, sizes = np.linalg.qr(average)
+        basis = basis * np.sign(np.diag(sizes))
+        own = [coded(m.T @ basis, bits, alpha) for m in matrices]
+        q = oracles.mean(own)
+        return (basis @ q.T).reshape(p[0].shape), [(basis @ x.T).reshape(p[0].shape) for x in own]
+
+    return oracle
+
+
+@RUNS
+@pytest.mark.parametrize("memory", ["none", "residual", "powersgd"])
+@pytest.mark.parametrize(("rank", "bits", "alpha"), [(1, 8, 10.0), (2, 8, 10.0), (2, 4, 100.0), (1, 2, 0.001), (2, 12, 1000.0)])
+def test_lqsgd(world, rank, bits, alpha, memory, size):
+    """Each step from the library's own state: a code that lies on the border of two values may fall to either side in float32, which is
+    one step of the scale and no more; most results are equal."""
+    g = grace_ext.grace(f"lqsgd(rank={rank}, bits={bits}, alpha={alpha}) + {memory}")
+    cluster, close = world.cluster(g, size), []
+    for step in range(STEPS):
+        given = gaussian(size, step, MATRIX)
+        held = states(cluster, world) if step else [{}] * size
+        q = held[0]["lqsgd_q/w"].reshape(rank, 18).T.astype(np.float64) if step else start(MATRIX, rank)
+        p = [x.astype(np.float64) + (h["residual/w"].reshape(MATRIX) if step and memory != "none" else 0) for x, h in zip(given, held)]  # noqa: B905
+        wanted, sent = lqsgd(q, bits, alpha)(p)
+        got = world.step(cluster, [{"w": x} for x in given])["w"]
+        worst = np.abs(got - wanted).max() / np.abs(wanted).max()
+        close.append(worst <= 1e-4)
+        assert worst <= 3 * (1 + alpha) ** (1 / (2 ** (bits - 1) - 1)) - 3 + 1e-4 or bits < 8, (step, worst)
+        if memory != "none" and close[-1]:
+            for rank_, h in enumerate(states(cluster, world)):
+                assert np.abs(h["residual/w"].reshape(MATRIX) - (p[rank_] - sent[rank_])).max() <= 5e-4 * np.abs(given).max()
+    assert sum(close) >= STEPS - 2, close
+
+
+@pytest.mark.parametrize("communicator", ["allgather", "broadcast"])
+def test_lqsgd_on_the_wire(world, communicator):
+    """8 r (a + b) + 64 bits and two headers; a vector travels dense, in a gather too; both communicators give the same bits."""
+    g = grace_ext.grace(f"lqsgd(rank=2) + residual @ {communicator}")
+    other = world.cluster(grace_ext.grace("lqsgd(rank=2) + residual @ allgather"), 3)
+    cluster = world.cluster(g, 3)
+    for step in range(3):
+        given = [{"w": w} for w in gaussian(3, step, MATRIX)]
+        with tapped() as seen:
+            out = world.step(cluster, given)
+        assert [s.kind for s in seen] == [communicator] * 2
+        assert cluster.wire_bytes == [2 * (24 + 18) + 8 + 2 * 24] * 3
+        assert np.array_equal(out["w"], world.step(other, given)["w"])
+    world.step(dense := world.cluster(g, 2), [{"v": np.ones(VECTOR, np.float32)}] * 2)
+    assert dense.wire_bytes == [4 * 50 + 24] * 2
+
+
+def test_lqsgd_checks_what_arrives():
+    """Scales that are no scales, codes above the largest, as PayloadError; any code else decodes."""
+    compressor, spec = grace_ext.grace("lqsgd(bits=4) + none").compressor, TensorSpec("w", (5, 6))
+    info = StepInfo(step=0, rank=0, size=1, divisor=1)
+    state = compressor.init(NUMPY.ops, spec, info)
+    x = np.random.default_rng(0).standard_normal(30).astype(np.float32)
+    payload, _ = compressor.compress(NUMPY.ops, x, spec, info, state)
+    assert np.isfinite(compressor.decompress(NUMPY.ops, payload, spec, info)).all()
+    for place, bad in ((0, np.nan), (2, -1.0), (0, np.inf)):
+        changed = list(payload)
+        changed[place] = np.array([bad], "<f4").view(np.uint8)
+        with pytest.raises(PayloadError, match="scale"):
+            compressor.decompress(NUMPY.ops, changed, spec, info)
+    for place in (1, 3):
+        changed = list(payload)
+        changed[place] = np.full_like(payload[place], 0xFF)
+        with pytest.raises(PayloadError, match="above 14"):
+            compressor.decompress(NUMPY.ops, changed, spec, info)
+
+
+# --- sizes and GRACE's bugs --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "steps", "bits"),
+    [
+        ("powersgd(rank=1)", 2, 0.064),
+        ("lqsgd", 2, 0.016),
+        ("powersgd_plus(rank=1, refresh='randomized')", 50, (0.064 * 49 + 32.032) / 50),
+    ],
+)
+def test_bits_an_element(text, steps, bits):
+    """1000 x 1000 elements, amortised over a period: within 5% of the table, and what mean_nbytes says."""
+    g, shape = grace_ext.grace(f"{text} + none"), (1000, 1000)
+    cluster = NUMPY.cluster(g, 1)
+    x = inputs.normal(0, 0, shapes={"w": shape})["w"]
+    total = 0
+    for _ in range(steps):
+        NUMPY.step(cluster, [{"w": x}])
+        total += cluster.wire_bytes[0]
+    assert abs(8 * total / steps / 1e6 / bits - 1) < 0.05
+    assert abs(g.compressor.mean_nbytes(TensorSpec("w", shape)) * steps / total - 1) < 0.03
+
+
+@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus", "lqsgd"])
+def test_the_mean_is_a_mean(world, text):
+    """GRACE's bug 2: its helper builds PowerSGD without the world size, and two ranks get twice the gradient."""
+    low = np.outer(np.arange(1, 25), np.arange(1, 19)).astype(np.float32)
+    for size in (1, 2, 5):
+        out = world.step(world.cluster(grace_ext.grace(f"{text} + none"), size), [{"w": low}] * size)["w"]
+        assert np.abs(out - low).max() <= 0.03 * low.max(), size
+
+
+def test_rounds_are_not_dropped_in_silence():
+    """GRACE's bug 3: PowerSGD over its allgather gives zero gradients."""
+    pairs = [(text, c) for text in ("powersgd", "powersgd_plus") for c in ("allgather", "broadcast", "reduce_scatter", "sparse_allreduce")]
+    for text, communicator in [*pairs, ("lqsgd", "allreduce"), ("lqsgd", "reduce_scatter"), ("lqsgd", "sparse_allreduce")]:
+        with pytest.raises(IncompatiblePartsError, match="use communicator 'all"):
+            grace_ext.grace(f"{text} + residual @ {communicator}")
+
+
+@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=4)", "lqsgd"])
+def test_all_ranks_have_one_subspace_and_keep_it(world, text):
+    """GRACE's bug 4: Q from every rank's own generator, drawn anew at each step. Here it is the same bits on all ranks, whatever the global
+    generators do, and moves towards the gradient's singular vectors from step to step."""
+    cluster = world.cluster(grace_ext.grace(f"{text} + none"), 3)
+    given = [{"w": x} for x in gaussian(3, 0, MATRIX)]
+    errors = []
+    for step in range(1, 8):
+        np.random.seed(step)
+        out = world.step(cluster, given)["w"]
+        key = "lqsgd_q/w" if text == "lqsgd" else "powersgd_q/w"
+        held = states(cluster, world)
+        assert all(np.array_equal(held[0][key], other[key]) for other in held)
+        errors.append(np.linalg.norm(out - oracles.mean([g["w"] for g in given])))
+    assert errors[-1] <= errors[0] * 1.001
+    if text == "powersgd":
+        assert errors[-1] < 0.9 * errors[0]
