@@ -11,10 +11,10 @@ from ..errors import ParameterError, PayloadError
 from ..parts import knob
 from . import register
 from .base import Field
-from .qsgd import NormQuantizer, bucket_knob, code_bytes
+from .qsgd import _NormQuantizer, bucket_knob, code_bytes
 
 
-class _Adaptive(NormQuantizer):
+class _Adaptive(_NormQuantizer):
     """Shared: the levels are in the state, which changes with the aggregate only, and travel in the payload, so decoding needs no state."""
 
     levels: int

@@ -12,7 +12,7 @@ from .base import Compressor, Field
 from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
 
-class NormQuantizer(Compressor):
+class _NormQuantizer(Compressor):
     """Random rounding to s levels of the block's 2-norm: what qsgd and its adaptive forms share. A subclass says what s is."""
 
     unbiased: ClassVar[bool] = True
@@ -68,7 +68,7 @@ def bucket_knob():
 
 @register("qsgd")
 @dataclass(frozen=True)
-class QSGD(NormQuantizer):
+class QSGD(_NormQuantizer):
     """Rounds to s levels of the block's norm, at random and without bias.
 
     Per block of `bucket` elements, with n = ||x||_2 of the block:  C(x)_j = n sign(x_j) xi_j / s,  where xi_j is s |x_j| / n rounded

@@ -91,6 +91,9 @@ def perform_collective(collectives: Sequence[Any], rank: int) -> Any:
         total = arrays[0].copy()
         for array in arrays[1:]:
             total += array
+        if first.dtype.startswith("int"):
+            assert first.divisor == 1 and abs(total).max() < 2 ** (int(first.dtype[3:]) - 1), "an integer sum overflows"
+            return total
         total /= total.dtype.type(first.divisor)
         if first.dtype in ("float16", "bfloat16"):
             total = OPS.from_bytes(OPS.to_bytes(total, first.dtype), first.dtype)
