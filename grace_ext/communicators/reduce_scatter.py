@@ -37,7 +37,7 @@ class ReduceScatter(Communicator):
 
     def check(self, compressor):
         super().check(compressor)
-        if compressor.always_compresses and not compressor.votes:
+        if not compressor.averages:
             raise IncompatiblePartsError(
                 f"the result of {compressor} is not a mean, and 'reduce_scatter' would compress it again as if it were; "
                 "use communicator 'allgather'"

@@ -54,6 +54,8 @@ class Compressor(Part):
     selects: ClassVar[bool] = False
     #: The result is a vote of the ranks' signs, not a mean.
     votes: ClassVar[bool] = False
+    #: The result is a mean of what the ranks sent, or a vote. Where it is neither (signs of a mean), nothing may compress it again.
+    averages: ClassVar[bool] = True
     #: It looks at all tensors of the model at once, so they travel in one bucket.
     whole_model: ClassVar[bool] = False
     #: The same input gives the same payload in every array library, byte for byte.

@@ -68,6 +68,10 @@ class DeMo(Compressor):
     def always_compresses(self) -> bool:  # type: ignore[override]
         return self.sign
 
+    @property
+    def averages(self) -> bool:  # type: ignore[override]
+        return not self.sign
+
     def _tiles(self, spec) -> tuple[int, int, int, int]:
         """(tiles down, h, tiles across, w)."""
         a = spec.shape[0] if len(spec.shape) > 1 else 1

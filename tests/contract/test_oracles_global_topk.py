@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 import grace_ext
+<<<<<<< HEAD
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import states
+=======
+from grace_ext.errors import IncompatiblePartsError, UnsupportedError
+>>>>>>> cat_sparse
 
 from . import oracles
 from .test_oracles import RUNS, STEPS
@@ -56,3 +60,18 @@ def test_global_topk_elsewhere(world, text):
         given = [{"a": a, "b": b} for a, b in zip(inputs.grid(2, step, (50,)), inputs.grid(2, step, (9, 7), seed=9), strict=True)]
         a, b = world.step(here, given), world.step(there, given)
         assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_the_whole_model_is_one_bucket(world):
+    """However small buckets are to be; where a framework makes several, it is refused with what to do."""
+    for text in ("global_topk", "global_topk > qsgd(bits=4)"):
+        cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
+        for driver in cluster.drivers:
+            driver.bucket_bytes = 8
+        world.step(cluster, inputs.ranks(2, 0))
+        (driver, _) = cluster.drivers
+        assert len(driver.buckets) == 1
+        with pytest.raises(UnsupportedError, match="bucket_cap_mb"):
+            driver.regroup([[name] for name in driver.specs])
+        with pytest.raises(IncompatiblePartsError):
+            grace_ext.grace(f"{text} + residual @ reduce_scatter")

@@ -152,7 +152,8 @@ def test_a_result_that_is_not_a_mean_is_not_compressed_again():
     """reduce_scatter would send signs of shards through the transform; it refuses."""
     with pytest.raises(IncompatiblePartsError, match="not a mean"):
         grace_ext.grace("demo(sign=True) + residual @ reduce_scatter")
-    grace_ext.grace("demo + residual @ reduce_scatter")
+    for text in ("demo", "none", "signsgd"):
+        grace_ext.grace(f"{text} + residual @ reduce_scatter")
 
 
 def induced(ratio, second):
