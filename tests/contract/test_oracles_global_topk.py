@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 import grace_ext
-<<<<<<< HEAD
+from grace_ext.errors import IncompatiblePartsError, UnsupportedError
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import states
-=======
-from grace_ext.errors import IncompatiblePartsError, UnsupportedError
->>>>>>> cat_sparse
 
 from . import oracles
 from .test_oracles import RUNS, STEPS

@@ -108,14 +108,13 @@ def test_linear_speed_up(spec, sizes):
 def test_dgc_masking_stops_momentum_that_has_been_applied():
     """Gradients of 1 for ten steps, then none. Momentum that stays behind after an element was sent goes on pushing it, by
     m / (1 - m) of what there was; masked, what was sent is done with."""
-    pushed = {}
+    pushed, on = {}, np.array([1.0, 0.5, 0.25, 0.0])
     for masking in (True, False):
-        late = []
+        late: list[float] = []
 
         def watch(step, x, cluster, late=late):
             late.append(-x.sum())
 
-        on = np.array([1.0, 0.5, 0.25, 0.0])
         spec = f"topk(ratio=0.75, values='fp32') + dgc(momentum=0.9, masking={masking})"
         descend(spec, lambda x, step: [on if step < 10 else 0 * on], np.zeros(4), 1.0, 200, watch)
         pushed[masking] = (late[9], late[-1])
