@@ -22,7 +22,8 @@ demo-horovod: horovod
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/horovodrun --gloo -np 2 $(PY) examples/keras_mnist.py
 
 test: horovod lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 tests --ignore tests/frameworks --ignore tests/examples
+	$(PY) -m pytest tests/frameworks tests/examples
 
 horovod: $(VENV)/.all-installed
 	$(PY) tools/build_horovod.py --no-check

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
-from grace_ext.testing.worlds import NUMPY, WORLDS, World
 
 # Beside the bare name. A part that has no entry is tested with its defaults.
 COMPRESSOR_VARIANTS = {
@@ -102,6 +97,8 @@ ALL = NATURAL + compositions(_BARE, ("residual",), natural_only=False)
 #: One spec a compressor: the natural communicator, without and with error feedback.
 PLAIN = compositions(COMPRESSORS, ("none",), natural_only=True)
 FEEDBACK = compositions(COMPRESSORS, ("residual",), natural_only=True)
+#: Every compressor without and with a residual, over its natural communicator, is under contract (test_contract.py); these are the rest.
+MIXES = [s for s in ALL if s not in PLAIN + FEEDBACK]
 #: What these leave behind is representable in float32.
 EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold", "dgc", "sidco", "global_topk")
 
@@ -120,11 +117,3 @@ def shelf() -> list[str]:
             if _allowed(compressor, "residual", name):
                 specs.append(f"{compressor} + residual @ {name}")
     return list(dict.fromkeys(specs))
-
-
-def on_worlds(specs: list[str], *others: Any, worlds: list[World] = WORLDS) -> list[Any]:
-    """Parameters (world, spec, other): the reference library with everything, the others with one spec a compressor. What they do
-    with all the rest follows from test_worlds.py: they give the reference's bytes."""
-    chosen = [(world, spec) for world in worlds for spec in specs if world is NUMPY or spec in FEEDBACK]
-    rest = [(other,) for other in others] or [()]
-    return [pytest.param(w, s, *o, id="-".join([w.name, s, *map(str, o)])) for w, s in chosen for o in rest]

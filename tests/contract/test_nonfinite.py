@@ -51,12 +51,6 @@ def check(world, spec: str, size: int, dtype: str, rank: int, name: str, value: 
     assert all(same_bits(a, b) for a, b in zip(states(cluster, world), states(skipped, world), strict=True))
 
 
-@pytest.mark.parametrize(("world", "spec"), catalog.on_worlds(catalog.PLAIN + catalog.FEEDBACK))
-def test_one_bad_rank(world, spec):
-    """NaN on one rank, in a matrix."""
-    check(world, spec, 2, "float32", 1, "m", np.nan)
-
-
 @pytest.mark.parametrize("spec", [s for s in catalog.ALL if s not in catalog.PLAIN + catalog.FEEDBACK])
 def test_other_communicators_and_memories(spec):
     """Inf on the last of three ranks, in a vector."""

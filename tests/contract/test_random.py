@@ -20,6 +20,7 @@ from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS
 
 from .. import catalog
+from .test_worlds import OWN
 
 FALSE_ALARM = 1e-9
 
@@ -143,6 +144,7 @@ def test_normals_have_mean_zero_and_variance_one():
 
 
 @pytest.mark.parametrize("spec", catalog.FEEDBACK)
+@pytest.mark.parametrize("world", OWN)
 def test_no_global_generator_is_touched(world, spec):
     """The user's own random numbers come out the same with and without compression."""
 
