@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -169,13 +170,21 @@ PARAMS = {
     "quantum_num": ("compressor", "levels"),
     "threshold": ("compressor", "threshold"),
     "quantiles": ("compressor", "quantiles"),
-    "error_bound": ("compressor", "error_bound"),
+    "error_bound": ("compressor", "bound_exponent"),
     "momentum_factor": ("compressor", "momentum"),
     "momentum": ("memory", "momentum"),
     "gradient_clipping": ("memory", "clipping"),
     "lr": (None, None),  # ours read the optimizer's current rate at every step
     "world_size": (None, None),  # known from the engine
 }
+
+
+def _exponent(bound: Any) -> int:
+    """E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
+    try:
+        return round(-math.log10(float(bound) / 2))
+    except (TypeError, ValueError):
+        raise ParameterError(f"error_bound must be a number like 2e-10 (for 2**-10), got {bound!r}") from None
 
 
 def from_params(params: Mapping[str, Any]) -> Grace:
@@ -193,6 +202,8 @@ def from_params(params: Mapping[str, Any]) -> Grace:
     knobs: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for key, value in params.items():
         kind, name = PARAMS.get(key, (None, None))
+        if key == "error_bound":  # GRACE writes 2e-10 and means 2**-10
+            value = _exponent(value)
         # GRACE's dictionary is shared by all its parts: 'momentum' is also signum's, and keys of parts not in use are ignored.
         for candidate in [kind, "compressor"] if key == "momentum" else [kind]:
             if candidate in classes and name in {f.name for f in dataclasses.fields(classes[candidate])}:
