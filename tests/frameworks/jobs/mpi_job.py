@@ -50,7 +50,7 @@ def compare(spec, bucket_bytes=None, steps=3):
         driver.bucket_bytes = bucket_bytes
     for step in range(steps):
         expected = cluster.step(everyones(step), lr=0.1)
-        if g.communicator.name != "allreduce":
+        if "allreduce" not in g.communicator.name:  # which sum what is sent dense, in an order of MPI's own
             assert_same(got[step], expected)
         try:
             assert_close(got[step], expected, 1e-6)
