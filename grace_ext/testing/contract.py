@@ -101,11 +101,10 @@ class Everywhere:
 
     def test_huge_values_do_not_poison_the_state(self, world: World, text: str):
         """After gradients near the largest float, and float64 ones beyond it, later steps and the state are finite."""
-        for dtype, scale in (("float32", 1e38), ("float64", 1e200)):
+        for dtype, value in (("float32", 3e38), ("float64", 1e200)):
             cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
-            gradients = [{"matrix": 3 * np.sign(g["matrix"]) * scale} for g in inputs.ranks(2, 0, dtype, {"matrix": (24, 50)})]
             with np.errstate(all="ignore"):
-                world.step(cluster, [{k: v.astype(dtype) for k, v in g.items()} for g in gradients])
+                world.step(cluster, [{"matrix": np.full((24, 50), value, dtype)}] * 2)
                 assert all(np.isfinite(a).all() for held in states(cluster, world) for a in held.values())
                 world.step(cluster, inputs.ranks(2, 1, dtype, {"matrix": (24, 50)}))
             assert all(np.isfinite(a).all() for held in states(cluster, world) for a in held.values())
@@ -227,7 +226,7 @@ class Everywhere:
             out = world.step(cluster, gradients)
             after = states(cluster, world)[0]
             for name, gradient in gradients[0].items():
-                if not gradient.size or g.compressor.votes:
+                if not gradient.size or g.compressor.votes or not g.compressor.averages:
                     continue  # what a vote gives is not what was sent
                 before = gradient.astype(np.float64).ravel() + held.get(f"residual/{name}", 0.0)
                 error = out[name].astype(np.float64).ravel() + after[f"residual/{name}"] - before

@@ -303,7 +303,7 @@ def test_signum_keeps_a_copy(world, communicator):
         given = inputs.ranks(2, step, shapes={"w": (50,)})
         tensors = world.tensors(inputs.ranks(2, step, shapes={"w": (50,)}))
         out = used.step(tensors)
-        for one in tensors:
+        for one in tensors if world.mutable else ():
             one["w"][...] = out["w"]  # as dawn.py does
         assert np.array_equal(world.array(out["w"]), world.step(clean, given)["w"])
         assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(used, world), strict=True))

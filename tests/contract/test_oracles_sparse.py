@@ -147,7 +147,7 @@ def test_sidco(world, ratio, law, stages, every, memory, size):
 
 
 def test_sidco_controllers_are_of_one_tensor(world):
-    """The authors' code shares one controller among all tensors (ALGORITHMS 9.4, 37); here a wide one does not disturb a narrow one,
+    """The authors' code shares one controller among all tensors; here a wide one does not disturb a narrow one,
     and the controller finds the right number of stages from a wrong start."""
     cluster = world.cluster(grace_ext.grace("sidco(ratio=0.01, stages=1, every=1) + none"), 1)
     generator = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""What sparse compressors really send, beside ALGORITHMS' table, and what GRACE sends or sent wrongly."""
+"""What sparse compressors really send, beside what is expected of them, and what GRACE sends or sent wrongly."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_transforms(gaussian):
     assert grace_ext.grace("atomo(rank=2) + none").compressor.mean_nbytes(TensorSpec("w", SHAPE)) == 8 + 4 * 2 * 2000
 
 
-# --- bugs of GRACE, by their numbers in ALGORITHMS 9 --------------------------------------------------------------------
+# --- bugs of GRACE, by their numbers in docs/porting-from-grace.md -----------------------------
 def test_bug_9_a_sampled_threshold_of_zero(world):
     """9: of a tensor with 0.1% non-zeros GRACE's dgc sends all 100,000 elements with 8-byte indices; here the non-zeros, and no more
     than upper * k where there are a few more."""
