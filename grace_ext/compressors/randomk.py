@@ -31,6 +31,11 @@ class _SharedPositions(Compressor):
     def wants_memory(self) -> bool:  # type: ignore[override]
         return not self.scale
 
+    @property
+    def natural_memory(self) -> str:
+        # An element waits d/k steps for its turn; all that it gathered by then, at once, is too much for its neighbours' gradients.
+        return "none" if self.scale else "residual(beta=0.9)"
+
     def omega(self, d):
         return d / kept(self.ratio, d) - 1 if self.scale and self.values == "fp32" else None
 
@@ -64,7 +69,8 @@ class RandomK(_SharedPositions):
 
     C(x)_j = x_j for j in R_t, else 0;  |R_t| = k = max(1, ceil(ratio * d)), drawn without replacement from (seed, parameter, step).
     x: float[d] -> values float32[k] (or 16 bits); positions are never sent. Summable, because they are shared.
-    Wire: 4k bytes. Contraction delta = k/d in expectation: pair with 'residual'. With scale=True the values are multiplied by d/k,
+    Wire: 4k bytes. Contraction delta = k/d in expectation: pair with 'residual(beta=0.9)', which forgets what is too old, and keep 5% or
+    more where there are few steps (docs/accuracy.md). With scale=True the values are multiplied by d/k,
     which makes it unbiased with variance (d/k - 1) ||x||^2: then use no memory.
     Source: Stich et al. 2018; Konecny et al. 2016. GRACE draws with replacement and reseeds the user's generator; this does neither.
     """
@@ -85,7 +91,8 @@ class RandBlock(_SharedPositions):
     C(x)_j = x_j for j in {s, s+1, ..., s+k-1} modulo d, else 0;  k = max(1, ceil(ratio * d)), s uniform from (seed, parameter, step).
     x: float[d] -> values float32[k] (or 16 bits), in ascending order of position. Summable.
     Wire: 4k bytes. The statistics of one element are those of randomk (delta = k/d, or unbiased with omega = d/k - 1 with scale=True);
-    neighbours are sent together, which is faster to gather and converges alike where their gradients are not correlated.
+    neighbours are sent together, which is faster to gather and converges alike where their gradients are not correlated. Pair it with
+    'residual(beta=0.9)': with beta=1 whole filters make the steps of d/k gradients at once, and small networks diverge.
     Source: Xie et al. 2020 (CSER, globally random blocks).
     """
 

@@ -42,7 +42,7 @@ def gaussian():
         ("topk(values='fp16')", 0.24),
         ("topk(ratio=0.001) > qsgd(bits=8)", 0.02),
         ("topk(ratio=0.001) > sign", 0.013),
-        ("induced", 0.40 + 0.32),
+        ("induced", 0.406 + 9),
     ],
 )
 def test_bits_an_element(gaussian, text, bits):

@@ -1,0 +1,73 @@
+"""What is generated is up to date, and the plugin of docs/extending.md is found by its name and keeps the contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLUGIN = ROOT / "examples" / "plugin"
+
+
+def run(command: list[str], **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True, timeout=600)
+
+
+def test_the_pages_of_the_parts_are_what_the_code_says():
+    done = run([sys.executable, "tools/catalogue.py", "--check"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_counts_and_names_the_shelf():
+    """Every part is named in the README's table, and their numbers are right."""
+    import grace_ext
+
+    text = (ROOT / "README.md").read_text()
+    counts = [len(module.names()) for module in (grace_ext.compressors, grace_ext.memories, grace_ext.communicators)]
+    assert [int(n) for n in re.search(r"The shelf: (\d+) compressors, (\d+) memories and (\d+) communicators", text).groups()] == counts
+    for module in (grace_ext.compressors, grace_ext.memories, grace_ext.communicators):
+        for name in module.names():
+            assert name in ("none", "pipeline") or re.search(rf"`{name}[`(]", text), name
+
+
+def test_links_of_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> str:
+    """The plugin, installed as users would, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("plugin")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder), str(PLUGIN)]
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    return f"{folder}{os.pathsep}{ROOT}"
+
+
+def test_the_plugin_is_found_by_its_entry_point(installed):
+    done = run([sys.executable, "-m", "grace_ext", "show", "blur", "--json"], PYTHONPATH=installed)
+    (part,) = json.loads(done.stdout)
+    assert part["kind"] == "compressor" and part["communicators"] and part["bits_per_element"] == 8
+    code = "import grace_ext; print(grace_ext.grace('blur(block=8) + residual'))"
+    assert run([sys.executable, "-c", code], PYTHONPATH=installed).stdout == "blur(block=8) + residual @ allreduce\n"
+
+
+def test_the_plugin_keeps_the_contract(installed):
+    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "test_blur.py")], PYTHONPATH=installed)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_the_extending_page_shows_the_plugin():
+    """The code on the page is the code of the file."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    source = (PLUGIN / "grace_ext_blur.py").read_text()
+    for line in source[source.index("    def fields") :].splitlines():
+        assert line.split("#")[0].strip() in page, line
