@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,9 +45,10 @@ def test_links_of_the_docs_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> str:
-    """The plugin, installed as users would, in a folder of its own."""
+    """The plugin, installed as users would, in a folder of its own; from a copy, because installing leaves files beside the sources."""
     folder = tmp_path_factory.mktemp("plugin")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder), str(PLUGIN)]
+    copy = shutil.copytree(PLUGIN, tmp_path_factory.mktemp("source") / "plugin")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder), str(copy)]
     done = run(command)
     assert done.returncode == 0, done.stderr
     return f"{folder}{os.pathsep}{ROOT}"
