@@ -7,14 +7,14 @@ import numpy as np
 
 from ..coding import decode_indices, encode_indices, index_bytes
 from . import register
-from .base import Compressor, Field
+from .base import Field
 from .scales import floats_from_bytes, floats_to_bytes
-from .sparse import count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob, scatter
+from .sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
 
 @register("adaq")
 @dataclass(frozen=True)
-class AdaQ(Compressor):
+class AdaQ(AtPositions):
     """Sends where the largest positive and the largest negative elements are, and one mean for each sign.
 
     S+ = the ceil(ratio * n+) largest of the n+ positive elements, S- = the ceil(ratio * n-) largest magnitudes of the n- negative ones, at
@@ -30,7 +30,6 @@ class AdaQ(Compressor):
     """
 
     wants_memory: ClassVar[bool] = True
-    selects: ClassVar[bool] = True
     ratio: float = ratio_knob()
     index: str = index_knob()
 
@@ -68,21 +67,10 @@ class AdaQ(Compressor):
             ops.pack_signs(x[positions]),
         ), state
 
-    def _decode(self, ops, payload, spec):
+    def decoded(self, ops, payload, spec, info):
         means = floats_from_bytes(ops, payload[0], "mean")
         count = get_count(ops, payload[1], self._most(spec.size), spec.size)
         positions = decode_indices(ops, payload[2], count, spec.size, self.index)
         expect_bytes(payload[3], (count + 7) // 8, f"signs for {count} values")
         signs = ops.unpack_signs(payload[3], count)
         return positions, ops.where(signs > 0, signs * float(means[0]), signs * float(means[1]))
-
-    def positions(self, ops, payload, spec, info):
-        return self._decode(ops, payload, spec)[0]
-
-    def decompress(self, ops, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec)
-        return scatter(ops, positions, values, spec.size)
-
-    def accumulate(self, ops, total, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec)
-        total[positions] += values

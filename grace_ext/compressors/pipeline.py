@@ -10,12 +10,12 @@ from ..parts import knob, part_knob
 from ..spec import TensorSpec
 from . import register
 from .base import Compressor, Field
-from .sparse import Selecting, count_field, get_count, index_field, put_count, scatter
+from .sparse import AtPositions, Selecting, count_field, get_count, index_field, put_count
 
 
 @register("pipeline")
 @dataclass(frozen=True)
-class Pipeline(Compressor):
+class Pipeline(AtPositions):
     """Selects elements with one compressor and encodes the selected values with another: 'topk(ratio=0.01) > qsgd(bits=4)'.
 
     C(x) = Q(x_S) / (1 + omega) at the positions S that `select` picks, else 0; omega is the variance of Q where Q is unbiased (qsgd,
@@ -35,10 +35,6 @@ class Pipeline(Compressor):
 
     def __str__(self):
         return f"{self.select} > {self.codec}" if self.scale else super().__str__()
-
-    @property
-    def selects(self) -> bool:  # type: ignore[override]
-        return True
 
     @property
     def whole_model(self) -> bool:  # type: ignore[override]
@@ -111,7 +107,7 @@ class Pipeline(Compressor):
         head = () if self.select.exactly else (put_count(ops, count),)
         return *head, encode_indices(ops, positions, spec.size, self.select.index), *inner
 
-    def _decode(self, ops, payload, spec, info):
+    def decoded(self, ops, payload, spec, info):
         if self.select.exactly:
             count, rest = self.select.most(spec.size), payload
         else:
@@ -126,13 +122,3 @@ class Pipeline(Compressor):
         values = self.codec.decompress(ops, rest[1:], inner, info)
         omega = self.codec.omega(count) if self.scale and self.codec.unbiased else None
         return positions, values / (1 + omega) if omega else values
-
-    def positions(self, ops, payload, spec, info):
-        return self._decode(ops, payload, spec, info)[0]
-
-    def decompress(self, ops, payload, spec, info):
-        return scatter(ops, *self._decode(ops, payload, spec, info), spec.size)
-
-    def accumulate(self, ops, total, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec, info)
-        total[positions] += values

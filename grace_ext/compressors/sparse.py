@@ -16,7 +16,7 @@ from .base import Compressor, Field
 if TYPE_CHECKING:
     from ..ops import Array, Ops
     from ..spec import StepInfo, TensorSpec
-    from .base import State
+    from .base import Payload, State
 
 #: Names of the value precisions that a user chooses, and their wire dtypes.
 VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -53,14 +53,33 @@ def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
     return dense
 
 
-class Selecting(Compressor):
+class AtPositions(Compressor):
+    """Base of compressors whose payload stands for values at some positions, and zero elsewhere."""
+
+    selects: ClassVar[bool] = True
+
+    @abstractmethod
+    def decoded(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> tuple[Array, Array]:
+        """(int64[m], ascending and distinct: positions; float32[m]: their values). Raises PayloadError."""
+
+    def positions(self, ops, payload, spec, info):
+        return self.decoded(ops, payload, spec, info)[0]
+
+    def decompress(self, ops, payload, spec, info):
+        return scatter(ops, *self.decoded(ops, payload, spec, info), spec.size)
+
+    def accumulate(self, ops, total, payload, spec, info):
+        positions, values = self.decoded(ops, payload, spec, info)
+        total[positions] += values
+
+
+class Selecting(AtPositions):
     """Base of compressors that send values and their positions. A subclass says which: `select`; and how many at most: `most`.
 
     Where `exactly` is True, `select` gives exactly `most` positions and the payload has a fixed size; else `typical` says how many are
     expected.
     """
 
-    selects: ClassVar[bool] = True
     wants_memory: ClassVar[bool] = True
     #: The number of positions depends on the shape alone.
     exactly: ClassVar[bool] = False
@@ -110,19 +129,9 @@ class Selecting(Compressor):
             positions = ops.arange(d)
         return ops.to_bytes(x[positions], VALUES[self.values]), encode_indices(ops, positions, d, self.index)
 
-    def _decode(self, ops, payload, spec):
+    def decoded(self, ops, payload, spec, info):
         values = ops.from_bytes(payload[0], VALUES[self.values])
         return decode_indices(ops, payload[1], len(values), spec.size, self.index), values
-
-    def positions(self, ops, payload, spec, info):
-        return self._decode(ops, payload, spec)[0]
-
-    def decompress(self, ops, payload, spec, info):
-        return scatter(ops, *self._decode(ops, payload, spec), spec.size)
-
-    def accumulate(self, ops, total, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec)
-        total[positions] += values
 
 
 def count_field() -> Field:

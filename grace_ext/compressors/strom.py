@@ -9,15 +9,14 @@ from ..coding import decode_indices, encode_indices, index_bytes
 from ..errors import PayloadError
 from ..parts import Field, knob
 from . import register
-from .base import Compressor
-from .sparse import count_field, expect_bytes, get_count, index_field, index_knob, put_count, scatter
+from .sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, put_count
 
 LEVEL_BITS = 16
 
 
 @register("strom")
 @dataclass(frozen=True)
-class Strom(Compressor):
+class Strom(AtPositions):
     """Sends the sign of every element that reaches a fixed threshold, and means the threshold with that sign.
 
     C(x)_j = sign(x_j) tau where |x_j| >= tau, else 0; with multi=True, sign(x_j) tau min(round(|x_j| / tau), 2^16) (ties to even).
@@ -33,7 +32,6 @@ class Strom(Compressor):
     """
 
     wants_memory: ClassVar[bool] = True
-    selects: ClassVar[bool] = True
     threshold: float = knob(0.01, "smallest magnitude that is sent, and what is sent for it", low=1e-30, high=1e30, headline=True)
     multi: bool = knob(False, "send how many times the threshold an element is, not just its sign")
     index: str = index_knob()
@@ -68,7 +66,7 @@ class Strom(Compressor):
         codes = ops.pack(levels * 2 + ops.as_int(chosen >= 0), width) if count else index[:0]
         return (put_count(ops, count), ops.to_bytes(ops.arange(1) + width, "int8"), index, codes), state
 
-    def _decode(self, ops, payload, spec):
+    def decoded(self, ops, payload, spec, info):
         count = get_count(ops, payload[0], spec.size, spec.size)
         positions = decode_indices(ops, payload[-2], count, spec.size, self.index)
         width = int(payload[1][0]) if self.multi else 1
@@ -79,14 +77,3 @@ class Strom(Compressor):
             return positions, ops.unpack_signs(payload[-1], count) * self.threshold
         codes = ops.unpack(payload[-1], width, count)
         return positions, ops.cast(((codes >> 1) + 1) * ((codes & 1) * 2 - 1), "float32") * self.threshold
-
-    def positions(self, ops, payload, spec, info):
-        return self._decode(ops, payload, spec)[0]
-
-    def decompress(self, ops, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec)
-        return scatter(ops, positions, values, spec.size)
-
-    def accumulate(self, ops, total, payload, spec, info):
-        positions, values = self._decode(ops, payload, spec)
-        total[positions] += values
