@@ -31,18 +31,20 @@ def describe(kind: str, name: str) -> dict[str, Any]:
         found["bits_per_element"] = 8 * part.mean_nbytes(SAMPLE) / SAMPLE.size
         found["natural"] = {"memory": part.natural_memory, "communicator": "allreduce" if part.summable else "allgather"}
     for other in KINDS:
-        if other != kind and (kind == "compressor" or other == "compressor"):
+        if other != kind:
             found[other + "s" if other != "memory" else "memories"] = [n for n in KINDS[other].names() if fits(kind, name, other, n)]
     return found
 
 
 def fits(kind: str, name: str, other_kind: str, other: str) -> bool:
-    """Whether two parts of different kinds, one of them a compressor, work together (with their default knobs)."""
+    """Whether two parts of different kinds work together (with their default knobs)."""
     parts = {kind: KINDS[kind].get(name).create(), other_kind: KINDS[other_kind].get(other).create()}
-    compressor = parts.pop("compressor")
-    (partner,) = parts.values()
+    compressor = parts.pop("compressor", None)
     try:
-        partner.check(compressor)
+        if compressor is None:
+            parts["communicator"].check_memory(parts["memory"])
+        for partner in parts.values() if compressor else ():
+            partner.check(compressor)
     except IncompatiblePartsError:
         return False
     return True

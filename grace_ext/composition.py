@@ -11,7 +11,7 @@ from typing import Any
 from . import communicators, compressors, memories
 from .communicators.base import Communicator
 from .compressors.base import Compressor
-from .errors import BiasedCompressorWarning, IncompatiblePartsError, ParameterError, SpecSyntaxError, UnboundError
+from .errors import BiasedCompressorWarning, IncompatiblePartsError, ParameterError, SpecSyntaxError, UnboundError, UnstableFeedbackWarning
 from .memories.base import Memory
 from .spec import TensorSpec, parse, part_from
 
@@ -28,6 +28,7 @@ class Grace:
         compressor.check()
         communicator.check(compressor)
         memory.check(compressor)
+        communicator.check_memory(memory)
         self.compressor, self.memory, self.communicator, self.seed = compressor, memory, communicator, seed
         self._dense = compressors.get("none").create(), communicator
         try:
@@ -142,6 +143,15 @@ def grace(
             BiasedCompressorWarning,
             stacklevel=2,
         )
+    omega = chosen.omega(4096) if chosen.unbiased and remembers.feeds_back else None
+    if omega is not None and omega >= 1 and str(result) not in _warned:
+        _warned.add(str(result))
+        warnings.warn(
+            f"{chosen} is random, with a variance of up to {omega:.3g} times its input: what {remembers.name!r} remembers of it can grow "
+            "without bound. Use memory 'none' or 'diana' with it, or a contraction such as 'topk > qsgd'",
+            UnstableFeedbackWarning,
+            stacklevel=2,
+        )
     return result
 
 
@@ -179,6 +189,21 @@ PARAMS = {
 }
 
 
+def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What GRACE's values are called here, where that is not the same."""
+    changed: dict[str, Any] = {}
+    if params.get("communicator") == "all_to_all":
+        changed["communicator"] = "reduce_scatter"
+    clipping = params.get("gradient_clipping")
+    if clipping is False:
+        changed["gradient_clipping"] = None
+    elif clipping is True:
+        raise ParameterError("gradient_clipping: give the norm that gradients of the whole model are rescaled to (times sqrt(n)), not True")
+    if params.get("momentum_factor") and params.get("compressor") != "signum":
+        warnings.warn("from_params: momentum_factor has no effect; give the momentum to the optimizer", stacklevel=3)
+    return changed
+
+
 def _exponent(bound: Any) -> int:
     """E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
     try:
@@ -191,6 +216,7 @@ def from_params(params: Mapping[str, Any]) -> Grace:
     """A Grace from GRACE's own parameter dictionary, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator': 'allgather',
     'compress_ratio': 0.01}. A missing key takes OUR default, said once; `lr` and `world_size` are
     read from the optimizer and the engine."""
+    params = {**params, **_renamed(params)}
     known = {"compressor", "memory", "communicator", *PARAMS}
     unknown = sorted(set(params) - known)
     if unknown:

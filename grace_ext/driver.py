@@ -95,6 +95,7 @@ class Driver:
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
         self.state: dict[str, dict[str, Array]] = {}
+        self._foreign = False  # the state is of another rank, and lacks what was that rank's own
         self.step = 0
         self.agreed = False
         #: Whether the last step's state was committed: every rank was finite in every bucket.
@@ -138,7 +139,7 @@ class Driver:
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
         try:
-            self._check_state(self.state)  # loaded before the parameters were known
+            self._check_state(self.state, fill=self._foreign)  # loaded before the parameters were known
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
@@ -313,19 +314,17 @@ class Driver:
         }  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` gave on the same rank. On another rank's (a checkpoint of rank 0 alone) the memory
-        starts at zero, with a warning. Raises GraceError, and changes nothing, if the state does not fit."""
-        state = self.read_state(saved)
-        if saved["rank"] != self.transport.rank:
-            own = set(self.grace.memory.init(self.ops, TensorSpec("any", (2, 2)), self._step_info()))
-            for arrays in state.values():
-                arrays.update({key: self.ops.zeros(len(array)) for key, array in arrays.items() if key in own})
+        """Resumes bit for bit from what `state_dict` gave on the same rank. Of another rank's (a checkpoint of rank 0 alone) what all ranks
+        share is taken, and what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the state does
+        not fit, or if the memory makes no sense without every rank's part (ef21, diana)."""
+        self.state, self.step = self.read_state(saved), int(saved["step"])
+        self._foreign = saved["rank"] != self.transport.rank
+        if self._foreign:
             warnings.warn(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
                 "zero. Save the state of every rank to resume exactly",
                 stacklevel=3,
             )
-        self.state, self.step = state, int(saved["step"])
 
     def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """The arrays of a state by parameter, copied and checked. Raises GraceError if it is not for this exchange."""
@@ -338,21 +337,32 @@ class Driver:
                 f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; leave it out to start with an "
                 "empty memory"
             )
+        foreign = saved["rank"] != self.transport.rank
+        if foreign and saved["state"] and not self.grace.memory.resumes_alone:
+            raise GraceError(
+                f"this state was saved by rank {saved['rank']} and this is rank {self.transport.rank}: memory "
+                f"{self.grace.memory.name!r} keeps on every rank what belongs together; save and load the state of every rank, or leave it "
+                "out to start anew"
+            )
+        shared = {*self.grace.memory.shared_state, *self.grace.compressor.shared_state}
         state: dict[str, dict[str, Array]] = {}
         for key, array in saved["state"].items():
             part, name = key.split("/", 1)
-            state.setdefault(name, {})[part] = self.ops.copy(array)
+            state.setdefault(name, {}).update({part: self.ops.copy(array)} if not foreign or part in shared else {})
         if self.specs:
-            self._check_state(state)
+            self._check_state(state, fill=foreign)
         return state
 
-    def _check_state(self, state: dict[str, dict[str, Array]]) -> None:
+    def _check_state(self, state: dict[str, dict[str, Array]], *, fill: bool) -> None:
+        """Raises GraceError if it does not fit; `fill` adds what is missing, as at the first step."""
         info = self._step_info()
         for name, arrays in state.items():
             if name not in self.specs:
                 raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
             spec = self.specs[name]
             expected = initial_state(self.ops, spec, self.grace.parts_for(spec), info) if spec.size else {}
+            if fill:
+                arrays.update({key: array for key, array in expected.items() if key not in arrays})
             shapes, found = ({key: len(array) for key, array in x.items()} for x in (expected, arrays))
             if shapes != found:
                 raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")

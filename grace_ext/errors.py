@@ -79,5 +79,9 @@ class PayloadError(GraceError, RuntimeError):
         return PayloadError(self.reason, rank, parameter)
 
 
+class UnstableFeedbackWarning(UserWarning):
+    """Error feedback of a random compressor whose variance exceeds what it is given: what is remembered can grow without bound."""
+
+
 class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""

@@ -34,12 +34,13 @@ class AllReduce(NamedTuple):
 
 class Gather(NamedTuple):
     """Every rank's payload: the result is a list of payloads in rank order. `by_rank`: the fields of each rank's payload, where they are
-    not the same."""
+    not the same. `finite`: False where what the payload should stand for was not finite; then no rank commits the step."""
 
     fields: Sequence[Field]
     payload: Sequence[Array]
     by_broadcast: bool = False
     by_rank: Sequence[Sequence[Field]] | None = None
+    finite: bool = True
 
 
 class Scatter(NamedTuple):
@@ -254,7 +255,8 @@ def _fused_scatter(ops, group, specs, info, digest, flag, label, carry):
 
 def _fused_gather(ops, kind, group, specs, info, digest, flag, label, carry):
     pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
-    data = message(ops, pieces, digest=digest, step=info.step, finite=not flag[0])
+    finite = not flag[0] and all(request.finite for _, request in group)
+    data = message(ops, pieces, digest=digest, step=info.step, finite=finite)
     by_rank = [[request.by_rank[rank] if request.by_rank else request.fields for _, request in group] for rank in range(info.size)]
     sizes: Any = tuple(HEADER.size + sum(field.max_bytes for fields in one for field in fields) for one in by_rank)
     if any(field.variable for one in by_rank for fields in one for field in fields):

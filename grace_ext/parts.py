@@ -94,6 +94,8 @@ class Part:
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    #: Keys of its state that are equal on all ranks; the others belong to one rank.
+    shared_state: ClassVar[tuple[str, ...]] = ()
     #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
     uses_lr: ClassVar[bool] = False
 
@@ -125,6 +127,11 @@ class Part:
             raise LearningRateError(
                 f"{self.kind} {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
                 "optimizer=opt)) or step(..., lr=...); a gradient tape has none, so use a DistributedOptimizer there"
+            )
+        if math.isnan(info.lr):
+            raise LearningRateError(
+                f"{self.kind} {self.name!r} works with one learning rate, and the optimizer's parameter groups have different ones; give "
+                "all groups one rate, or use memory 'residual', which needs none"
             )
         return info.lr
 

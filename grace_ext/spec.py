@@ -100,8 +100,9 @@ def _pipeline(stages: list[ast.expr], text: str) -> Part:
         return _part(compressors, stages[0], text)
     if len(stages) > 2:
         raise SpecSyntaxError(f"{text!r} has {len(stages)} stages; a pipeline has two: what selects, and what encodes the values")
-    if isinstance(stages[1], ast.Name) and stages[1].id == "sign":
-        stages[1] = ast.Name("efsignsgd")  # the papers' name for signs with one scale
+    name = stages[1].func if isinstance(stages[1], ast.Call) else stages[1]
+    if isinstance(name, ast.Name) and name.id == "sign":
+        name.id = "efsignsgd"  # the papers' name for signs with one scale
     select, values = (_part(compressors, stage, text) for stage in stages)
     return compressors.get("pipeline").create((select, values))
 

@@ -14,6 +14,7 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor, Payload, State
+    from ..memories.base import Memory
     from ..ops import Array, Ops
 
 
@@ -32,6 +33,9 @@ class Communicator(Part):
     def init(self, ops: Ops, compressor: Compressor, spec: TensorSpec, info: StepInfo) -> State:
         """The communicator's own state before the first step, where it has one."""
         return {}
+
+    def check_memory(self, memory: Memory) -> None:
+        """Raises IncompatiblePartsError where this communicator cannot work under that memory."""
 
     def input_bytes(self, compressor: Compressor, spec: TensorSpec, n: int) -> int:
         """Upper bound of the bytes that one of n ranks hands to collectives for such a tensor, headers excluded."""

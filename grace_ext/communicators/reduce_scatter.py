@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..compressors.base import Exchanged
-from ..errors import IncompatiblePartsError
+from ..errors import IncompatiblePartsError, ParameterError
 from ..exchange import Gather, Scatter
 from ..parts import knob
 from ..spec import TensorSpec
@@ -27,16 +27,45 @@ class ReduceScatter(Communicator):
     are counted by shard, and their result, in {-1, 0, 1}, needs no second error feedback.
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m of allgather, for two compressions; equal at n = 2.
     State: `shard_residual`, float32, of this rank's shard. For compressors of fixed size without rounds or whole-tensor state.
-    feedback=False leaves the second residual out (right for unbiased compressors). follow_rate multiplies the second residual by
-    lr_before / lr, as memory 'dist_ef_block' does with the first; it needs the learning rate, and a step with lr = 0 leaves the state.
+    `feedback`: whether it remembers what the second compression loses; by default where the compressor is biased, and refused where it
+    is not, because error feedback of a random compressor of high variance grows without bound. follow_rate multiplies the second
+    residual by lr_before / lr, as memory 'dist_ef_block' does with the first; it needs the learning rate, and a step with lr = 0 leaves
+    the state. Where a mean is beyond float32, all ranks skip the step.
     Source: Zheng, Huang, Kwok 2019; Bernstein et al. 2018 (votes).
     """
 
-    feedback: bool = knob(True, "remember what the second compression loses")
-    follow_rate: bool = knob(False, "keep the second residual in units of the update: times lr_before / lr at every step")
+    feedback: bool | None = knob(None, "remember what the second compression loses; None: where the compressor is biased", kind=bool)
+    follow_rate: bool = knob(False, "multiply the second residual by lr_before / lr at every step, as memory 'dist_ef_block' does")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.follow_rate and self.feedback is False:
+            raise ParameterError("reduce_scatter: follow_rate needs the second residual, which feedback=False leaves out")
+
+    def check_memory(self, memory):
+        if self.follow_rate and memory.in_updates:
+            raise IncompatiblePartsError(
+                f"memory {memory.name!r} works in units of the update already, and follow_rate=True would rescale the second residual "
+                "once more; use reduce_scatter without follow_rate"
+            )
+        if memory.sends > 1:
+            raise IncompatiblePartsError(
+                f"memory {memory.name!r} sends two arrays of different units at some steps, and 'reduce_scatter' has one residual for "
+                "both; use communicator 'allgather' or 'allreduce'"
+            )
 
     def check(self, compressor):
         super().check(compressor)
+        if compressor.summable and compressor.selects:
+            raise IncompatiblePartsError(
+                f"{compressor.name!r} payloads add up as they are, and compressing the mean again would pick other positions; use "
+                "communicator 'allreduce'"
+            )
+        if self.feedback and compressor.unbiased and compressor.name != "none":
+            raise IncompatiblePartsError(
+                f"{compressor} is random and unbiased: error feedback of its second compression can grow without bound; leave out "
+                "feedback=True"
+            )
         if not compressor.averages:
             raise IncompatiblePartsError(
                 f"the result of {compressor} is not a mean, and 'reduce_scatter' would compress it again as if it were; "
@@ -55,7 +84,8 @@ class ReduceScatter(Communicator):
         return self.follow_rate
 
     def _keeps(self, compressor) -> bool:
-        return self.feedback and not compressor.votes and compressor.name != "none"
+        wanted = not compressor.unbiased if self.feedback is None else self.feedback
+        return wanted and not compressor.votes and compressor.name != "none"
 
     def init(self, ops, compressor, spec, info):
         if not self._keeps(compressor):
@@ -75,17 +105,20 @@ class ReduceScatter(Communicator):
         means = [TensorSpec(f"{spec.name}[{rank}] mean", s.shape, s.dtype) for rank, s in enumerate(specs)]
         mine, changed = means[info.rank], {}
         payload = ()
+        finite = True
         if mine.size:
             mean = compressor.combine(ops, received, specs[info.rank], info)
             if self._keeps(compressor):
                 mean = ops.cast(mean + self._residual(state, info), "float32")
+            if not (finite := ops.all_finite(mean)):  # a sum beyond float32: every rank skips the step
+                mean = ops.zeros(mine.size)
             payload, _ = second.compress(ops, mean, mine, info, {})
             if self._keeps(compressor) and not self._idle(info):
                 changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, mine, info), "float32")
         if self.follow_rate and self._keeps(compressor) and not self._idle(info):
             changed["shard_rate"] = ops.zeros(1) + self.rate(info)
         by_rank = [second.fields(s) if s.size else () for s in means]
-        gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank)
+        gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)
         result = ops.concat([second.decompress(ops, p, s, info) for p, s in zip(gathered, means, strict=True) if s.size])
 
         def values():

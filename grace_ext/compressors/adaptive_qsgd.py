@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -68,6 +69,7 @@ class AdaQS(_Adaptive):
     Source: Guo et al. 2020, who estimate the ratio by running moments; their exact rule for when to switch is not public, this is ours.
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("adaqs",)
     levels: int = start_knob(7)
     max_levels: int = most_knob()
     bucket: int = bucket_knob()
@@ -118,6 +120,7 @@ class DQSGD(_Adaptive):
     Source: Yan et al. (DQ-SGD), by the description of Sahu et al. 2021; their closed form is not public, this one is ours.
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("dqsgd",)
     levels: int = start_knob(127)
     max_levels: int = most_knob()
     bucket: int = bucket_knob()

@@ -86,8 +86,11 @@ class Compressor(Part):
         return None
 
     def accumulate(self, ops: Ops, total: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
-        """Adds one rank's decoded payload to `total`, in place. Sparse compressors add only what they hold."""
-        total += self.decompress(ops, payload, spec, info)
+        """Adds one rank's decoded payload to `total`, in place. Sparse compressors add only what they hold. Raises PayloadError."""
+        decoded = self.decompress(ops, payload, spec, info)
+        if not ops.all_finite(decoded):
+            raise PayloadError("stands for values that are not finite, and does not say so")
+        total += decoded
 
     def aggregate(self, ops: Ops, total: Array, spec: TensorSpec, info: StepInfo) -> Array:
         """From the sum over ranks to the result: the mean (or, with divisor 1, the sum)."""

@@ -35,6 +35,7 @@ class LQSGD(_LowRank):
     Source: Li et al. 2025 (LQ-SGD); the normalisation by the factor's maximum, and the defaults, are ours.
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("lqsgd_q",)
     rounds: ClassVar[tuple[str, ...]] = ("allgather", "broadcast")
     rank: int = knob(1, "columns of the approximation", low=1, high=4096, headline=True)
     bits: int = knob(8, "bits of a code, sign included", low=2, high=16)

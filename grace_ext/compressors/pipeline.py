@@ -10,7 +10,7 @@ from ..parts import knob, part_knob
 from ..spec import TensorSpec
 from . import register
 from .base import Compressor, Field
-from .sparse import AtPositions, Selecting, count_field, get_count, index_field, put_count
+from .sparse import AtPositions, Selecting, count_field, finite, get_count, index_field, put_count
 
 
 @register("pipeline")
@@ -58,6 +58,10 @@ class Pipeline(AtPositions):
             raise IncompatiblePartsError(
                 f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, "
                 f"fp16, terngrad, ...), which {self.codec.name!r} does not"
+            )
+        if not self.codec.averages or not self.select.averages:
+            raise IncompatiblePartsError(
+                f"'{self.select} > {self.codec}': the result of a stage must be a mean of the ranks; leave out sign=True"
             )
         self.select.check()
         self.codec.check()
@@ -119,6 +123,6 @@ class Pipeline(AtPositions):
         for field, piece in zip(self.codec.fields(inner), rest[1:], strict=True):
             if not field.variable and len(piece) != field.max_bytes or len(piece) > field.max_bytes:
                 raise PayloadError(f"has {len(piece)} bytes of {field.name!r} for {count} values, expected {field.max_bytes}")
-        values = self.codec.decompress(ops, rest[1:], inner, info)
+        values = finite(ops, self.codec.decompress(ops, rest[1:], inner, info))
         omega = self.codec.omega(count) if self.scale and self.codec.unbiased else None
         return positions, values / (1 + omega) if omega else values

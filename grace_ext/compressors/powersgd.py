@@ -74,6 +74,7 @@ class PowerSGD(_TwoSums):
     Biased: pair with 'residual'. Rank 1 to 4 is usual; higher costs bytes and orthogonalisation time. Source: Vogels et al. 2019, alg. 1.
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
     rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
     warm_start: bool = knob(True, "start each step from the last step's subspace")
     feedback: str = feedback_knob()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class PowerSGDPlus(_TwoSums):
     Biased: pair with 'residual'. Source: Xie, Chen, Yuan 2025; who computes the decomposition, and its form, are ours.
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
     rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
     refresh_period: int = knob(50, "steps from one refresh of the subspace to the next; 50 to 200 is usual", low=2, high=10**9)
     refresh: str = knob("svd", "how the subspace of the mean is found", choices=("svd", "randomized"))

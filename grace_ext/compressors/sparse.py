@@ -46,6 +46,13 @@ def kept(ratio: float, d: int) -> int:
     return max(1, min(d, math.ceil(ratio * d - 1e-9)))
 
 
+def finite(ops: Ops, values: Array) -> Array:
+    """The values, which a peer sent. Raises PayloadError where one is not finite: its own were."""
+    if not ops.all_finite(values):
+        raise PayloadError("has a value that is not finite")
+    return values
+
+
 def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
     """float32[d] with these values at these distinct positions."""
     dense = ops.zeros(d)
@@ -130,7 +137,7 @@ class Selecting(AtPositions):
         return ops.to_bytes(x[positions], VALUES[self.values]), encode_indices(ops, positions, d, self.index)
 
     def decoded(self, ops, payload, spec, info):
-        values = ops.from_bytes(payload[0], VALUES[self.values])
+        values = finite(ops, ops.from_bytes(payload[0], VALUES[self.values]))
         return decode_indices(ops, payload[1], len(values), spec.size, self.index), values
 
 

@@ -9,7 +9,7 @@ from ..coding import decode_indices, encode_indices, index_bytes
 from . import register
 from .base import Compressor, Field
 from .scales import LARGEST, floats_from_bytes, floats_to_bytes
-from .sparse import count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob
+from .sparse import count_field, expect_bytes, finite, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 PASSES = 50
@@ -89,7 +89,7 @@ class Wangni(Compressor):
         """((positions, values) of the exact ones, and of the sampled ones)."""
         level = float(floats_from_bytes(ops, payload[0], "level")[0])
         count = get_count(ops, payload[1], spec.size, spec.size)
-        values = ops.from_bytes(payload[2], "float32")
+        values = finite(ops, ops.from_bytes(payload[2], "float32"))
         exact = decode_indices(ops, payload[3], len(values), spec.size, self.index)
         sampled = decode_indices(ops, payload[4], count, spec.size, self.index)
         expect_bytes(payload[5], (count + 7) // 8, f"signs for {count} values")

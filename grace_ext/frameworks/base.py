@@ -22,6 +22,15 @@ Carried = Generator[Collective, Any, Any]
 ADAPTIVE = ("betas", "eps", "etas", "rho", "beta_1", "beta_2_decay", "epsilon", "learning_rate_power", "history_size")
 
 
+def rate_of(groups: Sequence[Mapping[str, Any]]) -> float | None:
+    """The learning rate of an optimizer's parameter groups, None where there is none; NaN where they differ, which parts that use it
+    refuse."""
+    rates = {float(group["lr"]) for group in groups if "lr" in group}
+    if len(rates) > 1:
+        return float("nan")
+    return rates.pop() if rates else None
+
+
 class Transport(ABC):
     """The asynchronous collectives of one engine among `size` ranks, for the arrays of `ops`."""
 

@@ -31,6 +31,12 @@ class Memory(Part):
     kind: ClassVar[str] = "memory"
     #: It is the momentum of the training itself, so the optimizer must be SGD without momentum of its own.
     is_momentum: ClassVar[bool] = False
+    #: What it compresses is in units of the update (the gradient times the learning rate).
+    in_updates: ClassVar[bool] = False
+    #: It adds what was not sent to what is sent next: a random compressor whose variance exceeds the signal makes that grow.
+    feeds_back: ClassVar[bool] = False
+    #: Its state on one rank is of use without the states of the others (a checkpoint of rank 0 alone).
+    resumes_alone: ClassVar[bool] = True
     #: The result differs from rank to rank: only for wrappers that average models, and for LocalCluster.
     diverges: ClassVar[bool] = False
     #: How often it sends a tensor in one step, at most.

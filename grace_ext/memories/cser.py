@@ -25,6 +25,7 @@ class CSER(Memory):
     make both sums all-reduces. Source: Xie et al. 2020, algorithm 2 (CSER).
     """
 
+    in_updates: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
     diverges: ClassVar[bool] = True
     sends: ClassVar[int] = 2

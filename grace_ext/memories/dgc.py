@@ -45,6 +45,7 @@ class DGC(Memory):
     clears v before rounding values to 16 bits.
     """
 
+    feeds_back: ClassVar[bool] = True
     is_momentum: ClassVar[bool] = True
     momentum: float = knob(0.9, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
     nesterov: bool = knob(False, "look one step ahead")

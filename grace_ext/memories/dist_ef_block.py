@@ -22,6 +22,7 @@ class DistEFBlock(Memory):
     Source: Zheng, Huang, Kwok 2019, algorithms 2 and 3.
     """
 
+    feeds_back: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
     momentum: float = knob(0.0, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
     nesterov: bool = knob(False, "look one step ahead")

@@ -11,6 +11,8 @@ from .base import Memory
 class _Estimates(Memory):
     """Every rank compresses the difference between what it has and what the others believe it has."""
 
+    resumes_alone: ClassVar[bool] = False
+
     def check(self, compressor):
         self._needs_contraction(compressor)
 

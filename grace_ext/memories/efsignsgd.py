@@ -20,6 +20,8 @@ class EFSignSGDMemory(Memory):
     step, freezes it when it is made, and in its torch form adds the ranks up.
     """
 
+    feeds_back: ClassVar[bool] = True
+    in_updates: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
 
     def check(self, compressor):

@@ -29,6 +29,8 @@ class GradientCompression(Memory):
     Sahu et al. 2021.
     """
 
+    feeds_back: ClassVar[bool] = True
+    shared_state: ClassVar[tuple[str, ...]] = ("momentum",)
     is_momentum: ClassVar[bool] = True
     momentum: float = momentum_knob()
     nesterov: bool = knob(False, "result D + beta m, in place of the paper's D + m")
@@ -61,6 +63,7 @@ class UpdateCompression(Memory):
     algorithm 3; masking from Lin et al. 2018.
     """
 
+    feeds_back: ClassVar[bool] = True
     is_momentum: ClassVar[bool] = True
     momentum: float = momentum_knob()
     nesterov: bool = knob(False, "compress g + beta m, in place of the paper's g + m")

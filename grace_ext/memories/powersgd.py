@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from . import register
 from .base import Memory
@@ -17,6 +18,8 @@ class PowerSGDMemory(Memory):
     Source: Vogels, Karimireddy, Jaggi 2019. GRACE's also draws Q anew, at every step and from each rank's own generator; Q is the
     compressor's here.
     """
+
+    feeds_back: ClassVar[bool] = True
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size)} if len(spec.shape) > 1 else {}

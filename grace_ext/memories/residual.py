@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..parts import knob
 from . import register
@@ -18,6 +19,7 @@ class Residual(Memory):
     where each is representable.
     """
 
+    feeds_back: ClassVar[bool] = True
     beta: float = knob(1.0, "how much of the residual is kept; under 1 old error fades", low=0, high=1)
     gamma: float = knob(1.0, "factor of the gradient", above=0, high=1e6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
 from ..parts import knob
@@ -24,6 +25,7 @@ class Diana(Memory):
     Source: Mishchenko, Gorbunov, Takac, Richtarik 2019.
     """
 
+    resumes_alone: ClassVar[bool] = False
     alpha: float | None = knob(None, "how fast shifts learn; None: 1 / (1 + omega)", above=0, high=1, kind=float)
 
     def check(self, compressor):
@@ -76,6 +78,9 @@ class EFStar(Memory):
     and alike with Exchange.state_dict or the optimizer's 'grace_ext' entry. Any compressor that 'residual' takes, but votes.
     Source: Gorbunov, Kovalev, Makarenko, Richtarik 2020 (EC-GDstar).
     """
+
+    feeds_back: ClassVar[bool] = True
+    resumes_alone: ClassVar[bool] = False
 
     def check(self, compressor):
         self._needs_magnitudes(compressor)

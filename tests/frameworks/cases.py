@@ -35,6 +35,7 @@ def run_cases(hvd: Any, names: Mapping[str, Any]) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 warnings.filterwarnings("ignore", category=grace_ext.errors.BiasedCompressorWarning)
+                warnings.filterwarnings("ignore", category=grace_ext.errors.UnstableFeedbackWarning)
                 warnings.filterwarnings("ignore", module="torch|tensorflow|keras|horovod")
                 case()
             held = True

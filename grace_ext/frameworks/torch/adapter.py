@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...composition import Grace
 from ...errors import NamesError, UnboundError, UnsupportedError
+from ..base import rate_of
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
@@ -99,7 +100,7 @@ class BoundCompression:
                 self._parameters,
                 lambda ops: SingleTransport(ops) if alone else HorovodTransport(ops, self._hvd, self._process_set),
                 average=self._average,
-                read_lr=lambda: float(self._optimizer.param_groups[0]["lr"]) if self._optimizer is not None else None,
+                read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
             )
         return self._session
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...composition import Grace, grace
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...spec import TensorSpec
+from ..base import rate_of
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer, named
 from .transports import DistTransport, SingleTransport
@@ -109,8 +110,7 @@ class DDPState:
         return SingleTransport(ops) if dist.get_world_size(self._group) == 1 else DistTransport(ops, self._group)
 
     def _read_lr(self) -> float | None:
-        lr = None if self._optimizer is None else self._optimizer.param_groups[0].get("lr")
-        return None if lr is None else float(lr)
+        return None if self._optimizer is None else rate_of(self._optimizer.param_groups)
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def take(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from ...composition import Grace, grace
 from ...driver import agree, perform
 from ...errors import NamesError, ParameterError, UnsupportedError
+from ..base import rate_of
 from . import engine
 from .ops import ops_for
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
@@ -164,7 +165,7 @@ class _Distributed(torch.optim.Optimizer):
             self._parameters,
             lambda ops: engine.transport(ops, self.process_set),
             average=self._average,
-            read_lr=lambda: float(self.param_groups[0]["lr"]) if "lr" in self.param_groups[0] else None,
+            read_lr=lambda: rate_of(self.param_groups),
         )
         for name, parameter in self._parameters.items():
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._make_hook(name)))

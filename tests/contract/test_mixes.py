@@ -1,0 +1,160 @@
+"""Mixes that look right one by one: second residuals, sums beyond float32, variances that feed back, checkpoints of rank 0 alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, PayloadError, UnstableFeedbackWarning
+from grace_ext.frameworks.base import rate_of
+from grace_ext.spec import StepInfo
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped
+
+SHAPES = {"v": (401,), "m": (24, 18)}  # 401 elements make shards of two lengths
+ALONE = (
+    "topk(ratio=0.1) + residual", "powersgd + residual", "topk(ratio=0.1) + gradient_compression", "topk(ratio=0.1) + dgc",
+    "signum + none", "efsignsgd + residual @ reduce_scatter", "adaqs + none", "sidco + residual",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("spec", ALONE)
+def test_a_checkpoint_of_rank_0_alone_leaves_all_ranks_alike(spec, known):
+    """What ranks share is taken from it, what is a rank's own starts anew: results stay the same on all ranks, at every later step."""
+    g = grace_ext.grace(spec)
+    saved, fresh = NUMPY.cluster(g, 2), NUMPY.cluster(g, 2)
+    for step in range(3):
+        NUMPY.step(saved, inputs.ranks(2, step, shapes=SHAPES))
+    if known:
+        NUMPY.step(fresh, inputs.ranks(2, 0, shapes=SHAPES))
+    state = saved.drivers[0].state_dict()
+    fresh.drivers[0].load_state_dict(state)
+    with pytest.warns(UserWarning, match="saved by rank 0 and is loaded on rank 1"):
+        fresh.drivers[1].load_state_dict(state)
+    for step in range(3, 6):
+        assert same_bits(*NUMPY.everywhere(fresh, inputs.ranks(2, step, shapes=SHAPES)))
+
+
+@pytest.mark.parametrize("memory", ["ef21", "ef21_sgdm", "ef_star"])
+def test_memories_whose_parts_belong_together_refuse_it(memory):
+    """An estimate of the mean with other estimates on the ranks than it is the mean of would stay wrong for ever."""
+    g = grace_ext.grace(f"topk(ratio=0.1) + {memory}")
+    cluster = NUMPY.cluster(g, 2)
+    NUMPY.step(cluster, inputs.ranks(2, 0, shapes=SHAPES))
+    with pytest.raises(GraceError, match="belongs together"):
+        cluster.drivers[1].load_state_dict(cluster.drivers[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["topk(ratio=0.1) + residual @ reduce_scatter", "efsignsgd + residual @ reduce_scatter", "topk(ratio=0.1) + none @ sparse_allreduce"],
+)
+def test_a_sum_beyond_float32_is_a_skipped_step(spec):
+    """Finite gradients whose sum is not: every rank gets NaN, nobody remembers anything, and the next step is as if it had not been."""
+    cluster, huge = NUMPY.cluster(grace_ext.grace(spec), 2), [{"v": np.full(401, 3e38, np.float32)}] * 2
+    NUMPY.step(cluster, inputs.ranks(2, 0, shapes={"v": (401,)}))
+    held = states(cluster, NUMPY)
+    with np.errstate(all="ignore"):
+        assert all(np.isnan(out["v"]).all() for out in NUMPY.everywhere(cluster, huge))
+    assert all(same_bits(a, b) for a, b in zip(held, states(cluster, NUMPY), strict=True))
+    assert np.isfinite(NUMPY.step(cluster, inputs.ranks(2, 2, shapes={"v": (401,)}))["v"]).all()
+
+
+@pytest.mark.parametrize("spec", ["qsgd(bits=2) + none", "terngrad + none", "vqsgd + none", "qsgd(bits=4) + diana"])
+def test_unbiased_compressors_over_reduce_scatter_stay_bounded(spec):
+    """The same gradient for 40 steps: without a second residual the result keeps the compressor's own variance."""
+    x = inputs.normal(0, 0, shapes={"v": (2048,)})
+    by_scatter, by_gather = (NUMPY.cluster(grace_ext.grace(f"{spec} @ {c}"), 2) for c in ("reduce_scatter", "allgather"))
+    sizes = [[np.linalg.norm(NUMPY.step(cluster, [x, x])["v"]) for _ in range(40)] for cluster in (by_scatter, by_gather)]
+    assert max(sizes[0][30:]) < 60 * max(sizes[1][30:])
+    assert max(sizes[0][30:]) < 3 * max(sizes[0][:10])
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("randomk + none @ reduce_scatter", "allreduce"),
+        ("qsgd + none @ reduce_scatter(feedback=True)", "without bound"),
+        ("efsignsgd + efsignsgd @ reduce_scatter(follow_rate=True)", "units of the update"),
+        ("efsignsgd + cser @ reduce_scatter", "two arrays"),
+        ("topk > demo(sign=True)", "must be a mean"),
+        ("induced(biased=demo(sign=True, values='fp32'), rest=natural)", "by themselves"),
+    ],
+)
+def test_mixes_that_would_go_wrong_are_refused(spec, why):
+    with pytest.raises(IncompatiblePartsError, match=why):
+        grace_ext.grace(spec)
+
+
+def test_follow_rate_needs_a_residual_to_follow():
+    with pytest.raises(ParameterError, match="follow_rate"):
+        grace_ext.grace("efsignsgd + dist_ef_block @ reduce_scatter(feedback=False, follow_rate=True)")
+
+
+def test_feedback_of_a_high_variance_is_said_once():
+    """It grows: seven times after 15 steps, and on."""
+    with pytest.warns(UnstableFeedbackWarning, match="diana"):
+        g = grace_ext.grace("qsgd(bits=4, bucket=500) + residual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grace_ext.grace("qsgd(bits=4, bucket=500) + residual")  # said already
+        grace_ext.grace("qsgd + residual")
+        grace_ext.grace("natural + residual")
+        grace_ext.grace("topk(ratio=0.02) > qsgd(bits=4) + residual")
+    x, cluster = inputs.normal(0, 0, shapes={"v": (4000,)}), NUMPY.cluster(g, 2)
+    sizes = [np.linalg.norm(NUMPY.step(cluster, [x, x])["v"]) for _ in range(16)]
+    assert sizes[-1] > 7 * sizes[0]
+
+
+def test_parameter_groups_of_different_rates():
+    """A part that uses the rate refuses them; others do not look."""
+    assert rate_of([{"lr": 0.1}, {"lr": 0.1}]) == 0.1 and rate_of([{}]) is None and np.isnan(rate_of([{"lr": 0.1}, {"lr": 0.0}]))
+    cluster = NUMPY.cluster(grace_ext.grace("topk(ratio=0.1) + efsignsgd"), 1)
+    with pytest.raises(LearningRateError, match="different ones"):
+        cluster.step(inputs.ranks(1, 0, shapes=SHAPES), lr=float("nan"))
+    memory = grace_ext.memories.get("efsignsgd").create()
+    assert memory.rate(StepInfo(step=0, rank=0, size=1, divisor=1, lr=0.5)) == 0.5
+
+
+@pytest.mark.parametrize(
+    "text", ["topk(ratio=0.1)", "threshold(threshold=1.0)", "topk(ratio=0.1) > fp16", "randomk(ratio=0.1)", "fp16", "none"]
+)
+def test_a_peer_that_sends_nan_and_does_not_say_so(text):
+    """Is named, whatever carries plain values."""
+
+    head = {"threshold(threshold=1.0)": 4, "topk(ratio=0.1) > fp16": None}.get(text, 0)
+    if head is None:
+        g = grace_ext.grace(f"{text} + none @ allgather")
+        spec = grace_ext.spec.TensorSpec("v", (401,))
+        head = g.compressor.fields(spec)[0].max_bytes
+
+    def spoil(collectives, ops):
+        data = np.array(collectives[1].array)
+        data[24 + head : 28 + head] = 0xFF  # NaN in float32 and in float16
+        return [collectives[0], collectives[1]._replace(array=data)]
+
+    cluster = NUMPY.cluster(grace_ext.grace(f"{text} + none @ allgather"), 2)
+    with tapped(spoil), np.errstate(all="ignore"), pytest.raises(PayloadError, match="not finite") as caught:
+        NUMPY.step(cluster, inputs.ranks(2, 0, shapes={"v": (401,)}))
+    assert caught.value.rank == 1
+
+
+def test_graces_flag_and_names():
+    """gradient_clipping is a flag there, all_to_all is reduce_scatter, and PowerSGD's momentum belongs to the optimizer."""
+    base = {"compressor": "topk", "compress_ratio": 0.01, "memory": "dgc", "momentum": 0.9, "communicator": "allgather"}
+    assert grace_ext.from_params({**base, "gradient_clipping": False}) == grace_ext.grace("topk(ratio=0.01) + dgc @ allgather")
+    with pytest.raises(ParameterError, match="gradient_clipping"):
+        grace_ext.from_params({**base, "gradient_clipping": True})
+    g = grace_ext.from_params({"compressor": "terngrad", "memory": "none", "communicator": "all_to_all"})
+    assert g.communicator.name == "reduce_scatter"
+    with pytest.warns(UserWarning, match="momentum_factor"):
+        grace_ext.from_params({"compressor": "powersgd", "compress_rank": 2, "memory": "powersgd", "momentum_factor": 0.9})
+
+
+def test_sign_is_a_name_with_knobs_too():
+    assert grace_ext.grace("topk > sign(block=64) + residual") == grace_ext.grace("topk > efsignsgd(block=64) + residual")
+    assert grace_ext.grace("induced(topk(ratio=0.1) > qsgd, natural)").compressor.omega(1000) < 0.125
