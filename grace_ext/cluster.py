@@ -141,7 +141,9 @@ def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
     """One collective of all ranks: the result for each. Sums are made in rank order."""
     first, arrays = collectives[0], [c.array for c in collectives]
     if first.kind == "allreduce":
-        total = rank_ordered_sum(arrays) / first.divisor if first.dtype not in INTEGERS else rank_ordered_sum(arrays)
+        total = rank_ordered_sum(arrays)
+        if first.dtype not in INTEGERS:
+            total = total / first.divisor
         if first.dtype in ("float16", "bfloat16"):
             total = ops.from_bytes(ops.to_bytes(total, first.dtype), first.dtype)
         return [total] * len(collectives)

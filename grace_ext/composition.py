@@ -199,6 +199,8 @@ def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
         changed["gradient_clipping"] = None
     elif clipping is True:
         raise ParameterError("gradient_clipping: give the norm that gradients of the whole model are rescaled to (times sqrt(n)), not True")
+    if "error_bound" in params:
+        changed["error_bound"] = _exponent(params["error_bound"])
     if params.get("momentum_factor") and params.get("compressor") != "signum":
         warnings.warn("from_params: momentum_factor has no effect; give the momentum to the optimizer", stacklevel=3)
     return changed
@@ -228,8 +230,6 @@ def from_params(params: Mapping[str, Any]) -> Grace:
     knobs: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for key, value in params.items():
         kind, name = PARAMS.get(key, (None, None))
-        if key == "error_bound":  # GRACE writes 2e-10 and means 2**-10
-            value = _exponent(value)
         # GRACE's dictionary is shared by all its parts: 'momentum' is also signum's, and keys of parts not in use are ignored.
         for candidate in [kind, "compressor"] if key == "momentum" else [kind]:
             if candidate in classes and name in {f.name for f in dataclasses.fields(classes[candidate])}:

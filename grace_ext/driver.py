@@ -133,8 +133,9 @@ class Driver:
                 )
         self.specs = {spec.name: spec for spec in specs}
         groups: list[list[TensorSpec]] = [[]]
+        limit = float("inf") if self._whole_model else self.bucket_bytes
         for spec in reversed(specs):
-            if groups[-1] and not self._whole_model and sum(s.nbytes for s in groups[-1]) + spec.nbytes > self.bucket_bytes:
+            if groups[-1] and sum(s.nbytes for s in groups[-1]) + spec.nbytes > limit:
                 groups.append([])
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]

@@ -48,17 +48,23 @@ def valid_range(field: dataclasses.Field) -> str:
         return "a compressor"
     if rule["choices"]:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
-    if isinstance(field.default, bool):
-        return "True or False"
-    kind = "a number" if isinstance(field.default, float) or rule.get("kind") is float else "a whole number"
+    kind, or_none = _type(field), " or None" if field.default is None else ""
+    if kind is bool:
+        return "True or False" + or_none
+    number = "a number" if kind is float else "a whole number"
     left = f"({rule['above']:g}" if rule["above"] is not None else f"[{rule['low']:g}" if rule["low"] is not None else "(-inf"
     right = f"{rule['high']:g}]" if rule["high"] is not None else "inf)"
-    return f"{kind} in {left}, {right}" + (" or None" if field.default is None else "")
+    return f"{number} in {left}, {right}{or_none}"
+
+
+def _type(field: dataclasses.Field) -> type:
+    """What a knob's values are, None aside."""
+    return field.metadata.get("kind") or (int if field.default is None else type(field.default))
 
 
 def _valid(field: dataclasses.Field, value: Any) -> Any:
     """The value, converted to the knob's type; raises ValueError if it is not valid."""
-    rule, kind = field.metadata, field.metadata.get("kind") or type(field.default)
+    rule, kind = field.metadata, _type(field)
     if rule.get("part"):
         from . import compressors
         from .spec import part_from

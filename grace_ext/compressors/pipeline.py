@@ -106,8 +106,7 @@ class Pipeline(AtPositions):
         if count:
             inner, _ = self.codec.compress(ops, x[positions], self._inner(spec, count), info, {})
         else:
-            inner = [positions[:0]] * len(self.codec.fields(self._inner(spec, 1)))
-            inner = [ops.set_bits(piece, 0) for piece in inner]
+            inner = [ops.set_bits(positions, 0) for _ in self.codec.fields(self._inner(spec, 1))]
         head = () if self.select.exactly else (put_count(ops, count),)
         return *head, encode_indices(ops, positions, spec.size, self.select.index), *inner
 

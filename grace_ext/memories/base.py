@@ -82,6 +82,10 @@ class Memory(Part):
     def check(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError where this memory cannot work with that compressor."""
 
+    def unsent(self, ops: Ops, compensated: Array, sent: Exchanged) -> Array:
+        """float32: what the payload does not stand for, the residual of error feedback."""
+        return ops.cast(compensated - sent.values(), "float32")
+
     # --- what `check` may ask for ------------------------------------------------------------------------------------
     def _needs_magnitudes(self, compressor: Compressor) -> None:
         if compressor.votes:

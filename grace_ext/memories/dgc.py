@@ -79,5 +79,5 @@ class DGC(Memory):
         return p + grad if self.nesterov else p
 
     def after(self, ops, compensated, sent, spec, info, state):
-        residual = ops.cast(compensated - sent.values(), "float32")
+        residual = self.unsent(ops, compensated, sent)
         return {"residual": residual, "momentum": masked(ops, state["momentum"], sent) if self.masking else state["momentum"]}

@@ -54,7 +54,7 @@ class DistEFBlock(Memory):
         rate = self.rate(info)
         if not rate:
             return {}
-        return {"residual": ops.cast(compensated - sent.values(), "float32"), "residual_rate": ops.zeros(1) + rate}
+        return {"residual": self.unsent(ops, compensated, sent), "residual_rate": ops.zeros(1) + rate}
 
     def on_aggregate(self, ops, mean, spec, info, state):
         return (mean if self.rate(info) else ops.zeros(spec.size)), {}

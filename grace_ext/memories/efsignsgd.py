@@ -35,7 +35,7 @@ class EFSignSGDMemory(Memory):
         return state["residual"] + grad * rate if rate else ops.zeros(spec.size)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": ops.cast(compensated - sent.values(), "float32")} if self.rate(info) else {}
+        return {"residual": self.unsent(ops, compensated, sent)} if self.rate(info) else {}
 
     def on_aggregate(self, ops, mean, spec, info, state):
         rate = self.rate(info)

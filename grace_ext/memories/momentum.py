@@ -42,7 +42,7 @@ class GradientCompression(Memory):
         return state["residual"] + grad
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": ops.cast(compensated - sent.values(), "float32")}
+        return {"residual": self.unsent(ops, compensated, sent)}
 
     def on_aggregate(self, ops, mean, spec, info, state):
         momentum = ops.cast(state["momentum"] * self.momentum + mean, "float32")
@@ -86,4 +86,4 @@ class UpdateCompression(Memory):
 
     def after(self, ops, compensated, sent, spec, info, state):
         momentum = masked(ops, state["momentum"], sent) if self.masking else state["momentum"]
-        return {"residual": ops.cast(compensated - sent.values(), "float32"), "momentum": momentum}
+        return {"residual": self.unsent(ops, compensated, sent), "momentum": momentum}

@@ -28,4 +28,4 @@ class PowerSGDMemory(Memory):
         return state["residual"] + grad if len(spec.shape) > 1 else grad
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": ops.cast(compensated - sent.values(), "float32")} if len(spec.shape) > 1 else {}
+        return {"residual": self.unsent(ops, compensated, sent)} if len(spec.shape) > 1 else {}

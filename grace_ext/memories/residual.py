@@ -31,4 +31,4 @@ class Residual(Memory):
         return residual + (grad if self.gamma == 1 else grad * self.gamma)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": ops.cast(compensated - sent.values(), "float32")}
+        return {"residual": self.unsent(ops, compensated, sent)}

@@ -92,4 +92,4 @@ class EFStar(Memory):
         return state["residual"] + (grad - state["shift"])
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": ops.cast(compensated - sent.values(), "float32")}
+        return {"residual": self.unsent(ops, compensated, sent)}

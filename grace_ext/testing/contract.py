@@ -19,7 +19,7 @@ from grace_ext.payload import HEADER
 from grace_ext.spec import StepInfo, TensorSpec
 
 from . import inputs
-from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
+from .worlds import LR, NUMPY, WORLDS, World, same_bits, states, tapped
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
@@ -55,6 +55,48 @@ def alone(text: str, x: np.ndarray, step: int = 0, seed: int = 0) -> np.ndarray:
         return np.asarray(cluster.step([{"w": x}])["w"], np.float64)
 
 
+def check_shapes(world: World, spec: str, dtype: str) -> None:
+    """Two steps of two ranks: shapes and dtypes of the input, finite, and the same bytes on every rank (but for memories that say that
+    their results differ)."""
+    g = grace_ext.grace(spec)
+    cluster = world.cluster(g, 2)
+    for step in range(2):
+        gradients = inputs.ranks(2, step, dtype)
+        returned = world.everywhere(cluster, gradients)
+        assert len(returned) == 2 and (g.memory.diverges or same_bits(*returned))
+        assert list(returned[0]) == list(gradients[0])
+        for name, array in returned[0].items():
+            assert array.shape == inputs.SHAPES[name] and array.dtype == gradients[0][name].dtype, name
+            assert np.isfinite(array.astype(np.float64)).all(), name
+
+
+def check_zeros(world: World, spec: str) -> None:
+    """Zero gradients give exact zeros, and leave no residual."""
+    cluster = world.cluster(grace_ext.grace(spec), 2)
+    zeros = [{name: np.zeros(shape, np.float32) for name, shape in inputs.SHAPES.items()}] * 2
+    for _ in range(2):
+        out = world.step(cluster, zeros)
+        assert not any(array.any() for array in out.values()), [name for name, array in out.items() if array.any()]
+        assert not any(a.any() for held in states(cluster, world) for k, a in held.items() if k.startswith("residual/"))
+
+
+def check_no_view(world: World, spec: str) -> None:
+    """Gradients are not changed, and what is written into them, or into the result, after a step changes nothing that is remembered."""
+    clean, dirty = (world.cluster(grace_ext.grace(spec), 1) for _ in range(2))
+    for step in range(3):
+        tensors = world.tensors(inputs.ranks(1, step))
+        expected = inputs.ranks(1, step)
+        out = dirty.step(tensors, lr=LR)
+        out = out[0] if isinstance(out, list) else out
+        for name, tensor in tensors[0].items():
+            assert np.array_equal(world.array(tensor), expected[0][name]), name
+            if tensor.shape and world.mutable:  # a 0-d numpy result may be a scalar, which nobody can write to
+                out[name][...] = 777.0
+                tensor[...] = 555.0
+        world.step(clean, expected, lr=LR)
+        assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(dirty, world), strict=True))
+
+
 class Everywhere:
     """What holds in every tensor library."""
 
@@ -63,24 +105,11 @@ class Everywhere:
     def test_shapes_dtypes_and_equal_ranks(self, world: World, text: str, memory: str):
         """0-d, empty, one-element, strided and other tensors come back in shape and dtype, finite, the same bytes on every rank."""
         for dtype in inputs.DTYPES if world is NUMPY else ("float32",):
-            cluster = world.cluster(grace_ext.grace(f"{text} + {memory}"), 2)
-            for step in range(2):
-                gradients = inputs.ranks(2, step, dtype)
-                returned = world.everywhere(cluster, gradients)
-                assert len(returned) == 2 and same_bits(*returned)
-                assert list(returned[0]) == list(gradients[0])
-                for name, array in returned[0].items():
-                    assert array.shape == inputs.SHAPES[name] and array.dtype == gradients[0][name].dtype, name
-                    assert np.isfinite(array.astype(np.float64)).all(), name
+            check_shapes(world, f"{text} + {memory}", dtype)
 
     def test_zeros_decode_to_exact_zeros(self, world: World, text: str):
         """A zero gradient on all ranks changes nothing: no 0/0, no vote, no drift."""
-        cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
-        zeros = [{name: np.zeros(shape, np.float32) for name, shape in inputs.SHAPES.items()}] * 2
-        for _ in range(2):
-            out = world.step(cluster, zeros)
-            assert not any(array.any() for array in out.values()), [name for name, array in out.items() if array.any()]
-            assert not any(a.any() for held in states(cluster, world) for k, a in held.items() if k.startswith("residual/"))
+        check_zeros(world, f"{text} + residual")
 
     def test_adversarial_values_stay_finite(self, world: World, text: str):
         """Zeros, ties, subnormals, the largest floats: decoded values are finite, and zeros stay zeros."""
@@ -149,18 +178,7 @@ class Everywhere:
     # --- purity -------------------------------------------------------------------------------------------------------
     def test_no_view_of_the_gradient(self, world: World, text: str):
         """The gradient is not modified; overwriting it, or the result, after the step changes nothing that is remembered."""
-        clean, dirty = (world.cluster(grace_ext.grace(f"{text} + residual"), 1) for _ in range(2))
-        for step in range(3):
-            tensors = world.tensors(inputs.ranks(1, step))
-            expected = inputs.ranks(1, step)
-            out = dirty.step(tensors)
-            for name, tensor in tensors[0].items():
-                assert np.array_equal(world.array(tensor), expected[0][name]), name
-                if tensor.shape and world.mutable:  # a 0-d numpy result may be a scalar, which nobody can write to
-                    out[name][...] = 777.0
-                    tensor[...] = 555.0
-            world.step(clean, expected)
-            assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(dirty, world), strict=True))
+        check_no_view(world, f"{text} + residual")
 
     def test_decompress_is_pure_and_gives_a_new_array(self, world: World, text: str):
         """Decoding twice gives the same, and writing into the first result changes neither the payload nor the second."""

@@ -158,3 +158,8 @@ def test_graces_flag_and_names():
 def test_sign_is_a_name_with_knobs_too():
     assert grace_ext.grace("topk > sign(block=64) + residual") == grace_ext.grace("topk > efsignsgd(block=64) + residual")
     assert grace_ext.grace("induced(topk(ratio=0.1) > qsgd, natural)").compressor.omega(1000) < 0.125
+
+
+def test_a_flag_that_may_be_left_open_says_so():
+    with pytest.raises(ParameterError, match="feedback must be True or False or None, got 3"):
+        grace_ext.grace("efsignsgd + none @ reduce_scatter(feedback=3)")

@@ -39,7 +39,7 @@ class HorovodTransport(Transport):
         self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
 
     def apply(self, collective: Collective, inputs: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """The collective on the tensors of `arrays(collective)`, as tensors; `result` turns their values into what the driver expects."""
+        """The collective on the tensors of its `arrays_of`; `result` turns their values into what the driver expects."""
         tensor, *splits = inputs
         if self.size == 1:
             return [tensor, *splits]
