@@ -154,16 +154,18 @@ def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
 
 
 def _ops_of(framework: str) -> Ops:
+    from .frameworks.numpy.compiled import host_ops
+
     if framework == "numpy":
         from .frameworks.numpy.ops import NumpyOps
 
-        return NumpyOps()
+        return host_ops(NumpyOps)
     if framework == "torch":
         from .frameworks.torch.ops import HostOps
 
-        return HostOps()
+        return host_ops(HostOps)
     if framework == "tensorflow":
         from .frameworks.tensorflow.ops import TensorFlowOps
 
-        return TensorFlowOps()
+        return host_ops(TensorFlowOps)
     raise ParameterError(f"framework must be 'numpy', 'torch' or 'tensorflow', got {framework!r}")

@@ -15,6 +15,7 @@ All are encoded and decoded by array operations without a loop. Where k = d, not
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,6 +31,7 @@ def _bytes(bits: int) -> int:
     return (bits + 7) // 8
 
 
+@lru_cache(maxsize=4096)  # a model asks for the same few sizes at every step
 def _low_bits(k: int, d: int) -> int:
     """The number of low bits that makes the Elias-Fano code smallest."""
     best = max(0, (d // k).bit_length() - 1)
@@ -46,6 +48,7 @@ def _rice_bits(k: int, d: int) -> int:
     return max(0, min(31, 1 + math.floor(math.log2(math.log(GOLDEN - 1) / math.log1p(-k / d)))))
 
 
+@lru_cache(maxsize=4096)
 def _coding(k: int, d: int, index: str) -> str:
     """The coding that 'auto' stands for."""
     if index != "auto":
@@ -53,6 +56,7 @@ def _coding(k: int, d: int, index: str) -> str:
     return "elias_fano" if _elias_fano_bytes(k, d, _low_bits(k, d)) < _bytes(d) else "bitmap"
 
 
+@lru_cache(maxsize=4096)
 def index_bytes(k: int, d: int, index: str = "auto") -> int:
     """Bytes that k positions of d take; for golomb, the most that they may take."""
     if k == 0 or k == d:
@@ -67,6 +71,7 @@ def index_bytes(k: int, d: int, index: str = "auto") -> int:
     return _elias_fano_bytes(k, d, _low_bits(k, d) if coding == "elias_fano" else _rice_bits(k, d))
 
 
+@lru_cache(maxsize=4096)
 def max_index_bytes(most: int, d: int, index: str = "auto") -> int:
     """An upper bound for every number of positions up to `most`."""
     if index in ("auto", "bitmap"):
@@ -100,6 +105,10 @@ def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> A
         code, bits = gaps, int(ones[-1]) + 1
     else:
         low = _low_bits(k, d)
+        if ops.kernels:
+            data = np.zeros(_elias_fano_bytes(k, d, low), np.uint8)
+            ops.kernels.elias_fano(positions, low, data)
+            return data
         ones, code, bits = (positions >> low) + ops.arange(k), positions, k + (d - 1 >> low)
     high = ops.set_bits(ones, bits)
     return ops.concat([ops.pack(code & ((1 << low) - 1), low), high]) if low else high
@@ -114,6 +123,11 @@ def decode_indices(ops: Ops, data: Array, k: int, d: int, index: str = "auto") -
         raise PayloadError(f"has {len(data)} bytes of indices where {k} of {d} take {expected}")
     if k == 0 or k == d:
         return ops.arange(k)
+    if coding == "elias_fano" and ops.kernels:
+        positions = np.empty(k, np.int64)
+        if ops.kernels.open_elias_fano(data, _low_bits(k, d), d, positions):
+            return positions
+        # What is wrong with it, the plain form says.
     if coding == "packed":
         positions = ops.unpack(data, (d - 1).bit_length(), k)
     elif coding == "block16":

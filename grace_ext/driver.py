@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
-from .exchange import Collective, Job, exchange_bucket, initial_state
+from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .ops import Array, Ops
 from .parts import ITEMSIZE
 from .payload import VERSION, message, open_message
@@ -60,15 +60,19 @@ class Bucket:
     """Consecutive parameters that travel in one message, and the exchange under way for them."""
 
     def __init__(self, specs: list[TensorSpec], digest: int):
-        self.specs, self.digest = specs, digest
+        self.specs, self.digest, self.number = specs, digest, 0
         self.running: Generator | None = None
         self.waiting: list[str] = []
         self.turn = 0
-        self.result: Any = None
+        self.missing = len(specs)  # gradients that are still to come in this step
+        self.outputs: dict[str, Any] = {}
+        self.states: dict[str, dict[str, Array]] = {}
+        self.finite = True  # on every rank
 
 
 class Driver:
-    """One rank of one exchange. `divisor` is the world size for a mean, 1 for a sum; `read_lr` gives the current learning rate."""
+    """One rank of one exchange. `divisor` is the world size for a mean, 1 for a sum; `read_lr` gives the current learning rate; `in_place`:
+    the results are written over the gradients, where they are what `ops.overwrite` can write to."""
 
     _next_number = 0  # free for the names of a driver's collectives, in this process
 
@@ -82,6 +86,7 @@ class Driver:
         read_lr: Callable[[], float | None] = lambda: None,
         bucket_bytes: int = BUCKET_BYTES,
         diverging: bool = False,
+        in_place: bool = False,
     ):
         if grace.memory.diverges and not diverging:
             raise UnsupportedError(
@@ -91,9 +96,12 @@ class Driver:
         self.grace, self.ops, self.transport = grace, ops, transport
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
+        self._in_place = in_place
         self.prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
+        self._bucket_of: dict[str, Bucket] = {}
+        self._parts: dict[str, tuple] = {}
         self.state: dict[str, dict[str, Array]] = {}
         self._foreign = False  # the state is of another rank, and lacks what was that rank's own
         self.step = 0
@@ -139,6 +147,7 @@ class Driver:
                 groups.append([])
             groups[-1].append(spec)
         self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
+        self._plan()
         try:
             self._check_state(self.state, fill=self._foreign)  # loaded before the parameters were known
         except GraceError:
@@ -157,6 +166,16 @@ class Driver:
             raise GraceError("a bucket that has started cannot be regrouped")
         later = [[self.specs[name] for name in names] for names in lists[self._next :]]
         self.buckets = self.buckets[: self._next] + [Bucket(group, self._digest(group)) for group in later]
+        self._plan()
+
+    def _plan(self) -> None:
+        """What does not change from step to step."""
+        self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
+        self._parts = {spec.name: self.grace.parts_for(spec) for spec in self.specs.values()}
+        for number, bucket in enumerate(self.buckets):
+            bucket.number = number
+        for bucket in self.buckets[self._next :]:
+            bucket.missing = sum(spec.name not in self._arrived for spec in bucket.specs)
 
     def check(self, name: str, tensor: Any) -> None:
         """Raises if this tensor is not what was registered under its name."""
@@ -183,6 +202,7 @@ class Driver:
         if name in self._arrived:
             raise GraceError(f"a second gradient for {name!r} came before the step was finished")
         self._arrived[name] = tensor
+        self._bucket_of[name].missing -= 1
         try:
             if self.agreed:
                 yield from self._start_ready()
@@ -211,7 +231,7 @@ class Driver:
     def _start_ready(self, all_of_them: bool = False) -> Effects:
         while self._next < len(self.buckets):
             bucket = self.buckets[self._next]
-            if not all_of_them and not all(spec.name in self._arrived for spec in bucket.specs):
+            if not all_of_them and bucket.missing:
                 return
             self._next += 1
             if self._info is None:
@@ -225,32 +245,54 @@ class Driver:
         try:
             collectives = bucket.running.send(results)
         except StopIteration as stop:
-            bucket.running, bucket.result = None, stop.value
+            bucket.running = None
+            self._take(bucket, *stop.value)
             return
         bucket.turn += 1
         bucket.waiting = []
         for collective in collectives:
             # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
-            name = f"{self.prefix}/{self.buckets.index(bucket)}/{bucket.turn}/{collective.label}"
+            name = f"{self.prefix}/{bucket.number}/{bucket.turn}/{collective.label}"
             bucket.waiting.append(name)
             self._bytes += len(collective.array) * ITEMSIZE[collective.dtype]
             yield Start(name, collective)
 
+    def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:
+        """What a bucket's exchange gave: tensors of the user's at once, the state for later. Empties the list."""
+        bucket.finite = finite
+        for spec in reversed(bucket.specs):
+            output, state = outcomes.pop()
+            if not finite and spec.size:
+                output = self.ops.full_nan(spec.size)
+            bucket.states[spec.name] = state
+            gradient = self._arrived.get(spec.name) if self._in_place else None
+            if gradient is not None and self.ops.overwrite(gradient, output, spec):
+                bucket.outputs[spec.name] = gradient
+                spare = [output]
+                del output
+                self.ops.recycle(spare)
+            else:
+                bucket.outputs[spec.name] = self.ops.emit(output, spec)
+
     def _commit(self) -> dict[str, Any]:
-        every_rank_finite = all(bucket.result[1] for bucket in self.buckets)
-        outputs, states = {}, {}
-        for bucket in self.buckets:
-            outcomes, finite = bucket.result
-            for spec, outcome in zip(bucket.specs, outcomes, strict=True):
-                output = outcome.output if finite or not spec.size else self.ops.full_nan(spec.size)
-                outputs[spec.name] = self.ops.emit(output, spec)
-                states[spec.name] = outcome.state
-        self.committed = every_rank_finite
-        if every_rank_finite:
-            self._before, self.state = None if self._before is None else self.state, states
+        outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
+        self.committed = all(bucket.finite for bucket in self.buckets)
+        if self.committed:
+            old, self.state = self.state, {name: state for bucket in self.buckets for name, state in bucket.states.items()}
+            if self._before is None:
+                self._recycle(old)
+            else:
+                self._before = old
         self.step += 1
         self.wire_bytes = self._bytes
         return {name: outputs[name] for name in self.specs}
+
+    def _recycle(self, old: dict[str, dict[str, Array]]) -> None:
+        """Gives back the arrays of a state that is over, where they are not in use any more."""
+        for name, arrays in old.items():
+            now = self.state.get(name, {})
+            spare = [arrays.pop(key) for key in list(arrays) if arrays[key] is not now.get(key)]
+            self.ops.recycle(spare)
 
     def roll_back(self) -> None:
         """Takes the last step's commit back, where there was one. Only after `join_agreement`."""
@@ -263,16 +305,18 @@ class Driver:
         self._next = self._bytes = 0
         self._info: StepInfo | None = None
         for bucket in self.buckets:
-            bucket.running, bucket.waiting, bucket.turn, bucket.result = None, [], 0, None
+            bucket.running, bucket.waiting, bucket.turn, bucket.missing = None, [], 0, len(bucket.specs)
+            bucket.outputs, bucket.states, bucket.finite = {}, {}, True
 
     def _step_info(self) -> StepInfo:
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
 
     def _job(self, spec: TensorSpec) -> Job:
-        compressor, memory, communicator = self.grace.parts_for(spec)
+        compressor, memory, communicator = self._parts[spec.name]
         tensor = self._arrived.get(spec.name)
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
-        return Job(spec, compressor, memory, communicator, grad, self.state.get(spec.name, {}))
+        out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
+        return Job(spec, compressor, memory, communicator, grad, self.state.get(spec.name, {}), out)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def agree(self) -> Effects:

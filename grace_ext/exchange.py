@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .compressors.base import Compressor
 from .ops import Array, Ops
 from .parts import INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
@@ -84,7 +85,8 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of a bucket at one step: its parts, and the gradient as a flat float array."""
+    """One tensor of a bucket at one step: its parts, the gradient as a flat float array, and where the result may be written: the
+    gradient's own memory, once it is compressed."""
 
     spec: TensorSpec
     compressor: Any
@@ -92,6 +94,7 @@ class Job:
     communicator: Any
     grad: Array
     state: dict[str, Array]
+    out: Array | None = None
 
 
 def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Generator[Any, Any, Outcome]:
@@ -101,6 +104,11 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
+    if ops.kernels and _one_pass(job.compressor, job.communicator):
+        feedback = memory.feedback(state)
+        fused = feedback and job.compressor.fused(ops, job.grad, feedback, spec, info, state)
+        if fused:
+            return (yield from _exchange_fused(ops, job, info, state, fused))
     current = dict(state)  # a memory may send twice: the second time finds what the first left behind
 
     def send(x: Array) -> Generator[Any, Any, Any]:
@@ -117,6 +125,21 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
 
     output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
     return Outcome(output, _updated(state, *changes))
+
+
+def _one_pass(compressor: Any, communicator: Any) -> bool:
+    """Whether the compressor's own `compress` and the communicator's `carry` are all there is to an exchange."""
+    kind = type(compressor)
+    return communicator.carries_payloads and kind.exchange is Compressor.exchange and kind.prepare is Compressor.prepare
+
+
+def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array], fused: Any) -> Generator[Any, Any, Outcome]:
+    """The rest of exchange_tensor, where memory and compressor are done."""
+    before = {**state, **fused.state}
+    done = yield from job.communicator.carry(ops, job.compressor, fused.payload, job.spec, info, fused.state, job.out)
+    kept = job.compressor.on_aggregate(ops, done.aggregate, job.spec, info, before)
+    unsent = {} if fused.unsent is None else {"residual": fused.unsent}
+    return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
 
 
 def initial_state(ops: Ops, spec: TensorSpec, parts: tuple[Any, Any, Any], info: StepInfo) -> dict[str, Array]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,19 @@ from .spec import TensorSpec
 Array = Any
 
 
+class Feedback(NamedTuple):
+    """What a memory adds before compression: p = beta residual + gamma grad; or p = grad, where the residual is None."""
+
+    residual: Array | None
+    beta: float = 1.0
+    gamma: float = 1.0
+
+
 class Ops(ABC):
     """One tensor library (and device)."""
+
+    #: Compiled loops (grace_ext/kernels), by name, for parts that have a form of their own for them; None where there are none.
+    kernels: Any = None
 
     # --- the border to the user's tensors ---------------------------------------------------------------------------
     @abstractmethod
@@ -38,9 +49,17 @@ class Ops(ABC):
     def emit(self, array: Array, spec: TensorSpec) -> Any:
         """A user's tensor of spec's shape and dtype from a flat float array."""
 
+    def overwrite(self, tensor: Any, array: Array, spec: TensorSpec) -> bool:
+        """Writes what `emit` would give over the user's tensor; False where that cannot be done."""
+        return False
+
     # --- making and moving ------------------------------------------------------------------------------------------
     @abstractmethod
     def zeros(self, size: int, dtype: str = "float32") -> Array: ...
+
+    def recycle(self, arrays: list[Array]) -> None:
+        """Takes back arrays for later use, those of them that nobody else refers to, and empties the list."""
+        arrays.clear()
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> Array:

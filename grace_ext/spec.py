@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from .errors import SpecSyntaxError
@@ -27,7 +28,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str = "float32"
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 

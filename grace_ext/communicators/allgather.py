@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..exchange import Gather
 from . import register
@@ -12,10 +13,15 @@ class _EveryPayload(Communicator):
 
     by_broadcast = False
 
+    carries_payloads: ClassVar[bool] = True
+
     def exchange(self, ops, compressor, x, spec, info, state):
         payload, state = compressor.compress(ops, x, spec, info, state)
+        return (yield from self.carry(ops, compressor, payload, spec, info, state))
+
+    def carry(self, ops, compressor, payload, spec, info, state, out=None):
         payloads = yield Gather(compressor.fields(spec), payload, by_broadcast=self.by_broadcast)
-        return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info), spec, info, state)
+        return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info, out), spec, info, state)
 
     def bytes_sent(self, n, payload, dense):
         return (n - 1) * payload

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
 from ..exchange import AllReduce
@@ -19,19 +20,20 @@ class Allreduce(Communicator):
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes (ring), whatever the number of ranks.
     """
 
+    carries_payloads: ClassVar[bool] = True
+
     def exchange(self, ops, compressor, x, spec, info, state):
-        if compressor.votes:
-            return (yield from self._count(ops, compressor, x, spec, info, state))
-        (field,) = compressor.fields(spec)
         payload, state = compressor.compress(ops, x, spec, info, state)
+        return (yield from self.carry(ops, compressor, payload, spec, info, state))
+
+    def carry(self, ops, compressor, payload, spec, info, state, out=None):
+        if compressor.votes:
+            counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
+            return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)
+        (field,) = compressor.fields(spec)
         mean = yield AllReduce(ops.from_bytes(payload[0], field.dtype), field.dtype)
         aggregate = compressor.decompress(ops, (ops.to_bytes(mean, field.dtype),), spec, info)
         return exchanged(ops, compressor, payload, aggregate, spec, info, state)
-
-    def _count(self, ops, compressor, x, spec, info, state):
-        payload, state = compressor.compress(ops, x, spec, info, state)
-        counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
-        return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)
 
     def input_bytes(self, compressor, spec, n):
         return ITEMSIZE[_counter(n)] * (spec.size + 1) if compressor.votes else compressor.nbytes(spec)

@@ -23,12 +23,21 @@ class Communicator(Part):
     """A generator that yields requests (see exchange.py) and never blocks."""
 
     kind: ClassVar[str] = "communicator"
+    #: It sends one payload a tensor, as the compressor made it, and `carry` takes that.
+    carries_payloads: ClassVar[bool] = False
 
     @abstractmethod
     def exchange(
         self, ops: Ops, compressor: Compressor, x: Array, spec: TensorSpec, info: StepInfo, state: State
     ) -> Generator[Any, Any, Exchanged]:
         """Compresses x, yields requests, is resumed with their results, and aggregates."""
+
+    def carry(
+        self, ops: Ops, compressor: Compressor, payload: Payload, spec: TensorSpec, info: StepInfo, state: State,
+        out: Array | None = None,
+    ) -> Generator[Any, Any, Exchanged]:  # fmt: skip
+        """The exchange of what was compressed already, where `carries_payloads`. The aggregate may be written to `out`."""
+        raise NotImplementedError
 
     def init(self, ops: Ops, compressor: Compressor, spec: TensorSpec, info: StepInfo) -> State:
         """The communicator's own state before the first step, where it has one."""

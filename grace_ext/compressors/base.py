@@ -14,7 +14,7 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..communicators.base import Communicator
-    from ..ops import Array, Ops
+    from ..ops import Array, Feedback, Ops
 
 State = Mapping[str, "Array"]
 # The wire form of one tensor: one uint8 array for each field of `fields(spec)`.
@@ -31,6 +31,15 @@ class Exchanged(NamedTuple):
     state: State
     positions: Callable[[], Array | None] = lambda: None
     compressor: Any = None
+
+
+class Fused(NamedTuple):
+    """What memory and compressor did in one pass over gradient and residual: the payload, the new residual (None where there was none), and
+    what changed of the compressor's state."""
+
+    payload: Payload
+    unsent: Array | None
+    state: State = {}  # noqa: RUF012
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,27 @@ class Compressor(Part):
         total += decoded
 
     def aggregate(self, ops: Ops, total: Array, spec: TensorSpec, info: StepInfo) -> Array:
-        """From the sum over ranks to the result: the mean (or, with divisor 1, the sum)."""
-        return total / info.divisor
+        """From the sum over ranks, which may be overwritten, to the result: the mean (or, with divisor 1, the sum)."""
+        total /= info.divisor
+        return total
 
-    def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo) -> Array:
-        """The result for the payloads of all ranks, in rank order. Overridden where it is not a function of their sum."""
-        total = ops.zeros(spec.size, "float64" if self.keeps_float64 and spec.dtype == "float64" else "float32")
+    def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo, out: Array | None = None) -> Array:
+        """The result for the payloads of all ranks, in rank order: a new array, or, where there is room for it (float32), `out`. Overridden
+        where it is not a function of their sum."""
+        if out is None:
+            total = ops.zeros(spec.size, "float64" if self.keeps_float64 and spec.dtype == "float64" else "float32")
+        else:
+            total = out
+            total[:] = 0
         for rank, payload in enumerate(payloads):
             with sent_by(rank, spec.name):
                 self.accumulate(ops, total, payload, spec, info)
         return self.aggregate(ops, total, spec, info)
+
+    def fused(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State) -> Fused | None:
+        """The compiled form, where `ops.kernels` is there, of: add the residual, compress, keep what was not sent. Equal to these, bit for
+        bit. None where there is no such form, or what is to be compressed is not finite."""
+        return None
 
     def on_aggregate(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> State:
         """The state (or what changes of it) once the result is known, which is the same on all ranks."""

@@ -128,7 +128,7 @@ class DeMo(Compressor):
         coefficients[positions] = values
         return self._restore(ops, coefficients, spec)
 
-    def combine(self, ops, payloads, spec, info):
+    def combine(self, ops, payloads, spec, info, out=None):
         total = ops.zeros(self._counts(spec)[2], "float64")
         senders = ops.zeros(len(total), "float64")
         for rank, payload in enumerate(payloads):

@@ -11,10 +11,10 @@ import numpy as np
 from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 from ..errors import PayloadError
 from ..parts import ITEMSIZE, knob
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused, sent_by
 
 if TYPE_CHECKING:
-    from ..ops import Array, Ops
+    from ..ops import Array, Feedback, Ops
     from ..spec import StepInfo, TensorSpec
     from .base import Payload, State
 
@@ -53,6 +53,17 @@ def finite(ops: Ops, values: Array) -> Array:
     return values
 
 
+def without(ops: Ops, x: Array, feedback: Feedback, positions: Array, sent: Array | None) -> Array | None:
+    """What is left of x, in place, once `sent` is (all of it, where None) at these positions: the new residual, where there is one."""
+    if feedback.residual is None:
+        return None
+    if sent is None:
+        x[positions] = 0.0
+    else:
+        ops.kernels.add_at(x, positions, sent, np.float32(-1))
+    return x
+
+
 def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
     """float32[d] with these values at these distinct positions."""
     dense = ops.zeros(d)
@@ -78,6 +89,19 @@ class AtPositions(Compressor):
     def accumulate(self, ops, total, payload, spec, info):
         positions, values = self.decoded(ops, payload, spec, info)
         total[positions] += values
+
+    def combine(self, ops, payloads, spec, info, out=None):
+        if not ops.kernels or type(self).aggregate is not Compressor.aggregate:
+            return super().combine(ops, payloads, spec, info, out)
+        positions, values = [], []
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                for found, into in zip(self.decoded(ops, payload, spec, info), (positions, values), strict=True):
+                    into.append(found)
+        total = ops.empty(spec.size) if out is None else out
+        ends = np.cumsum([len(found) for found in positions])
+        ops.kernels.add_sparse(total, ops.concat(positions), ops.concat(values), ends, np.float32(info.divisor))
+        return total
 
 
 class Selecting(AtPositions):
@@ -128,6 +152,26 @@ class Selecting(AtPositions):
     def compress(self, ops, x, spec, info, state):
         positions, state = self.select(ops, x, spec, info, state)
         return self.payload(ops, x, positions, spec), state
+
+    def candidates(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec) -> tuple[Array, Array] | None:
+        """For `fused`: what is to be compressed, x, and positions among which `chosen` finds its own; None where x is not finite."""
+        x = ops.compensate(feedback, grad)
+        return None if x is None else (x, None)
+
+    def chosen(self, ops: Ops, x: Array, candidates: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
+        """`select`, given the candidates."""
+        return self.select(ops, x, spec, info, state)
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if grad.dtype != np.float32 or (found := self.candidates(ops, grad, feedback, spec)) is None:
+            return None
+        x, candidates = found
+        positions, state = self.chosen(ops, x, candidates, spec, info, state)
+        payload = self.payload(ops, x, positions, spec)
+        sent = None if self.values == "fp32" else ops.from_bytes(payload[0], VALUES[self.values])
+        if sent is not None and len(sent) != len(positions):  # all were sent, without positions
+            positions = ops.arange(spec.size)
+        return Fused(payload, without(ops, x, feedback, positions, sent), state)
 
     def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec):
         """The wire form of x at these positions."""

@@ -30,5 +30,11 @@ class Threshold(Selecting):
     def kappa(self, d):
         return self.threshold * d**0.5 if self.values == "fp32" else None
 
+    def candidates(self, ops, grad, feedback, spec):
+        return ops.sweep(feedback, grad, self.threshold)
+
+    def chosen(self, ops, x, candidates, spec, info, state):
+        return candidates, state
+
     def select(self, ops, x, spec, info, state):
         return ops.at_least(x, self.threshold), state

@@ -29,5 +29,11 @@ class TopK(Selecting):
     def delta(self, d):
         return kept(self.ratio, d) / d if self.values == "fp32" else None
 
+    def candidates(self, ops, grad, feedback, spec):
+        return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
+
+    def chosen(self, ops, x, candidates, spec, info, state):
+        return ops.top_k_among(x, kept(self.ratio, spec.size), candidates), state
+
     def select(self, ops, x, spec, info, state):
         return ops.top_k(x, kept(self.ratio, spec.size)), state

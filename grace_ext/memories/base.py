@@ -13,7 +13,7 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor, Exchanged
-    from ..ops import Array, Ops
+    from ..ops import Array, Feedback, Ops
 
 State = Mapping[str, "Array"]
 #: Compresses and communicates one flat array: `done = yield from send(p)`.
@@ -55,12 +55,17 @@ class Memory(Part):
 
     @abstractmethod
     def before(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> Array:
-        """What is compressed in place of the gradient."""
+        """What is compressed in place of the gradient: a new array, unless nothing is kept."""
 
     @abstractmethod
     def after(self, ops: Ops, compensated: Array, sent: Exchanged, spec: TensorSpec, info: StepInfo, state: State) -> State:
         """The new state, given `sent.values()`, what this rank's payload stands for in the precision that was really sent, and
         `sent.positions()`, where it sent values at all (None: everywhere)."""
+
+    def feedback(self, state: State) -> Feedback | None:
+        """What is added before compression, where what is kept after it is all that was not sent, under the key 'residual', and the
+        result is the aggregate: then memory and compressor may work in one pass (Compressor.fused). None where it is not so simple."""
+        return None
 
     def on_aggregate(self, ops: Ops, mean: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
         """What the user gets for the aggregate of all ranks, and the state after it."""
@@ -84,7 +89,10 @@ class Memory(Part):
 
     def unsent(self, ops: Ops, compensated: Array, sent: Exchanged) -> Array:
         """float32: what the payload does not stand for, the residual of error feedback."""
-        return ops.cast(compensated - sent.values(), "float32")
+        if ops.cast(compensated, "float32") is not compensated:
+            return ops.cast(compensated - sent.values(), "float32")
+        compensated -= sent.values()  # it is this memory's own
+        return compensated
 
     # --- what `check` may ask for ------------------------------------------------------------------------------------
     def _needs_magnitudes(self, compressor: Compressor) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..ops import Feedback
 from ..parts import knob
 from . import register
 from .base import Memory
@@ -25,6 +26,9 @@ class Residual(Memory):
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size)}
+
+    def feedback(self, state):
+        return Feedback(state["residual"], self.beta, self.gamma)
 
     def before(self, ops, grad, spec, info, state):
         residual = state["residual"] if self.beta == 1 else state["residual"] * self.beta

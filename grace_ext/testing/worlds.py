@@ -65,9 +65,14 @@ class World:
 
 
 def _numpy() -> list[World]:
+    from grace_ext.frameworks.numpy.compiled import host_ops
     from grace_ext.frameworks.numpy.ops import NumpyOps
 
-    return [World("numpy", "numpy", NumpyOps(), lambda a: a, np.asarray)]
+    plain, compiled = NumpyOps(), host_ops(NumpyOps)
+    return [
+        World("numpy", "numpy", compiled, lambda a: a, np.asarray),
+        World("numpy-plain", "numpy", plain, lambda a: a, np.asarray, native=False),
+    ]
 
 
 def _torch() -> list[World]:
@@ -75,6 +80,7 @@ def _torch() -> list[World]:
 
     torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 
+    from grace_ext.frameworks.numpy.compiled import host_ops
     from grace_ext.frameworks.torch.ops import HostOps, TorchOps
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -93,7 +99,7 @@ def _torch() -> list[World]:
         return t.numpy()
 
     return [
-        World("torch-host", "torch", HostOps(), tensor, array),
+        World("torch-host", "torch", host_ops(HostOps), tensor, array),
         World("torch-device", "torch", TorchOps("cpu"), tensor, array, native=False),
     ]
 
@@ -101,13 +107,14 @@ def _torch() -> list[World]:
 def _tensorflow() -> list[World]:
     import tensorflow as tf
 
+    from grace_ext.frameworks.numpy.compiled import host_ops
     from grace_ext.frameworks.tensorflow.ops import TensorFlowOps
 
     def array(t: tf.Tensor) -> np.ndarray:
         assert isinstance(t, tf.Tensor)
         return t.numpy()
 
-    return [World("tensorflow", "tensorflow", TensorFlowOps(), tf.constant, array, mutable=False)]
+    return [World("tensorflow", "tensorflow", host_ops(TensorFlowOps), tf.constant, array, mutable=False)]
 
 
 def _there(module: str) -> bool:

@@ -20,6 +20,7 @@ from ...errors import DisagreementError, GraceError, NamesError, ParameterError,
 from ...exchange import Collective
 from ...spec import TensorSpec
 from ..base import Carried, Transport, _lengths, arriving, cut
+from .compiled import host_ops
 from .ops import NumpyOps
 
 # MPI-3 counts and offsets are C ints.
@@ -110,7 +111,7 @@ class Exchange:
             raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {comm!r}")
         if comm == self._mpi.COMM_NULL or not isinstance(comm, self._mpi.Intracomm):
             raise UnsupportedError("comm must be an intra-communicator that this rank belongs to; ranks outside of it make no Exchange")
-        self._transport = MpiTransport(NumpyOps(), comm.Dup())
+        self._transport = MpiTransport(host_ops(NumpyOps), comm.Dup())
         self._dense = self._transport.size == 1 and not simulate
         self._over = ""  # why there can be no more steps
         said = self._transport.comm.allgather({"op": op})

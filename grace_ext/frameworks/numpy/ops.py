@@ -9,18 +9,19 @@ import numpy as np
 
 from ... import rng
 from ...ops import Ops
-from ...parts import INTEGERS
+from ...parts import INTEGERS, ITEMSIZE
 from ...spec import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
 PIECE = 1 << 15
 # The largest finite value of each dtype, exact in float32 (and in float64).
-LARGEST = {
+LARGEST: dict[Any, float] = {
     "float16": 65504.0,
     "bfloat16": 3.3895313892515355e38,
     "float32": float(np.finfo(np.float32).max),
     "float64": float(np.finfo(np.float64).max),
 }
+LARGEST |= {np.dtype(name): LARGEST[name] for name in ("float16", "float32", "float64")}
 
 
 class NumpyOps(Ops):
@@ -72,7 +73,7 @@ class NumpyOps(Ops):
 
     def from_bytes(self, data: np.ndarray, dtype: str) -> np.ndarray:
         data = np.ascontiguousarray(data)
-        if data.ctypes.data % 8:
+        if data.ctypes.data % ITEMSIZE[dtype]:
             data = data.copy()  # a slice of a message may start anywhere; typed views want alignment
         if dtype == "bfloat16":
             return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -227,7 +228,7 @@ class NumpyOps(Ops):
 def saturated(x: np.ndarray, dtype: str) -> np.ndarray:
     """x with what is finite clipped to the range of `dtype`; Inf and NaN stay. x itself where nothing can be out of range."""
     largest = LARGEST[dtype]
-    if largest >= LARGEST[x.dtype.name]:
+    if largest >= LARGEST[x.dtype]:
         return x
     return np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
 

@@ -25,6 +25,7 @@ from ...errors import GraceError
 from ...exchange import Collective
 from ...spec import TensorSpec
 from ..base import Transport, cut, gathered
+from ..numpy.compiled import host_ops
 from .ops import GraphOps
 
 
@@ -35,7 +36,7 @@ class HorovodTransport(Transport):
     scatters_uneven = True
 
     def __init__(self, process_set: Any):
-        self.ops, self.process_set = GraphOps(), process_set
+        self.ops, self.process_set = host_ops(GraphOps), process_set
         self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
 
     def apply(self, collective: Collective, inputs: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:

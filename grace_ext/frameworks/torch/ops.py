@@ -15,6 +15,7 @@ from ... import rng
 from ...ops import Ops
 from ...parts import INTEGERS
 from ...spec import TensorSpec
+from ..numpy.compiled import host_ops
 from ..numpy.ops import LARGEST, NumpyOps, saturated
 
 MASK32 = 0xFFFFFFFF
@@ -22,7 +23,7 @@ MASK32 = 0xFFFFFFFF
 
 def ops_for(device: torch.device) -> HostOps | TorchOps:
     """The implementation for tensors of this device."""
-    return HostOps() if device.type == "cpu" else TorchOps(device)
+    return host_ops(HostOps) if device.type == "cpu" else TorchOps(device)
 
 
 def describe(tensor: Any) -> tuple[tuple[int, ...], str]:
@@ -55,6 +56,11 @@ class HostOps(NumpyOps):
         owned = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
         return torch.from_numpy(owned).to(getattr(torch, spec.dtype)).reshape(spec.shape)
 
+    def overwrite(self, tensor: Any, array: np.ndarray, spec: TensorSpec) -> bool:
+        if not (array.ctypes.data == tensor.data_ptr() and spec.dtype == "float32" and tensor.is_contiguous()):
+            tensor.detach().copy_(self.emit(array, spec))
+        return True
+
     def as_torch(self, array: np.ndarray) -> torch.Tensor:
         """For a transport: the same memory as a tensor."""
         return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -78,6 +84,10 @@ class TorchOps(Ops):
 
     def emit(self, array: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
         return _narrowed(array, spec.dtype).reshape(spec.shape)
+
+    def overwrite(self, tensor: torch.Tensor, array: torch.Tensor, spec: TensorSpec) -> bool:
+        tensor.detach().copy_(self.emit(array, spec))
+        return True
 
     def as_torch(self, array: torch.Tensor) -> torch.Tensor:
         return array

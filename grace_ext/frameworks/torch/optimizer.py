@@ -223,7 +223,7 @@ class _Distributed(torch.optim.Optimizer):
 
     @staticmethod
     def _set_gradient(parameter: torch.nn.Parameter, result: torch.Tensor) -> None:
-        if parameter.grad is None:
+        if parameter.grad is None or parameter.grad is result:
             parameter.grad = result
         elif parameter.grad.is_sparse:
             parameter.grad.zero_().add_(result.to_sparse(parameter.grad.sparse_dim()))

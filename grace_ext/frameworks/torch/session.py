@@ -63,7 +63,7 @@ class Session:
         self.parameters = parameters
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
-        self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr)
+        self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr, in_place=True)
         self._handles: dict[str, Any] = {}
         self._first: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()  # backward hooks of different devices may run at the same time
@@ -82,7 +82,8 @@ class Session:
                 self._first[name] = gradient
 
     def finish(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Ends the step, for the parameters of these names (the same at every step): the aggregates, by name."""
+        """Ends the step, for the parameters of these names (the same at every step): the aggregates, by name, written over the gradients
+        that there were."""
         with self._lock:
             try:
                 if not self.driver.specs:

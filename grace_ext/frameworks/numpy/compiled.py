@@ -1,0 +1,193 @@
+"""The array protocol in numpy with compiled kernels (grace_ext/kernels) where they gain something: contiguous float32 on the host."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ... import kernels
+from ...ops import Feedback
+from ...rng import Key
+from .ops import NumpyOps
+
+#: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
+SMALL = 16384
+#: Elements of a sample; the threshold that it gives is meant to leave this many standard deviations more than is wanted.
+SAMPLE, MARGIN = 8192, 4.0
+#: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
+TINY = np.uint32(1)
+
+Host = TypeVar("Host", bound=NumpyOps)
+
+
+def host_ops(border: type[Host]) -> Host:
+    """The ops of this border (the tensors that come in and go out), compiled where kernels are enabled."""
+    if not kernels.enabled():
+        return border()
+    bases = (CompiledOps,) if border is NumpyOps else (border, CompiledOps)
+    return type("Compiled" + border.__name__, bases, {})()
+
+
+class CompiledOps(NumpyOps):
+    """As NumpyOps, bit for bit. Keeps large arrays that nobody uses any more, because fresh memory costs more than a pass over it."""
+
+    def __init__(self) -> None:
+        self.kernels = kernels.load()
+        self._spare: dict[int, list[np.ndarray]] = {}
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+    def empty(self, size: int) -> np.ndarray:
+        spare = self._spare.get(size)
+        return spare.pop() if spare else np.empty(size, np.float32)
+
+    def recycle(self, arrays: list[np.ndarray]) -> None:
+        while arrays:
+            array = arrays.pop()
+            # Two references: `array`, and the argument of getrefcount. A view of it would be a third.
+            if _float32(array) and array.base is None and sys.getrefcount(array) == 2 and array.flags.writeable:
+                self._spare.setdefault(array.size, []).append(array)
+
+    def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
+        if dtype != "float32":
+            return super().zeros(size, dtype)
+        array = self.empty(size)
+        array.fill(0)
+        return array
+
+    # --- questions about values -------------------------------------------------------------------------------------
+    def all_finite(self, x: np.ndarray) -> bool:
+        x = x.reshape(-1)
+        return bool(self.kernels.most(x) < kernels.INFINITY) if _float32(x) else super().all_finite(x)
+
+    def any_nonzero(self, x: np.ndarray) -> bool:
+        return self.kernels.any_nonzero(x) if _float32(x) else super().any_nonzero(x)
+
+    def largest(self, x: np.ndarray) -> float:
+        return float(self.kernels.most(x).view(np.float32)) if _float32(x) else super().largest(x)
+
+    def block_norms(self, x: np.ndarray, block: int, order: float) -> np.ndarray:
+        if not _float32(x) or not x.size:
+            return super().block_norms(x, block, order)
+        norms = np.empty(-(-x.size // block))
+        kernel = {1: self.kernels.block_sums, 2: self.kernels.block_squares, np.inf: self.kernels.block_largest}[order]
+        kernel(x, block, norms)
+        return np.sqrt(norms) if order == 2 else norms
+
+    # --- selection --------------------------------------------------------------------------------------------------
+    def compensate(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray | None:
+        """What is compressed, or None where it is not finite. A new array, but the gradient itself where there is no residual."""
+        if feedback.residual is None:
+            return grad if self.all_finite(grad) else None
+        total = self.empty(grad.size)
+        finite = self.kernels.compensate(feedback.residual, grad, np.float32(feedback.beta), np.float32(feedback.gamma), total)
+        return total if finite else None
+
+    def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
+        """(what is compressed, as `compensate`; int64: where its magnitude reaches the threshold) in one pass."""
+        bits = max(np.float32(threshold).view(np.uint32), TINY)
+        if feedback.residual is None:
+            found = self._collected(grad.size, lambda at, out: self.kernels.collect(grad[at:], bits, out))
+            return None if found is None else (grad, found)
+        residual, total = feedback.residual, self.empty(grad.size)
+        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+        found = self._collected(grad.size, lambda at, out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], out))
+        return None if found is None else (total, found)
+
+    def _collected(self, size: int, run: Any) -> np.ndarray | None:
+        """The positions that `run(start, out)` finds, called again with more room until it came to the end; None where it found NaN."""
+        pieces, at, room = [], 0, size // 16 + 64
+        while at < size:
+            out = np.empty(room, np.int64)
+            found, came_to = run(at, out)
+            if found < 0:
+                return None
+            pieces.append(out[:found] + at if at else out[:found])
+            at, room = at + came_to, 2 * room
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
+        if not _float32(x) or not x.size or threshold < 0:
+            return super().at_least(x, threshold)
+        bits = max(np.float32(threshold).view(np.uint32), TINY)
+        found = self._collected(x.size, lambda at, out: self.kernels.collect(x[at:], bits, out))
+        return super().at_least(x, threshold) if found is None else found
+
+    def threshold_for(self, k: int, sample: np.ndarray, size: int) -> float:
+        """A magnitude that a few more than k of `size` elements reach, by a sample of their magnitudes."""
+        expected = k * len(sample) / size
+        wanted = int(expected + MARGIN * expected**0.5 + 1)
+        return float(np.partition(sample, len(sample) - wanted)[len(sample) - wanted]) if wanted < len(sample) else 0.0
+
+    def top_k(self, x: np.ndarray, k: int) -> np.ndarray:
+        if x.size < SMALL or k >= x.size or not _float32(x):
+            return super().top_k(x, k)
+        threshold = self.threshold_for(k, np.abs(x[:: sample_step(x.size)]), x.size)
+        return self.top_k_among(x, k, self.at_least(x, threshold))
+
+    def top_k_among(self, x: np.ndarray, k: int, candidates: np.ndarray) -> np.ndarray:
+        """top_k(x, k), given all positions above some threshold; where those are fewer than k, they are of no use."""
+        if len(candidates) < k:
+            return super().top_k(x, k)
+        return candidates[super().top_k(x[candidates], k)]
+
+    def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """As `sweep`, with a threshold that a few more than k elements are likely to reach."""
+        if grad.size < SMALL or k >= grad.size:
+            total = self.compensate(feedback, grad)
+            return None if total is None else (total, total[:0])
+        return self.sweep(feedback, grad, self.threshold_for(k, self.sample(feedback, grad), grad.size))
+
+    def sample(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray:
+        """Magnitudes of every so many elements of what is compressed."""
+        step = sample_step(grad.size)
+        if feedback.residual is None:
+            return np.abs(grad[::step])
+        return np.abs(np.float32(feedback.beta) * feedback.residual[::step] + np.float32(feedback.gamma) * grad[::step])
+
+    # --- bits -------------------------------------------------------------------------------------------------------
+    def pack(self, codes: np.ndarray, width: int) -> np.ndarray:
+        if width in (8, 16, 32) or codes.dtype != np.int64 or not codes.flags.c_contiguous:
+            return super().pack(codes, width)
+        out = np.empty((codes.size * width + 7) // 8, np.uint8)
+        self.kernels.pack(codes, width, out)
+        return out
+
+    def unpack(self, data: np.ndarray, width: int, count: int) -> np.ndarray:
+        if width in (8, 16, 32):
+            return super().unpack(data, width, count)
+        codes = np.empty(count, np.int64)
+        self.kernels.unpack(data, width, codes)
+        return codes
+
+    def pack_signs(self, x: np.ndarray) -> np.ndarray:
+        if not _float32(x):
+            return super().pack_signs(x)
+        out = np.empty((x.size + 7) // 8, np.uint8)
+        self.kernels.pack_signs(x, out)
+        return out
+
+    def set_bits(self, positions: np.ndarray, bits: int) -> np.ndarray:
+        out = np.zeros((bits + 7) // 8, np.uint8)
+        self.kernels.set_bits(positions, out)
+        return out
+
+    def bit_positions(self, data: np.ndarray) -> np.ndarray:
+        out = np.empty(self.kernels.count_bits(data), np.int64)
+        self.kernels.bit_positions(data, out)
+        return out
+
+    def random_words(self, key: Key, count: int) -> np.ndarray:
+        out = np.empty(count, np.int64)
+        self.kernels.random_words(np.uint32(key[0]), np.uint32(key[1]), out)
+        return out
+
+
+def sample_step(size: int) -> int:
+    """Every how many elements a sample takes one: an odd number, so that it walks along no row or column."""
+    return max(1, size // SAMPLE) | 1
+
+
+def _float32(x: Any) -> bool:
+    return x.dtype == np.float32 and x.ndim == 1 and x.flags.c_contiguous

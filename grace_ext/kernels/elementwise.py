@@ -1,0 +1,72 @@
+"""One pass over all elements: gradient and residual, questions about values, norms of blocks.
+
+Magnitudes are compared as integers: the bits of floats without their sign are ordered as the floats are, with Inf and NaN on top, and
+integer comparisons become vector instructions. Loops run over slices from 0 to their length: only then are negative indices ruled out, and
+with them what keeps a loop from becoming vector instructions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compile import bits_of, f32, f64, float_of, i64, kernel, read, write
+
+MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+PIECE = 2048  # elements that stay in the first-level cache while they are looked at again
+
+
+@kernel(read(f32), read(f32), f32, f32, write(f32))
+def compensate(residual, grad, beta, gamma, out):
+    """out_j = beta residual_j + gamma grad_j. Returns whether all of out is finite."""
+    most = np.uint32(0)
+    for j in range(len(out)):
+        total = beta * residual[j] + gamma * grad[j]
+        out[j] = total
+        most = max(most, bits_of(total) & MAGNITUDE)
+    return most < INFINITY
+
+
+@kernel(read(f32))
+def most(x):
+    """The bits of max |x_j|; Inf and NaN are above all numbers. Stops early where there is one."""
+    found = np.uint32(0)
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        for j in range(len(piece)):
+            found = max(found, bits_of(piece[j]) & MAGNITUDE)
+        if found >= INFINITY:
+            break
+    return found
+
+
+@kernel(read(f32), i64, write(f64), fastmath={"reassoc"})
+def block_sums(x, block, out):
+    """out_b = the sum of |x_j| over block b, in float64."""
+    for b in range(len(out)):
+        total = 0.0
+        piece = x[b * block : (b + 1) * block]
+        for j in range(len(piece)):
+            total += np.float64(abs(piece[j]))
+        out[b] = total
+
+
+@kernel(read(f32), i64, write(f64), fastmath={"reassoc"})
+def block_squares(x, block, out):
+    """out_b = the sum of x_j^2 over block b, in float64."""
+    for b in range(len(out)):
+        total = 0.0
+        piece = x[b * block : (b + 1) * block]
+        for j in range(len(piece)):
+            total += np.float64(piece[j]) * np.float64(piece[j])
+        out[b] = total
+
+
+@kernel(read(f32), i64, write(f64))
+def block_largest(x, block, out):
+    """out_b = max |x_j| over block b."""
+    for b in range(len(out)):
+        found = np.uint32(0)
+        piece = x[b * block : (b + 1) * block]
+        for j in range(len(piece)):
+            found = max(found, bits_of(piece[j]) & MAGNITUDE)
+        out[b] = float_of(found)

@@ -1,0 +1,163 @@
+"""Sparse payloads: finding elements above a threshold, adding values at positions, and the Elias-Fano code of positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compile import bits_of, f32, i64, kernel, read, u8, u32, write
+from .elementwise import INFINITY, MAGNITUDE, PIECE
+
+BLOCK = 32
+NOT_FINITE = -1
+
+
+@kernel(read(f32), u32, write(i64))
+def collect(x, threshold, out):
+    """Positions with |x_j| >= threshold (given by its bits, above zero), ascending, into `out`. Stops where `out` could overflow. Returns
+    (how many were found, or NOT_FINITE; the position it came to)."""
+    found = 0
+    for block in range(len(x) // BLOCK):
+        at, hits = block * BLOCK, np.uint32(0)
+        if found + BLOCK > len(out):
+            return found, at
+        for j in range(at, at + BLOCK):
+            hits |= np.uint32((bits_of(x[j]) & MAGNITUDE) >= threshold)
+        if hits:
+            for j in range(at, at + BLOCK):
+                magnitude = bits_of(x[j]) & MAGNITUDE
+                if magnitude >= threshold:
+                    if magnitude >= INFINITY:
+                        return NOT_FINITE, j
+                    out[found] = j
+                    found += 1
+    for j in range(len(x) // BLOCK * BLOCK, len(x)):
+        magnitude = bits_of(x[j]) & MAGNITUDE
+        if magnitude >= threshold:
+            if magnitude >= INFINITY:
+                return NOT_FINITE, j
+            if found == len(out):
+                return found, j
+            out[found] = j
+            found += 1
+    return found, len(x)
+
+
+@kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64))
+def sweep(residual, grad, beta, gamma, threshold, total, out):
+    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and where its magnitude reaches the threshold. Returns
+    as collect."""
+    found = 0
+    for block in range(len(total) // BLOCK):
+        at, hits = block * BLOCK, np.uint32(0)
+        if found + BLOCK > len(out):
+            return found, at
+        for j in range(at, at + BLOCK):
+            p = beta * residual[j] + gamma * grad[j]
+            total[j] = p
+            hits |= np.uint32((bits_of(p) & MAGNITUDE) >= threshold)
+        if hits:
+            for j in range(at, at + BLOCK):
+                magnitude = bits_of(total[j]) & MAGNITUDE
+                if magnitude >= threshold:
+                    if magnitude >= INFINITY:
+                        return NOT_FINITE, j
+                    out[found] = j
+                    found += 1
+    for j in range(len(total) // BLOCK * BLOCK, len(total)):
+        if found == len(out):
+            return found, j
+        total[j] = beta * residual[j] + gamma * grad[j]
+        magnitude = bits_of(total[j]) & MAGNITUDE
+        if magnitude >= threshold:
+            if magnitude >= INFINITY:
+                return NOT_FINITE, j
+            out[found] = j
+            found += 1
+    return found, len(total)
+
+
+@kernel(write(f32), read(i64), read(f32), f32)
+def add_at(total, positions, values, factor):
+    """total[p_j] += factor values_j, for positions that are distinct and in range."""
+    for j in range(len(positions)):
+        total[positions[j]] += factor * values[j]
+
+
+@kernel(write(f32), read(i64), read(f32), read(i64), f32)
+def add_sparse(total, positions, values, ends, divisor):
+    """total = the sum over ranks of their values at their positions, divided: rank r's are those from ends[r - 1] to ends[r]. Works through
+    `total` in pieces that stay in the cache, so that each is written once."""
+    ranks = len(ends)
+    at = np.zeros(ranks, np.int64)
+    for r in range(1, ranks):
+        at[r] = ends[r - 1]
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        end = start + len(piece)
+        for j in range(len(piece)):
+            piece[j] = 0
+        touched = False
+        for r in range(ranks):
+            j = at[r]
+            while j < ends[r] and positions[j] < end:
+                total[positions[j]] += values[j]
+                j += 1
+            touched = touched or j > at[r]
+            at[r] = j
+        if touched and divisor != 1:
+            for j in range(len(piece)):
+                piece[j] /= divisor
+
+
+@kernel(read(f32), read(i64), write(f32))
+def take(x, positions, out):
+    """out_j = x[p_j]."""
+    for j in range(len(positions)):
+        out[j] = x[positions[j]]
+
+
+@kernel(read(i64), i64, write(u8))
+def elias_fano(positions, low, out):
+    """The code of ascending positions into `out`, zeros at first: the low bits of each, packed, then the rest in unary."""
+    acc, bits, at, mask = np.uint64(0), 0, 0, (1 << low) - 1
+    high = (len(positions) * low + 7) // 8
+    for j in range(len(positions)):
+        acc |= np.uint64(positions[j] & mask) << np.uint64(bits)
+        bits += low
+        while bits >= 8:
+            out[at] = acc & np.uint64(255)
+            acc >>= np.uint64(8)
+            bits -= 8
+            at += 1
+        one = (positions[j] >> low) + j
+        out[high + (one >> 3)] |= np.uint8(1 << (one & 7))
+    if bits:
+        out[at] = acc
+
+
+@kernel(read(u8), i64, i64, write(i64))
+def open_elias_fano(data, low, d, out):
+    """The inverse, into `out`. Returns whether these are exactly that many ascending positions below d."""
+    k, high = len(out), (len(out) * low + 7) // 8
+    found, last, read_at, acc, bits = 0, -1, 0, np.uint64(0), 0
+    mask = np.uint64((1 << low) - 1)
+    for at in range(high, len(data)):
+        byte, bit = data[at], 0
+        while byte:
+            if byte & 1:
+                if found == k:
+                    return False
+                while bits < low:
+                    acc |= np.uint64(data[read_at]) << np.uint64(bits)
+                    read_at += 1
+                    bits += 8
+                position = (((at - high) * 8 + bit - found) << low) | np.int64(acc & mask)
+                acc >>= np.uint64(low)
+                bits -= low
+                if position <= last or position >= d:
+                    return False
+                out[found] = last = position
+                found += 1
+            byte >>= 1
+            bit += 1
+    return found == k
