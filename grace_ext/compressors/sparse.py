@@ -168,9 +168,9 @@ class Selecting(AtPositions):
         x, candidates = found
         positions, state = self.chosen(ops, x, candidates, spec, info, state)
         payload = self.payload(ops, x, positions, spec)
-        sent = None if self.values == "fp32" else ops.from_bytes(payload[0], VALUES[self.values])
-        if sent is not None and len(sent) != len(positions):  # all were sent, without positions
+        if len(payload[0]) != len(positions) * ITEMSIZE[VALUES[self.values]]:  # all were sent, without positions
             positions = ops.arange(spec.size)
+        sent = None if self.values == "fp32" else ops.from_bytes(payload[0], VALUES[self.values])
         return Fused(payload, without(ops, x, feedback, positions, sent), state)
 
     def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec):

@@ -13,17 +13,15 @@ M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(1
 @inlined
 def mix(x):
     """The finaliser of rng.mix."""
-    x ^= x >> S16
-    x *= M1
-    x ^= x >> S15
-    x *= M2
-    return x ^ (x >> S16)
+    x = np.uint32((x ^ (x >> S16)) * M1)  # integers are widened to 64 bits by every operation
+    x = np.uint32((x ^ (x >> S15)) * M2)
+    return np.uint32(x ^ (x >> S16))
 
 
 @inlined
 def word(j, k0, k1):
     """Word j of the stream with key (k0, k1)."""
-    return mix(mix(np.uint32(j) + k0) ^ k1)
+    return mix(np.uint32(mix(np.uint32(np.uint32(j) + k0)) ^ k1))
 
 
 @kernel(u32, u32, write(i64))

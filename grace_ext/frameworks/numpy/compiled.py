@@ -62,10 +62,10 @@ class CompiledOps(NumpyOps):
         return bool(self.kernels.most(x) < kernels.INFINITY) if _float32(x) else super().all_finite(x)
 
     def any_nonzero(self, x: np.ndarray) -> bool:
-        return self.kernels.any_nonzero(x) if _float32(x) else super().any_nonzero(x)
+        return bool(self.kernels.most(x)) if _float32(x) else super().any_nonzero(x)
 
     def largest(self, x: np.ndarray) -> float:
-        return float(self.kernels.most(x).view(np.float32)) if _float32(x) else super().largest(x)
+        return float(np.uint32(self.kernels.most(x)).view(np.float32)) if _float32(x) else super().largest(x)
 
     def block_norms(self, x: np.ndarray, block: int, order: float) -> np.ndarray:
         if not _float32(x) or not x.size:
