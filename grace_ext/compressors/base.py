@@ -109,15 +109,28 @@ class Compressor(Part):
     def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo, out: Array | None = None) -> Array:
         """The result for the payloads of all ranks, in rank order: a new array, or, where there is room for it (float32), `out`. Overridden
         where it is not a function of their sum."""
+        wide = self.keeps_float64 and spec.dtype == "float64"
+        compiled = ops.kernels and not wide and type(self).aggregate is Compressor.aggregate
         if out is None:
-            total = ops.zeros(spec.size, "float64" if self.keeps_float64 and spec.dtype == "float64" else "float32")
-        else:
-            total = out
-            total[:] = 0
+            out = ops.empty(spec.size) if compiled else ops.zeros(spec.size, "float64" if wide else "float32")
+        last = len(payloads) - 1
         for rank, payload in enumerate(payloads):
             with sent_by(rank, spec.name):
-                self.accumulate(ops, total, payload, spec, info)
-        return self.aggregate(ops, total, spec, info)
+                if compiled and self.add_compiled(ops, out, payload, spec, rank == 0, info.divisor if rank == last else 1):
+                    continue
+                if rank == 0:
+                    out[:] = 0
+                self.accumulate(ops, out, payload, spec, info)
+            if rank == last:
+                out = self.aggregate(ops, out, spec, info)
+        return out
+
+    def add_compiled(self, ops: Ops, total: Array, payload: Payload, spec: TensorSpec, first: bool, divisor: int) -> bool:
+        """`accumulate` by a kernel of `ops.kernels`, for `combine` where the result is the plain mean: total_j += x_j, for the first rank
+        total_j = 0 + x_j whatever was there, and then total_j /= divisor, which is above 1 for the last rank only. Returns whether it did
+        that. False, where there is no such kernel or this payload is not one for it, asks for the plain form: then `total` was not changed,
+        or the plain form raises PayloadError for this payload. A subclass that decodes differently overrides it."""
+        return False
 
     def fused(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State) -> Fused | None:
         """The compiled form, where `ops.kernels` is there, of: add the residual, compress, keep what was not sent. Equal to these, bit for
