@@ -10,7 +10,7 @@ from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
 from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
 from .ops import Ops
-from .parts import INTEGERS
+from .parts import HALVES, INTEGERS
 from .spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -141,11 +141,13 @@ def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
     """One collective of all ranks: the result for each. Sums are made in rank order."""
     first, arrays = collectives[0], [c.array for c in collectives]
     if first.kind == "allreduce":
+        if first.dtype in HALVES:
+            arrays = [ops.from_bytes(array, first.dtype) for array in arrays]
         total = rank_ordered_sum(arrays)
         if first.dtype not in INTEGERS:
             total = total / first.divisor
-        if first.dtype in ("float16", "bfloat16"):
-            total = ops.from_bytes(ops.to_bytes(total, first.dtype), first.dtype)
+        if first.dtype in HALVES:
+            total = ops.to_bytes(total, first.dtype)
         return [total] * len(collectives)
     if first.kind == "alltoall":
         pieces = [cut(c.array, c.sizes) for c in collectives]

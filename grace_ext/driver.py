@@ -33,7 +33,6 @@ import numpy as np
 from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .ops import Array, Ops
-from .parts import ITEMSIZE
 from .payload import VERSION, message, open_message
 from .spec import DTYPES, StepInfo, TensorSpec
 
@@ -254,7 +253,7 @@ class Driver:
             # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
             name = f"{self.prefix}/{bucket.number}/{bucket.turn}/{collective.label}"
             bucket.waiting.append(name)
-            self._bytes += len(collective.array) * ITEMSIZE[collective.dtype]
+            self._bytes += collective.nbytes
             yield Start(name, collective)
 
     def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:

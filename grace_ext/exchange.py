@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 
 from .compressors.base import Compressor
 from .ops import Array, Ops
-from .parts import INTEGERS, ITEMSIZE, Field
+from .parts import HALVES, INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
 
 
 class AllReduce(NamedTuple):
-    """Mean (or sum, with divisor 1) over the ranks of a flat float array; a 16-bit `dtype` travels as such, is summed in float32 in
-    rank order, divided, and rounded once. The result is float32 (float64 for float64). With an integer dtype ('int8', 'int16', 'int32')
-    the array is int64[] whose sum over ranks must fit, and the result is the exact sum, int64[], never divided."""
+    """Mean (or sum, with divisor 1) over the ranks of a flat float array: float32, or float64. With a 16-bit `dtype` the array is its wire
+    form, uint8[], and so is the result: summed in float32 in rank order, divided, and rounded once. With an integer dtype ('int8', 'int16',
+    'int32') the array is int64[] whose sum over ranks must fit, and the result is the exact sum, int64[], never divided."""
 
     array: Array
     dtype: str
@@ -61,7 +61,7 @@ class Together(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operation on one array of every rank. kind: 'allreduce' (float; result divided by `divisor`), 'allgather' (uint8; result a list
+    """One operation on one array of every rank. kind: 'allreduce' (as AllReduce; result divided by `divisor`), 'allgather' (uint8; result a list
     by rank; `sizes` by rank, or None where they are not known, and then the arrays are messages of payload.py), 'broadcast' (as allgather,
     by n broadcasts), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank; `received`: the sizes of what arrives,
     by rank, where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
@@ -74,6 +74,11 @@ class Collective(NamedTuple):
     sizes: tuple[int, ...] | None = None
     dtype: str = "uint8"
     received: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank puts in."""
+        return len(self.array) * (1 if self.dtype in HALVES else ITEMSIZE[self.dtype])
 
 
 class Outcome(NamedTuple):
@@ -250,11 +255,17 @@ def _fused_sum(ops, group, info, flag, label, carry):
     dtype = max((request.dtype for _, request in group), key=ITEMSIZE.__getitem__)
     if dtype in INTEGERS:
         tail, divisor = ops.arange(1) + int(flag[0]), 1
+    elif dtype in HALVES:
+        tail, divisor = ops.to_bytes(ops.full_nan(1) if flag[0] else ops.zeros(1), dtype), info.divisor
     else:
         tail, divisor = ops.cast(ops.full_nan(1) if flag[0] else ops.zeros(1), "float64" if dtype == "float64" else "float32"), info.divisor
     whole = ops.concat([*(request.array for _, request in group), tail])
     total = yield from carry(Collective("allreduce", whole, label, divisor, dtype=dtype))
-    finite = not int(total[-1]) if dtype in INTEGERS else ops.all_finite(total[-1:])
+    told = total[-len(tail) :]
+    if dtype in INTEGERS:
+        finite = not int(told[0])
+    else:
+        finite = ops.all_finite(ops.from_bytes(told, dtype) if dtype in HALVES else told)
     answers, at = {}, 0
     for index, request in group:
         answers[index] = total[at : at + len(request.array)]

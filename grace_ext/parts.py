@@ -177,5 +177,6 @@ class Field:
 
 
 # bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.
+HALVES = ("float16", "bfloat16")
 INTEGERS = {"int8": 1, "int16": 2, "int32": 4}
 ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **INTEGERS}

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
 from ..exchange import AllReduce
-from ..parts import ITEMSIZE
+from ..parts import HALVES, ITEMSIZE
 from . import register
 from .base import Communicator, exchanged
 
@@ -31,8 +31,9 @@ class Allreduce(Communicator):
             counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
             return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)
         (field,) = compressor.fields(spec)
-        mean = yield AllReduce(ops.from_bytes(payload[0], field.dtype), field.dtype)
-        aggregate = compressor.decompress(ops, (ops.to_bytes(mean, field.dtype),), spec, info)
+        narrow = field.dtype in HALVES
+        mean = yield AllReduce(payload[0] if narrow else ops.from_bytes(payload[0], field.dtype), field.dtype)
+        aggregate = compressor.decompress_into(ops, (mean if narrow else ops.to_bytes(mean, field.dtype),), spec, info, out)
         return exchanged(ops, compressor, payload, aggregate, spec, info, state)
 
     def input_bytes(self, compressor, spec, n):

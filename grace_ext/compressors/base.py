@@ -86,6 +86,10 @@ class Compressor(Part):
     def decompress(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array:
         """The flat float array that the payload stands for: a new one, never a view of the payload. Pure. Raises PayloadError."""
 
+    def decompress_into(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo, out: Array | None) -> Array:
+        """As `decompress`; may be written to `out`, float32[d], where that is given, and is then that array."""
+        return self.decompress(ops, payload, spec, info)
+
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
         """The state before the first step. Equal on all ranks where it takes part in what they share."""
         return {}

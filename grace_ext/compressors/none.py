@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 
 
 @register("none")
@@ -36,3 +36,14 @@ class NoCompression(Compressor):
 
     def decompress(self, ops, payload, spec, info):
         return ops.copy(ops.from_bytes(payload[0], spec.dtype))
+
+    def decompress_into(self, ops, payload, spec, info, out):
+        if out is None or spec.dtype == "float64":
+            return self.decompress(ops, payload, spec, info)
+        out[:] = ops.from_bytes(payload[0], spec.dtype)
+        return out
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if feedback.residual is not None or not ops.all_finite(grad):
+            return None
+        return Fused((ops.to_bytes(grad, spec.dtype),), None)

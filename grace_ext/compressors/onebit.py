@@ -7,7 +7,7 @@ import numpy as np
 
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
 
@@ -46,6 +46,23 @@ class OneBit(Compressor):
         ones = ops.block_norms(ops.cast(ops.as_int(below), "float32"), block, 1)
         means = [total / np.maximum(count, 1) for total, count in zip(sums, (ones, counts(spec.size, self.block) - ones), strict=True)]
         return (floats_to_bytes(ops, 0.0 - means[0]), floats_to_bytes(ops, means[1]), ops.pack_signs(x)), state
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        whole = blocks(spec.size, self.block)[1] == 1
+        if feedback.residual is None or not whole or grad.dtype != np.float32:
+            return None
+        done = ops.compensate_signs(feedback, grad, ops.side_sums)
+        if done is None:
+            return None
+        x, signs, (below, above, number) = done
+        means = [floats_to_bytes(ops, np.array([m])) for m in (0.0 - below / max(number, 1), above / max(spec.size - number, 1))]
+        minus, plus = (floats_from_bytes(ops, mean, "mean", signed=True) for mean in means)
+        ops.add_signs(x, signs, plus, spec.size, minus=minus, factor=-1, first=False)
+        return Fused((*means, signs), x)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        minus, plus = (floats_from_bytes(ops, piece, "mean", signed=True) for piece in payload[:2])
+        return ops.add_signs(total, payload[2], plus, blocks(spec.size, self.block)[0], minus=minus, first=first, divisor=divisor)
 
     def decompress(self, ops, payload, spec, info):
         block, _ = blocks(spec.size, self.block)

@@ -3,11 +3,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from .. import rng
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
-from .sparse import VALUES, kept, ratio_knob, scatter, values_knob
+from .base import Compressor, Field, Fused
+from .sparse import VALUES, kept, ratio_knob, scatter, values_knob, without
 
 
 class _SharedPositions(Compressor):
@@ -53,6 +55,21 @@ class _SharedPositions(Compressor):
         if self.scale:
             values = ops.cast(values, "float64") * (spec.size / kept(self.ratio, spec.size))  # too large for float32: saturates
         return (ops.to_bytes(values, VALUES[self.values]),), state
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if self.scale or grad.dtype != np.float32 or (x := ops.compensate(feedback, grad)) is None:
+            return None
+        positions = self.positions(ops, None, spec, info)
+        payload = ops.to_bytes(x[positions], VALUES[self.values])
+        sent = None if self.values == "fp32" else ops.from_bytes(payload, VALUES[self.values])
+        return Fused((payload,), without(ops, x, feedback, positions, sent))
+
+    def decompress_into(self, ops, payload, spec, info, out):
+        if out is None:
+            return self.decompress(ops, payload, spec, info)
+        out[:] = 0.0
+        out[self.positions(ops, payload, spec, info)] = ops.from_bytes(payload[0], VALUES[self.values])
+        return out
 
     def decompress(self, ops, payload, spec, info):
         return scatter(ops, self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values]), spec.size)
@@ -101,8 +118,6 @@ class RandBlock(_SharedPositions):
     values: str = values_knob()
 
     def _draw(self, spec, info):
-        import numpy as np
-
         d, k = spec.size, kept(self.ratio, spec.size)
         low, high = (int(word) for word in rng.words(info.shared_key(spec.name, "randblock"), 2))
         start = (high << 32 | low) * d >> 64

@@ -8,11 +8,12 @@ import numpy as np
 from ..errors import PayloadError
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
 TIE_BREAK = 2.0**-13
+ONE = np.ones(1, np.float32)
 
 
 class _Vote(Compressor):
@@ -42,12 +43,14 @@ class _Vote(Compressor):
         return ops.unpack_signs(payload[1], spec.size) if votes else ops.zeros(spec.size)
 
     def accumulate(self, ops, total, payload, spec, info):
-        total += self.decompress(ops, payload, spec, info)
+        if not (ops.kernels and int(payload[0][0]) == 1 and ops.add_signs(total, payload[1], ONE, spec.size, first=False)):
+            total += self.decompress(ops, payload, spec, info)
         if self.ties == "plus" and int(payload[0][0]):
             total += TIE_BREAK
 
     def aggregate(self, ops, total, spec, info):
-        return ops.sign(total)
+        total[:] = ops.sign(total)
+        return total
 
     def counts(self, ops, payload, spec, info):
         """int64[d + 1]: this rank's ballot in a form that adds up, and whether it votes."""
@@ -160,3 +163,19 @@ class EFSignSGD(Compressor):
     def decompress(self, ops, payload, spec, info):
         scales = floats_from_bytes(ops, payload[0], "scale")
         return ops.unpack_signs(payload[1], spec.size) * ops.spread(scales, blocks(spec.size, self.block)[0], spec.size)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        scales = floats_from_bytes(ops, payload[0], "scale")
+        return ops.add_signs(total, payload[1], scales, blocks(spec.size, self.block)[0], first=first, divisor=divisor)
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        whole = blocks(spec.size, self.block)[1] == 1
+        if feedback.residual is None or not whole or grad.dtype != np.float32:
+            return None
+        done = ops.compensate_signs(feedback, grad, lambda x: ops.block_norms(x, len(x), 1))
+        if done is None:
+            return None
+        x, signs, total = done
+        scales = floats_to_bytes(ops, total / spec.size)
+        ops.add_signs(x, signs, floats_from_bytes(ops, scales, "scale"), spec.size, factor=-1, first=False)
+        return Fused((scales, signs), x)

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import IncompatiblePartsError
 from ..exchange import Collective
 from ..ops import Array, Ops
-from ..parts import INTEGERS, ITEMSIZE
+from ..parts import HALVES, INTEGERS, ITEMSIZE
 from ..payload import split_messages
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Transport(ABC):
 
     def carry(self, collective: Collective) -> Carried:
         """Yields collectives that this engine has, one at a time, and returns the result of the one that was asked for."""
-        if collective.kind == "allreduce" and collective.dtype in ("float16", "bfloat16", *INTEGERS):
+        if collective.kind == "allreduce" and collective.dtype in (*HALVES, *INTEGERS):
             # Engines' own 16-bit sums round at every addition, and are slow on a CPU; not all have sums of all integers.
             return (yield from ordered_sum(self, collective))
         if collective.kind == "allgather" and not self.gathers_uneven:
@@ -71,17 +71,18 @@ class Transport(ABC):
 def ordered_sum(transport: Transport, collective: Collective) -> Carried:
     """A 16-bit or integer all-reduce: every rank gets its share of all arrays, adds it in rank order (in float32 or int64), divides,
     rounds once, and the shares are gathered. The same bits on every engine and for every number of ranks."""
-    ops, dtype, count, size = transport.ops, collective.dtype, len(collective.array), transport.size
+    ops, dtype, size = transport.ops, collective.dtype, transport.size
+    data = ops.to_bytes(collective.array, dtype) if dtype in INTEGERS else collective.array
+    count = len(data) // ITEMSIZE[dtype]
     bounds = [ITEMSIZE[dtype] * (count * rank // size) for rank in range(size + 1)]
     sizes = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-    data = ops.to_bytes(collective.array, dtype)
     pieces = yield Collective("alltoall", data, collective.label + ".scatter", sizes=sizes)
     share = rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces])
     if dtype not in INTEGERS:
         share = share / collective.divisor
     gather = Collective("allgather", ops.to_bytes(share, dtype), collective.label + ".gather", sizes=sizes)
     gathered = yield from transport.carry(gather)
-    return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered])
+    return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered] if dtype in INTEGERS else gathered)
 
 
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:

@@ -70,22 +70,6 @@ def bit_positions(data, out):
             bit += 1
 
 
-@kernel(read(f32), write(u8))
-def pack_signs(x, out):
-    """Bit j is x_j >= 0."""
-    whole = len(x) // 8
-    for at in range(whole):
-        byte = 0
-        for bit in range(8):
-            byte |= (x[at * 8 + bit] >= 0) << bit
-        out[at] = byte
-    if whole * 8 < len(x):
-        byte = 0
-        for j in range(whole * 8, len(x)):
-            byte |= (x[j] >= 0) << (j - whole * 8)
-        out[whole] = byte
-
-
 @kernel(write(f32), read(u8), read(f32), read(f32), i64, f32, flag, f32)
 def add_signs(total, data, minus, plus, block, factor, first, divisor):
     """total_j += factor plus[j // block] where bit j is one, else factor minus[j // block], and divided in the end. With `first`, total is

@@ -70,3 +70,15 @@ def block_largest(x, block, out):
         for j in range(len(piece)):
             found = max(found, bits_of(piece[j]) & MAGNITUDE)
         out[b] = float_of(found)
+
+
+@kernel(read(f32), write(f64), fastmath={"reassoc"})
+def side_sums(x, out):
+    """out: the sum of |x_j| where x_j < 0, that of the other x_j, and how many are below zero."""
+    below, above, number = 0.0, 0.0, 0
+    for j in range(len(x)):
+        value = np.float64(x[j])
+        below += -value if value < 0 else 0.0
+        above += 0.0 if value < 0 else value
+        number += value < 0
+    out[0], out[1], out[2] = below, above, number

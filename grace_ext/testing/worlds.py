@@ -13,7 +13,6 @@ import numpy as np
 
 import grace_ext.cluster as cluster_module
 from grace_ext import Grace, LocalCluster
-from grace_ext.parts import ITEMSIZE
 
 #: The learning rate of tests that are not about it; a power of two, so that it rounds nothing.
 LR = 0.125
@@ -152,7 +151,7 @@ def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) 
         if change is not None:
             collectives = change(collectives, ops)
         arrays = [np.array(ops.host(c.array)) for c in collectives]
-        sizes = [len(c.array) * ITEMSIZE[c.dtype] for c in collectives]
+        sizes = [c.nbytes for c in collectives]
         first = collectives[0]
         seen.append(Seen(first.kind, first.label, first.dtype, [a.tobytes() for a in arrays], sizes))
         return original(collectives, ops)

@@ -16,6 +16,7 @@ import numpy as np
 from grace_ext.driver import Start
 from grace_ext.frameworks.base import Transport, cut, gathered
 from grace_ext.frameworks.numpy.ops import NumpyOps
+from grace_ext.parts import HALVES
 
 OPS = NumpyOps()
 
@@ -88,6 +89,8 @@ def perform_collective(collectives: Sequence[Any], rank: int) -> Any:
     assert len({(c.kind, c.label, c.divisor, c.dtype) for c in collectives}) == 1, "ranks paired different collectives"
     if first.kind == "allreduce":
         assert len({a.shape for a in arrays}) == 1
+        if first.dtype in HALVES:  # arrays are wire bytes
+            arrays = [OPS.from_bytes(array, first.dtype) for array in arrays]
         total = arrays[0].copy()
         for array in arrays[1:]:
             total += array
@@ -95,8 +98,8 @@ def perform_collective(collectives: Sequence[Any], rank: int) -> Any:
             assert first.divisor == 1 and abs(total).max() < 2 ** (int(first.dtype[3:]) - 1), "an integer sum overflows"
             return total
         total /= total.dtype.type(first.divisor)
-        if first.dtype in ("float16", "bfloat16"):
-            total = OPS.from_bytes(OPS.to_bytes(total, first.dtype), first.dtype)
+        if first.dtype in HALVES:
+            total = OPS.to_bytes(total, first.dtype)
         return total
     if first.kind in ("allgather", "broadcast"):
         return [a.copy() for a in arrays]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,8 @@ from .ops import NumpyOps
 SMALL = 16384
 #: Elements of a sample; the threshold that it gives is meant to leave this many standard deviations more than is wanted.
 SAMPLE, MARGIN = 8192, 4.0
+#: Elements that are worked on at a time where several operations look at them; a multiple of 8.
+STRETCH = 1 << 16
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
@@ -74,6 +77,12 @@ class CompiledOps(NumpyOps):
         kernel = {1: self.kernels.block_sums, 2: self.kernels.block_squares, np.inf: self.kernels.block_largest}[order]
         kernel(x, block, norms)
         return np.sqrt(norms) if order == 2 else norms
+
+    def side_sums(self, x: np.ndarray) -> np.ndarray:
+        """float64[3]: the sum of |x_j| where x_j < 0, that of the others, and how many are below."""
+        sums = np.empty(3)
+        self.kernels.side_sums(x, sums)
+        return sums
 
     # --- selection --------------------------------------------------------------------------------------------------
     def compensate(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray | None:
@@ -162,11 +171,38 @@ class CompiledOps(NumpyOps):
         return codes
 
     def pack_signs(self, x: np.ndarray) -> np.ndarray:
-        if not _float32(x):
+        if x.ndim != 1 or x.size <= STRETCH:
             return super().pack_signs(x)
-        out = np.empty((x.size + 7) // 8, np.uint8)
-        self.kernels.pack_signs(x, out)
-        return out
+        return np.concatenate([super(CompiledOps, self).pack_signs(x[piece]) for piece in stretches(x.size)])
+
+    def unpack_signs(self, data: np.ndarray, count: int) -> np.ndarray:
+        signs = np.empty(count, np.float32)
+        if len(data) * 8 < count:
+            return super().unpack_signs(data, count)
+        self.add_signs(signs, data, np.array([1], np.float32), count)
+        return signs
+
+    def add_signs(self, total: np.ndarray, data: np.ndarray, plus: np.ndarray, block: int, *, minus: np.ndarray | None = None,
+                  factor: float = 1, first: bool = True, divisor: float = 1) -> bool:  # fmt: skip
+        """The kernel of this name, for float32[number of blocks] of values above and below zero; False for blocks that it cannot take."""
+        if len(plus) > 1 and block % 8:
+            return False
+        below = -plus if minus is None else minus
+        self.kernels.add_signs(total, data, below, plus, block, np.float32(factor), first, np.float32(divisor))
+        return True
+
+    def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sums: Callable[[np.ndarray], np.ndarray]) -> Any:
+        """(what is compressed, its signs packed, `sums` of its pieces added up), while a piece is in the cache; None where it is not finite.
+        For a feedback that has a residual."""
+        total, signs, found = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), 0.0
+        for piece in stretches(grad.size):
+            x = total[piece]
+            factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+            if not self.kernels.compensate(feedback.residual[piece], grad[piece], *factors, x):
+                return None
+            signs[piece.start // 8 : (piece.stop + 7) // 8] = np.packbits(x >= 0, bitorder="little")
+            found = found + sums(x)
+        return total, signs, found
 
     def set_bits(self, positions: np.ndarray, bits: int) -> np.ndarray:
         out = np.zeros((bits + 7) // 8, np.uint8)
@@ -182,6 +218,11 @@ class CompiledOps(NumpyOps):
         out = np.empty(count, np.int64)
         self.kernels.random_words(np.uint32(key[0]), np.uint32(key[1]), out)
         return out
+
+
+def stretches(size: int) -> list[slice]:
+    """Pieces that stay in the second-level cache while several operations look at them."""
+    return [slice(start, min(start + STRETCH, size)) for start in range(0, size, STRETCH)]
 
 
 def sample_step(size: int) -> int:
