@@ -1,16 +1,21 @@
-"""The command line: `grace-ext list | show NAME | check`, each with --json (a JSON document on stdout, nothing else there)."""
+"""The command line: `grace-ext list | show NAME | check | bench`, each with --json (a JSON document on stdout, nothing else there)."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from . import __version__, check
 from .catalogue import KINDS, describe
+from .composition import grace
 from .errors import GraceError, UnknownPartError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Gradient compression by name.", pretty_exceptions_enable=False)
@@ -124,6 +129,40 @@ def check_installation(
     if as_json:
         typer.echo(json.dumps(report))
     raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command("bench")
+def bench_parts(
+    specs: Annotated[list[str] | None, typer.Argument(help="Specs, or names (then with their natural memory); default: all.")] = None,
+    elements: Annotated[int, typer.Option(min=4, help="Elements of the gradient.")] = 25_000_000,
+    times: Annotated[int, typer.Option(min=1, help="Steps that are timed, after two that are not.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """How long parts take on this machine, one thread, in multiples of a memory copy measured beside them; what they send and lose."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
+        os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
+    from . import bench
+
+    texts, done = bench.specs(tuple(specs or ())), []
+    for text in texts:
+        grace(text)  # a mistake is told before anything is measured
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(texts))
+        for text, row in zip(texts, bench.rows(texts, elements, times), strict=True):
+            progress.update(task, advance=1, description=text)
+            done.append(row)
+    if as_json:
+        typer.echo(json.dumps({"machine": bench.machine(), "rows": [asdict(row) for row in done]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("spec", "elements", "encode", "decode a rank", "bytes/element", "error"):
+        table.add_column(heading, justify="left" if heading == "spec" else "right")
+    for row in done:
+        times_ = (f"{row.encode:.1f}x", f"{row.decode:.1f}x" if row.decode else "-")
+        table.add_row(row.spec, f"{row.elements:,}", *times_, f"{row.bytes_per_element:.4g}", f"{row.error:.3g}")
+    console = Console()
+    console.print(table)
+    console.print(f"x: multiples of a copy of the gradient, {done[-1].copy_ms:.1f} ms for {done[-1].elements:,} elements", style="dim")
 
 
 def _print_versions(console: Console, report: dict[str, Any]) -> None:

@@ -61,11 +61,15 @@ class Together(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One operation on one array of every rank. kind: 'allreduce' (as AllReduce; result divided by `divisor`), 'allgather' (uint8; result a list
-    by rank; `sizes` by rank, or None where they are not known, and then the arrays are messages of payload.py), 'broadcast' (as allgather,
-    by n broadcasts), 'alltoall' (uint8, `sizes` of the pieces for each rank; result a list by rank; `received`: the sizes of what arrives,
-    by rank, where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
-    messages of payload.py). `label` tells a bucket's collectives of one round apart."""
+    """One operation on one array of every rank. kind:
+    'allreduce'   as AllReduce; the result is divided by `divisor`
+    'allgather'   uint8; the result is a list by rank; `sizes` by rank, or None where they are not known, and then the arrays are messages
+                  of payload.py
+    'broadcast'   as allgather, by n broadcasts
+    'alltoall'    uint8, `sizes` of the pieces for each rank; the result is a list by rank; `received`: the sizes of what arrives, by rank,
+                  where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
+                  messages of payload.py
+    `label` tells a bucket's collectives of one round apart."""
 
     kind: str
     array: Array

@@ -196,6 +196,19 @@ class Ops(ABC):
         """int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`.
         The draw for element j is (word j of the stream) >> 8, compared with the fraction times 2**24."""
 
+    def product(self, a: Array, b: Array) -> Array:
+        """The elements of the matrix a @ b."""
+        return (a @ b).reshape(-1)
+
+    def subtract_product(self, x: Array, a: Array, b: Array) -> None:
+        """x -= product(a, b), in place."""
+        x -= self.product(a, b)
+
+    def sum_up(self, feedback: Feedback, grad: Array) -> Array:
+        """What the feedback makes of a gradient, as a new array, finite or not."""
+        residual = feedback.residual if feedback.beta == 1 else feedback.residual * feedback.beta
+        return residual + (grad if feedback.gamma == 1 else grad * feedback.gamma)
+
     # --- bits -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def pack(self, codes: Array, width: int) -> Array:

@@ -53,7 +53,21 @@ def sample(key: Key, d: int, k: int) -> np.ndarray:
 
     if k >= d:
         return np.arange(d, dtype=np.int64)
+    positions = np.sort(_permuted(key, d, k))
+    positions.flags.writeable = False  # shared by all who ask
+    return positions
+
+
+def _permuted(key: Key, d: int, k: int) -> np.ndarray:
+    import numpy as np
+
+    from . import kernels
+
     half_bits = max(1, ((d - 1).bit_length() + 1) // 2)
+    if kernels.enabled():
+        out = np.empty(k, np.int64)
+        kernels.load().permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)
+        return out
     half, mask = np.uint32(half_bits), np.uint32((1 << half_bits) - 1)
 
     def permute(x: np.ndarray) -> np.ndarray:
@@ -68,9 +82,7 @@ def sample(key: Key, d: int, k: int) -> np.ndarray:
     while outside.size:
         x[outside] = permute(x[outside])
         outside = outside[x[outside] >= d]
-    positions = np.sort(x).astype(np.int64)
-    positions.flags.writeable = False  # shared by all who ask
-    return positions
+    return x.astype(np.int64)
 
 
 def normals(key: Key, count: int) -> np.ndarray:

@@ -31,6 +31,8 @@ class Exchanged(NamedTuple):
     state: State
     positions: Callable[[], Array | None] = lambda: None
     compressor: Any = None
+    #: Takes `values` away from an array of the caller's own, in place, where there is a shorter way than by making them.
+    remove: Callable[[Array], None] | None = None
 
 
 class Fused(NamedTuple):

@@ -59,17 +59,28 @@ class DGC(Selecting):
     def delta(self, d):
         return self._least(d) / d if self.values == "fp32" else None
 
-    def _sampled(self, ops, x, spec, info) -> float:
-        """The threshold that the sample suggests."""
+    def _sampled(self, ops, spec, info) -> slice:
+        """The elements of the sample."""
         step = stride(spec.size, max(math.ceil(self.sample_ratio * spec.size), math.ceil(2 / self.ratio)))
         key = (info.private_key if self.sampling == "private" else info.shared_key)(spec.name, "dgc")
-        sample = abs(x[int(rng.words(key, 1)[0]) * step >> 32 :: step])
-        return float(sample[ops.top_k(sample, kept(self.ratio, len(sample)))].min())
+        return slice(int(rng.words(key, 1)[0]) * step >> 32, None, step)
+
+    def _suggested(self, ops, sample) -> float:
+        """The threshold that a sample suggests."""
+        return float(abs(sample[ops.top_k(sample, kept(self.ratio, len(sample)))]).min())
+
+    def candidates(self, ops, grad, feedback, spec, info):
+        threshold = self._suggested(ops, ops.sample(feedback, grad, self._sampled(ops, spec, info)))
+        swept = ops.sweep(feedback, grad, threshold)
+        return swept and (swept[0], (threshold, swept[1]))
 
     def select(self, ops, x, spec, info, state):
+        threshold = self._suggested(ops, ops.copy(x[self._sampled(ops, spec, info)]))
+        return self.chosen(ops, x, (threshold, ops.at_least(x, threshold)), spec, info, state)
+
+    def chosen(self, ops, x, candidates, spec, info, state):
         k, least, most = kept(self.ratio, spec.size), self._least(spec.size), self.most(spec.size)
-        threshold = self._sampled(ops, x, spec, info)
-        found = ops.at_least(x, threshold)
+        threshold, found = candidates
         for _ in range(self.max_iters):
             many, few = len(found) > most, len(found) < least
             if not threshold or not (few or many) or (many and self.resample):

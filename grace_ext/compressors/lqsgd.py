@@ -98,7 +98,10 @@ class LQSGD(_LowRank):
         q_own, q_sum = yield from self._gather(ops, "Q", p.T @ m, spec, communicator)
         q, q_own = _float32(ops, q_sum / info.divisor), _float32(ops, q_own)
         return Exchanged(
-            (p @ q).reshape(-1), lambda: (p @ q_own).reshape(-1), {"lqsgd_q": kept_subspace(ops, q, before, p_host)}
+            ops.product(p, q),
+            lambda: ops.product(p, q_own),
+            {"lqsgd_q": kept_subspace(ops, q, before, p_host)},
+            remove=lambda x: ops.subtract_product(x, p, q_own),
         )
 
     def compress(self, ops, x, spec, info, state):

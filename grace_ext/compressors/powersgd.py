@@ -33,11 +33,12 @@ class _TwoSums(_LowRank):
         q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
         if not ops.all_finite(q):  # some rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
             return nothing(ops, spec), before.reshape(-1)
-        return self._outcome(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
+        return self._outcome(ops, info, p, q, q_own), kept_subspace(ops, q, before, p_host)
 
-    def _outcome(self, info, p, q, q_own) -> Exchanged:
+    def _outcome(self, ops, info, p, q, q_own) -> Exchanged:
         q_sent = q_own if self.feedback == "local" else q * (info.divisor / info.size)
-        return Exchanged((p @ q).reshape(-1), lambda: (p @ q_sent).reshape(-1), {})
+        remove = lambda x: ops.subtract_product(x, p, q_sent)  # noqa: E731
+        return Exchanged(ops.product(p, q), lambda: ops.product(p, q_sent), {}, remove=remove)
 
     def _alone(self, ops, m, start):
         """The payload of a rank alone in the world, from the subspace `start`: P, then Q."""

@@ -106,7 +106,7 @@ class PowerSGDPlus(_TwoSums):
             return nothing(ops, spec), start
         if not ops.all_finite(q_own):
             q_own = q * (info.divisor / info.size)
-        return self._outcome(info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
+        return self._outcome(ops, info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
 
     def compress(self, ops, x, spec, info, state):
         """The factors that a rank alone in the world would end up with: P, then Q. What runs in training is `exchange`."""

@@ -82,13 +82,42 @@ class SIDCo(Selecting):
             found = ops.at_least(x, self._threshold(ops, magnitudes, k / len(found), int(control[0])))
         return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
 
-    def _threshold(self, ops, magnitudes, ratio, stages) -> float:
+    def candidates(self, ops, grad, feedback, spec, info):
+        if self.distribution != "exponential":
+            return super().candidates(ops, grad, feedback, spec, info)
+        done = ops.compensate_stats(feedback, grad)
+        return done and (done[0], done[1:])
+
+    def chosen(self, ops, x, candidates, spec, info, state):
+        if candidates is None or candidates[1] <= (k := kept(self.ratio, spec.size)):
+            return self.select(ops, x, spec, info, state)
+        total, count, largest = candidates
+        control, ratio = ops.host(state["sidco_stages"]), k / count
+        shares = self._shares(ratio, int(control[0]))
+        threshold = float(np.float32(min(exponential(total / count, shares[0]), largest)))
+        if len(shares) > 1:
+            rest, least = ops.magnitudes_above(x, threshold)
+            for share in shares[1:]:
+                tail = exponential(ops.total_above(rest, least) / len(rest), share)
+                threshold = float(np.float32(min(threshold + tail, largest)))
+                rest, least = ops.magnitudes_above(rest, threshold)
+        found = ops.at_least(x, threshold)
+        return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
+
+    def _shares(self, ratio: float, stages: int) -> list[float]:
+        """What each stage leaves of what the one before left."""
         several = stages > 1 and ratio < self.first_ratio
-        ratios = [self.first_ratio, *[(ratio / self.first_ratio) ** (1 / (stages - 1))] * (stages - 1)] if several else [ratio]
-        largest, threshold, rest = ops.largest(magnitudes), 0.0, magnitudes
-        for stage, share in enumerate(ratios):
-            excess = rest - rest.min() if stage else rest
-            threshold = float(np.float32(min(threshold + self._tail(ops, excess, share, first=not stage), largest)))
+        return [self.first_ratio, *[(ratio / self.first_ratio) ** (1 / (stages - 1))] * (stages - 1)] if several else [ratio]
+
+    def _threshold(self, ops, magnitudes, ratio, stages) -> float:
+        shares, largest = self._shares(ratio, stages), ops.largest(magnitudes)
+        threshold = float(np.float32(min(self._tail(ops, magnitudes, shares[0], first=True), largest)))
+        return self._later(ops, magnitudes[magnitudes >= threshold], shares[1:], threshold, largest)
+
+    def _later(self, ops, rest, shares, threshold, largest) -> float:
+        """The threshold after the later stages, given the magnitudes that the first one left."""
+        for share in shares:
+            threshold = float(np.float32(min(threshold + self._tail(ops, rest - rest.min(), share, first=False), largest)))
             rest = rest[rest >= threshold]
         return threshold
 

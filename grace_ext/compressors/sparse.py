@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -153,17 +153,17 @@ class Selecting(AtPositions):
         positions, state = self.select(ops, x, spec, info, state)
         return self.payload(ops, x, positions, spec), state
 
-    def candidates(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec) -> tuple[Array, Array] | None:
-        """For `fused`: what is to be compressed, x, and positions among which `chosen` finds its own; None where x is not finite."""
+    def candidates(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo) -> tuple[Array, Any] | None:
+        """For `fused`: what is to be compressed, x, and what `chosen` wants to know of it; None where x is not finite."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
-    def chosen(self, ops: Ops, x: Array, candidates: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
+    def chosen(self, ops: Ops, x: Array, candidates: Any, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
         """`select`, given the candidates."""
         return self.select(ops, x, spec, info, state)
 
     def fused(self, ops, grad, feedback, spec, info, state):
-        if grad.dtype != np.float32 or (found := self.candidates(ops, grad, feedback, spec)) is None:
+        if grad.dtype != np.float32 or (found := self.candidates(ops, grad, feedback, spec, info)) is None:
             return None
         x, candidates = found
         positions, state = self.chosen(ops, x, candidates, spec, info, state)

@@ -30,7 +30,7 @@ class Threshold(Selecting):
     def kappa(self, d):
         return self.threshold * d**0.5 if self.values == "fp32" else None
 
-    def candidates(self, ops, grad, feedback, spec):
+    def candidates(self, ops, grad, feedback, spec, info):
         return ops.sweep(feedback, grad, self.threshold)
 
     def chosen(self, ops, x, candidates, spec, info, state):

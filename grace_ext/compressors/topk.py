@@ -29,7 +29,7 @@ class TopK(Selecting):
     def delta(self, d):
         return kept(self.ratio, d) / d if self.values == "fp32" else None
 
-    def candidates(self, ops, grad, feedback, spec):
+    def candidates(self, ops, grad, feedback, spec, info):
         return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
 
     def chosen(self, ops, x, candidates, spec, info, state):

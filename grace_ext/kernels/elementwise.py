@@ -82,3 +82,30 @@ def side_sums(x, out):
         above += 0.0 if value < 0 else value
         number += value < 0
     out[0], out[1], out[2] = below, above, number
+
+
+@kernel(read(f32), write(f64), fastmath={"reassoc"})
+def magnitude_stats(x, out):
+    """Adds to out[0] the sum of |x_j| and to out[1] how many are not zero; out[2] becomes the largest, Inf for NaN."""
+    total, number, found = 0.0, 0, np.uint32(0)
+    for j in range(len(x)):
+        total += np.float64(abs(x[j]))
+        number += x[j] != 0
+        found = max(found, bits_of(x[j]) & MAGNITUDE)
+    out[0] += total
+    out[1] += number
+    out[2] = max(out[2], np.float64(float_of(min(found, INFINITY))))
+
+
+@kernel(write(f32), read(f32), read(f32), i64, i64)
+def subtract_product(x, a, b, rows, rank):
+    """x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the cache."""
+    columns = len(x) // rows
+    for i in range(rows):
+        row = x[i * columns : (i + 1) * columns]
+        for start in range(0, columns, PIECE):
+            piece = row[start : start + PIECE]
+            for r in range(rank):
+                factor, other = a[i * rank + r], b[r * columns + start : r * columns + start + len(piece)]
+                for j in range(len(piece)):
+                    piece[j] -= factor * other[j]

@@ -42,6 +42,28 @@ def collect(x, threshold, out):
     return found, len(x)
 
 
+@kernel(read(f32), f32, write(f32))
+def gather_above(x, threshold, out):
+    """The |x_j| >= threshold, in order, into `out`. Stops where that is full. Returns (how many, the position it came to)."""
+    found = 0
+    for j in range(len(x)):
+        if found == len(out):
+            return found, j
+        magnitude = abs(x[j])
+        out[found] = magnitude
+        found += magnitude >= threshold
+    return found, len(x)
+
+
+@kernel(read(f32), f32, fastmath={"reassoc"})
+def total_above(x, least):
+    """The sum of x_j - least, each in float32, in float64."""
+    total = 0.0
+    for j in range(len(x)):
+        total += np.float64(x[j] - least)
+    return total
+
+
 @kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64))
 def sweep(residual, grad, beta, gamma, threshold, total, out):
     """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and where its magnitude reaches the threshold. Returns

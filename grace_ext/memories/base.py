@@ -91,7 +91,10 @@ class Memory(Part):
         """float32: what the payload does not stand for, the residual of error feedback."""
         if ops.cast(compensated, "float32") is not compensated:
             return ops.cast(compensated - sent.values(), "float32")
-        compensated -= sent.values()  # it is this memory's own
+        if sent.remove:
+            sent.remove(compensated)  # it is this memory's own
+        else:
+            compensated -= sent.values()
         return compensated
 
     # --- what `check` may ask for ------------------------------------------------------------------------------------

@@ -31,8 +31,7 @@ class Residual(Memory):
         return Feedback(state["residual"], self.beta, self.gamma)
 
     def before(self, ops, grad, spec, info, state):
-        residual = state["residual"] if self.beta == 1 else state["residual"] * self.beta
-        return residual + (grad if self.gamma == 1 else grad * self.gamma)
+        return ops.sum_up(self.feedback(state), grad)
 
     def after(self, ops, compensated, sent, spec, info, state):
         return {"residual": self.unsent(ops, compensated, sent)}

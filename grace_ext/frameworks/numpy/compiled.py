@@ -21,6 +21,7 @@ SAMPLE, MARGIN = 8192, 4.0
 STRETCH = 1 << 16
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
+SMALLEST = float(TINY.view(np.float32))
 
 Host = TypeVar("Host", bound=NumpyOps)
 
@@ -104,6 +105,32 @@ class CompiledOps(NumpyOps):
         found = self._collected(grad.size, lambda at, out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], out))
         return None if found is None else (total, found)
 
+    def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
+        """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite."""
+        total = grad if feedback.residual is None else self.empty(grad.size)
+        sums = np.zeros(3)
+        for piece in stretches(grad.size):
+            if feedback.residual is not None:
+                factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+                self.kernels.compensate(feedback.residual[piece], grad[piece], *factors, total[piece])
+            self.kernels.magnitude_stats(total[piece], sums)
+        return (total, sums[0], int(sums[1]), sums[2]) if np.isfinite(sums[2]) else None
+
+    def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
+        """The magnitudes that reach a threshold above zero, in order, and the least of them."""
+        at, pieces = 0, []
+        while at < x.size:
+            out = np.empty(max(x.size // 4, 1024), np.float32)
+            found, came_to = self.kernels.gather_above(x[at:], np.float32(max(threshold, SMALLEST)), out)
+            pieces.append(out[:found])
+            at += came_to
+        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return found, found.min(initial=np.inf)
+
+    def total_above(self, x: np.ndarray, least: float) -> float:
+        """The sum of x_j - least, each in float32, in float64."""
+        return self.kernels.total_above(x, np.float32(least))
+
     def _collected(self, size: int, run: Any) -> np.ndarray | None:
         """The positions that `run(start, out)` finds, called again with more room until it came to the end; None where it found NaN."""
         pieces, at, room = [], 0, size // 16 + 64
@@ -146,14 +173,31 @@ class CompiledOps(NumpyOps):
         if grad.size < SMALL or k >= grad.size:
             total = self.compensate(feedback, grad)
             return None if total is None else (total, total[:0])
-        return self.sweep(feedback, grad, self.threshold_for(k, self.sample(feedback, grad), grad.size))
+        sample = self.sample(feedback, grad, slice(0, None, sample_step(grad.size)))
+        return self.sweep(feedback, grad, self.threshold_for(k, np.abs(sample), grad.size))
 
-    def sample(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray:
-        """Magnitudes of every so many elements of what is compressed."""
-        step = sample_step(grad.size)
+    def sample(self, feedback: Feedback, grad: np.ndarray, which: slice) -> np.ndarray:
+        """These elements of what is compressed."""
         if feedback.residual is None:
-            return np.abs(grad[::step])
-        return np.abs(np.float32(feedback.beta) * feedback.residual[::step] + np.float32(feedback.gamma) * grad[::step])
+            return grad[which].copy()
+        return np.float32(feedback.beta) * feedback.residual[which] + np.float32(feedback.gamma) * grad[which]
+
+    def sum_up(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray:
+        if not _float32(grad):
+            return super().sum_up(feedback, grad)
+        total = self.empty(grad.size)
+        self.kernels.compensate(feedback.residual, grad, np.float32(feedback.beta), np.float32(feedback.gamma), total)
+        return total
+
+    def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        out = self.empty(len(a) * b.shape[1])
+        np.matmul(a, b, out=out.reshape(len(a), -1))
+        return out
+
+    def subtract_product(self, x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
+        if not _float32(x):
+            return super().subtract_product(x, a, b)
+        self.kernels.subtract_product(x, np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1), len(a), len(b))
 
     # --- bits -------------------------------------------------------------------------------------------------------
     def pack(self, codes: np.ndarray, width: int) -> np.ndarray:
@@ -192,8 +236,8 @@ class CompiledOps(NumpyOps):
         return True
 
     def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sums: Callable[[np.ndarray], np.ndarray]) -> Any:
-        """(what is compressed, its signs packed, `sums` of its pieces added up), while a piece is in the cache; None where it is not finite.
-        For a feedback that has a residual."""
+        """(what is compressed, its signs packed, `sums` of its pieces added up); None where it is not finite. For a feedback that has a
+        residual."""
         total, signs, found = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), 0.0
         for piece in stretches(grad.size):
             x = total[piece]

@@ -44,7 +44,7 @@ class HorovodTransport(Transport):
         if collective.kind == "allreduce":
             # With Average the engine divides, as it does for dense gradients: the same bits as plain Horovod's.
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
-            return collective, [hvd.allreduce_async(tensor, name=name, op=op, process_set=among)]
+            return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)]  # in place: it is ours
         if collective.kind == "allgather":
             return collective, [hvd.allgather_async(tensor, name=name, process_set=among)]
         if collective.kind == "alltoall":

@@ -1,0 +1,156 @@
+"""How fast the parts are on this machine: `grace-ext bench`. Times are multiples of a copy of the same gradient, measured beside them."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import __version__, compressors, kernels
+from .composition import Grace, grace
+from .exchange import AllReduce, Gather, Job, Scatter, exchange_tensor, initial_state
+from .frameworks.numpy.compiled import host_ops
+from .frameworks.numpy.ops import NumpyOps
+from .parts import HALVES
+from .spec import StepInfo, TensorSpec
+
+RANKS = 2
+#: A part that would take longer than this for one step is measured on a gradient a 25th as large.
+PATIENCE = 5.0
+SMALLER = 25
+#: The gradient's standard deviation, so small that 'threshold' with its default sends about 1% of the elements a step.
+SCALE = np.float32(1.25e-4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One spec on one gradient. `encode`: memory and compressor, all but decoding; `decode`: decoding and adding up, for each rank's
+    payload (once, where the network added them up); both in multiples of a copy, as medians of `times` steps. For compressors with rounds of
+    their own `encode` is everything, and `decode` 0. `error`: ||result - mean|| / ||mean|| of a first step."""
+
+    spec: str
+    elements: int
+    encode: float
+    decode: float
+    copy_ms: float
+    bytes_per_element: float
+    error: float
+    times: int
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without names."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": processor, "threads": 1, "python": platform.python_version(), "numpy": np.__version__,
+        "grace_ext": __version__, "kernels": kernels.enabled(),
+    }  # fmt: skip
+
+
+def specs(names: tuple[str, ...]) -> list[str]:
+    """What is measured: the specs given, or every compressor with its natural memory; a name alone gets that, too."""
+    chosen = []
+    for text in names or compressors.names():
+        bare = text in compressors.names()
+        chosen.append(f"{text} + {compressors.get(text)().natural_memory}" if bare else text)
+    return chosen
+
+
+def rows(texts: list[str], elements: int, times: int) -> Iterator[Row]:
+    """One row a spec, as they are measured."""
+    for text in texts:
+        small = max(4, elements // SMALLER)
+        first = measure(text, small, 1)
+        slow = (first.encode + RANKS * first.decode) * first.copy_ms * SMALLER / 1000 > PATIENCE
+        yield measure(text, small if slow and elements > 10**6 else elements, times)
+
+
+def measure(text: str, elements: int, times: int) -> Row:
+    """Times one spec on a Gaussian matrix of about so many elements (a : b = 1 : 6, as the widest layer of a Transformer has)."""
+    g, ops = grace(text), host_ops(NumpyOps)
+    a = max(1, round((elements / 6) ** 0.5))
+    spec = TensorSpec("w", (a, max(1, elements // a)))
+    gradient = SCALE * np.random.default_rng(0).standard_normal(spec.size, np.float32)
+    room, copies, encodes, decodes, run = np.empty_like(gradient), [], [], [], _Run(g, ops, spec)
+    for step in range(times + 2):
+        copies.append(_timed(lambda: np.copyto(room, gradient)))  # leaves the gradient in `room`, which the result is written over
+        encode, decode = run.step(room, step)
+        if step == 0:
+            error = float(np.linalg.norm(run.result - gradient) / np.linalg.norm(gradient))
+        if step > 1:
+            encodes.append(encode)
+            decodes.append(decode)
+    copy = statistics.median(copies[1:])
+    row = Row(
+        str(g), spec.size, statistics.median(encodes) / copy, statistics.median(decodes) / copy, 1000 * copy, run.nbytes / spec.size,
+        error, times,
+    )  # fmt: skip
+    return row
+
+
+def _timed(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+class _Run:
+    """One rank of two, whose peer sends the same."""
+
+    def __init__(self, g: Grace, ops: Any, spec: TensorSpec):
+        self.ops, self.spec, self.state = ops, spec, {}
+        self.parts = g.parts_for(spec)
+        self.nbytes, self.result = 0, np.empty(0)
+
+    def step(self, gradient: np.ndarray, number: int) -> tuple[float, float]:
+        """(seconds of encoding, of decoding per rank)"""
+        info = StepInfo(number, 0, RANKS, RANKS)
+        self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
+        running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info, [False])
+        spent, answer, self.nbytes, decode = 0.0, None, 0, 0.0
+        while True:
+            start = time.perf_counter()
+            try:
+                request = running.send(answer)
+            except StopIteration as stop:
+                spent += time.perf_counter() - start
+                old, self.state, self.result = self.state, stop.value.state, stop.value.output
+                break
+            spent += time.perf_counter() - start
+            answer = self._answer(request)
+            decode = self._decode(request, info)
+        self.ops.recycle([array for key in list(old) if (array := old.pop(key)) is not self.state.get(key)])
+        return spent - decode, decode / RANKS if self.parts[2].name != "allreduce" else decode
+
+    def _decode(self, request: Any, info: StepInfo) -> float:
+        """Seconds of decoding what was asked for, once more; 0 where it is not decoded by one call."""
+        (compressor, _, communicator), out = self.parts, self.ops.empty(self.spec.size)
+        if compressor.rounds or compressor.votes and communicator.name == "allreduce":
+            return 0.0
+        if isinstance(request, Gather) and communicator.carries_payloads:
+            return _timed(lambda: compressor.combine(self.ops, [request.payload] * RANKS, self.spec, info, out))
+        if isinstance(request, AllReduce):
+            mean = request.array if request.dtype in HALVES else self.ops.to_bytes(request.array, request.dtype)
+            return _timed(lambda: compressor.decompress_into(self.ops, (mean,), self.spec, info, out))
+        return 0.0
+
+    def _answer(self, request: Any) -> Any:
+        if isinstance(request, AllReduce):
+            self.nbytes += request.array.nbytes if request.dtype in HALVES else len(request.array) * np.dtype(request.dtype).itemsize
+            return request.array.copy()
+        if isinstance(request, Gather):
+            self.nbytes += sum(piece.nbytes for piece in request.payload)
+            return [request.payload] * RANKS
+        assert isinstance(request, Scatter)
+        self.nbytes += sum(piece.nbytes for payload in request.payloads for piece in payload)
+        return [request.payloads[0]] * RANKS
