@@ -13,10 +13,13 @@ given. What --quick, --only and --local measure is printed, and kept only if --o
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import plots
 import record
 import shapes
 import typer
@@ -76,13 +79,14 @@ class Cell:
     def _keep(self, system: System, seen: dict[str, Any]) -> None:
         if system is DENSE and seen["outcome"] == "completes":
             self.data["dense_ms"].append(seen["ms"])
+            seen["ms"] = dense_ms(self.data)
         spec = system.job["params"] if system.group == "grace" else system.job["argument"]
         self.data["systems"][system.name] = {"group": system.group, "spec": spec, **seen}
         console.print(row(system.name, self.data["systems"][system.name], self.data))
 
 
 def row(name: str, seen: dict[str, Any], cell: dict[str, Any]) -> str:
-    start = f"{name:40} {seen['outcome'] if seen['outcome'] != 'completes' else '':6}"
+    start = f"{name:38} {seen['outcome'] if seen['outcome'] != 'completes' else '':6}"
     if seen["outcome"] != "completes":
         return f"{start} {seen['reason']}"
     dense = dense_ms(cell)
@@ -152,7 +156,10 @@ def main(
 
             with Hosts(count, link) as machines:
                 cell.measure(machines, systems, budget, timeout, progress, save)
+    if out:
+        plots.draw_exchange(load(out), ROOT / "docs" / "pictures" if out == RESULTS else out.parent)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the hosts are taken down
     typer.run(main)

@@ -13,12 +13,17 @@ from typing import Any
 PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> str:
     """Processor, cores, memory and system, in words."""
     model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     kilobytes = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     memory = f", {kilobytes / 2**20:.0f} GiB" if kilobytes else ""
-    return f"{model}, {os.cpu_count()} cores{memory}, {platform.system()} {platform.machine()}"
+    return f"{model}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
 
 
 def versions() -> dict[str, str]:
