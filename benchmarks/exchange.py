@@ -48,10 +48,10 @@ def seconds_allowed(model: shapes.Shapes, rate: str, hosts: int, budget: float) 
 
 
 class Cell:
-    """One model at one rate on some hosts. `found`: what --out has of it already. `whole`: the links are measured by themselves, too."""
+    """One model at one rate on some hosts. `found`: what --out has of it already. `links`: whether they are measured by themselves, too."""
 
-    def __init__(self, model: str, rate: str, hosts: int, found: dict[str, Any] | None, whole: bool):
-        self.model, self.shapes, self.hosts, self.whole = model, shapes.MODELS[model](), hosts, whole
+    def __init__(self, model: str, rate: str, hosts: int, found: dict[str, Any] | None, links: bool):
+        self.model, self.shapes, self.hosts, self.links = model, shapes.MODELS[model](), hosts, links
         fresh = {"model": model, "rate": rate, "hosts": hosts, "elements": shapes.elements(self.shapes), "tensors": len(self.shapes)}
         self.data = found or {**fresh, **record.stamp(), "complete": False, "dense_ms": [], "links": {}, "systems": {}}
         self.threshold = shapes.threshold_for(self.shapes)
@@ -61,7 +61,7 @@ class Cell:
         job = {"shapes": self.shapes, "scales": shapes.scales(self.shapes), "budget": budget}
         allowed = timeout or seconds_allowed(self.shapes, hosts.rate, self.hosts, budget)
         waiting = [s for s in systems if s is not DENSE and s.name not in self.data["systems"]]
-        first = [DENSE, LINKS] if self.whole else [DENSE]
+        first = [DENSE, LINKS] if self.links else [DENSE]
         task = progress.add_task("", total=len(first) + len(waiting) + 1)
         for system in [*first, *waiting, DENSE]:
             progress.update(task, description=f"{self.model} {hosts.rate} {self.hosts} hosts: {system.name}")
@@ -146,7 +146,7 @@ def main(
                 continue
             if found and (found["complete"] or found["commit"] != record.commit()):
                 found = None
-            cell = Cell(name, link, count, found, whole)
+            cell = Cell(name, link, count, found, links=out is not None and not quick)
             options = {"grace_path": str(grace.resolve()) if grace else None, "framework": framework, "quick": quick, "only": only or []}
             systems = listed(cell.threshold, **options)
             console.print(f"[bold]{key}[/bold]: {len(systems)} systems, {cell.data['elements']:,} elements")
