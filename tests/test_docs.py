@@ -25,6 +25,12 @@ def test_the_pages_of_the_parts_are_what_the_code_says():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_performance_page_is_what_the_results_say():
+    pytest.importorskip("matplotlib", reason="pip install 'grace_ext[examples]'")
+    done = run([sys.executable, "tools/performance.py", "--check"])
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_counts_and_names_the_shelf():
     """Every part is named in the README's table, and their numbers are right."""
     import grace_ext

@@ -1,0 +1,104 @@
+"""What was aimed at, beside what was measured: rows for docs/performance.md, from the JSON of the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, NamedTuple
+
+#: Time relative to dense Horovod in the same cell, at most.
+RELATIVE = {
+    "resnet50/1gbit/2": {
+        "threshold": 0.10, "topk": 0.12, "randomk": 0.10, "signsgd": 0.15, "efsignsgd": 0.15, "onebit": 0.15, "terngrad": 0.20,
+        "qsgd 4-bit": 0.28, "qsgd 8-bit": 0.42, "fp16": 0.58, "powersgd": 0.20, "none": 1.03,
+    },
+    "resnet50/100mbit/2": {"threshold": 0.035, "topk": 0.035, "signsgd": 0.055, "efsignsgd": 0.055, "onebit": 0.055},
+}  # fmt: skip
+#: Times faster than GRACE's compressor of that name, at least, in the first of these cells.
+FASTER_THAN_GRACE = {name: 15.0 for name in ("topk", "threshold", "randomk", "terngrad")}
+DDP_HOOKS = ("DDP hook powersgd, one bucket", "DDP powerSGD hook, rank 4, one bucket", 0.45)
+TENSORFLOW = 2.0
+SAME_ACCURACY = 8.0
+
+
+class Row(NamedTuple):
+    """`most`: whether the target is an upper bound. measured: None where one of the two failed."""
+
+    where: str
+    what: str
+    target: float
+    most: bool
+    measured: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.measured is not None and (self.measured <= self.target if self.most else self.measured >= self.target)
+
+
+def of_exchange(results: dict[str, Any]) -> list[Row]:
+    """All that concern exchange.py; of cells that were measured."""
+    rows = []
+    for key, targets in RELATIVE.items():
+        cell = _cell(results, key)
+        if cell:
+            dense = statistics.mean(cell["dense_ms"]) if cell["dense_ms"] else None
+            tried = {name: most for name, most in targets.items() if name in cell["systems"]}
+            rows += [Row(key, f"{name} / dense Horovod", most, True, _ratio(_ms(cell, name), dense)) for name, most in tried.items()]
+    key = next(iter(RELATIVE))
+    cell = _cell(results, key)
+    if cell:
+        if any(system["group"] == "grace" for system in cell["systems"].values()):
+            for name, least in FASTER_THAN_GRACE.items():
+                rows.append(Row(key, f"GRACE {name} / {name}", least, False, _ratio(_ms(cell, f"GRACE {name}"), _ms(cell, name))))
+        ours, theirs, most = DDP_HOOKS
+        if ours in cell["systems"] and theirs in cell["systems"]:
+            rows.append(Row(key, f"{ours} / {theirs}", most, True, _ratio(_ms(cell, ours), _ms(cell, theirs))))
+    rows += _tensorflow(results)
+    return rows
+
+
+def _tensorflow(results: dict[str, Any]) -> list[Row]:
+    """Of every cell where both ran."""
+    rows = []
+    for key, cell in results["cells"].items():
+        for name in cell["systems"] if cell["complete"] and cell["model"] == "resnet50" else ():
+            plain = name.removeprefix("TensorFlow ")
+            if plain != name and plain != "Horovod":
+                rows.append(Row(key, f"{name} / {plain}", TENSORFLOW, True, _ratio(_ms(cell, name), _ms(cell, plain))))
+    return rows
+
+
+def of_accuracy(rows: list[dict[str, Any]]) -> list[Row]:
+    """Of time_to_accuracy.py: for each task the best of the compressors."""
+    made = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        times = speedups([row for row in rows if row["task"] == task])
+        best = max((x for x in times.values() if x is not None), default=None)
+        made.append(Row(task, "dense / the fastest compressor, seconds to the same accuracy", SAME_ACCURACY, False, best))
+    return made
+
+
+def speedups(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Of one task: by spec, how many times sooner than dense it reached the target, the mean over the seeds that both have; None where one
+    did not reach it."""
+    at = {(row["spec"], row["seed"]): row for row in rows}
+    found: dict[str, float | None] = {}
+    for spec in dict.fromkeys(row["spec"] for row in rows if row["spec"] != "dense"):
+        pairs = [(at["dense", seed], row) for (s, seed), row in at.items() if s == spec and ("dense", seed) in at]
+        reached = pairs and all(dense["reached"] and row["reached"] for dense, row in pairs)
+        found[spec] = statistics.mean(dense["seconds"] / row["seconds"] for dense, row in pairs) if reached else None
+    return found
+
+
+def _cell(results: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """The complete cell of that model, rate and number of hosts; one with TensorFlow beside serves, too."""
+    found = [results["cells"].get(name) for name in (key, f"{key}/both")]
+    return next((cell for cell in found if cell and cell["complete"]), None)
+
+
+def _ms(cell: dict[str, Any], name: str) -> float | None:
+    seen = cell["systems"].get(name)
+    return seen["ms"] if seen and seen["outcome"] == "completes" else None
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None

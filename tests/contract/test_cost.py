@@ -1,0 +1,120 @@
+"""The cost formulas against numbers worked out by hand, messages simulated one by one, and what communicators say they send."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import grace_ext
+from grace_ext.cost import Link, Work, allgather, allreduce, alltoall, broadcast, crossing, exchange, gather_limit, network
+from grace_ext.errors import ParameterError
+
+#: A byte takes a microsecond, a message a millisecond more.
+SLOW = Link(8e6, latency=1e-3, goodput=1.0)
+
+
+def test_by_hand():
+    assert SLOW.beta == pytest.approx(1e-6)
+    assert allreduce(SLOW, 4, 4000) == pytest.approx(6 * (1e-3 + 1e-3))
+    assert allgather(SLOW, 4, 4000) == pytest.approx(3 * (1e-3 + 4e-3))
+    assert broadcast(SLOW, 5, 4000) == pytest.approx(3 * 5e-3)
+    assert alltoall(SLOW, 4, 4000) == pytest.approx(3 * 2e-3)
+    # ResNet-50's gradients at 1 Gbit/s on two hosts: 102,228,128 bytes at 125 MB/s less headers
+    assert allreduce(Link.of("1gbit", latency=0), 2, 102_228_128) == pytest.approx(0.8178 * 1514 / 1448, rel=1e-3)
+
+
+def test_overhead_counts_once_a_collective_and_one_worker_sends_nothing():
+    with_overhead = Link(8e6, latency=1e-3, overhead=0.5, goodput=1.0)
+    for collective in (allreduce, allgather, broadcast, alltoall):
+        assert collective(with_overhead, 3, 900) == pytest.approx(0.5 + collective(SLOW, 3, 900))
+        assert collective(with_overhead, 1, 900) == 0
+
+
+def ring(n: int, rounds: int, nbytes: float) -> float:
+    """Messages of a ring one by one: a worker sends on what it got in the round before, once its own last message is through."""
+    ready, free = [0.0] * n, [0.0] * n
+    for _ in range(rounds):
+        arrived = [0.0] * n
+        for rank in range(n):
+            start = max(ready[rank], free[rank])
+            free[rank] = start + SLOW.latency + nbytes * SLOW.beta
+            arrived[(rank + 1) % n] = free[rank]
+        ready = arrived
+    return max(ready)
+
+
+def tree(n: int, nbytes: float) -> float:
+    """Everyone who has it sends it to someone who has not."""
+    have, now = 1, 0.0
+    while have < n:
+        have, now = min(n, 2 * have), now + SLOW.latency + nbytes * SLOW.beta
+    return now
+
+
+def pairwise(n: int, nbytes: float) -> float:
+    """In round i rank r sends a piece to r + i: one message out and one in at a time for everyone."""
+    sending, receiving = [0.0] * n, [0.0] * n
+    for distance in range(1, n):
+        for rank in range(n):
+            to = (rank + distance) % n
+            end = max(sending[rank], receiving[to]) + SLOW.latency + nbytes / n * SLOW.beta
+            sending[rank] = receiving[to] = end
+    return max(sending)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 33])
+def test_against_messages_simulated_one_by_one(n):
+    m = 12_345.0
+    assert allgather(SLOW, n, m) == pytest.approx(ring(n, n - 1, m))
+    assert allreduce(SLOW, n, m) == pytest.approx(ring(n, 2 * (n - 1), m / n))
+    assert broadcast(SLOW, n, m) == pytest.approx(tree(n, m))
+    assert alltoall(SLOW, n, m) == pytest.approx(pairwise(n, m))
+
+
+@pytest.mark.parametrize("name", [name for name in grace_ext.communicators.names() if name != "broadcast"])
+@pytest.mark.parametrize("n", [2, 4, 100])
+def test_the_bytes_are_those_that_communicators_say(name, n):
+    """A broadcast's tree sends more from its root than on the average."""
+    communicator, bytes_alone = grace_ext.communicators.get(name)(), Link(8e6, latency=0, goodput=1.0)
+    assert network(communicator, bytes_alone, n, 5000, 80_000) == pytest.approx(1e-6 * communicator.bytes_sent(n, 5000, 80_000))
+
+
+def test_a_communicator_of_another_package():
+    class Twice(grace_ext.communicators.get("allgather")):
+        name = "twice"
+
+        def bytes_sent(self, n, payload, dense):
+            return 2 * payload
+
+    assert network(Twice(), SLOW, 4, 1000, 0) == pytest.approx(3e-3 + 2e-3)
+
+
+def test_an_exchange_decodes_every_payload_of_a_gather_and_one_of_a_reduction():
+    work = Work(encode=1.0, decode=0.1)
+    by_name = {name: grace_ext.communicators.get(name)() for name in ("allgather", "allreduce")}
+    assert exchange(by_name["allgather"], SLOW, 10, 0, 0, work) == pytest.approx(2.0 + 9e-3)
+    assert exchange(by_name["allreduce"], SLOW, 10, 0, 0, work) == pytest.approx(1.1 + 18e-3)
+
+
+def test_where_gathering_stops_paying():
+    """Without latency and work at n = 2 S / m: 1 of 20 bytes pays below 40 workers."""
+    free = Link(8e6, latency=0, goodput=1.0)
+    gather = lambda n: allgather(free, n, 1000)  # noqa: E731
+    dense = lambda n: allreduce(free, n, 20_000)  # noqa: E731
+    assert gather_limit(1000, 20_000) == 40
+    assert crossing(gather, dense) in (40, 41)  # equal at 40, to rounding
+    assert crossing(gather, dense, limit=39) is None
+    assert crossing(lambda n: math.inf, dense) == 2
+
+
+def test_rates_in_words():
+    assert Link.of("100mbit").rate == 1e8 and Link.of("2.5 Gbit").rate == 2.5e9 and Link.of("9600bit").rate == 9600
+    for wrong in ("fast", "-1gbit", "1gb", "", "0mbit"):
+        with pytest.raises(ParameterError):
+            Link.of(wrong)
+    for wrong in ({"rate": math.nan}, {"rate": 1, "latency": -1}, {"rate": 1, "goodput": 0}, {"rate": math.inf}):
+        with pytest.raises(ParameterError):
+            Link(**wrong)
+    with pytest.raises(ParameterError):
+        allreduce(SLOW, 0, 1)

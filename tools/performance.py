@@ -1,0 +1,208 @@
+"""Writes docs/performance.md from what the benchmarks wrote to benchmarks/results, and the pictures of exchange.json and cost.json.
+
+    python tools/performance.py             writes the page and docs/pictures
+    python tools/performance.py --check     exits with 1 if the page is not what the results say (pictures only have to be there)
+
+A benchmark that has not written its JSON has no section; where none has, there is no page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import targets  # noqa: E402
+
+PAGE, PICTURES, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "pictures", ROOT / "benchmarks" / "results"
+
+
+def table(heading: list[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """Markdown; what is not text is aligned to the right."""
+    rows = [[str(x).replace("|", chr(92) + "|") for x in row] for row in rows]
+    return [_line(heading), _line(["---", *["--:"] * (len(heading) - 1)]), *map(_line, rows), ""]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def origin(found: dict[str, Any], command: str) -> list[str]:
+    """Where a section's numbers are from."""
+    packages = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
+    commit = f"commit {found['commit']}" if "commit" in found else None
+    where = "; ".join(x for x in (found.get("machine"), found.get("date"), commit, packages) if x)
+    return [f"By `{command}`: {where}.", ""]
+
+
+def number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+def targets_section(found: dict[str, Any]) -> list[str]:
+    """found: all results by name."""
+    rows = targets.of_exchange(found["exchange"]) if "exchange" in found else []
+    rows += targets.of_accuracy(found["time_to_accuracy"]["rows"]) if "time_to_accuracy" in found else []
+    if not rows:
+        return []
+    met = sum(row.met for row in rows)
+    lines = ["## Targets", "", f"Set before the code was written. {met} of {len(rows)} are met.", ""]
+    bounds = [f"{'at most' if row.most else 'at least'} {row.target:g}" for row in rows]
+    outcomes = [(number(row.measured), "yes" if row.met else "**no**") for row in rows]
+    shown = [(row.what, row.where, bound, *outcome) for row, bound, outcome in zip(rows, bounds, outcomes, strict=True)]
+    return lines + table(["ratio", "where", "target", "measured", "met"], shown)
+
+
+# --- exchange --------------------------------------------------------------------------------------------------------
+def exchange_section(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## A full exchange", "",
+        "One step's gradients of a whole model, on hosts that netlab makes (all share this machine's cores), one thread a rank; the time",
+        "until the mean is in place of every gradient, the median over steps of the slowest rank. `x dense` is relative to dense Horovod",
+        "in the same run; a time of DDP is less that of a step with a hook that does nothing. Bytes are those that a host's network",
+        "interface sent, headers included. Memory is the most that was resident beyond the gradients themselves, in multiples of them.", "",
+    ]  # fmt: skip
+    for key, cell in found["cells"].items():
+        if cell["complete"] and cell["dense_ms"]:
+            lines += exchange_cell(key, cell)
+    for file in _plots().exchange_files(found):
+        lines += [f"![{file.removesuffix('.png')}](pictures/{file})", ""]
+    return lines
+
+
+def exchange_cell(key: str, cell: dict[str, Any]) -> list[str]:
+    dense = statistics.mean(cell["dense_ms"])
+    rows = []
+    for name, seen in cell["systems"].items():
+        if seen["outcome"] == "completes":
+            sent = seen["sent_bytes"] or seen["wire_bytes"]
+            memory = seen["extra_memory"] / (4 * cell["elements"]) if seen["extra_memory"] is not None else None
+            wrong = "" if seen["ranks_agree"] and seen["finite"] else " (ranks differ)" if seen["finite"] else " (not finite)"
+            megabytes = number(sent / 1e6) if sent else "-"
+            rows.append((name + wrong, number(seen["ms"]), number(seen["ms"] / dense), megabytes, number(memory), seen["steps"]))
+        else:
+            rows.append((name, f"{seen['outcome']}: {seen['reason']}", "-", "-", "-", "-"))
+    runs = ", ".join(number(ms) for ms in cell["dense_ms"])
+    lines = [f"### {cell['model']}, {cell['rate']}, {cell['hosts']} hosts", ""]
+    lines += origin(cell, f"python benchmarks/exchange.py --model {cell['model']} --rate {cell['rate']} --hosts {cell['hosts']}")
+    lines += [f"{cell['elements']:,} elements in {cell['tensors']} tensors. Dense Horovod in this run: {runs} ms.", ""]
+    return lines + table(["system", "ms", "x dense", "MB sent", "x memory", "steps timed"], rows)
+
+
+# --- others ----------------------------------------------------------------------------------------------------------
+def cost_section(found: dict[str, Any]) -> list[str]:
+    lines = ["## More workers", "", *origin(found, "python benchmarks/cost_model.py")]
+    off = statistics.median(abs(row["predicted"] / row["measured"] - 1) for row in found["compared"])
+    lines += [
+        f"The cost model of `grace_ext/cost.py`, for {found['model']}'s gradients: latency and rate from plain collectives, encoding and",
+        f"decoding from simulated ranks. Of {len(found['compared'])} exchanges that were measured it is off by {100 * off:.0f}% in the",
+        "median. An all-gather brings every worker's payload to all, so from some number of workers on dense all-reduce is faster.", "",
+    ]  # fmt: skip
+    rates = found["extrapolated"]
+    rows = []
+    for name, work in found["work"].items():
+        limits = [rates[rate]["slower_from"][name] or "over 1,024" for rate in rates]
+        rows.append((name, number(1000 * work["encode"]), number(1000 * work["decode"]), number(work["payload"] / 1e6), *limits))
+    lines += table(["system", "encode ms", "decode ms", "MB", *(f"slower than dense from, {rate}" for rate in rates)], rows)
+    lines += ["![times faster than dense Horovod, over the number of workers](pictures/cost.png)", "", "Predicted and measured, ms:", ""]
+    predictions = [(r["system"], r["rate"], r["hosts"], number(r["predicted"]), number(r["measured"])) for r in found["compared"]]
+    return lines + table(["system", "rate", "hosts", "predicted", "measured"], predictions)
+
+
+def accuracy_section(found: dict[str, Any]) -> list[str]:
+    lines = ["## Time to the same accuracy", "", *origin(found, "python benchmarks/time_to_accuracy.py")]
+    for task in dict.fromkeys(row["task"] for row in found["rows"]):
+        of_task = [row for row in found["rows"] if row["task"] == task]
+        faster, rows = targets.speedups(of_task), []
+        for spec in dict.fromkeys(row["spec"] for row in of_task):
+            runs = [row for row in of_task if row["spec"] == spec]
+            seconds = number(statistics.mean(r["seconds"] for r in runs)) if all(r["reached"] for r in runs) else "not reached"
+            means = [number(statistics.mean(r[key] for r in runs)) for key in ("steps", "step_ms")]
+            megabytes = number(statistics.mean(r["bytes_per_step"] for r in runs) / 1e6)
+            times = "1" if spec == "dense" else number(faster[spec])
+            rows.append((f"`{spec}`", seconds, times, *means, megabytes, len(runs)))
+        lines += [f"### {task}, {found['rate']}, {found['ranks']} ranks", ""]
+        lines += table(["parts", "seconds", "times sooner than dense", "steps", "ms a step", "MB a step", "seeds"], rows)
+    return lines
+
+
+def plain_section(title: str, command: str) -> Callable[[dict[str, Any]], list[str]]:
+    """A section for results that are a head and a list of flat rows."""
+
+    def section(found: dict[str, Any]) -> list[str]:
+        rows = next((x for x in found.values() if isinstance(x, list) and x and all(isinstance(row, dict) for row in x)), [])
+        keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, (dict, list))))
+        shown = [[number(x) if isinstance(x, float) else x for x in (row.get(key, "-") for key in keys)] for row in rows]
+        return [f"## {title}", "", *origin(found, command), *(table([k.replace("_", " ") for k in keys], shown) if rows else [])]
+
+    return section
+
+
+SECTIONS = {
+    "bench": plain_section("One tensor on one rank", "grace-ext bench --json"),
+    "exchange": exchange_section,
+    "time_to_accuracy": accuracy_section,
+    "memory": plain_section("Memory", "python benchmarks/memory.py"),
+    "cost": cost_section,
+}
+
+
+def page(found: dict[str, Any]) -> str:
+    """Markdown of all results, by the name of their file."""
+    lines = ["# Performance", "", "Generated by `python tools/performance.py` from `benchmarks/results`. Each section says where and when."]
+    lines += ["", *targets_section(found)]
+    for name, section in SECTIONS.items():
+        if name in found:
+            lines += section(found[name])
+    return "\n".join(lines)
+
+
+def _plots() -> Any:
+    import plots
+
+    return plots
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[str]:
+    """Names of the pictures."""
+    drawn = _plots().draw_exchange(found["exchange"], folder) if "exchange" in found else []
+    return drawn + ([_plots().draw_cost(found["cost"], folder)] if "cost" in found else [])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the pictures go to the folder pictures beside it")
+    options = parser.parse_args()
+    files = [options.results / f"{name}.json" for name in SECTIONS]
+    found = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}
+    text, pictures = page(found), options.page.parent / "pictures"
+    if not options.check and not found:
+        print(f"there are no results in {options.results.name}: run the benchmarks first", file=sys.stderr)
+        return 1
+    if not options.check:
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        options.page.write_text(text)
+        print(f"{options.page.name}, {len(draw(found, pictures))} pictures")
+        return 0
+    there = options.page.read_text() if options.page.exists() else None
+    wrong = [] if there == (text if found else None) else [options.page.name]
+    wanted = [*(_plots().exchange_files(found["exchange"]) if "exchange" in found else ()), *(["cost.png"] if "cost" in found else [])]
+    wrong += [name for name in wanted if not (pictures / name).exists()]
+    print(f"not up to date, run python tools/performance.py: {', '.join(wrong)}" if wrong else "up to date", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
