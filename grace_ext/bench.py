@@ -30,8 +30,8 @@ SCALE = np.float32(1.25e-4)
 @dataclass(frozen=True)
 class Row:
     """One spec on one gradient. `encode`: memory and compressor, all but decoding; `decode`: decoding and adding up, for each rank's
-    payload (once, where the network added them up); both in multiples of a copy, as medians of `times` steps. For compressors with rounds of
-    their own `encode` is everything, and `decode` 0. `error`: ||result - mean|| / ||mean|| of a first step."""
+    payload (once, where the network added them up); both in multiples of a copy, as medians of `times` steps. For compressors with rounds
+    of their own `encode` is everything, and `decode` 0. `error`: ||result - mean|| / ||mean|| of a first step."""
 
     spec: str
     elements: int

@@ -267,9 +267,6 @@ class Driver:
             gradient = self._arrived.get(spec.name) if self._in_place else None
             if gradient is not None and self.ops.overwrite(gradient, output, spec):
                 bucket.outputs[spec.name] = gradient
-                spare = [output]
-                del output
-                self.ops.recycle(spare)
             else:
                 bucket.outputs[spec.name] = self.ops.emit(output, spec)
 

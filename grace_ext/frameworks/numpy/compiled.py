@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,22 +36,28 @@ def host_ops(border: type[Host]) -> Host:
 
 
 class CompiledOps(NumpyOps):
-    """As NumpyOps, bit for bit. Keeps large arrays that nobody uses any more, because fresh memory costs more than a pass over it."""
+    """As NumpyOps, bit for bit. Keeps the arrays of a state that is over for the next one: fresh memory costs more than a pass over it."""
 
     def __init__(self) -> None:
         self.kernels = kernels.load()
         self._spare: dict[int, list[np.ndarray]] = {}
+        # What `empty` handed out: only that is taken back, so that no more is kept than was once in use at a time.
+        self._own: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     # --- memory -----------------------------------------------------------------------------------------------------
     def empty(self, size: int) -> np.ndarray:
         spare = self._spare.get(size)
-        return spare.pop() if spare else np.empty(size, np.float32)
+        if spare:
+            return spare.pop()
+        array = np.empty(size, np.float32)
+        self._own[id(array)] = array
+        return array
 
     def recycle(self, arrays: list[np.ndarray]) -> None:
         while arrays:
             array = arrays.pop()
             # Two references: `array`, and the argument of getrefcount. A view of it would be a third.
-            if _float32(array) and array.base is None and sys.getrefcount(array) == 2 and array.flags.writeable:
+            if sys.getrefcount(array) == 2 and self._own.get(id(array)) is array:
                 self._spare.setdefault(array.size, []).append(array)
 
     def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
