@@ -58,8 +58,8 @@ def link_of(cells: list[dict[str, Any]]) -> Link:
     return Link(8 / (seen["beta"] * GOODPUT), seen["latency"], seen["overhead"])
 
 
-def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 2, 3), steps: int = 3) -> Work:
-    """encode and decode of one rank, by stepping 1, 2 and 3 simulated ranks: a rank of n takes encode + n decode where it gets n payloads.
+def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 3), steps: int = 3) -> Work:
+    """encode and decode of one rank, by stepping 1 and 3 simulated ranks: a rank of n takes encode + n decode where it gets n payloads.
     The median of the steps after the first; a threshold's memory is brought to where long training would (shapes.steady_residual)."""
     per_rank = [statistics.median(stepped(spec, model, threshold, n, steps)) for n in sizes]
     decode = max(0.0, float(np.polyfit(sizes, per_rank, 1)[0]))
