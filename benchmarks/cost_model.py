@@ -58,12 +58,14 @@ def link_of(cells: list[dict[str, Any]]) -> Link:
     return Link(8 / (seen["beta"] * GOODPUT), seen["latency"], seen["overhead"])
 
 
-def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 2, 3), steps: int = 3) -> Work:
-    """encode and decode of one rank, by stepping 1, 2 and 3 simulated ranks: a rank of n takes encode + n decode where it gets n payloads.
-    The median of the steps after the first; a threshold's memory is brought to where long training would (shapes.steady_residual)."""
-    per_rank = [statistics.median(stepped(spec, model, threshold, n, steps)) for n in sizes]
-    decode = max(0.0, float(np.polyfit(sizes, per_rank, 1)[0]))
-    return Work(max(0.0, statistics.mean(per_rank) - decode * statistics.mean(sizes)), decode)
+def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 3), steps: int = 3) -> Work:
+    """encode and decode of one rank, by stepping 1 and 3 simulated ranks: a rank of n takes encode + n decode where it gets n payloads.
+    The fastest of the steps after the first; a threshold's memory is brought to where long training would (shapes.steady_residual)."""
+    ranks, seconds = np.array(sizes), np.array([min(stepped(spec, model, threshold, n, steps)) for n in sizes])
+    decode, encode = np.polyfit(ranks, seconds, 1)
+    if decode < 0:  # what does not grow with the payloads is encoding
+        return Work(float(seconds.mean()), 0.0)
+    return Work(float(encode), float(decode)) if encode > 0 else Work(0.0, float(ranks @ seconds / (ranks @ ranks)))
 
 
 def stepped(spec: str, model: shapes.Shapes, threshold: float | None, n: int, steps: int) -> list[float]:
@@ -169,7 +171,8 @@ def main(
         raise typer.BadParameter(f"{results} has no whole cell of {model}; run exchange.py --model {model} first")
     links = {rate: link_of([c for c in every if c["rate"] == rate]) for rate in RATES if any(c["rate"] == rate for c in every)}
     chosen, here = Model(model), record.stamp()
-    for name in chosen.specs:
+    ran = [name for name in chosen.specs if any(c["systems"].get(name, {}).get("outcome") == "completes" for c in every)]
+    for name in ran:
         with console.status(f"encoding and decoding: {name}"):
             chosen.measure(name, next((c["systems"][name].get("wire_bytes") for c in every if name in c["systems"]), None))
         work = chosen.work[name]
