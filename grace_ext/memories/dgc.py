@@ -18,12 +18,10 @@ def whole_norm(norms):
 
 
 def masked(ops, momentum, sent):
-    """The momentum without what was sent; the momentum itself where the tensor was sent whole."""
+    """This step's own momentum without what was sent, in place; as it is where the tensor was sent whole."""
     positions = sent.positions()
-    if positions is None:
-        return momentum
-    momentum = ops.copy(momentum)
-    momentum[positions] = 0
+    if positions is not None:
+        momentum[positions] = 0
     return momentum
 
 

@@ -1,0 +1,155 @@
+"""Compiled kernels: the same bits as plain array code at sizes where they take their own ways, kept on disk, and off by a setting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext import compressors, kernels
+from grace_ext.frameworks.numpy.compiled import SMALL, STRETCH, CompiledOps, host_ops
+from grace_ext.frameworks.numpy.ops import NumpyOps
+from grace_ext.ops import Feedback
+from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
+
+COMPILED = next(world for world in WORLDS if world.name == "numpy")
+PLAIN = next(world for world in WORLDS if world.name == "numpy-plain")
+#: Larger than what is sorted whole and than a stretch, and no multiple of anything.
+SHAPES = {"wide": (3, STRETCH // 2 + 7), "deep": (SMALL // 16 + 1, 17), "odd": (STRETCH + 1,)}
+SLOW = {"atomo", "demo", "sketch", "inceptionn", "vqsgd", "strom"}  # nothing of theirs depends on the size
+
+
+def gradients(step: int, size: int = 2) -> list[dict[str, np.ndarray]]:
+    """Heavy tails, zeros and repeated values."""
+    found = []
+    for rank in range(size):
+        rng = np.random.default_rng([step, rank])
+        made = {name: (rng.standard_t(3, shape) * 0.01).astype(np.float32) for name, shape in SHAPES.items()}
+        made["deep"][rng.random(SHAPES["deep"]) < 0.3] = 0
+        made["odd"] = np.round(made["odd"], 2)
+        found.append(made)
+    return found
+
+
+@pytest.mark.skipif(not kernels.enabled(), reason="GRACE_EXT_KERNELS=0, or no numba")
+@pytest.mark.parametrize("memory", ["residual(beta=0.9, gamma=0.5)", "none"])
+@pytest.mark.parametrize("name", [name for name in compressors.names() if name not in SLOW])
+def test_the_same_as_plain_code(name, memory):
+    """Wire bytes, results and state, over three steps."""
+    g = grace_ext.grace(f"{name} + {memory}")
+    runs = []
+    for world in (COMPILED, PLAIN):
+        cluster, outs = world.cluster(g, 2), []
+        with np.errstate(all="ignore"), tapped() as seen:
+            for step in range(3):
+                outs.append(world.step(cluster, gradients(step)))
+        runs.append(([s.buffers for s in seen], [*outs, *states(cluster, world)]))
+    (wire, ours), (wire0, theirs) = runs
+    if g.compressor.deterministic_bytes:
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert wire == wire0
+    else:
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(np.allclose(a[key], b[key], rtol=1e-3, atol=1e-3 * np.abs(b[key]).max()) for key in b)
+
+
+@pytest.mark.parametrize("where", [0, STRETCH - 1, STRETCH + 5, 3 * (STRETCH // 2 + 7) - 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["topk", "threshold(threshold=1e30)", "dgc", "sidco", "efsignsgd", "onebit", "randomk", "fp16"])
+def test_what_is_not_finite_is_found_wherever_it_is(name, value, where):
+    """No state changes, and all ranks get NaN."""
+    cluster = COMPILED.cluster(grace_ext.grace(f"{name} + residual"), 2)
+    cluster.step(gradients(0))
+    before = states(cluster, COMPILED)
+    bad = gradients(1)
+    bad[1]["wide"].reshape(-1)[where] = value
+    with np.errstate(all="ignore"):
+        out = cluster.step(bad)
+    assert np.isnan(out["wide"]).all()
+    assert all(same_bits(a, b) for a, b in zip(before, states(cluster, COMPILED), strict=True))
+
+
+def test_arrays_that_are_used_again_are_nobody_elses():
+    """Results and saved states of earlier steps stay as they were."""
+    cluster = COMPILED.cluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
+    kept = []
+    for step in range(5):
+        out = cluster.step(gradients(step))
+        saved = states(cluster, COMPILED)
+        kept.append((out, {key: array.copy() for key, array in out.items()}, saved, [dict(s) for s in cluster.state_dict()["ranks"]]))
+    for out, copies, _, _ in kept:
+        assert same_bits(out, copies)
+    held = [array for driver in cluster.drivers for state in driver.state.values() for array in state.values()]
+    assert len({array.ctypes.data for array in held}) == len(held)
+
+
+def test_only_what_was_handed_out_is_taken_back():
+    """So that no more memory is kept than was once in use, and a view keeps its array from being used again."""
+    if not kernels.enabled():
+        pytest.skip("there are no compiled ops")
+    ops = host_ops(NumpyOps)
+    assert isinstance(ops, CompiledOps)
+    first, foreign, viewed = ops.empty(100), np.zeros(100, np.float32), ops.empty(100)
+    address, view, spare = first.ctypes.data, viewed[3:], [first, foreign, viewed]
+    del first, foreign, viewed
+    ops.recycle(spare)
+    again, other = ops.empty(100), ops.empty(100)
+    assert not spare and again.ctypes.data == address
+    assert other.ctypes.data not in (address, view.ctypes.data - 12)
+
+
+def test_top_k_is_exact_however_the_sample_misleads():
+    """All large values between the sampled ones, and none there."""
+    ops, plain = host_ops(NumpyOps), NumpyOps()
+    for pattern in (np.arange(200_000) % 25 != 0, np.arange(200_000) % 25 == 0, np.arange(200_000) < 300, np.zeros(200_000, bool)):
+        x = np.where(pattern, 5.0, 0.001).astype(np.float32) * np.random.default_rng(1).choice([-1, 1], 200_000)
+        x = x.astype(np.float32)
+        for k in (1, 400, 2000, 199_999):
+            assert (ops.top_k(x, k) == plain.top_k(x, k)).all()
+            if kernels.enabled():
+                swept, candidates = ops.sweep_for(Feedback(np.zeros_like(x)), x, k)
+                assert (ops.top_k_among(swept, k, candidates) == plain.top_k(x, k)).all()
+
+
+SCRIPT = """
+import hashlib, numpy as np, grace_ext
+from grace_ext import kernels
+digest = hashlib.sha256()
+specs = "topk(ratio=0.01) + residual", "efsignsgd + residual", "qsgd(bits=4)", "threshold(threshold=2.0) + residual", "randomk + residual"
+for text in (*specs, "fp16", "terngrad"):
+    cluster = grace_ext.LocalCluster(grace_ext.grace(text), 2)
+    for step in range(2):
+        rng = np.random.default_rng(step)
+        out = cluster.step([{"w": rng.standard_normal((200, 300), np.float32)} for _ in range(2)])
+        digest.update(out["w"].tobytes())
+print(kernels.enabled(), digest.hexdigest())
+"""
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=True
+    )
+
+
+def test_compiled_once_and_off_by_a_setting(tmp_path):
+    """The first process compiles and says so, the second does neither; without kernels everything works and gives the same."""
+    first, second = (run(GRACE_EXT_CACHE=str(tmp_path), GRACE_EXT_KERNELS="1") for _ in range(2))
+    off = run(GRACE_EXT_CACHE=str(tmp_path / "unused"), GRACE_EXT_KERNELS="0")
+    assert off.stdout.startswith("False ") and off.stderr == "" and not (tmp_path / "unused").exists()
+    if first.stdout.startswith("True "):
+        assert "compiling kernels" in first.stderr and "compiled in" in first.stderr
+        assert second.stderr == ""
+    assert first.stdout.split()[1] == second.stdout.split()[1] == off.stdout.split()[1]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    """A file where the folder should be: kernels are kept in a temporary folder for this process."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = run(GRACE_EXT_CACHE=str(blocked))
+    assert done.stdout.split()[1]
