@@ -53,6 +53,10 @@ class Ops(ABC):
         """Writes what `emit` would give over the user's tensor; False where that cannot be done."""
         return False
 
+    def compiles(self, x: Array) -> bool:
+        """Whether `kernels` take this array."""
+        return False
+
     # --- making and moving ------------------------------------------------------------------------------------------
     @abstractmethod
     def zeros(self, size: int, dtype: str = "float32") -> Array: ...

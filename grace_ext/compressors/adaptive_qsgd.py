@@ -33,18 +33,33 @@ class _Adaptive(_NormQuantizer):
             Field("codes", "uint8", code_bytes(spec.size, self.max_levels), variable=True),
         )
 
-    def compress(self, ops, x, spec, info, state):
+    def _levels_now(self, ops, state):
+        """(s, its wire form)."""
         s = int(state[self.name][0])
-        head = ops.upload(np.array([s], "<u2").view(np.uint8))
+        return s, ops.upload(np.array([s], "<u2").view(np.uint8))
+
+    def compress(self, ops, x, spec, info, state):
+        s, head = self._levels_now(ops, state)
         return (head, *self.quantize(ops, x, s, spec, info)), state
 
-    def decompress(self, ops, payload, spec, info):
+    def fused(self, ops, grad, feedback, spec, info, state):
+        s, head = self._levels_now(ops, state)
+        done = self.quantize_compiled(ops, grad, feedback, s, spec, info)
+        return done and done._replace(payload=(head, *done.payload))
+
+    def _levels_sent(self, ops, payload, spec) -> int:
         s = int(ops.host(payload[0]).copy().view("<u2")[0])
         if not 1 <= s <= self.max_levels:
             raise PayloadError(f"has {s} levels, at most {self.max_levels} are possible")
         if len(payload[2]) != code_bytes(spec.size, s):
             raise PayloadError(f"has {len(payload[2])} bytes of codes where {s} levels take {code_bytes(spec.size, s)}")
-        return self.dequantize(ops, payload[1], payload[2], s, spec)
+        return s
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        return self.add_levels(ops, total, *payload[1:], self._levels_sent(ops, payload, spec), spec, first, divisor)
+
+    def decompress(self, ops, payload, spec, info):
+        return self.dequantize(ops, *payload[1:], self._levels_sent(ops, payload, spec), spec)
 
 
 def start_knob(default: int):

@@ -3,8 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 
 
 class _Half(Compressor):
@@ -20,7 +22,33 @@ class _Half(Compressor):
         return (ops.to_bytes(x, self.wire),), state
 
     def decompress(self, ops, payload, spec, info):
-        return ops.copy(ops.from_bytes(payload[0], self.wire))
+        return ops.from_bytes(payload[0], self.wire)
+
+    def decompress_into(self, ops, payload, spec, info, out):
+        if out is None or not ops.kernels or not ops.kernels.narrow:
+            return self.decompress(ops, payload, spec, info)
+        ops.kernels.widen(out, ops.halves(payload[0]), self._brains)
+        return out
+
+    @property
+    def _brains(self) -> bool:
+        return self.wire == "bfloat16"
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if not ops.compiles(grad) or not ops.kernels.narrow:
+            return None
+        out = np.empty(spec.size, np.uint16)
+        if feedback.residual is None:
+            left, finite = None, ops.kernels.narrow(grad, self._brains, out)
+        else:
+            residual, grad, beta, gamma, _, left = ops.sources(feedback, grad)
+            finite = ops.kernels.narrow_sum(residual, grad, beta, gamma, self._brains, out, left)
+        return Fused((out.view(np.uint8),), left) if finite else None
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        if not ops.kernels.narrow:
+            return False
+        return ops.kernels.add_halves(total, ops.halves(payload[0]), self._brains, first, np.float32(divisor))
 
 
 @register("fp16")

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import PayloadError
+from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 
 # The 8-bit form keeps the exponents above this biased one, 127 of them: magnitudes 2**-108 to 2**18.
 LOWEST = 18
@@ -40,6 +43,8 @@ class Natural(Compressor):
         return Field("exponents", "uint8", spec.size), Field("signs", "uint8", (spec.size + 7) // 8)
 
     def compress(self, ops, x, spec, info, state):
+        if done := self.fused(ops, x, Feedback(None), spec, info, state):
+            return done.payload, state
         bits = ops.float_bits(x)
         draws = ops.random_words(info.private_key(spec.name, "natural"), spec.size) >> 9
         exponents = ((bits >> 23) & 255) + ops.as_int((bits & (2**23 - 1)) > draws)
@@ -49,11 +54,36 @@ class Natural(Compressor):
         codes = ops.where(codes < 0, 0, ops.where(codes > 127, 127, codes))
         return (ops.pack(codes + 128 * ops.as_int(x < 0), 8),), state
 
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if not ops.compiles(grad):
+            return None
+        sources, apart = ops.sources(feedback, grad), self.bits == 9
+        codes, signs = np.empty(spec.size, np.uint8), np.empty((spec.size + 7) // 8, np.uint8)
+        k0, k1 = info.private_key(spec.name, "natural")
+        for piece, x, left in ops.pieces(sources):
+            if apart:
+                signs[piece.start // 8 : (piece.stop + 7) // 8] = ops.pack_signs(x)
+            words = np.uint32((k0 + piece.start) % 2**32), np.uint32(k1)
+            if not ops.kernels.encode_powers(x, left, np.int32(0 if apart else LOWEST), apart, *words, codes[piece]):
+                return None
+        return Fused((codes, signs) if apart else (codes,), sources.unsent)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        if self.bits == 9:
+            return ops.kernels.add_powers(total, *payload, first, np.float32(divisor))
+        book = self._powers(ops, np.arange(256))
+        ops.kernels.add_book(total, payload[0], np.ones(1, np.float32), book, spec.size, first, np.float32(divisor))
+        return True
+
+    def _powers(self, ops, codes):
+        """What codes of 8 bits stand for."""
+        kept = codes & 127
+        return ops.bits_float((ops.where(kept > 0, kept + LOWEST, 0) << 23) | ((codes >> 7) << 31))
+
     def decompress(self, ops, payload, spec, info):
         codes = ops.unpack(payload[0], 8, spec.size)
         if self.bits == 9:
             if int(codes.max()) > 254:
                 raise PayloadError("has an exponent of Inf or NaN")
             return ops.bits_float(codes << 23) * ops.unpack_signs(payload[1], spec.size)
-        kept = codes & 127
-        return ops.bits_float((ops.where(kept > 0, kept + LOWEST, 0) << 23) | ((codes >> 7) << 31))
+        return self._powers(ops, codes)

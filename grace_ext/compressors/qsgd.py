@@ -6,10 +6,14 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
+from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
+
+#: So that norm / s times s does not overflow.
+LARGEST_NORM = LARGEST * 0.99999
 
 
 class _NormQuantizer(Compressor):
@@ -28,18 +32,40 @@ class _NormQuantizer(Compressor):
 
     def _scales(self, norms: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray]:
         """(float32 norms with hopeless ones set to zero, s / norm where there is one, else 0)."""
-        norms = np.minimum(norms, LARGEST * 0.99999).astype(np.float32)  # so that norm / s times s does not overflow
-        norms[norms < s / LARGEST * 1.0001] = 0
+        norms = np.minimum(norms, LARGEST_NORM).astype(np.float32)
+        norms[norms < smallest_norm(s)] = 0
         with np.errstate(divide="ignore"):
             return norms, np.where(norms > 0, np.float32(s) / norms, np.float32(0))
 
     def quantize(self, ops, x, s: int, spec, info):
         """The wire forms of the norms and of the codes."""
+        if done := self.quantize_compiled(ops, x, Feedback(None), s, spec, info):
+            return done.payload
         norms, scales = self._scales(ops.block_norms(x, self.bucket, 2), s)
         key = info.private_key(spec.name, "qsgd")
         codes = ops.round_randomly(x, ops.spread(scales, self.bucket, spec.size), s, key)
         codes = codes + ((x < 0) * (1 << (code_width(s) - 1)))
         return floats_to_bytes(ops, norms), ops.pack(codes, code_width(s))
+
+    def quantize_compiled(self, ops, grad, feedback, s: int, spec, info) -> Fused | None:
+        """`quantize` of what is to be compressed, and what that leaves of it; None where there are no kernels, or it is not finite."""
+        if not ops.compiles(grad):
+            return None
+        norms, codes = np.empty(blocks(spec.size, self.bucket)[1], np.float32), np.empty(code_bytes(spec.size, s), np.uint8)
+        key = map(np.uint32, info.private_key(spec.name, "qsgd"))
+        sources = ops.sources(feedback, grad)
+        limits = LARGEST_NORM, smallest_norm(s)
+        if not ops.kernels.quantize(*sources, self.bucket, code_width(s), *limits, np.int32(s), *key, norms, codes):
+            return None
+        return Fused((floats_to_bytes(ops, norms), codes), sources.unsent)
+
+    def add_levels(self, ops, total, norms, codes, s: int, spec, first: bool, divisor: int) -> bool:
+        """Adds what `dequantize` gives by a kernel; see add_compiled."""
+        units = floats_from_bytes(ops, norms, "norm") / np.float32(s)
+        with np.errstate(over="ignore"):
+            if not np.isfinite(units * np.float32(s)).all():
+                return False
+        return ops.kernels.add_levels(total, codes, units, self.bucket, code_width(s), np.int32(s), first, np.float32(divisor))
 
     def dequantize(self, ops, norms, codes, s: int, spec):
         """The elements. Raises PayloadError."""
@@ -51,6 +77,11 @@ class _NormQuantizer(Compressor):
             raise PayloadError(f"has a level above {s}")
         signed = ops.cast(levels * (1 - 2 * (codes >> (width - 1))), "float32")
         return signed * ops.spread(norms / np.float32(s), self.bucket, spec.size)
+
+
+def smallest_norm(s: int) -> np.float32:
+    """Where s / norm overflows below."""
+    return np.float32(s / LARGEST * 1.0001)
 
 
 def code_width(s: int) -> int:
@@ -101,6 +132,12 @@ class QSGD(_NormQuantizer):
 
     def compress(self, ops, x, spec, info, state):
         return self.quantize(ops, x, self.s, spec, info), state
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        return self.quantize_compiled(ops, grad, feedback, self.s, spec, info)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        return self.add_levels(ops, total, *payload, self.s, spec, first, divisor)
 
     def decompress(self, ops, payload, spec, info):
         return self.dequantize(ops, *payload, self.s, spec)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PayloadError
+from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 from .scales import floats_from_bytes, floats_to_bytes
 
 #: The five trits of each byte below 3**5, as elements in {-1, 0, 1}, lowest first.
@@ -41,14 +42,19 @@ class TernGrad(Compressor):
     def fields(self, spec):
         return Field("scale", "float32", 1), Field("trits", "uint8", -(-spec.size // 5))
 
+    def _scale(self, ops, x, largest: float, spec) -> float:
+        if not self.clip:
+            return largest
+        limit = self.clip * ops.block_norms(x, spec.size, 2)[0] / spec.size**0.5
+        return float(np.float32(limit)) if limit < largest else largest
+
     def compress(self, ops, x, spec, info, state):
-        magnitudes = abs(x)
-        scale = ops.largest(x)
-        if self.clip:
-            limit = self.clip * ops.block_norms(x, spec.size, 2)[0] / spec.size**0.5
-            if limit < scale:
-                scale = float(np.float32(limit))
-                magnitudes = ops.where(magnitudes > scale, scale, magnitudes)
+        if done := self.fused(ops, x, Feedback(None), spec, info, state):
+            return done.payload, state
+        largest = ops.largest(x)
+        scale, magnitudes = self._scale(ops, x, largest, spec), abs(x)
+        if scale < largest:
+            magnitudes = ops.where(magnitudes > scale, scale, magnitudes)
         chances = magnitudes / ops.spread(np.array([scale or 1.0]), spec.size, spec.size)
         draws = ops.random_words(info.private_key(spec.name, "terngrad"), spec.size) >> 8
         kept = ops.as_int(ops.cast(draws, "float32") < chances * 2.0**24)
@@ -56,6 +62,23 @@ class TernGrad(Compressor):
         codes = ops.concat([1 + kept * (1 - 2 * ops.as_int(x < 0)), padding])
         packed = sum(codes[i::5] * 3**i for i in range(5))
         return (floats_to_bytes(ops, np.array([scale])), ops.pack(packed, 8)), state
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if not ops.compiles(grad):
+            return None
+        sources = ops.sources(feedback, grad)
+        if (largest := ops.measured(sources)) is None:
+            return None
+        scale = self._scale(ops, sources.x, largest, spec)
+        trits = np.empty(-(-spec.size // 5), np.uint8)
+        key = map(np.uint32, info.private_key(spec.name, "terngrad"))
+        ops.kernels.encode_trits(sources.x, sources.left, np.float32(scale), *key, trits)
+        return Fused((floats_to_bytes(ops, np.array([scale])), trits), sources.unsent)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        values = np.zeros((256, 5), np.float32)
+        values[: len(TRITS)] = TRITS * floats_from_bytes(ops, payload[0], "scale")
+        return ops.kernels.add_trits(total, payload[1], values.reshape(-1), first, np.float32(divisor))
 
     def decompress(self, ops, payload, spec, info):
         scale = floats_from_bytes(ops, payload[0], "scale")

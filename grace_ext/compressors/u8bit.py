@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor, Field, Fused
 from .scales import blocks, floats_from_bytes, floats_to_bytes
 
 
@@ -19,6 +20,22 @@ def _book() -> np.ndarray:
 BOOK = _book()
 #: Where the nearest value of the book changes.
 EDGES = ((BOOK[1:].astype(np.float64) + BOOK[:-1]) / 2).astype(np.float32)
+
+
+def _table() -> tuple[np.uint32, np.ndarray]:
+    """(lowest, uint32[]) by which a kernel finds how many edges are <= a float in [0, 1]: with bits b = its own - lowest, 0 at least, that
+    is (table[b >> 16] + b % 2^16) >> 16. Among floats of the same upper 16 bits there is one edge at most."""
+    edges = EDGES.view(np.uint32).astype(np.int64)
+    lowest = edges[0] >> 16 << 16
+    starts = np.arange(lowest, np.float32(1).view(np.uint32) + 1, 2**16)
+    below, through = (np.searchsorted(edges, ends, side="left") for ends in (starts, starts + 2**16))
+    to_edge = np.where(through > below, edges[np.minimum(below, len(edges) - 1)] - starts, 2**16)
+    return np.uint32(lowest), ((below << 16) + 2**16 - to_edge).astype(np.uint32)
+
+
+#: What codes stand for, the sign on top.
+SIGNED_BOOK = np.concatenate([BOOK, -BOOK])
+LOWEST, TABLE = _table()
 
 
 @register("u8bit")
@@ -45,14 +62,31 @@ class U8Bit(Compressor):
         return Field("scales", "float32", blocks(spec.size, self.block)[1]), Field("codes", "uint8", spec.size)
 
     def compress(self, ops, x, spec, info, state):
+        if done := self.fused(ops, x, Feedback(None), spec, info, state):
+            return done.payload, state
         block, _ = blocks(spec.size, self.block)
         scales = ops.block_norms(x, block, np.inf)
         relative = abs(x) / ops.spread(np.where(scales > 0, scales, 1.0), block, spec.size)
         codes = ops.search(EDGES, relative) + 128 * ops.as_int(x < 0)
         return (floats_to_bytes(ops, scales), ops.pack(codes, 8)), state
 
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if not ops.compiles(grad):
+            return None
+        sources, (block, number) = ops.sources(feedback, grad), blocks(spec.size, self.block)
+        if (largest := ops.measured(sources)) is None:
+            return None
+        scales = np.array([largest]) if number == 1 else ops.block_norms(sources.x, block, np.inf)
+        codes, units = np.empty(spec.size, np.uint8), scales.astype(np.float32)
+        ops.kernels.encode_book(sources.x, sources.left, units, block, TABLE, LOWEST, BOOK, codes)
+        return Fused((floats_to_bytes(ops, scales), codes), sources.unsent)
+
+    def add_compiled(self, ops, total, payload, spec, first, divisor):
+        scales = floats_from_bytes(ops, payload[0], "scale")
+        ops.kernels.add_book(total, payload[1], scales, SIGNED_BOOK, blocks(spec.size, self.block)[0], first, np.float32(divisor))
+        return True
+
     def decompress(self, ops, payload, spec, info):
         block, _ = blocks(spec.size, self.block)
         scales = floats_from_bytes(ops, payload[0], "scale")
-        book = ops.upload(np.concatenate([BOOK, -BOOK]))
-        return book[ops.unpack(payload[1], 8, spec.size)] * ops.spread(scales, block, spec.size)
+        return ops.upload(SIGNED_BOOK)[ops.unpack(payload[1], 8, spec.size)] * ops.spread(scales, block, spec.size)

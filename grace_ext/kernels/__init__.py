@@ -60,11 +60,17 @@ def load() -> SimpleNamespace:
     if not known:
         print("grace_ext: compiling kernels, once on this machine (up to 20 s) ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    from . import bits, elementwise, random, select
-    from .compile import Kernel
+    from . import bits, codes, elementwise, levels, random, select
+    from .compile import Kernel, converts_halves
+
+    modules = [bits, codes, elementwise, levels, random, select]
+    if converts_halves():
+        from . import half
+
+        modules.append(half)
 
     if not known:
         compiled.touch()
         print(f"grace_ext: compiled in {time.perf_counter() - start:.0f} s, kept in {folder()}", file=sys.stderr, flush=True)
-    every = [item for module in (bits, elementwise, random, select) for item in vars(module).items()]
-    return SimpleNamespace(**{name: value for name, value in every if isinstance(value, Kernel)})
+    every = [item for module in modules for item in vars(module).items()]
+    return SimpleNamespace(**{"narrow": None, **{name: value for name, value in every if isinstance(value, Kernel)}})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import config, njit, types
 from numba.core.dispatcher import Dispatcher as Kernel  # noqa: F401  (what `kernel` makes)
 from numba.extending import intrinsic
@@ -13,7 +14,8 @@ from numba.extending import intrinsic
 from . import folder
 
 # Arguments. Arrays that a kernel only reads may be read-only ones: what a transport or TensorFlow owns.
-f32, f64, i64, u32, u8, flag = types.float32, types.float64, types.int64, types.uint32, types.uint8, types.boolean
+f32, f64, flag = types.float32, types.float64, types.boolean
+i32, i64, u8, u16, u32 = types.int32, types.int64, types.uint8, types.uint16, types.uint32
 
 
 def read(dtype: Any) -> Any:
@@ -37,6 +39,11 @@ def kernel(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
             config.CACHE_DIR = before
 
     return compiled
+
+
+def converts_halves() -> bool:
+    """Whether this processor converts half precision in vector instructions."""
+    return platform.machine().lower() in ("arm64", "aarch64") or bool(binding.get_host_cpu_features().get("f16c"))
 
 
 #: For small functions that kernels call.

@@ -2,17 +2,24 @@
 
 Magnitudes are compared as integers: the bits of floats without their sign are ordered as the floats are, with Inf and NaN on top, and
 integer comparisons become vector instructions. Loops run over slices from 0 to their length: only then are negative indices ruled out, and
-with them what keeps a loop from becoming vector instructions.
+with them what keeps a loop from becoming vector instructions. Operations on two uint32 give a uint64 in numba; what is cut back at once
+stays in vectors of 32 bits.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .compile import bits_of, f32, f64, float_of, i64, kernel, read, write
+from .compile import bits_of, f32, f64, float_of, i64, inlined, kernel, read, write
 
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 PIECE = 2048  # elements that stay in the first-level cache while they are looked at again
+
+
+@inlined
+def magnitude(x):
+    """uint32: the bits of |x|."""
+    return np.uint32(bits_of(x) & MAGNITUDE)
 
 
 @kernel(read(f32), read(f32), f32, f32, write(f32))
@@ -22,7 +29,7 @@ def compensate(residual, grad, beta, gamma, out):
     for j in range(len(out)):
         total = beta * residual[j] + gamma * grad[j]
         out[j] = total
-        most = max(most, bits_of(total) & MAGNITUDE)
+        most = max(most, magnitude(total))
     return most < INFINITY
 
 
@@ -33,7 +40,7 @@ def most(x):
     for start in range(0, len(x), PIECE):
         piece = x[start : start + PIECE]
         for j in range(len(piece)):
-            found = max(found, bits_of(piece[j]) & MAGNITUDE)
+            found = max(found, magnitude(piece[j]))
         if found >= INFINITY:
             break
     return found
@@ -50,14 +57,22 @@ def block_sums(x, block, out):
         out[b] = total
 
 
-@kernel(read(f32), i64, write(f64), fastmath={"reassoc"})
+@kernel(read(f32), fastmath={"reassoc"})
+def squares(x):
+    """The sum of x_j^2, in float64."""
+    total = 0.0
+    for j in range(len(x)):
+        total += np.float64(x[j]) * np.float64(x[j])
+    return total
+
+
+@kernel(read(f32), i64, write(f64))
 def block_squares(x, block, out):
     """out_b = the sum of x_j^2 over block b, in float64."""
     for b in range(len(out)):
         total = 0.0
-        piece = x[b * block : (b + 1) * block]
-        for j in range(len(piece)):
-            total += np.float64(piece[j]) * np.float64(piece[j])
+        for at in range(b * block, min((b + 1) * block, len(x)), PIECE):
+            total += squares(x[at : min(at + PIECE, (b + 1) * block)])
         out[b] = total
 
 
@@ -68,7 +83,7 @@ def block_largest(x, block, out):
         found = np.uint32(0)
         piece = x[b * block : (b + 1) * block]
         for j in range(len(piece)):
-            found = max(found, bits_of(piece[j]) & MAGNITUDE)
+            found = max(found, magnitude(piece[j]))
         out[b] = float_of(found)
 
 

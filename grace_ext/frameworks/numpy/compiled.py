@@ -13,13 +13,12 @@ from ... import kernels
 from ...ops import Feedback
 from ...rng import Key
 from .ops import NumpyOps
+from .quantizing import STRETCH, QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
 SMALL = 16384
 #: Elements of a sample; the threshold that it gives is meant to leave this many standard deviations more than is wanted.
 SAMPLE, MARGIN = 8192, 4.0
-#: Elements that are worked on at a time where several operations look at them; a multiple of 8.
-STRETCH = 1 << 16
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 SMALLEST = float(TINY.view(np.float32))
@@ -35,7 +34,7 @@ def host_ops(border: type[Host]) -> Host:
     return type("Compiled" + border.__name__, bases, {})()
 
 
-class CompiledOps(NumpyOps):
+class CompiledOps(QuantizingOps):
     """As NumpyOps, bit for bit. Keeps the arrays of a state that is over for the next one: fresh memory costs more than a pass over it."""
 
     def __init__(self) -> None:
@@ -269,11 +268,6 @@ class CompiledOps(NumpyOps):
         out = np.empty(count, np.int64)
         self.kernels.random_words(np.uint32(key[0]), np.uint32(key[1]), out)
         return out
-
-
-def stretches(size: int) -> list[slice]:
-    """Pieces that stay in the second-level cache while several operations look at them."""
-    return [slice(start, min(start + STRETCH, size)) for start in range(0, size, STRETCH)]
 
 
 def sample_step(size: int) -> int:

@@ -1,0 +1,169 @@
+"""Quantizers whose codes are about a byte an element: terngrad, natural, u8bit.
+
+Where `left` has elements it is the same array as x, and what is sent is taken from it, piece by piece, while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compile import f32, flag, float_of, i32, i64, kernel, read, u8, u32, write
+from .elementwise import INFINITY, PIECE, magnitude
+from .random import word
+
+S8, S9, S16, S23 = np.uint32(8), np.uint32(9), np.uint32(16), np.uint32(23)
+MANTISSA, LOW16 = np.uint32(2**23 - 1), np.uint32(2**16 - 1)
+TRITS = 5 * 512  # elements of a piece of terngrad, whole bytes
+
+
+@kernel(read(f32), write(f32), f32, u32, u32, write(u8))
+def encode_trits(x, left, scale, k0, k1, out):
+    """-1, 0 or 1 for each element, limited to `scale` and rounded at random; five in a byte."""
+    room = np.empty(TRITS, np.int32)
+    unit = scale if scale > 0 else np.float32(1)
+    for at in range(0, len(x), TRITS):
+        piece, base = x[at : at + TRITS], np.uint32(k0 + at)
+        trits = room[: len(piece)]
+        for j in range(len(trits)):
+            chance = min(abs(piece[j]), scale) / unit
+            draw = np.float32(np.int32(word(j, base, k1) >> S8))
+            one = np.int32(draw < chance * np.float32(2**24))
+            trits[j] = np.int32(-one if piece[j] < 0 else one)
+        if len(left):
+            rest = left[at : at + TRITS]
+            for j in range(len(rest)):
+                rest[j] -= np.float32(trits[j]) * scale
+        into = out[at // 5 :]
+        whole = len(trits) // 5
+        for j in range(whole):
+            t = trits[5 * j : 5 * j + 5]
+            into[j] = (t[0] + 1) + 3 * (t[1] + 1) + 9 * (t[2] + 1) + 27 * (t[3] + 1) + 81 * (t[4] + 1)
+        if whole * 5 < len(trits):
+            byte, power = 0, 1
+            for j in range(whole * 5, len(trits)):
+                byte += (trits[j] + 1) * power
+                power *= 3
+            into[whole] = byte
+
+
+@kernel(write(f32), read(u8), read(f32), flag, f32)
+def add_trits(total, data, values, first, divisor):
+    """total_j += the value of trit j, and divided in the end; `values` has five for each byte. With `first`, total is taken for zero.
+    Returns False, with nothing done, where a byte is no five trits."""
+    most = np.uint8(0)
+    for at in range(len(data)):
+        most = max(most, data[at])
+    if most >= 243:
+        return False
+    for at in range(0, len(total), TRITS):
+        piece, codes = total[at : at + TRITS], data[at // 5 :]
+        if first:
+            for j in range(len(piece)):
+                piece[j] = 0
+        whole = len(piece) // 5
+        for j in range(whole):
+            for k in range(5):
+                piece[5 * j + k] += values[5 * np.int64(codes[j]) + k]
+        for j in range(whole * 5, len(piece)):
+            piece[j] += values[5 * np.int64(codes[whole]) + j - whole * 5]
+        if divisor != 1:
+            for j in range(len(piece)):
+                piece[j] /= divisor
+    return True
+
+
+@kernel(read(f32), write(f32), i32, flag, u32, u32, write(u8))
+def encode_powers(x, left, lowest, wide, k0, k1, out):
+    """Exponents rounded at random. With `wide`, all of them, and the signs are sent apart; else those above `lowest`, 127 at most, with the
+    sign on top. Returns whether all of x is finite."""
+    most = np.uint32(0)
+    for at in range(0, len(x), PIECE):
+        end = min(at + PIECE, len(x))
+        piece, base, codes = x[at:end], np.uint32(k0 + at), out[at:end]
+        for j in range(len(piece)):
+            bits = magnitude(piece[j])
+            most = max(most, bits)
+            up = np.int32(np.uint32(bits & MANTISSA) > np.uint32(word(j, base, k1) >> S9))
+            code = np.int32(np.int32(bits >> S23) + up)
+            kept = min(max(np.int32(code - lowest), np.int32(0)), np.int32(127))
+            codes[j] = min(code, np.int32(254)) if wide else np.int32(kept | (np.int32(128) if piece[j] < 0 else np.int32(0)))
+        if len(left):
+            rest = left[at:end]
+            for j in range(len(rest)):
+                code = np.uint32(codes[j])
+                if not wide:
+                    kept = np.uint32(code & np.uint32(127))
+                    code = np.uint32(kept + np.uint32(lowest)) if kept else np.uint32(0)
+                value = float_of(np.uint32(code << S23))
+                rest[j] -= value if rest[j] >= 0 else -value
+    return most < INFINITY
+
+
+@kernel(write(f32), read(u8), read(u8), flag, f32)
+def add_powers(total, codes, signs, first, divisor):
+    """total_j += 2^(code - 127), negative where the sign bit is 0 (with `first`, 0 + that), and divided in the end. Returns whether all
+    codes are exponents of numbers."""
+    room = np.empty(PIECE, np.uint32)
+    for at in range(0, len(total), PIECE):
+        end = min(at + PIECE, len(total))
+        piece, exponents, data = total[at:end], codes[at:end], signs[at // 8 :]
+        most = np.uint8(0)
+        for j in range(len(piece)):
+            most = max(most, exponents[j])
+        if most > 254:
+            return False
+        for b in range((len(piece) + 7) // 8):
+            byte = np.uint32(~data[b])
+            for bit in range(8):
+                room[8 * b + bit] = np.uint32(np.uint32(byte << np.uint32(31 - bit)) & np.uint32(0x80000000))
+        minus = room[: len(piece)]
+        for j in range(len(piece)):
+            value = float_of(np.uint32(np.uint32(np.uint32(exponents[j]) << S23) | minus[j]))
+            piece[j] = (np.float32(0) if first else piece[j]) + value
+        if divisor != 1:
+            for j in range(len(piece)):
+                piece[j] /= divisor
+    return True
+
+
+@kernel(read(f32), write(f32), read(f32), i64, read(u32), u32, read(f32), write(u8))
+def encode_book(x, left, scales, block, table, lowest, book, out):
+    """The place in the book of |x_j| / scales[j // block], with 128 on top where x_j < 0. `table` says it for the quotient's upper 16 bits,
+    from `lowest` on (see u8bit). In loops of their own, the others become vector instructions around the look-ups, which do not."""
+    quotients, entries, values = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32), np.empty(PIECE, np.float32)
+    for b in range(len(scales)):
+        unit = scales[b] if scales[b] > 0 else np.float32(1)
+        last = min((b + 1) * block, len(x))
+        for at in range(b * block, last, PIECE):
+            end = min(at + PIECE, last)
+            piece, codes, q, entry = x[at:end], out[at:end], quotients[: end - at], entries[: end - at]
+            for j in range(len(q)):
+                q[j] = max(magnitude(piece[j] / unit), lowest) - lowest
+            for j in range(len(q)):
+                entry[j] = table[np.uint32(q[j] >> S16)]
+            for j in range(len(q)):
+                place = np.uint32(np.uint32(entry[j] + np.uint32(q[j] & LOW16)) >> S16)
+                entry[j] = place
+                codes[j] = place | (np.uint32(128) if piece[j] < 0 else np.uint32(0))
+            if len(left):
+                rest, sent = left[at:end], values[: end - at]
+                for j in range(len(rest)):
+                    sent[j] = book[entry[j]]
+                for j in range(len(rest)):
+                    value = sent[j] * scales[b]
+                    rest[j] -= -value if rest[j] < 0 else value
+
+
+@kernel(write(f32), read(u8), read(f32), read(f32), i64, flag, f32)
+def add_book(total, codes, scales, book, block, first, divisor):
+    """total_j += book[code j] scales[j // block] (with `first`, 0 + that), and divided in the end."""
+    for b in range(len(scales)):
+        last = min((b + 1) * block, len(total))
+        for at in range(b * block, last, PIECE):
+            end = min(at + PIECE, last)
+            piece, places = total[at:end], codes[at:end]
+            for j in range(len(piece)):
+                piece[j] = (np.float32(0) if first else piece[j]) + book[places[j]] * scales[b]
+            if divisor != 1:
+                for j in range(len(piece)):
+                    piece[j] /= divisor
