@@ -17,6 +17,8 @@ import torch_mnist  # noqa: E402
 
 #: Steps for which examples are drawn beforehand.
 MOST_STEPS = 20_000
+#: The mean of so many evaluations in a row must reach the target: one by itself may be lucky.
+SMOOTH = 3
 
 
 class Task:
@@ -67,11 +69,11 @@ class Task:
 
 
 class MnistCNN(Task):
-    """The network of PyTorch's basic MNIST example (1.2 million parameters, nearly all in one layer), on the digits of the examples: 3,000
-    to train on, 1,000 for the score."""
+    """The network of PyTorch's basic MNIST example without its dropout (1.2 million parameters, nearly all in one layer), on the digits of
+    the examples: 3,000 to train on, 1,000 for the score."""
 
-    name, unit, higher_is_better, target = "mnist-cnn", "test accuracy, %", True, 95.0
-    batch, lr, rates, rise, optimizer = 8, 0.02, (0.005, 0.01, 0.02, 0.05), 20, "SGD(momentum=0.9)"
+    name, unit, higher_is_better, target = "mnist-cnn", "test accuracy, %", True, 93.0
+    batch, lr, rates, rise, optimizer = 8, 0.01, (0.005, 0.01, 0.02), 20, "SGD(momentum=0.9)"
 
     def __init__(self) -> None:
         self.images, self.labels, test_images, test_labels = torch_mnist.load()
@@ -79,8 +81,8 @@ class MnistCNN(Task):
 
     def make_model(self) -> nn.Module:
         return nn.Sequential(
-            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),
-            nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
+            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10),
         )  # fmt: skip
 
     def make_optimizer(self, model, lr):
@@ -127,8 +129,9 @@ class CharTransformer(Task):
     """A character-level Transformer (4 layers of width 256, 3.2 million parameters) on the English text that Python's help() prints; its
     last tenth is held out, and 64 windows spread over that are the score."""
 
-    name, unit, higher_is_better, target = "char-transformer", "validation bits per character", False, 3.0
-    batch, lr, rates, rise, optimizer = 2, 5e-4, (2.5e-4, 5e-4, 1e-3), 20, "AdamW(betas=(0.9, 0.99))"
+    name, unit, higher_is_better, target = "char-transformer", "validation bits per character", False, 3.2
+    batch, lr, rates, rise, optimizer = 1, 5e-4, (2.5e-4, 5e-4, 1e-3), 20, "AdamW(betas=(0.9, 0.99))"
+    every = 20
     d, layers, heads, context, windows = 256, 4, 4, 128, 64
 
     def __init__(self) -> None:
