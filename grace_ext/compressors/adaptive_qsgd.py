@@ -14,6 +14,9 @@ from . import register
 from .base import Field
 from .qsgd import _NormQuantizer, bucket_knob, code_bytes
 
+#: Elements that are worked on at a time where several operations look at them.
+PIECE = 1 << 16
+
 
 class _Adaptive(_NormQuantizer):
     """Shared: the levels are in the state, which changes with the aggregate only, and travel in the payload, so decoding needs no state."""
@@ -115,7 +118,8 @@ def _mean_to_spread(ops, x) -> float | None:
     mean = ops.total(x) / len(x)
     if not math.isfinite(mean):
         return None
-    spread = float(ops.block_norms(ops.cast(x, "float64") - mean, len(x), 2)[0]) / len(x) ** 0.5
+    pieces = (ops.cast(x[at : at + PIECE], "float64") - mean for at in range(0, len(x), PIECE))
+    spread = math.hypot(*(ops.block_norms(piece, len(piece), 2)[0] for piece in pieces)) / len(x) ** 0.5
     if not math.isfinite(spread) or spread <= 1e-6 * abs(mean):
         return None
     return abs(mean) / spread
