@@ -5,6 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
+#: Multiples of a memory copy, at most: encoding with error feedback, and decoding for each rank; or (last) all in all.
+LOCAL: dict[str, tuple[float, float | None]] = {
+    "threshold": (3, 1), "topk": (5, 1), "randomk": (3, 1), "dgc": (4, 1), "sidco": (4, 1), "fp16": (4, 2), "bf16": (4, 2),
+    "signsgd": (4, 2), "efsignsgd": (4, 2), "onebit": (4, 2), "terngrad": (6, 3), "natural": (6, 3), "qsgd(bits=8)": (6, 3),
+    "u8bit": (6, 3), "powersgd(rank=4) + residual": (14, None),
+}  # fmt: skip
 #: Time relative to dense Horovod in the same cell, at most.
 RELATIVE = {
     "resnet50/1gbit/2": {
@@ -32,6 +38,20 @@ class Row(NamedTuple):
     @property
     def met(self) -> bool:
         return self.measured is not None and (self.measured <= self.target if self.most else self.measured >= self.target)
+
+
+def of_local(rows: list[dict[str, Any]]) -> list[Row]:
+    """Of local.py."""
+    made = []
+    for row in rows:
+        if row["asked"] in LOCAL:
+            encode, decode = LOCAL[row["asked"]]
+            where = f"{row['elements']:,} elements"
+            what = "encode" if decode else "all"
+            made.append(Row(where, f"{row['asked']}: {what} / copy", encode, True, row["encode"]))
+            if decode:
+                made.append(Row(where, f"{row['asked']}: decode a rank / copy", decode, True, row["decode"]))
+    return made
 
 
 def of_exchange(results: dict[str, Any]) -> list[Row]:

@@ -51,7 +51,8 @@ def number(value: float | None) -> str:
 # --- targets ---------------------------------------------------------------------------------------------------------
 def targets_section(found: dict[str, Any]) -> list[str]:
     """found: all results by name."""
-    rows = targets.of_exchange(found["exchange"]) if "exchange" in found else []
+    rows = targets.of_local(found["bench"]["rows"]) if "bench" in found else []
+    rows += targets.of_exchange(found["exchange"]) if "exchange" in found else []
     rows += targets.of_accuracy(found["time_to_accuracy"]["rows"]) if "time_to_accuracy" in found else []
     if not rows:
         return []
@@ -136,6 +137,21 @@ def accuracy_section(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def local_section(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## One gradient on one rank", "", *origin(found, "python benchmarks/local.py"),
+        "Each part with its natural memory, in multiples of a copy of the same gradient, measured beside it. Encoding includes error feedback;",
+        "decoding is for each rank's payload, or once where the network adds them up. Parts with rounds of their own have all under encode.",
+        "Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench` measures your machine.", "",
+    ]  # fmt: skip
+    rows = [
+        (f"`{row['spec']}`", f"{row['elements']:,}", f"{row['encode']:.1f}", f"{row['decode']:.1f}" if row["decode"] else "-",
+         number(row["bytes_per_element"]), number(row["error"]))
+        for row in found["rows"]
+    ]  # fmt: skip
+    return lines + table(["parts", "elements", "encode", "decode a rank", "bytes an element", "error"], rows)
+
+
 def plain_section(title: str, command: str) -> Callable[[dict[str, Any]], list[str]]:
     """A section for results that are a head and a list of flat rows."""
 
@@ -149,7 +165,7 @@ def plain_section(title: str, command: str) -> Callable[[dict[str, Any]], list[s
 
 
 SECTIONS = {
-    "bench": plain_section("One tensor on one rank", "grace-ext bench --json"),
+    "bench": local_section,
     "exchange": exchange_section,
     "time_to_accuracy": accuracy_section,
     "memory": plain_section("Memory", "python benchmarks/memory.py"),
