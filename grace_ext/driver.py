@@ -64,6 +64,7 @@ class Bucket:
         self.waiting: list[str] = []
         self.turn = 0
         self.missing = len(specs)  # gradients that are still to come in this step
+        self.buffers: list[Array] = []  # of its collectives in this step
         self.outputs: dict[str, Any] = {}
         self.states: dict[str, dict[str, Array]] = {}
         self.finite = True  # on every rank
@@ -245,6 +246,8 @@ class Driver:
             collectives = bucket.running.send(results)
         except StopIteration as stop:
             bucket.running = None
+            if results:
+                results.clear()  # views of the buffers, which are given back
             self._take(bucket, *stop.value)
             return
         bucket.turn += 1
@@ -254,6 +257,7 @@ class Driver:
             name = f"{self.prefix}/{bucket.number}/{bucket.turn}/{collective.label}"
             bucket.waiting.append(name)
             self._bytes += collective.nbytes
+            bucket.buffers.append(collective.array)
             yield Start(name, collective)
 
     def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:
@@ -269,6 +273,8 @@ class Driver:
                 bucket.outputs[spec.name] = gradient
             else:
                 bucket.outputs[spec.name] = self.ops.emit(output, spec)
+        del output
+        self.ops.recycle(bucket.buffers)
 
     def _commit(self) -> dict[str, Any]:
         outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
@@ -302,7 +308,7 @@ class Driver:
         self._info: StepInfo | None = None
         for bucket in self.buckets:
             bucket.running, bucket.waiting, bucket.turn, bucket.missing = None, [], 0, len(bucket.specs)
-            bucket.outputs, bucket.states, bucket.finite = {}, {}, True
+            bucket.buffers, bucket.outputs, bucket.states, bucket.finite = [], {}, {}, True
 
     def _step_info(self) -> StepInfo:
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())

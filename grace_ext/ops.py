@@ -106,6 +106,13 @@ class Ops(ABC):
     def as_int(self, x: Array) -> Array:
         """int64 of floats that are whole numbers, or of booleans."""
 
+    def mean_of_wire(self, pieces: Sequence[Array], dtype: str, divisor: int) -> Array:
+        """uint8: the wire form of the sum of floats in theirs, added in this order in float32 (or wider), divided, and rounded once."""
+        total = self.from_bytes(pieces[0], dtype)
+        for piece in pieces[1:]:
+            total = total + self.from_bytes(piece, dtype)
+        return self.to_bytes(total / divisor, dtype)
+
     # --- questions about values -------------------------------------------------------------------------------------
     @abstractmethod
     def all_finite(self, x: Array) -> bool: ...

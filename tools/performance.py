@@ -140,9 +140,10 @@ def accuracy_section(found: dict[str, Any]) -> list[str]:
 def local_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "## One gradient on one rank", "", *origin(found, "python benchmarks/local.py"),
-        "Each part with its natural memory, in multiples of a copy of the same gradient, measured beside it. Encoding includes error feedback;",
-        "decoding is for each rank's payload, or once where the network adds them up. Parts with rounds of their own have all under encode.",
-        "Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench` measures your machine.", "",
+        "Each part with its natural memory, in multiples of a copy of the same gradient, measured beside it. Encoding includes error",
+        "feedback; decoding is for each rank's payload, or once where the network adds them up. Parts with rounds of their own",
+        "have all under encode. Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench` measures",
+        "your machine.", "",
     ]  # fmt: skip
     rows = [
         (f"`{row['spec']}`", f"{row['elements']:,}", f"{row['encode']:.1f}", f"{row['decode']:.1f}" if row["decode"] else "-",

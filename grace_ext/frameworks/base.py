@@ -77,10 +77,11 @@ def ordered_sum(transport: Transport, collective: Collective) -> Carried:
     bounds = [ITEMSIZE[dtype] * (count * rank // size) for rank in range(size + 1)]
     sizes = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     pieces = yield Collective("alltoall", data, collective.label + ".scatter", sizes=sizes)
-    share = rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces])
-    if dtype not in INTEGERS:
-        share = share / collective.divisor
-    gather = Collective("allgather", ops.to_bytes(share, dtype), collective.label + ".gather", sizes=sizes)
+    if dtype in INTEGERS:
+        share = ops.to_bytes(rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces]), dtype)
+    else:
+        share = ops.mean_of_wire(pieces, dtype, collective.divisor)
+    gather = Collective("allgather", share, collective.label + ".gather", sizes=sizes)
     gathered = yield from transport.carry(gather)
     return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered] if dtype in INTEGERS else gathered)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ... import kernels
 from ...ops import Feedback
+from ...parts import ITEMSIZE
 from ...rng import Key
 from .ops import NumpyOps
 from .quantizing import STRETCH, QuantizingOps, stretches
@@ -19,6 +20,8 @@ from .quantizing import STRETCH, QuantizingOps, stretches
 SMALL = 16384
 #: Elements of a sample; the threshold that it gives is meant to leave this many standard deviations more than is wanted.
 SAMPLE, MARGIN = 8192, 4.0
+#: Elements above which the buffers of collectives are kept for the next step.
+LARGE = 1 << 18
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 SMALLEST = float(TINY.view(np.float32))
@@ -35,20 +38,21 @@ def host_ops(border: type[Host]) -> Host:
 
 
 class CompiledOps(QuantizingOps):
-    """As NumpyOps, bit for bit. Keeps the arrays of a state that is over for the next one: fresh memory costs more than a pass over it."""
+    """As NumpyOps, bit for bit. Keeps arrays of a state that is over, and of collectives, for the next: fresh memory costs more than a
+    pass over it."""
 
     def __init__(self) -> None:
         self.kernels = kernels.load()
-        self._spare: dict[int, list[np.ndarray]] = {}
+        self._spare: dict[tuple[int, str], list[np.ndarray]] = {}
         # What `empty` handed out: only that is taken back, so that no more is kept than was once in use at a time.
         self._own: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     # --- memory -----------------------------------------------------------------------------------------------------
-    def empty(self, size: int) -> np.ndarray:
-        spare = self._spare.get(size)
+    def empty(self, size: int, dtype: str = "float32") -> np.ndarray:
+        spare = self._spare.get((size, dtype))
         if spare:
             return spare.pop()
-        array = np.empty(size, np.float32)
+        array = np.empty(size, dtype)
         self._own[id(array)] = array
         return array
 
@@ -57,7 +61,7 @@ class CompiledOps(QuantizingOps):
             array = arrays.pop()
             # Two references: `array`, and the argument of getrefcount. A view of it would be a third.
             if sys.getrefcount(array) == 2 and self._own.get(id(array)) is array:
-                self._spare.setdefault(array.size, []).append(array)
+                self._spare.setdefault((array.size, array.dtype.name), []).append(array)
 
     def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
         if dtype != "float32":
@@ -65,6 +69,20 @@ class CompiledOps(QuantizingOps):
         array = self.empty(size)
         array.fill(0)
         return array
+
+    def concat(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        size, dtype = sum(array.size for array in arrays), arrays[0].dtype
+        if size < LARGE or any(array.dtype != dtype for array in arrays):
+            return super().concat(arrays)
+        return np.concatenate(arrays, out=self.empty(size, dtype.name))
+
+    def mean_of_wire(self, pieces: Sequence[np.ndarray], dtype: str, divisor: int) -> np.ndarray:
+        item = ITEMSIZE[dtype]
+        out = np.empty(pieces[0].size, np.uint8)
+        for piece in stretches(out.size // item):  # floats twice as large, and their sums, stay in the cache
+            part = slice(item * piece.start, item * piece.stop)
+            out[part] = super().mean_of_wire([data[part] for data in pieces], dtype, divisor)
+        return out
 
     # --- questions about values -------------------------------------------------------------------------------------
     def all_finite(self, x: np.ndarray) -> bool:
