@@ -115,24 +115,37 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     )
 
 
-def tune(task: Task, seconds: float) -> None:
-    """Steps to the target for each rate, in this process: the batches of all ranks at once have the gradient of dense averaging."""
-    for lr in task.rates:
-        torch.manual_seed(0)
-        model, began = task.make_model(), time.monotonic()
-        optimizer, scores = task.make_optimizer(model, lr), []
-        for number, batches in enumerate(zip(*(task.batches(0, rank, RANKS) for rank in range(RANKS)), strict=True), 1):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, number / task.rise)
-            optimizer.zero_grad()
-            task.loss(model, torch.cat(batches)).backward()
-            optimizer.step()
-            if number % task.every == 0:
-                scores.append(task.score(model, 0, 1))
-                mean = sum(scores[-SMOOTH:]) / len(scores[-SMOOTH:])
-                if (task.reached(mean) and len(scores) >= SMOOTH) or time.monotonic() - began > seconds:
-                    break
-        console.print(f"{task.name:17} rate {lr:<8g} {number:5} steps, {task.unit} {mean:.3f}, target {task.target:g}")
+def tune(task: Task, lr: float, seed: int, seconds: float) -> dict[str, Any]:
+    """Dense training in this process: the batches of all ranks together have the gradient of dense averaging."""
+    torch.manual_seed(seed)
+    model, began = task.make_model(), time.monotonic()
+    optimizer, scores = task.make_optimizer(model, lr), []
+    shares = (task.batches(seed, rank, RANKS) for rank in range(RANKS))
+    for number, batches in enumerate(zip(*shares, strict=True), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, number / task.rise)
+        optimizer.zero_grad()
+        task.loss(model, torch.cat(batches)).backward()
+        optimizer.step()
+        if number % task.every == 0:
+            scores.append(task.score(model, 0, 1))
+            mean = sum(scores[-SMOOTH:]) / len(scores[-SMOOTH:])
+            reached = len(scores) >= SMOOTH and task.reached(mean)
+            if reached or time.monotonic() - began > seconds:
+                break
+    return {"task": task.name, "lr": lr, "seed": seed, "steps": number, "reached": reached, "score": round(mean, 3)}
+
+
+def tune_all(tasks: dict[str, Task], seeds: list[int] | None, limit: float, out: Path | None) -> None:
+    """Steps to the target with every rate."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, task in tasks.items():
+        for lr, seed in ((lr, seed) for lr in task.rates for seed in seeds or SEEDS[name]):
+            rows.append(tune(task, lr, seed, limit))
+            console.print(f"{name:17} rate {lr:<8g} seed {seed} {rows[-1]['steps']:5} steps, {task.unit} {rows[-1]['score']}")
+            if out:
+                out.write_text(json.dumps({**record.stamp(), "rows": rows}, indent=1) + "\n")
 
 
 def main(
@@ -143,14 +156,11 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="the small network, one seed, few compressors")] = False,
     tuning: Annotated[bool, typer.Option("--tune", help="look for the learning rate of dense training")] = False,
     again: Annotated[bool, typer.Option("--again", help="forget what --out has")] = False,
-    out: Annotated[Path | None, typer.Option(help="by default benchmarks/results/time_to_accuracy.json, with --quick none")] = None,
+    out: Annotated[Path | None, typer.Option(help="by default benchmarks/results/time_to_accuracy.json; none of --quick, --tune")] = None,
 ) -> None:
     chosen = {name: TASKS[name]() for name in tasks or (["mnist-cnn"] if quick else TASKS)}
     if tuning:
-        torch.set_num_threads(1)
-        for task in chosen.values():
-            tune(task, limit)
-        return
+        return tune_all(chosen, seeds, limit, out)
     results = Results(out or (None if quick else RESULTS), chosen, again)
     jobs = [
         {"task": name, "spec": natural(spec, task), "seed": seed, "limit": limit}
