@@ -201,6 +201,8 @@ def check_values(g, dtype: str, expected, old: Arrays, new: Arrays, grad: np.nda
     if "residual" in new and g.memory.name != "cser":
         error = values + new["residual"] - compensated
         limit = 0.0 if _exact(g, dtype) else ULP * np.abs(compensated - values) + 1e-44
+        if not g.compressor.deterministic_bytes:  # a product of matrices is taken away without being made, and rounds otherwise
+            limit = 4 * ULP * (np.abs(compensated) + np.abs(values))
         assert (np.abs(error) <= limit).all(), (sent.name, sent.rank)
 
 
