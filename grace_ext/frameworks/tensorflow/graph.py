@@ -44,6 +44,7 @@ class HorovodTransport(Transport):
         tensor, *splits = inputs
         if self.size == 1:
             return [tensor, *splits]
+        name = name.replace("/", ".")  # Horovod ignores scopes by dropping all before the last slash
         options = {"process_set": self.process_set, "ignore_name_scope": True}
         if collective.kind == "allreduce":
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
