@@ -13,7 +13,7 @@ import numpy as np
 
 from . import __version__, compressors, kernels
 from .composition import Grace, grace
-from .exchange import AllReduce, Gather, Job, Scatter, exchange_tensor, initial_state
+from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, one_pass
 from .frameworks.numpy.compiled import host_ops
 from .frameworks.numpy.ops import NumpyOps
 from .parts import HALVES
@@ -135,9 +135,9 @@ class _Run:
     def _decode(self, request: Any, info: StepInfo) -> float:
         """Seconds of decoding what was asked for, once more; 0 where it is not decoded by one call."""
         (compressor, _, communicator), out = self.parts, self.ops.empty(self.spec.size)
-        if compressor.rounds or compressor.votes and communicator.name == "allreduce":
+        if not one_pass(compressor, communicator) or (compressor.votes and communicator.name == "allreduce"):
             return 0.0
-        if isinstance(request, Gather) and communicator.carries_payloads:
+        if isinstance(request, Gather):
             return _timed(lambda: compressor.combine(self.ops, [request.payload] * RANKS, self.spec, info, out))
         if isinstance(request, AllReduce):
             mean = request.array if request.dtype in HALVES else self.ops.to_bytes(request.array, request.dtype)
@@ -145,6 +145,8 @@ class _Run:
         return 0.0
 
     def _answer(self, request: Any) -> Any:
+        if isinstance(request, Together):
+            return request.combine([request.value])[0]
         if isinstance(request, AllReduce):
             self.nbytes += request.array.nbytes if request.dtype in HALVES else len(request.array) * np.dtype(request.dtype).itemsize
             return request.array.copy()

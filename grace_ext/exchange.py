@@ -113,7 +113,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
-    if ops.kernels and _one_pass(job.compressor, job.communicator):
+    if ops.kernels and one_pass(job.compressor, job.communicator):
         feedback = memory.feedback(state)
         fused = feedback and job.compressor.fused(ops, job.grad, feedback, spec, info, state)
         if fused:
@@ -136,7 +136,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
     return Outcome(output, _updated(state, *changes))
 
 
-def _one_pass(compressor: Any, communicator: Any) -> bool:
+def one_pass(compressor: Any, communicator: Any) -> bool:
     """Whether the compressor's own `compress` and the communicator's `carry` are all there is to an exchange."""
     kind = type(compressor)
     return communicator.carries_payloads and kind.exchange is Compressor.exchange and kind.prepare is Compressor.prepare

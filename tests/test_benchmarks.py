@@ -132,6 +132,14 @@ def test_targets_are_beside_what_was_measured():
     assert "terngrad / dense Horovod" not in rows  # it was not run
 
 
+def test_local_targets_are_beside_what_was_measured():
+    asked = [("topk", 5.1, 0.9), ("powersgd(rank=4) + residual", 13.0, 0.0), ("sketch", 50.0, 5.0)]
+    rows = targets.of_local([{"asked": text, "elements": 9, "encode": encode, "decode": decode} for text, encode, decode in asked])
+    assert [(row.what, row.target, row.met) for row in rows] == [
+        ("topk: encode / copy", 5, False), ("topk: decode a rank / copy", 1, True), ("powersgd(rank=4) + residual: all / copy", 14, True)
+    ]  # fmt: skip
+
+
 def test_speedups_pair_the_seeds():
     rows = [
         {"task": "t", "spec": spec, "seed": seed, "seconds": seconds, "reached": reached}

@@ -55,3 +55,29 @@ def test_an_unknown_name_gets_the_nearest_and_exit_2():
 def test_a_name_of_two_kinds_shows_both():
     """efsignsgd is a compressor and a memory."""
     assert {part["kind"] for part in json.loads(said("show", "efsignsgd", "--json"))} == {"compressor", "memory"}
+
+
+def test_bench_times_parts_and_says_what_they_send(monkeypatch):
+    """Names get their natural memory; every part can be measured; the figures that do not depend on time are right."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made = json.loads(said("bench", "topk", "threshold(threshold=1e-3) + none", "fp16", "--elements", "60000", "--times", "1", "--json"))
+    topk, threshold, fp16 = made["rows"]
+    assert topk["spec"] == "topk(ratio=0.01) + residual @ allgather" and made["machine"]["threads"] == 1
+    assert abs(topk["bytes_per_element"] - 0.0507) < 0.001 and fp16["bytes_per_element"] == 2
+    assert threshold["bytes_per_element"] < 1e-3 and threshold["error"] == 1  # nothing is as large as that
+    assert 0.9 < topk["error"] < 1 and fp16["error"] < 1e-2
+    assert all(row["encode"] > 0 and row["decode"] > 0 and abs(row["elements"] - 60000) < 600 for row in made["rows"])
+
+
+def test_bench_measures_every_part(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = json.loads(said("bench", "--elements", "2000", "--times", "1", "--json"))["rows"]
+    names = [grace_ext.grace(row["spec"]).compressor.name for row in rows]
+    assert names == list(grace_ext.compressors.names())
+    assert all(row["encode"] > 0 and row["bytes_per_element"] > 0 for row in rows)
+
+
+def test_bench_refuses_a_part_that_is_not_there_before_it_measures(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    outcome = CliRunner().invoke(app, ["bench", "topk", "topj"])
+    assert isinstance(outcome.exception, grace_ext.errors.UnknownPartError) and "topk" in outcome.exception.nearest
