@@ -130,7 +130,7 @@ class _Run:
             answer = self._answer(request)
             decode = self._decode(request, info)
         self.ops.recycle([array for key in list(old) if (array := old.pop(key)) is not self.state.get(key)])
-        return spent - decode, decode / RANKS if self.parts[2].name != "allreduce" else decode
+        return max(spent - decode, 0.0), decode / RANKS if self.parts[2].name != "allreduce" else decode
 
     def _decode(self, request: Any, info: StepInfo) -> float:
         """Seconds of decoding what was asked for, once more; 0 where it is not decoded by one call."""

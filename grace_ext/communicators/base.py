@@ -68,5 +68,9 @@ def exchanged(
 ) -> Exchanged:
     """The outcome where one payload was sent."""
     return Exchanged(
-        aggregate, lambda: compressor.decompress(ops, payload, spec, info), state, lambda: compressor.positions(ops, payload, spec, info)
+        aggregate,
+        lambda: compressor.decompress(ops, payload, spec, info),
+        state,
+        lambda: compressor.positions(ops, payload, spec, info),
+        remove=lambda x: compressor.remove(ops, x, payload, spec, info),
     )

@@ -112,6 +112,10 @@ class Compressor(Part):
         total /= info.divisor
         return total
 
+    def remove(self, ops: Ops, x: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
+        """x -= decompress(payload), in place."""
+        x -= self.decompress(ops, payload, spec, info)
+
     def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo, out: Array | None = None) -> Array:
         """The result for the payloads of all ranks, in rank order: a new array, or, where there is room for it (float32), `out`. Overridden
         where it is not a function of their sum."""

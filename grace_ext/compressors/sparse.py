@@ -86,6 +86,10 @@ class AtPositions(Compressor):
     def decompress(self, ops, payload, spec, info):
         return scatter(ops, *self.decoded(ops, payload, spec, info), spec.size)
 
+    def remove(self, ops, x, payload, spec, info):
+        positions, values = self.decoded(ops, payload, spec, info)
+        x[positions] -= values
+
     def accumulate(self, ops, total, payload, spec, info):
         positions, values = self.decoded(ops, payload, spec, info)
         total[positions] += values

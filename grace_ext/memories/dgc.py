@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..exchange import Together
+from ..ops import Feedback
 from ..parts import knob
 from . import register
 from .base import Memory
@@ -69,8 +70,9 @@ class DGC(Memory):
         return (yield from super().exchange(ops, send, grad, spec, info, state))
 
     def absorb(self, ops, grad, spec, info, state):
-        u = (state["momentum"] + grad) * self.momentum if self.nesterov else state["momentum"] * self.momentum + grad
-        return {"momentum": ops.cast(u, "float32")}
+        if not self.nesterov:
+            return {"momentum": ops.cast(ops.sum_up(Feedback(state["momentum"], self.momentum), grad), "float32")}
+        return {"momentum": ops.cast((state["momentum"] + grad) * self.momentum, "float32")}
 
     def before(self, ops, grad, spec, info, state):
         p = state["residual"] + state["momentum"]

@@ -15,10 +15,11 @@ import numpy as np
 
 from grace_ext.driver import Start
 from grace_ext.frameworks.base import Transport, cut, gathered
+from grace_ext.frameworks.numpy.compiled import host_ops
 from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.parts import HALVES
 
-OPS = NumpyOps()
+OPS = host_ops(NumpyOps)
 
 
 class Native(Transport):

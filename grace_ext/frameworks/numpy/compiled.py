@@ -157,7 +157,7 @@ class CompiledOps(QuantizingOps):
 
     def _collected(self, size: int, run: Any) -> np.ndarray | None:
         """The positions that `run(start, out)` finds, called again with more room until it came to the end; None where it found NaN."""
-        pieces, at, room = [], 0, size // 16 + 64
+        pieces, at, room = [], 0, size // 64 + 64
         while at < size:
             out = np.empty(room, np.int64)
             found, came_to = run(at, out)
