@@ -94,8 +94,8 @@ def main(
             rows.append(run(*kind, torchrun))
             console.print(show(rows[-1]))
             progress.advance(task)
-    if out:
-        out.write_text(json.dumps({**record.stamp(), "rows": rows}, indent=1) + "\n")
+            if out:
+                out.write_text(json.dumps({**record.stamp(), "rows": rows}, indent=1) + "\n")
     raise typer.Exit(int(not all(row["within"] for row in rows)))
 
 

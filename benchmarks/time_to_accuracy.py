@@ -40,6 +40,7 @@ COMPRESSORS = ("topk(ratio=0.01)", "threshold", "efsignsgd", "powersgd(rank=4)",
 QUICK = ("dense", "topk(ratio=0.01)", "efsignsgd", "powersgd(rank=4)")
 SEEDS = {"mnist-cnn": (0, 1), "char-transformer": (0,)}
 START_SECONDS = 90
+KEY = ("task", "spec", "seed")  # of a row
 console = Console(width=170, highlight=False)
 
 
@@ -92,13 +93,15 @@ class Results:
         self.head = {**now, "tasks": {**(found["tasks"] if same else {}), **now["tasks"]}}
 
     def has(self, job: dict[str, Any]) -> bool:
-        return any(all(row[key] == job[key] for key in ("task", "spec", "seed")) for row in self.rows)
+        """Also that it was not reached, if the time for it was not less."""
+        same = [row for row in self.rows if all(row[key] == job[key] for key in KEY)]
+        return any(row["reached"] or row["limit"] >= job["limit"] for row in same)
 
     def add(self, row: dict[str, Any]) -> None:
         """Whole or not at all; one line a row."""
-        self.rows.append(row)
+        self.rows = [known for known in self.rows if any(known[key] != row[key] for key in KEY)] + [row]
         if self.out:
-            head = json.dumps(self.head, indent=1).rstrip("\n}")
+            head = json.dumps(self.head, indent=1).removesuffix("\n}")
             rows = ",\n  ".join(json.dumps(row) for row in self.rows)
             fresh = self.out.with_suffix(".new")
             fresh.write_text(f'{head},\n "rows": [\n  {rows}\n ]\n}}\n')
@@ -179,7 +182,7 @@ def main(
                     progress.update(bar, completed=row["seconds"], score=f"step {row['steps']}: {row['score']:.3f}")
 
                 seen = run(hosts, job, show)
-                results.add({key: job[key] for key in ("task", "spec", "seed")} | rounded(seen))
+                results.add({key: job[key] for key in (*KEY, "limit")} | rounded(seen))
                 progress.remove_task(bar)
                 console.print(line(results.rows[-1], results.rows))
             progress.advance(done)
