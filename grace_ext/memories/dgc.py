@@ -75,7 +75,7 @@ class DGC(Memory):
         return {"momentum": ops.cast((state["momentum"] + grad) * self.momentum, "float32")}
 
     def before(self, ops, grad, spec, info, state):
-        p = state["residual"] + state["momentum"]
+        p = ops.sum_up(Feedback(state["residual"]), state["momentum"])
         return p + grad if self.nesterov else p
 
     def after(self, ops, compensated, sent, spec, info, state):
