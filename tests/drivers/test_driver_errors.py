@@ -67,14 +67,14 @@ def test_an_exception_in_mid_step(where):
     for group in (made, clean):
         run(group, inputs.ranks(2, 0, shapes=SHAPES), shuffled(2, 0))
     held = [state(driver) for driver in made]
-    broken = "compress" if where == "put" else "accumulate"
+    broken = "fused" if where == "put" else "combine"
     kind = type(made[0].grace.compressor)
     original = getattr(kind, broken)
 
-    def fail(part, ops, *arguments):
+    def fail(part, ops, *arguments, **more):
         if any(isinstance(a, TensorSpec) and a.name == "b" for a in arguments):
             raise RuntimeError("out of memory, say")
-        return original(part, ops, *arguments)
+        return original(part, ops, *arguments, **more)
 
     gradients = inputs.ranks(2, 1, shapes=SHAPES)
     hub = Hub([driver.transport for driver in made])
