@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     listed = subprocess.run([sys.executable, "-m", "grace_ext", "list", "--json"], stdout=subprocess.PIPE, text=True, check=True)
-    others = [part["name"] for part in json.loads(listed.stdout)["compressors"] if part["name"] not in {s.split("(")[0] for s in LOCAL}]
+    others = [part["name"] for part in json.loads(listed.stdout)["compressor"] if part["name"] not in {s.split("(")[0] for s in LOCAL}]
     sizes = ["--elements", str(options.elements), "--times", str(options.times)]
     command = [sys.executable, "-m", "grace_ext", "bench", *LOCAL, *others, *sizes, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

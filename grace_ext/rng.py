@@ -43,7 +43,7 @@ def words(key: Key, count: int, start: int = 0) -> np.ndarray:
     return mix(x)
 
 
-@lru_cache(maxsize=32)  # the encoder, and the decoder for each rank, want the same positions in the same step
+@lru_cache(maxsize=256)  # the encoder, and the decoder for each rank, want the same positions in the same step, of all tensors
 def sample(key: Key, d: int, k: int) -> np.ndarray:
     """int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
 

@@ -132,6 +132,15 @@ def test_targets_are_beside_what_was_measured():
     assert "terngrad / dense Horovod" not in rows  # it was not run
 
 
+def test_the_local_benchmark_measures_every_compressor(tmp_path):
+    out = tmp_path / "bench.json"
+    command = [sys.executable, ROOT / "benchmarks" / "local.py", "--elements", "50000", "--times", "1", "--out", out]
+    subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["asked"].split("(")[0] for row in rows} == set(grace_ext.registry.names("compressor"))
+    assert {row.what.split(",")[0] for row in targets.of_local(rows)} >= {"threshold"}
+
+
 def test_local_targets_are_beside_what_was_measured():
     asked = [("topk", 5.1, 0.9), ("powersgd(rank=4) + residual", 13.0, 0.0), ("sketch", 50.0, 5.0)]
     rows = targets.of_local([{"asked": text, "elements": 9, "encode": encode, "decode": decode} for text, encode, decode in asked])

@@ -56,8 +56,8 @@ class OneBit(Compressor):
             return None
         x, signs, (below, above, number) = done
         means = [floats_to_bytes(ops, np.array([m])) for m in (0.0 - below / max(number, 1), above / max(spec.size - number, 1))]
-        minus, plus = (floats_from_bytes(ops, mean, "mean", signed=True) for mean in means)
-        ops.add_signs(x, signs, plus, spec.size, minus=minus, factor=-1, first=False)
+        below, above = (floats_from_bytes(ops, mean, "mean", signed=True)[0] for mean in means)
+        ops.kernels.subtract_signs(x, below, above)
         return Fused((*means, signs), x)
 
     def add_compiled(self, ops, total, payload, spec, first, divisor):

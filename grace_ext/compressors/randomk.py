@@ -67,8 +67,12 @@ class _SharedPositions(Compressor):
     def decompress_into(self, ops, payload, spec, info, out):
         if out is None:
             return self.decompress(ops, payload, spec, info)
-        out[:] = 0.0
-        out[self.positions(ops, payload, spec, info)] = ops.from_bytes(payload[0], VALUES[self.values])
+        positions, values = self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values])
+        if ops.kernels:
+            ops.kernels.add_sparse(out, positions, values, np.array([len(values)]), np.float32(1))
+        else:
+            out[:] = 0.0
+            out[positions] = values
         return out
 
     def decompress(self, ops, payload, spec, info):

@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
+from ..ops import Feedback
 from ..parts import knob
 from . import register
 from .base import Compressor, Field, Fused
@@ -13,7 +14,6 @@ from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
 TIE_BREAK = 2.0**-13
-ONE = np.ones(1, np.float32)
 
 
 class _Vote(Compressor):
@@ -43,13 +43,21 @@ class _Vote(Compressor):
         return ops.unpack_signs(payload[1], spec.size) if votes else ops.zeros(spec.size)
 
     def accumulate(self, ops, total, payload, spec, info):
-        if not (ops.kernels and int(payload[0][0]) == 1 and ops.add_signs(total, payload[1], ONE, spec.size, first=False)):
-            total += self.decompress(ops, payload, spec, info)
+        total += self.decompress(ops, payload, spec, info)
         if self.ties == "plus" and int(payload[0][0]):
             total += TIE_BREAK
 
     def aggregate(self, ops, total, spec, info):
         total[:] = ops.sign(total)
+        return total
+
+    def combine(self, ops, payloads, spec, info, out=None):
+        flags = {int(payload[0][0]) for payload in payloads}
+        if not ops.kernels or not flags <= {0, 1}:
+            return super().combine(ops, payloads, spec, info, out)
+        total, ballots = ops.empty(spec.size) if out is None else out, [payload[1] for payload in payloads if int(payload[0][0])]
+        tie = 1 if self.ties == "plus" and ballots else 0
+        ops.kernels.vote(total, ops.concat([ops.pack_signs(total[:0]), *ballots]), len(ballots), np.float32(tie))
         return total
 
     def counts(self, ops, payload, spec, info):
@@ -124,7 +132,7 @@ class Signum(_Vote):
         return {"signum_momentum": ops.zeros(spec.size)}
 
     def _mean(self, ops, x, state):
-        return ops.cast(state["signum_momentum"] * self.momentum + x * (1 - self.momentum), "float32")
+        return ops.sum_up(Feedback(state["signum_momentum"], self.momentum, 1 - self.momentum), x)
 
     def compress(self, ops, x, spec, info, state):
         mean = self._mean(ops, x, state)
@@ -177,5 +185,6 @@ class EFSignSGD(Compressor):
             return None
         x, signs, total = done
         scales = floats_to_bytes(ops, total / spec.size)
-        ops.add_signs(x, signs, floats_from_bytes(ops, scales, "scale"), spec.size, factor=-1, first=False)
+        (scale,) = floats_from_bytes(ops, scales, "scale")
+        ops.kernels.subtract_signs(x, -scale, scale)
         return Fused((scales, signs), x)

@@ -42,6 +42,11 @@ class Transport(ABC):
     #: The engine's all-to-all finds out by itself how much arrives; else every rank's sizes are exchanged.
     scatters_uneven: bool = False
 
+    @property
+    def pair(self) -> bool:
+        """There are two ranks: what one has of a sum, the other can subtract (see `by_sum`)."""
+        return self.size == 2
+
     @abstractmethod
     def start(self, collective: Collective, name: str) -> Any:
         """Starts it without blocking; returns a handle. The array belongs to the transport until `wait` has returned."""
@@ -70,20 +75,48 @@ class Transport(ABC):
 
 def ordered_sum(transport: Transport, collective: Collective) -> Carried:
     """A 16-bit or integer all-reduce: every rank gets its share of all arrays, adds it in rank order (in float32 or int64), divides,
-    rounds once, and the shares are gathered. The same bits on every engine and for every number of ranks."""
+    rounds once, and the shares are gathered. The same bits on every engine and for every number of ranks. Of two ranks each gets all of
+    the other's, which is as many bytes, in one round."""
     ops, dtype, size = transport.ops, collective.dtype, transport.size
     data = ops.to_bytes(collective.array, dtype) if dtype in INTEGERS else collective.array
+    if transport.pair:
+        whole = Collective("allgather", data, collective.label + ".gather", sizes=(len(data),) * size)
+        return _added(ops, (yield from transport.carry(whole)), dtype, collective.divisor)
     count = len(data) // ITEMSIZE[dtype]
     bounds = [ITEMSIZE[dtype] * (count * rank // size) for rank in range(size + 1)]
     sizes = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     pieces = yield Collective("alltoall", data, collective.label + ".scatter", sizes=sizes)
+    share = _added(ops, pieces, dtype, collective.divisor)
     if dtype in INTEGERS:
-        share = ops.to_bytes(rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces]), dtype)
-    else:
-        share = ops.mean_of_wire(pieces, dtype, collective.divisor)
+        share = ops.to_bytes(share, dtype)
     gather = Collective("allgather", share, collective.label + ".gather", sizes=sizes)
     gathered = yield from transport.carry(gather)
     return ops.concat([ops.from_bytes(piece, dtype) for piece in gathered] if dtype in INTEGERS else gathered)
+
+
+def _added(ops: Ops, pieces: list[Array], dtype: str, divisor: int) -> Array:
+    """The ranks' pieces of a 16-bit or integer all-reduce, added in rank order: of integers int64[], else the mean in its wire form."""
+    if dtype in INTEGERS:
+        return rank_ordered_sum([ops.from_bytes(piece, dtype) for piece in pieces])
+    return ops.mean_of_wire(pieces, dtype, divisor)
+
+
+# Gloo sends a gathered array and only then says that it is ready to receive. With more ranks these go over different connections; two
+# ranks have one, where the later rank's word waits behind its data, and the directions take turns: half the link's rate. Its all-reduce
+# uses both at once, and moves as many bytes. So two ranks add their arrays as bytes, modulo 256, and each subtracts its own.
+def to_sum(transport: Transport, collective: Collective) -> Array | None:
+    """What to sum, as uint8, for an all-gather of known sizes among two ranks: the array, as long as the longer one. None for any other."""
+    if collective.kind != "allgather" or not collective.sizes or not transport.pair:
+        return None
+    lacks = max(collective.sizes) - len(collective.array)
+    return transport.ops.concat([collective.array, transport.ops.upload(np.zeros(lacks, np.uint8))]) if lacks else collective.array
+
+
+def by_sum(transport: Transport, collective: Collective, mine: Array, total: Array) -> list[Array]:
+    """What both ranks gathered, in rank order, from the sum of what `to_sum` gave."""
+    assert collective.sizes is not None
+    other = (total - mine)[: collective.sizes[1 - transport.rank]]
+    return [other, collective.array] if transport.rank else [collective.array, other]
 
 
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:

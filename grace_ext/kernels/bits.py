@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import f32, flag, i64, kernel, read, u8, write
+from .compile import LANES, add_either, f32, flag, i64, inlined, kernel, lowest_one, read, signs, u8, write
 from .elementwise import PIECE
 
 
@@ -58,37 +58,84 @@ def count_bits(data):
 
 @kernel(read(u8), write(i64))
 def bit_positions(data, out):
-    """Positions of the ones, ascending, into `out`, which has room for just them."""
+    """Positions of the ones, ascending, into `out`. Returns how many there are, or -1 where `out` has no room for all."""
     found = 0
-    for at in range(len(data)):
-        byte, bit = data[at], 0
-        while byte:
-            if byte & 1:
-                out[found] = at * 8 + bit
-                found += 1
-            byte >>= 1
-            bit += 1
+    for at in range(0, len(data), 8):
+        eight = data[at : at + 8]
+        word = np.uint64(0)
+        if len(eight) == 8:  # one load, where the compiler sees the number
+            for byte in range(8):
+                word |= np.uint64(eight[byte]) << np.uint64(8 * byte)
+        else:
+            for byte in range(len(eight)):
+                word |= np.uint64(eight[byte]) << np.uint64(8 * byte)
+        while word:
+            if found == len(out):
+                return -1
+            out[found] = 8 * at + lowest_one(word)
+            word &= word - np.uint64(1)
+            found += 1
+    return found
 
 
-@kernel(write(f32), read(u8), read(f32), read(f32), i64, f32, flag, f32)
-def add_signs(total, data, minus, plus, block, factor, first, divisor):
-    """total_j += factor plus[j // block] where bit j is one, else factor minus[j // block], and divided in the end. With `first`, total is
-    taken for zero. Blocks are a multiple of 8 elements, or one alone."""
+@inlined
+def add_bits(piece, bits, above, below):
+    """piece_j += above where bit j is one, else below."""
+    whole = len(piece) // LANES * LANES
+    for at in range(0, whole, LANES):
+        two = np.uint64(bits[at >> 3]) | (np.uint64(bits[(at >> 3) + 1]) << np.uint64(8))
+        add_either(piece, at, two, above, below)
+    for j in range(whole, len(piece)):
+        piece[j] += above if (bits[j >> 3] >> (j & 7)) & 1 else below
+
+
+@kernel(write(f32), read(u8), read(f32), read(f32), i64, flag, f32)
+def add_signs(total, data, minus, plus, block, first, divisor):
+    """total_j += plus[j // block] where bit j is one, else minus[j // block], and divided in the end. With `first`, total is taken for
+    zero. Blocks are a multiple of 8 elements, or one alone."""
     for b in range(len(plus)):
-        below, above = factor * minus[b], factor * plus[b]
         stop = min((b + 1) * block, len(total))
         for start in range(b * block, stop, PIECE):
-            piece, bits = total[start : min(start + PIECE, stop)], data[start // 8 :]
-            whole = len(piece) // 8
+            piece = total[start : min(start + PIECE, stop)]
             if first:
                 for j in range(len(piece)):
                     piece[j] = 0
-            for at in range(whole):
-                byte = bits[at]
-                for bit in range(8):
-                    piece[at * 8 + bit] += above if (byte >> bit) & 1 else below
-            for j in range(whole * 8, len(piece)):
-                piece[j] += above if (bits[j >> 3] >> (j & 7)) & 1 else below
+            add_bits(piece, data[start // 8 :], plus[b], minus[b])
             if divisor != 1:
                 for j in range(len(piece)):
                     piece[j] /= divisor
+
+
+@kernel(write(f32), read(u8), i64, f32)
+def vote(total, ballots, ranks, tie):
+    """total_j = the sign of (ones - zeros) among bits j of the ranks' ballots, which follow one another; `tie` where it is 0."""
+    each = (len(total) + 7) // 8
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        for j in range(len(piece)):
+            piece[j] = 0
+        for rank in range(ranks):
+            add_bits(piece, ballots[rank * each + start // 8 : (rank + 1) * each], np.float32(1), np.float32(-1))
+        for j in range(len(piece)):
+            piece[j] = np.float32(1) if piece[j] > 0 else (np.float32(-1) if piece[j] < 0 else tie)
+
+
+@kernel(read(f32), write(u8))
+def pack_signs(x, out):
+    """A bit for each element: whether it is not below zero."""
+    whole = len(x) // LANES * LANES
+    for at in range(0, whole, LANES):
+        bits = signs(x, at)
+        out[at // 8], out[at // 8 + 1] = bits & np.uint64(255), bits >> np.uint64(8)
+    for at in range(whole, len(x), 8):
+        byte = 0
+        for j in range(at, min(at + 8, len(x))):
+            byte |= (x[j] >= 0) << (j - at)
+        out[at // 8] = byte
+
+
+@kernel(write(f32), f32, f32)
+def subtract_signs(x, below, above):
+    """x_j -= below where x_j < 0, else above."""
+    for j in range(len(x)):
+        x[j] -= below if x[j] < 0 else above

@@ -68,3 +68,74 @@ def float_of(context, x):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.uint32), generate
+
+
+@intrinsic
+def lowest_one(context, word):
+    """int64: where the lowest one of a uint64 that is not zero is."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+#: Elements that are looked at together: one vector register of the widest processors, two or four of others.
+LANES = 16
+
+
+@intrinsic
+def signs(context, x, at):
+    """uint64: bit i is set where x[at + i] >= 0, for i < LANES. The caller makes sure that there are so many, for these functions."""
+
+    def generate(context, builder, signature, arguments):
+        values = builder.load(_lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
+        zeros = ir.Constant(values.type, [0.0] * LANES)
+        return _as_bits(builder, builder.fcmp_ordered(">=", values, zeros))
+
+    return types.uint64(x, types.int64), generate
+
+
+@intrinsic
+def reach(context, x, at, threshold):
+    """uint64: bit i is set where |x[at + i]| >= threshold, given by its bits, for i < LANES."""
+
+    def generate(context, builder, signature, arguments):
+        values = builder.load(_lanes(context, builder, signature, arguments, ir.IntType(32)), align=4)
+        magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
+        return _as_bits(builder, builder.icmp_unsigned(">=", magnitudes, _every(builder, arguments[2])))
+
+    return types.uint64(x, types.int64, types.uint32), generate
+
+
+@intrinsic
+def add_either(context, total, at, bits, above, below):
+    """total[at + i] += above where bit i is set, else below, for i < LANES."""
+
+    def generate(context, builder, signature, arguments):
+        here = _lanes(context, builder, signature, arguments, ir.FloatType())
+        values, bits = builder.load(here, align=4), builder.trunc(arguments[2], ir.IntType(LANES))
+        chosen = builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
+        either = builder.select(chosen, _every(builder, arguments[3]), _every(builder, arguments[4]))
+        builder.store(builder.fadd(values, either), here, align=4)
+        return context.get_dummy_value()
+
+    return types.void(total, types.int64, types.uint64, types.float32, types.float32), generate
+
+
+def _lanes(context: Any, builder: Any, signature: Any, arguments: Any, element: Any) -> Any:
+    """A pointer to LANES elements of an array, from a position on."""
+    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    return builder.bitcast(builder.gep(data, [arguments[1]]), ir.VectorType(element, LANES).as_pointer())
+
+
+def _every(builder: Any, value: Any) -> Any:
+    """LANES times a value."""
+    nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+
+def _as_bits(builder: Any, answers: Any) -> Any:
+    """LANES yes or no as the low bits of a uint64."""
+    return builder.zext(builder.bitcast(answers, ir.IntType(LANES)), ir.IntType(64))

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
 from .compile import i64, inlined, kernel, u32, write
+from .elementwise import PIECE
 
 M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(15), np.uint32(16)
 
@@ -31,18 +32,46 @@ def random_words(k0, k1, out):
         out[j] = word(j, k0, k1)
 
 
+@kernel(u32, u32, i64, write(i64))
+def scramble(k0, k1, half, x):
+    """Each of x, numbers of 2 * half bits, becomes its image under a keyed Feistel network."""
+    mask, shift = np.uint32((1 << half) - 1), np.uint32(half)
+    left, right = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        lefts, rights = left[: len(piece)], right[: len(piece)]
+        for j in range(len(piece)):
+            lefts[j], rights[j] = np.uint32(piece[j] >> np.int64(shift)), np.uint32(np.uint32(piece[j]) & mask)
+        for turn in range(FEISTEL_ROUNDS):
+            key = np.uint32(k0 + np.uint32(turn * 0x9E3779B9))
+            for j in range(len(piece)):
+                scrambled = mix(np.uint32(mix(np.uint32(rights[j] + key)) ^ k1))
+                old = lefts[j]
+                lefts[j] = rights[j]
+                rights[j] = np.uint32(np.uint32(old ^ scrambled) & mask)
+        for j in range(len(piece)):
+            piece[j] = (np.int64(lefts[j]) << np.int64(shift)) | np.int64(rights[j])
+
+
 @kernel(u32, u32, i64, i64, write(i64))
 def permuted(k0, k1, half, d, out):
-    """The images of 0, 1, ... under the keyed permutation of [0, d) of rng.sample, a Feistel network over 2 * half bits."""
-    mask = np.uint32((1 << half) - 1)
+    """The images of 0, 1, ... under the keyed permutation of [0, d) of rng.sample: what falls outside is scrambled again."""
     for j in range(len(out)):
-        x = j
-        while True:
-            left, right = np.uint32(x >> half), np.uint32(x & mask)
-            for turn in range(FEISTEL_ROUNDS):
-                scrambled = mix(np.uint32(mix(np.uint32(right + np.uint32(k0 + np.uint32(turn * 0x9E3779B9)))) ^ k1))
-                left, right = right, np.uint32((left ^ scrambled) & mask)
-            x = (np.int64(left) << half) | np.int64(right)
-            if x < d:
-                break
-        out[j] = x
+        out[j] = j
+    scramble(k0, k1, half, out)
+    outside, again = np.empty(PIECE, np.int64), np.empty(PIECE, np.int64)
+    for start in range(0, len(out), PIECE):
+        piece, count = out[start : start + PIECE], 0
+        for j in range(len(piece)):
+            outside[count] = j
+            count += piece[j] >= d
+        while count:
+            for j in range(count):
+                again[j] = piece[outside[j]]
+            scramble(k0, k1, half, again[:count])
+            left = 0
+            for j in range(count):
+                piece[outside[j]] = again[j]
+                outside[left] = outside[j]
+                left += again[j] >= d
+            count = left

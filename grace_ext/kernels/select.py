@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import bits_of, f32, i64, kernel, read, u8, u32, write
-from .elementwise import INFINITY, MAGNITUDE, PIECE
+from .bits import bit_positions
+from .compile import LANES, f32, i64, kernel, lowest_one, reach, read, u8, u32, write
+from .elementwise import INFINITY, PIECE, magnitude
 
-BLOCK = 32
+ONE = np.uint64(1)
 NOT_FINITE = -1
 
 
@@ -15,25 +16,21 @@ NOT_FINITE = -1
 def collect(x, threshold, out):
     """Positions with |x_j| >= threshold (given by its bits, above zero), ascending, into `out`. Stops where `out` could overflow. Returns
     (how many were found, or NOT_FINITE; the position it came to)."""
-    found = 0
-    for block in range(len(x) // BLOCK):
-        at, hits = block * BLOCK, np.uint32(0)
-        if found + BLOCK > len(out):
+    found, whole = 0, len(x) // LANES * LANES
+    for at in range(0, whole, LANES):
+        over = reach(x, at, threshold)
+        if over and found + LANES > len(out):
             return found, at
-        for j in range(at, at + BLOCK):
-            hits |= np.uint32((bits_of(x[j]) & MAGNITUDE) >= threshold)
-        if hits:
-            for j in range(at, at + BLOCK):
-                magnitude = bits_of(x[j]) & MAGNITUDE
-                if magnitude >= threshold:
-                    if magnitude >= INFINITY:
-                        return NOT_FINITE, j
-                    out[found] = j
-                    found += 1
-    for j in range(len(x) // BLOCK * BLOCK, len(x)):
-        magnitude = bits_of(x[j]) & MAGNITUDE
-        if magnitude >= threshold:
-            if magnitude >= INFINITY:
+        while over:
+            j = at + lowest_one(over)
+            over &= over - ONE
+            if magnitude(x[j]) >= INFINITY:
+                return NOT_FINITE, j
+            out[found] = j
+            found += 1
+    for j in range(whole, len(x)):
+        if magnitude(x[j]) >= threshold:
+            if magnitude(x[j]) >= INFINITY:
                 return NOT_FINITE, j
             if found == len(out):
                 return found, j
@@ -42,16 +39,25 @@ def collect(x, threshold, out):
     return found, len(x)
 
 
-@kernel(read(f32), f32, write(f32))
+@kernel(read(f32), u32, write(f32))
 def gather_above(x, threshold, out):
-    """The |x_j| >= threshold, in order, into `out`. Stops where that is full. Returns (how many, the position it came to)."""
-    found = 0
-    for j in range(len(x)):
-        if found == len(out):
-            return found, j
-        magnitude = abs(x[j])
-        out[found] = magnitude
-        found += magnitude >= threshold
+    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops where that could overflow. Returns (how many, the position it
+    came to)."""
+    found, whole = 0, len(x) // LANES * LANES
+    for at in range(0, whole, LANES):
+        over = reach(x, at, threshold)
+        if over and found + LANES > len(out):
+            return found, at
+        while over:
+            out[found] = abs(x[at + lowest_one(over)])
+            over &= over - ONE
+            found += 1
+    for j in range(whole, len(x)):
+        if magnitude(x[j]) >= threshold:
+            if found == len(out):
+                return found, j
+            out[found] = abs(x[j])
+            found += 1
     return found, len(x)
 
 
@@ -69,32 +75,19 @@ def sweep(residual, grad, beta, gamma, threshold, total, out):
     """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and where its magnitude reaches the threshold. Returns
     as collect."""
     found = 0
-    for block in range(len(total) // BLOCK):
-        at, hits = block * BLOCK, np.uint32(0)
-        if found + BLOCK > len(out):
-            return found, at
-        for j in range(at, at + BLOCK):
-            p = beta * residual[j] + gamma * grad[j]
-            total[j] = p
-            hits |= np.uint32((bits_of(p) & MAGNITUDE) >= threshold)
-        if hits:
-            for j in range(at, at + BLOCK):
-                magnitude = bits_of(total[j]) & MAGNITUDE
-                if magnitude >= threshold:
-                    if magnitude >= INFINITY:
-                        return NOT_FINITE, j
-                    out[found] = j
-                    found += 1
-    for j in range(len(total) // BLOCK * BLOCK, len(total)):
-        if found == len(out):
-            return found, j
-        total[j] = beta * residual[j] + gamma * grad[j]
-        magnitude = bits_of(total[j]) & MAGNITUDE
-        if magnitude >= threshold:
-            if magnitude >= INFINITY:
-                return NOT_FINITE, j
-            out[found] = j
-            found += 1
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        before, new = residual[start : start + PIECE], grad[start : start + PIECE]
+        for j in range(len(piece)):
+            piece[j] = beta * before[j] + gamma * new[j]
+        here, came_to = collect(piece, threshold, out[found:])
+        if here < 0:
+            return here, start + came_to
+        for j in range(found, found + here):
+            out[j] += start
+        found += here
+        if came_to < len(piece):
+            return found, start + came_to
     return found, len(total)
 
 
@@ -160,26 +153,19 @@ def elias_fano(positions, low, out):
 @kernel(read(u8), i64, i64, write(i64))
 def open_elias_fano(data, low, d, out):
     """The inverse, into `out`. Returns whether these are exactly that many ascending positions below d."""
-    k, high = len(out), (len(out) * low + 7) // 8
-    found, last, read_at, acc, bits = 0, -1, 0, np.uint64(0), 0
+    k = len(out)
+    if bit_positions(data[(k * low + 7) // 8 :], out) != k:
+        return False
+    read_at, acc, bits, last, ascending = 0, np.uint64(0), 0, np.int64(-1), True
     mask = np.uint64((1 << low) - 1)
-    for at in range(high, len(data)):
-        byte, bit = data[at], 0
-        while byte:
-            if byte & 1:
-                if found == k:
-                    return False
-                while bits < low:
-                    acc |= np.uint64(data[read_at]) << np.uint64(bits)
-                    read_at += 1
-                    bits += 8
-                position = (((at - high) * 8 + bit - found) << low) | np.int64(acc & mask)
-                acc >>= np.uint64(low)
-                bits -= low
-                if position <= last or position >= d:
-                    return False
-                out[found] = last = position
-                found += 1
-            byte >>= 1
-            bit += 1
-    return found == k
+    for j in range(k):
+        while bits < low:
+            acc |= np.uint64(data[read_at]) << np.uint64(bits)
+            read_at += 1
+            bits += 8
+        position = ((out[j] - j) << low) | np.int64(acc & mask)
+        acc >>= np.uint64(low)
+        bits -= low
+        ascending &= position > last
+        out[j] = last = position
+    return ascending and last < d

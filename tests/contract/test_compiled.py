@@ -11,8 +11,9 @@ import pytest
 
 import grace_ext
 from grace_ext import compressors, kernels
-from grace_ext.frameworks.numpy.compiled import SMALL, STRETCH, CompiledOps, host_ops
+from grace_ext.frameworks.numpy.compiled import SMALL, CompiledOps, host_ops
 from grace_ext.frameworks.numpy.ops import NumpyOps
+from grace_ext.frameworks.numpy.quantizing import STRETCH
 from grace_ext.ops import Feedback
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
 

@@ -14,7 +14,7 @@ from ...ops import Feedback
 from ...parts import ITEMSIZE
 from ...rng import Key
 from .ops import NumpyOps
-from .quantizing import STRETCH, QuantizingOps, stretches
+from .quantizing import QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
 SMALL = 16384
@@ -24,7 +24,6 @@ SAMPLE, MARGIN = 8192, 4.0
 LARGE = 1 << 18
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
-SMALLEST = float(TINY.view(np.float32))
 
 Host = TypeVar("Host", bound=NumpyOps)
 
@@ -142,10 +141,10 @@ class CompiledOps(QuantizingOps):
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
         """The magnitudes that reach a threshold above zero, in order, and the least of them."""
-        at, pieces = 0, []
+        at, pieces, bits = 0, [], max(np.float32(threshold).view(np.uint32), TINY)
         while at < x.size:
-            out = np.empty(max(x.size // 4, 1024), np.float32)
-            found, came_to = self.kernels.gather_above(x[at:], np.float32(max(threshold, SMALLEST)), out)
+            out = np.empty(max(x.size // 3, 1024), np.float32)
+            found, came_to = self.kernels.gather_above(x[at:], bits, out)
             pieces.append(out[:found])
             at += came_to
         found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -239,9 +238,11 @@ class CompiledOps(QuantizingOps):
         return codes
 
     def pack_signs(self, x: np.ndarray) -> np.ndarray:
-        if x.ndim != 1 or x.size <= STRETCH:
+        if not _float32(x):
             return super().pack_signs(x)
-        return np.concatenate([super(CompiledOps, self).pack_signs(x[piece]) for piece in stretches(x.size)])
+        out = np.empty((x.size + 7) // 8, np.uint8)
+        self.kernels.pack_signs(x, out)
+        return out
 
     def unpack_signs(self, data: np.ndarray, count: int) -> np.ndarray:
         signs = np.empty(count, np.float32)
@@ -251,12 +252,12 @@ class CompiledOps(QuantizingOps):
         return signs
 
     def add_signs(self, total: np.ndarray, data: np.ndarray, plus: np.ndarray, block: int, *, minus: np.ndarray | None = None,
-                  factor: float = 1, first: bool = True, divisor: float = 1) -> bool:  # fmt: skip
+                  first: bool = True, divisor: float = 1) -> bool:  # fmt: skip
         """The kernel of this name, for float32[number of blocks] of values above and below zero; False for blocks that it cannot take."""
         if len(plus) > 1 and block % 8:
             return False
         below = -plus if minus is None else minus
-        self.kernels.add_signs(total, data, below, plus, block, np.float32(factor), first, np.float32(divisor))
+        self.kernels.add_signs(total, data, below, plus, block, first, np.float32(divisor))
         return True
 
     def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sums: Callable[[np.ndarray], np.ndarray]) -> Any:
@@ -268,7 +269,7 @@ class CompiledOps(QuantizingOps):
             factors = np.float32(feedback.beta), np.float32(feedback.gamma)
             if not self.kernels.compensate(feedback.residual[piece], grad[piece], *factors, x):
                 return None
-            signs[piece.start // 8 : (piece.stop + 7) // 8] = np.packbits(x >= 0, bitorder="little")
+            self.kernels.pack_signs(x, signs[piece.start // 8 : (piece.stop + 7) // 8])
             found = found + sums(x)
         return total, signs, found
 

@@ -24,7 +24,7 @@ from ...driver import Driver, Start, perform
 from ...errors import GraceError
 from ...exchange import Collective
 from ...spec import TensorSpec
-from ..base import Transport, cut, gathered
+from ..base import Transport, by_sum, cut, gathered, to_sum
 from ..numpy.compiled import host_ops
 from .ops import GraphOps
 
@@ -50,6 +50,8 @@ class HorovodTransport(Transport):
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
             return [hvd.allreduce(tensor, op=op, name=name, **options)]
         if collective.kind == "allgather":
+            if self.pair and collective.sizes:
+                return [hvd.allreduce(tensor, op=hvd.Sum, name=name, **options)]
             return [hvd.allgather(tensor, name=name, **options)]
         if collective.kind == "alltoall":
             return list(hvd.alltoall(tensor, splits=splits[0], name=name, **options))
@@ -61,6 +63,9 @@ class HorovodTransport(Transport):
             return values[0] if collective.divisor in (1, self.size) else values[0] / collective.divisor
         if collective.kind == "alltoall":
             return cut(values[0], values[1].tolist())
+        mine = to_sum(self, collective)
+        if mine is not None:
+            return by_sum(self, collective, mine, values[0])
         return gathered(self, collective, values[0])
 
     def carry(self, collective: Collective):
@@ -69,25 +74,28 @@ class HorovodTransport(Transport):
             collective = collective._replace(kind="allgather")
         return super().carry(collective)
 
+    def arrays_of(self, collective: Collective) -> list[np.ndarray]:
+        """What the graph has to carry for it: the array, and how much of it goes to each rank."""
+        if collective.kind == "alltoall":
+            return [collective.array, np.array(collective.sizes, np.int32)]
+        mine = to_sum(self, collective)
+        return [collective.array if mine is None else mine]
+
     def start(self, collective: Collective, name: str) -> Any:
-        return collective, self.apply(collective, [tf.constant(array) for array in arrays_of(collective)], name)
+        return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)
 
     def wait(self, handle: Any) -> Any:
         collective, tensors = handle
         return self.result(collective, [tensor.numpy() for tensor in tensors])
 
 
-def arrays_of(collective: Collective) -> list[np.ndarray]:
-    """What the graph has to carry for it: the array, and how much of it goes to each rank."""
-    splits = [np.array(collective.sizes, np.int32)] if collective.kind == "alltoall" else []
-    return [collective.array, *splits]
-
-
 class Rehearsal(HorovodTransport):
     """A pretended network of this rank alone: other ranks do the same things in the same order."""
 
-    def __init__(self, ops: GraphOps):
-        self.ops, self.rank, self.size = ops, 0, 1
+    pair = False
+
+    def __init__(self, ops: GraphOps, pair: bool):
+        self.ops, self.rank, self.size, self.pair = ops, 0, 1, pair
 
     def start(self, collective: Collective, name: str) -> Any:
         return collective
@@ -121,7 +129,8 @@ class GraphExchange:
 
     def _rehearse(self, divisor: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
-        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor, read_lr=lambda: 1.0)
+        pretended = Rehearsal(self.transport.ops, self.transport.pair)
+        driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0)
         driver.register(self.driver.specs.values())
         driver.agreed = True
         pieces: list[Any] = []
@@ -162,8 +171,8 @@ class GraphExchange:
         for number, (what, effects) in enumerate(self._pieces):
             last = number == len(self._pieces) - 1
             inputs = [by_name[name] for name in what] if isinstance(what, list) else in_flight.pop(what)
-            counts = [len(arrays_of(effect.collective)) for effect in effects]
-            types = [tf.as_dtype(array.dtype) for effect in effects for array in arrays_of(effect.collective)]
+            counts = [len(self.transport.arrays_of(effect.collective)) for effect in effects]
+            types = [tf.as_dtype(array.dtype) for effect in effects for array in self.transport.arrays_of(effect.collective)]
             types += [tf.as_dtype(spec.dtype) for spec in specs] if last else []
             results = tf.numpy_function(self._piece(what, first=number == 0, last=last), [token, *inputs], [tf.float32, *types])
             token, arrays = results[0], results[1:]
@@ -210,7 +219,7 @@ class GraphExchange:
 
     def _begin(self, effect: Start) -> None:
         self._under_way[effect.name] = effect.collective
-        self._started += arrays_of(effect.collective)
+        self._started += self.transport.arrays_of(effect.collective)
 
     def _resume(self, result: Any) -> dict[str, np.ndarray] | None:
         """Runs the driver's `finish` from the wait that this is the result of to its next wait; returns the outputs at its end."""

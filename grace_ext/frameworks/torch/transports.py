@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ...exchange import Collective
-from ..base import Transport, arriving, cut, gathered
+from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
@@ -46,6 +46,9 @@ class HorovodTransport(Transport):
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
             return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)]  # in place: it is ours
         if collective.kind == "allgather":
+            mine = to_sum(self, collective)
+            if mine is not None:
+                return collective, [hvd.allreduce_async(self.ops.as_torch(mine), name=name, op=hvd.Sum, process_set=among)]
             return collective, [hvd.allgather_async(tensor, name=name, process_set=among)]
         if collective.kind == "alltoall":
             splits = torch.tensor(collective.sizes, dtype=torch.int32)
@@ -72,6 +75,9 @@ class HorovodTransport(Transport):
         if collective.kind == "alltoall":
             data, received = results[0]
             return cut(self.ops.from_torch(data), received.tolist())
+        mine = to_sum(self, collective)
+        if mine is not None:
+            return by_sum(self, collective, mine, self.ops.from_torch(results[0]))
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
@@ -81,6 +87,7 @@ class DistTransport(Transport):
     def __init__(self, ops: DeviceOps, group: Any = None):
         self.ops, self.group = ops, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.by_gloo = dist.get_backend(group) == dist.Backend.GLOO
 
     def start(self, collective: Collective, name: str) -> Any:
         tensor = self.ops.as_torch(collective.array)
@@ -93,6 +100,10 @@ class DistTransport(Transport):
             work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self.group, async_op=True)
             return collective, list(out.split(mine)), [work]
         assert collective.sizes is not None
+        mine = to_sum(self, collective) if self.by_gloo else None
+        if mine is not None:
+            total = self.ops.as_torch(mine).clone()
+            return collective, total, [dist.all_reduce(total, group=self.group, async_op=True)]
         outs = [tensor.new_empty(length) for length in collective.sizes]
         if collective.kind == "allgather":
             return collective, outs, [dist.all_gather(outs, tensor, group=self.group, async_op=True)]
@@ -107,4 +118,7 @@ class DistTransport(Transport):
             work.wait()
         if collective.kind == "allreduce":
             return self.ops.from_torch(result) / collective.divisor
+        mine = to_sum(self, collective) if self.by_gloo else None
+        if mine is not None:
+            return by_sum(self, collective, mine, self.ops.from_torch(result))
         return [self.ops.from_torch(data) for data in result]
