@@ -103,20 +103,20 @@ def _added(ops: Ops, pieces: list[Array], dtype: str, divisor: int) -> Array:
 
 # Gloo sends a gathered array and only then says that it is ready to receive. With more ranks these go over different connections; two
 # ranks have one, where the later rank's word waits behind its data, and the directions take turns: half the link's rate. Its all-reduce
-# uses both at once, and moves as many bytes. So two ranks add their arrays as bytes, modulo 256, and each subtracts its own.
+# uses both at once, and moves as many bytes. So two ranks add their arrays as 32-bit integers, modulo 2^32, and each subtracts its own.
 def to_sum(transport: Transport, collective: Collective) -> Array | None:
-    """What to sum, as uint8, for an all-gather of known sizes among two ranks: the array, as long as the longer one. None for any other."""
+    """What to sum, bytes of whole int32, for an all-gather of known sizes among two ranks. None for any other collective."""
     if collective.kind != "allgather" or not collective.sizes or not transport.pair:
         return None
-    lacks = max(collective.sizes) - len(collective.array)
+    lacks = -(-max(collective.sizes) // 4) * 4 - len(collective.array)
     return transport.ops.concat([collective.array, transport.ops.upload(np.zeros(lacks, np.uint8))]) if lacks else collective.array
 
 
-def by_sum(transport: Transport, collective: Collective, mine: Array, total: Array) -> list[Array]:
-    """What both ranks gathered, in rank order, from the sum of what `to_sum` gave."""
+def by_sum(transport: Transport, collective: Collective, other: Array) -> list[Array]:
+    """What both ranks gathered, in rank order; `other` is the sum of what `to_sum` gave less this rank's own."""
     assert collective.sizes is not None
-    other = (total - mine)[: collective.sizes[1 - transport.rank]]
-    return [other, collective.array] if transport.rank else [collective.array, other]
+    pieces = [collective.array, other[: collective.sizes[1 - transport.rank]]]
+    return pieces[::-1] if transport.rank else pieces
 
 
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ class HorovodTransport(Transport):
             return cut(values[0], values[1].tolist())
         mine = to_sum(self, collective)
         if mine is not None:
-            return by_sum(self, collective, mine, values[0])
+            return by_sum(self, collective, (values[0] - mine.view(np.int32)).view(np.uint8))
         return gathered(self, collective, values[0])
 
     def carry(self, collective: Collective):
@@ -79,7 +79,7 @@ class HorovodTransport(Transport):
         if collective.kind == "alltoall":
             return [collective.array, np.array(collective.sizes, np.int32)]
         mine = to_sum(self, collective)
-        return [collective.array if mine is None else mine]
+        return [collective.array if mine is None else mine.view(np.int32)]
 
     def start(self, collective: Collective, name: str) -> Any:
         return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)

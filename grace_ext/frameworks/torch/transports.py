@@ -48,7 +48,7 @@ class HorovodTransport(Transport):
         if collective.kind == "allgather":
             mine = to_sum(self, collective)
             if mine is not None:
-                return collective, [hvd.allreduce_async(self.ops.as_torch(mine), name=name, op=hvd.Sum, process_set=among)]
+                return collective, [hvd.allreduce_async(_words(self.ops.as_torch(mine)), name=name, op=hvd.Sum, process_set=among)]
             return collective, [hvd.allgather_async(tensor, name=name, process_set=among)]
         if collective.kind == "alltoall":
             splits = torch.tensor(collective.sizes, dtype=torch.int32)
@@ -77,7 +77,7 @@ class HorovodTransport(Transport):
             return cut(self.ops.from_torch(data), received.tolist())
         mine = to_sum(self, collective)
         if mine is not None:
-            return by_sum(self, collective, mine, self.ops.from_torch(results[0]))
+            return by_sum(self, collective, self.ops.from_torch(_less(results[0], self.ops.as_torch(mine))))
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
@@ -102,7 +102,7 @@ class DistTransport(Transport):
         assert collective.sizes is not None
         mine = to_sum(self, collective) if self.by_gloo else None
         if mine is not None:
-            total = self.ops.as_torch(mine).clone()
+            total = _words(self.ops.as_torch(mine)).clone()
             return collective, total, [dist.all_reduce(total, group=self.group, async_op=True)]
         outs = [tensor.new_empty(length) for length in collective.sizes]
         if collective.kind == "allgather":
@@ -120,5 +120,15 @@ class DistTransport(Transport):
             return self.ops.from_torch(result) / collective.divisor
         mine = to_sum(self, collective) if self.by_gloo else None
         if mine is not None:
-            return by_sum(self, collective, mine, self.ops.from_torch(result))
+            return by_sum(self, collective, self.ops.from_torch(_less(result, self.ops.as_torch(mine))))
         return [self.ops.from_torch(data) for data in result]
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    """Bytes as int32."""
+    return data.view(torch.int32) if data.data_ptr() % 4 == 0 else data.clone().view(torch.int32)
+
+
+def _less(total: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """The bytes of total - data, in place."""
+    return total.sub_(_words(data)).view(torch.uint8)
