@@ -51,15 +51,23 @@ class CompiledOps(QuantizingOps):
         spare = self._spare.get((size, dtype))
         if spare:
             return spare.pop()
-        array = np.empty(size, dtype)
+        array = self.new(size, dtype)
         self._own[id(array)] = array
         return array
+
+    def new(self, size: int, dtype: str) -> np.ndarray:
+        """Not set, in memory that is no other array's."""
+        return np.empty(size, dtype)
+
+    def owns(self, array: np.ndarray) -> bool:
+        """Whether `empty` handed it out."""
+        return self._own.get(id(array)) is array
 
     def recycle(self, arrays: list[np.ndarray]) -> None:
         while arrays:
             array = arrays.pop()
             # Two references: `array`, and the argument of getrefcount. A view of it would be a third.
-            if sys.getrefcount(array) == 2 and self._own.get(id(array)) is array:
+            if sys.getrefcount(array) == 2 and self.owns(array):
                 self._spare.setdefault((array.size, array.dtype.name), []).append(array)
 
     def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:

@@ -25,8 +25,7 @@ from ...errors import GraceError
 from ...exchange import Collective
 from ...spec import TensorSpec
 from ..base import Transport, by_sum, cut, gathered, to_sum
-from ..numpy.compiled import host_ops
-from .ops import GraphOps
+from .ops import GraphOps, graph_ops
 
 
 class HorovodTransport(Transport):
@@ -36,7 +35,7 @@ class HorovodTransport(Transport):
     scatters_uneven = True
 
     def __init__(self, process_set: Any):
-        self.ops, self.process_set = host_ops(GraphOps), process_set
+        self.ops, self.process_set = graph_ops(), process_set
         self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
 
     def apply(self, collective: Collective, inputs: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
@@ -196,6 +195,7 @@ class GraphExchange:
         def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
             if first:
                 self._abandon()
+                self.transport.ops.take_back()
                 self._before_step(self.driver.step)
                 self._lr = None if np.isnan(token) else float(token)
             if isinstance(what, list):
@@ -206,8 +206,9 @@ class GraphExchange:
             else:
                 name = self._real_name(what)
                 outputs = self._resume(self.transport.result(self._under_way.pop(name), values))
-            started, self._started = self._started, []
-            return [token, *started, *([] if outputs is None else outputs.values())]
+            arrays, self._started = [*self._started, *(outputs or {}).values()], []
+            self.transport.ops.lend(arrays)
+            return [token, *arrays]
 
         return run
 

@@ -80,24 +80,6 @@ def case_tape_over_keras_variables():
         assert_close(values(variables), problem.train_in_cluster(TOPK, 2, [v.path for v in variables]).values(), TOPK)
 
 
-def case_several_buckets_and_models_in_one_graph():
-    """Many collectives of one kind are under way at once: each variable is a bucket of its own."""
-    models = [[tf.Variable(tf.zeros([4_000_000])) for _ in range(3)] for _ in range(2)]
-    graces = [grace_ext.grace("none"), grace_ext.grace("none")]
-
-    @tf.function(autograph=False)
-    def exchanged():
-        with tf.GradientTape(persistent=True) as tape:
-            losses = [sum((i + hvd.rank()) * tf.reduce_sum(v) for i, v in enumerate(variables)) for variables in models]
-        tapes = [hvd.DistributedGradientTape(tape, compression=g) for g in graces]
-        return [t.gradient(loss, variables) for t, loss, variables in zip(tapes, losses, models, strict=True)]
-
-    for _ in range(2):
-        for gradients in exchanged():
-            for i, gradient in enumerate(gradients):
-                assert float(tf.reduce_min(gradient)) == float(tf.reduce_max(gradient)) == i + 0.5
-
-
 def case_compression_made_anew_is_refused():
     variables = problem.tf_variables()
     problem.train_by_tape(hvd, variables, grace_ext.grace(TOPK), False, range(1))
