@@ -113,11 +113,16 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
-    if ops.kernels and one_pass(job.compressor, job.communicator):
-        feedback = memory.feedback(state)
-        fused = feedback and job.compressor.fused(ops, job.grad, feedback, spec, info, state)
+    feedback = memory.feedback(state) if ops.kernels else None
+    if feedback and one_pass(job.compressor, job.communicator):
+        fused = job.compressor.fused(ops, job.grad, feedback, spec, info, state)
         if fused:
             return (yield from _exchange_fused(ops, job, info, state, fused))
+    elif feedback:
+        rounds = job.compressor.fused_rounds(ops, job.grad, feedback, spec, info, state, job.out)
+        if rounds:
+            aggregate, unsent, changed = yield from rounds
+            return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
     current = dict(state)  # a memory may send twice: the second time finds what the first left behind
 
     def send(x: Array) -> Generator[Any, Any, Any]:

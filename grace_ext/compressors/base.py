@@ -147,6 +147,13 @@ class Compressor(Part):
         bit. None where there is no such form, or what is to be compressed is not finite."""
         return None
 
+    def fused_rounds(
+        self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State, out: Array | None
+    ) -> Generator[Any, Any, tuple[Array, Array, State]] | None:
+        """As `fused`, for a compressor that communicates in rounds of its own: a generator of all of them that returns (the result, in
+        `out` where that is given; what was not sent; the new state)."""
+        return None
+
     def on_aggregate(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> State:
         """The state (or what changes of it) once the result is known, which is the same on all ranks."""
         return {}

@@ -6,13 +6,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import rng
+from .. import kernels, rng
 from .base import Compressor
 
 
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:
     """Columns made orthonormal by two passes of Gram-Schmidt in float64; a column that is zero, or depends on those before it,
     becomes zero. Never divides by zero, whatever the input."""
+    if kernels.enabled():
+        columns = matrix.T.astype(np.float64).reshape(-1)
+        kernels.load().gram_schmidt(columns, matrix.shape[1])
+        return columns.reshape(matrix.shape[::-1]).T.astype(np.float32, order="C")
     columns = matrix.astype(np.float64)
     for j in range(columns.shape[1]):
         column = columns[:, j].copy()

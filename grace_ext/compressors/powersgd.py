@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from ..exchange import AllReduce
 from ..parts import knob
 from . import register
 from .base import Exchanged, Field
 from .lowrank import _LowRank, kept_subspace, orthonormalize
+
+
+class Factors(NamedTuple):
+    """P: float[a, r]; the mean's Q, and the Q of what the memory subtracts: float[r, b]."""
+
+    p: Any
+    q: Any
+    q_sent: Any
 
 
 class _TwoSums(_LowRank):
@@ -21,24 +31,46 @@ class _TwoSums(_LowRank):
         a, b, r = self._shape(spec)
         return Field("P", "float32", a * r), Field("Q", "float32", b * r)
 
-    def _two_sums(self, ops, x, spec, info, start):
-        """P and Q from the subspace `start`: returns (Exchanged without a state, Q to start from next)."""
+    def _start(self, ops, spec, info, state):
+        """float[r * b]: Q by rows, to start this step from."""
+        raise NotImplementedError
+
+    def _two_sums(self, ops, x, spec, info, start, p_own=None):
+        """P and Q from the subspace `start`: returns (Factors, Q to start from next). `p_own`: x times Q, where that is known already."""
         a, b, r = self._shape(spec)
         m = x.reshape(a, b)
         before = start.reshape(r, b)
-        p_sum = yield AllReduce((m @ before.T).reshape(-1), "float32")
+        p_sum = yield AllReduce((m @ before.T).reshape(-1) if p_own is None else p_own, "float32")
         p_host = orthonormalize(ops.host(p_sum).reshape(a, r))
         p = ops.upload(p_host)
         q_own = p.T @ m  # (r, b): far cheaper than m.T @ p
         q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
         if not ops.all_finite(q):  # some rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
-            return nothing(ops, spec), before.reshape(-1)
-        return self._outcome(ops, info, p, q, q_own), kept_subspace(ops, q, before, p_host)
+            return None, before.reshape(-1)
+        return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
 
-    def _outcome(self, ops, info, p, q, q_own) -> Exchanged:
-        q_sent = q_own if self.feedback == "local" else q * (info.divisor / info.size)
-        remove = lambda x: ops.subtract_product(x, p, q_sent)  # noqa: E731
-        return Exchanged(ops.product(p, q), lambda: ops.product(p, q_sent), {}, remove=remove)
+    def _factors(self, info, p, q, q_own) -> Factors:
+        return Factors(p, q, q_own if self.feedback == "local" else q * (info.divisor / info.size))
+
+    def fused_rounds(self, ops, grad, feedback, spec, info, state, out):
+        if feedback.residual is None or not ops.compiles(grad) or (start := self._start(ops, spec, info, state)) is None:
+            return None
+        a, _, r = self._shape(spec)
+        found = ops.compensate_product(feedback, grad, start, a, r)
+        return found and self._in_place(ops, *found, start, spec, info, out)
+
+    def _in_place(self, ops, x, p_own, start, spec, info, out):
+        a, _, r = self._shape(spec)
+        factors, q = yield from self._two_sums(ops, x, spec, info, start, p_own)
+        if factors is None:
+            aggregate = ops.zeros(spec.size)
+        else:
+            aggregate = ops.empty(spec.size) if out is None else out
+            ops.kernels.products(aggregate, x, *(np.ascontiguousarray(factor).reshape(-1) for factor in factors), a, r)
+        return aggregate, x, self._state(q)
+
+    def _state(self, q):
+        return {"powersgd_q": q}
 
     def _alone(self, ops, m, start):
         """The payload of a rank alone in the world, from the subspace `start`: P, then Q."""
@@ -51,8 +83,12 @@ class _TwoSums(_LowRank):
         return (p.reshape(a, r) @ q.reshape(r, b)).reshape(-1)
 
 
-def nothing(ops, spec) -> Exchanged:
-    return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
+def outcome(ops, spec, factors: Factors | None) -> Exchanged:
+    """What the factors stand for; without any, nothing was sent."""
+    if factors is None:
+        return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
+    p, q, q_sent = factors
+    return Exchanged(ops.product(p, q), lambda: ops.product(p, q_sent), {}, remove=lambda x: ops.subtract_product(x, p, q_sent))
 
 
 def feedback_knob():
@@ -87,8 +123,11 @@ class PowerSGD(_TwoSums):
         return state["powersgd_q"] if self.warm_start else self._draw(ops, spec, info, info.step)
 
     def exchange(self, ops, x, spec, info, state, communicator):
-        done, q = yield from self._two_sums(ops, x, spec, info, self._start(ops, spec, info, state))
-        return done._replace(state={"powersgd_q": q} if self.warm_start else {})
+        factors, q = yield from self._two_sums(ops, x, spec, info, self._start(ops, spec, info, state))
+        return outcome(ops, spec, factors)._replace(state=self._state(q))
+
+    def _state(self, q):
+        return {"powersgd_q": q} if self.warm_start else {}
 
     def compress(self, ops, x, spec, info, state):
         """The payload a rank alone in the world would send: P, then Q. What runs in training is `exchange`."""

@@ -10,7 +10,7 @@ from ..exchange import AllReduce
 from ..parts import knob
 from . import register
 from .lowrank import kept_subspace, orthonormalize
-from .powersgd import _TwoSums, feedback_knob, nothing
+from .powersgd import _TwoSums, feedback_knob, outcome
 
 
 def top_subspace(matrix: np.ndarray, r: int) -> np.ndarray:
@@ -84,10 +84,13 @@ class PowerSGDPlus(_TwoSums):
 
     def exchange(self, ops, x, spec, info, state, communicator):
         if self._refreshes(info):
-            done, q = yield from self._refresh(ops, x, spec, info, state["powersgd_q"])
+            factors, q = yield from self._refresh(ops, x, spec, info, state["powersgd_q"])
         else:
-            done, q = yield from self._two_sums(ops, x, spec, info, state["powersgd_q"])
-        return done._replace(state={"powersgd_q": q})
+            factors, q = yield from self._two_sums(ops, x, spec, info, state["powersgd_q"])
+        return outcome(ops, spec, factors)._replace(state=self._state(q))
+
+    def _start(self, ops, spec, info, state):
+        return None if self._refreshes(info) else state["powersgd_q"]
 
     def _refresh(self, ops, x, spec, info, start):
         a, b, r = self._shape(spec)
@@ -103,10 +106,10 @@ class PowerSGDPlus(_TwoSums):
         p = ops.upload(p_host)
         q, q_own = p.T @ mean, p.T @ x.reshape(a, b)
         if overflowed or not ops.all_finite(q):
-            return nothing(ops, spec), start
+            return None, start
         if not ops.all_finite(q_own):
             q_own = q * (info.divisor / info.size)
-        return self._outcome(ops, info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
+        return self._factors(info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
 
     def compress(self, ops, x, spec, info, state):
         """The factors that a rank alone in the world would end up with: P, then Q. What runs in training is `exchange`."""

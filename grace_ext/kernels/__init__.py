@@ -60,10 +60,10 @@ def load() -> SimpleNamespace:
     if not known:
         print("grace_ext: compiling kernels, once on this machine (up to 20 s) ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    from . import bits, codes, elementwise, levels, random, select
+    from . import bits, codes, elementwise, levels, lowrank, random, select
     from .compile import Kernel, converts_halves
 
-    modules = [bits, codes, elementwise, levels, random, select]
+    modules = [bits, codes, elementwise, levels, lowrank, random, select]
     if converts_halves():
         from . import half
 

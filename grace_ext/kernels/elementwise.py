@@ -110,17 +110,3 @@ def magnitude_stats(x, out):
     out[0] += total
     out[1] += number
     out[2] = max(out[2], np.float64(float_of(min(found, INFINITY))))
-
-
-@kernel(write(f32), read(f32), read(f32), i64, i64)
-def subtract_product(x, a, b, rows, rank):
-    """x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the cache."""
-    columns = len(x) // rows
-    for i in range(rows):
-        row = x[i * columns : (i + 1) * columns]
-        for start in range(0, columns, PIECE):
-            piece = row[start : start + PIECE]
-            for r in range(rank):
-                factor, other = a[i * rank + r], b[r * columns + start : r * columns + start + len(piece)]
-                for j in range(len(piece)):
-                    piece[j] -= factor * other[j]

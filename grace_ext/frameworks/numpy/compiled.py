@@ -220,6 +220,13 @@ class CompiledOps(QuantizingOps):
         self.kernels.compensate(feedback.residual, grad, np.float32(feedback.beta), np.float32(feedback.gamma), total)
         return total
 
+    def compensate_product(self, feedback: Feedback, grad: np.ndarray, q: np.ndarray, rows: int, rank: int) -> Any:
+        """(what is compressed, x; float32[rows * rank]: the matrix x times Q, which is given by rows); None where x is not finite."""
+        total, p = self.empty(grad.size), np.zeros(rows * rank, np.float32)
+        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+        finite = self.kernels.compensate_product(feedback.residual, grad, *factors, np.ascontiguousarray(q), rows, rank, total, p)
+        return (total, p) if finite else None
+
     def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         out = self.empty(len(a) * b.shape[1])
         np.matmul(a, b, out=out.reshape(len(a), -1))
