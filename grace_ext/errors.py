@@ -10,7 +10,7 @@ class GraceError(Exception):
 
 
 class UnknownPartError(GraceError, KeyError):
-    """No part of that name. `kind` is compressor, memory or communicator; `nearest` are similar known names."""
+    """No part of that name. `kind` is compressor, memory, communicator or policy; `nearest` are similar known names."""
 
     def __init__(self, kind: str, name: str, nearest: Sequence[str], known: Sequence[str]):
         self.kind, self.name, self.nearest, self.known = kind, name, tuple(nearest), tuple(known)
@@ -85,3 +85,7 @@ class UnstableFeedbackWarning(UserWarning):
 
 class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""
+
+
+class PolicyWarning(UserWarning):
+    """What a policy does that its user may not expect: a pattern that matches no parameter, a budget that cannot be kept."""
