@@ -134,6 +134,14 @@ class LGreCo(Policy):
     def solve(self, ops, gradients):
         """The number of the choice for each tensor, given gradients by TensorSpec: float[d] arrays. None where nothing keeps the budget."""
         tables = self.tables(ops, gradients)
-        budget = self.alpha * math.fsum(errors[self.uniform] for errors, _ in tables.values())
-        found = allocate([errors for errors, _ in tables.values()], [sizes for _, sizes in tables.values()], budget) if tables else []
-        return None if found is None else dict(zip(tables, found, strict=True))
+        if not tables:
+            return {}
+        errors, sizes = ([table[part] for table in tables.values()] for part in (0, 1))
+        at_uniform = [math.fsum(row[self.uniform] for row in rows) for rows in (errors, sizes)]
+        found = allocate(errors, sizes, self.alpha * at_uniform[0])
+        if found is None:
+            return None
+        # Rounded up, the uniform choice itself may be over its own errors on the grid.
+        if self.alpha >= 1 and at_uniform[1] <= math.fsum(row[c] for row, c in zip(sizes, found, strict=True)):
+            found = [self.uniform] * len(tables)
+        return dict(zip(tables, found, strict=True))
