@@ -142,6 +142,14 @@ class Grace:
         return max(leaf.nbytes(spec, size) for leaf in self.leaves_for(spec))
 
     @property
+    def policies(self) -> list[Policy]:
+        """The policy and all that are in it; none for a composition."""
+        found: list[Any] = [self.policy] if self.policy else []
+        for policy in found:  # grows while it is walked
+            found += [child for child in policy.children() if isinstance(child, Policy)]
+        return found
+
+    @property
     def diverges(self) -> bool:
         """The result may differ from rank to rank."""
         return any(memory.diverges for memory in self.memories)

@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .choices import Choices
-from .errors import DisagreementError, GraceError, NamesError, PolicyWarning, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .ops import Array, Ops
 from .payload import VERSION, message, open_message
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .composition import Grace
     from .frameworks.base import Transport
 
+LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -157,11 +159,11 @@ class Driver:
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
-        self._tell(self._choices.told())
 
     def _tell(self, sentences: list[str]) -> None:
+        # Not by a warning: one rank alone must not raise where warnings are errors, because the others would wait for it.
         for sentence in sentences if self.transport.rank == 0 else ():
-            warnings.warn(sentence, PolicyWarning, stacklevel=2)
+            LOG.warning(sentence)
 
     def regroup(self, groups: Iterable[Iterable[str]]) -> None:
         """Packs the registered parameters into these buckets instead, which all ranks must pass alike, for a framework that makes buckets
@@ -371,6 +373,7 @@ class Driver:
             "number": Driver._next_number,
         }
         said = yield from agree(self.ops, self.transport, mine)
+        self._tell(self._choices.told())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
@@ -381,11 +384,6 @@ class Driver:
         and the state before each commit is kept, so that all can roll back where one could not commit."""
         if self._whole_model:
             raise UnsupportedError(self._whole_model)
-        if self._choices.groups:
-            raise UnsupportedError(
-                f"{self.grace} decides for all parameters at once, and here each has an exchange of its own: use the DistributedOptimizer or "
-                "the tape of grace_ext.frameworks.tensorflow"
-            )
         self.prefix, self.agreed, self._before = prefix, True, {}
 
     def _digest(self, specs: list[TensorSpec]) -> int:

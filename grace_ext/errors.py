@@ -85,7 +85,3 @@ class UnstableFeedbackWarning(UserWarning):
 
 class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""
-
-
-class PolicyWarning(UserWarning):
-    """What a policy does that its user may not expect: a pattern that matches no parameter, a budget that cannot be kept."""

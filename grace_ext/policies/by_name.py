@@ -36,8 +36,8 @@ class ByName(Policy):
 
     A tensor goes through the spec of the first pattern that its name matches, and through `default` where none does. Patterns are those of
     shells: * is any text, ? one character, [ab] one of these; case counts. Names are the parameters' full ones ('encoder.0.bias').
-    A pattern that matches no parameter, and parameters that a later pattern matches too, are told once, in a PolicyWarning, when the
-    parameters are known. The same at every step. State: none.
+    A pattern that matches no parameter, and parameters that a later pattern matches too, are told once, in the log
+    'grace_ext' of rank 0, at the first step. The same at every step. State: none.
     Source: common practice.
     """
 
