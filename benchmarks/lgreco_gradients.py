@@ -90,7 +90,7 @@ def compared(gradients: dict[str, np.ndarray], base: str) -> dict[str, Any]:
     ops, by_spec = _ops_of("numpy"), {TensorSpec(name, x.shape): x for name, x in gradients.items()}
     flat = {spec: x.reshape(-1) for spec, x in by_spec.items()}
     started = time.perf_counter()
-    found = policy.solve(ops, flat)
+    found = policy.solve({spec: policy.errors(ops, spec, x) for spec, x in flat.items()})
     seconds = time.perf_counter() - started
     uniform, chosen = ([policy.leaves[each.get(spec, policy.uniform)] for spec in by_spec] for each in ({}, found))
     bytes_ = [sum(leaf.nbytes(spec) for spec, leaf in zip(by_spec, leaves, strict=True)) for leaves in (uniform, chosen)]

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from ..parts import Part, made_knob
 from ..spec import StepInfo, TensorSpec
 
@@ -42,7 +44,7 @@ def own_state(path: str, state: State) -> dict[str, Array]:
 
 
 def is_own(key: str) -> bool:
-    """Whether a key of a tensor's state is a policy's: these are the same on all ranks."""
+    """Whether a key of a tensor's state is a policy's. A rank may go on with another's."""
     return ":" in key
 
 
@@ -54,7 +56,7 @@ def as_state(path: str, own: State) -> dict[str, Array]:
 @dataclass(frozen=True)
 class Policy(Part):
     """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what the
-    policy has learnt of aggregated gradients, which all ranks know alike. So all ranks choose alike.
+    policy has learnt of aggregates or of what all ranks reported, which all know alike. So all ranks choose alike.
 
     It owns no state: a learning one is given that of a tensor, as every part is, and what changes is committed with the step.
     """
@@ -62,7 +64,7 @@ class Policy(Part):
     kind: ClassVar[str] = "policy"
     #: Its own choice for a tensor may be another one at another step.
     varies: ClassVar[bool] = False
-    #: It keeps state of its own, from aggregated gradients.
+    #: It keeps state of its own, from gradients that all ranks know alike.
     learns: ClassVar[bool] = False
     #: It decides for all its tensors at once (`settle`), so one driver must hold them.
     whole_model: ClassVar[bool] = False
@@ -108,7 +110,11 @@ class Policy(Part):
 
     # --- what a learning policy does -----------------------------------------------------------------------------------
     def init(self, ops: Ops, spec: TensorSpec) -> dict[str, Array]:
-        """What it keeps of a tensor before the first step, by keys of its own: arrays equal on all ranks."""
+        """What it keeps of a tensor before the first step, by keys of its own. What `choose` looks at is equal on all ranks at any time."""
+        return {}
+
+    def measure(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
+        """What changes of it by this rank's own gradient, float[d], before it is compressed: not to be kept or changed. For `report`."""
         return {}
 
     def observe(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
@@ -116,16 +122,17 @@ class Policy(Part):
         return {}
 
     def due(self, step: int) -> bool:
-        """Whether `settle` is to be called at the end of this step."""
+        """Whether the ranks' reports are to be gathered at the end of this step, and to be settled."""
         return False
 
-    def settle(self, ops: Ops, states: Mapping[TensorSpec, State]) -> tuple[bytes, list[str]]:
-        """A decision about all its tensors, made on one rank: what the others must know of it, and sentences for the user."""
-        return b"", []
+    def report(self, ops: Ops, states: Mapping[TensorSpec, State]) -> np.ndarray:
+        """float32, of a length that all ranks share: what this rank has measured of all its tensors."""
+        return np.zeros(0, np.float32)
 
-    def settled(self, ops: Ops, decision: bytes, states: Mapping[TensorSpec, State]) -> list[dict[str, Array]]:
-        """What changes of the tensors' states by that decision, on every rank, in the order of `states`."""
-        return [{} for _ in states]
+    def settle(self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State]) -> tuple[list[dict[str, Array]], list[str]]:
+        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user. It gives the same on
+        every rank, so no product of matrices or other sum of a library's own order may be in it."""
+        return [{} for _ in states], []
 
 
 def plan_knob(default: str, help: str) -> Any:
