@@ -418,7 +418,15 @@ class Driver:
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
     alike, where anything but the number differs."""
-    text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
+    said = yield from tell(ops, transport, {**mine, "version": VERSION})
+    if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
+        raise DisagreementError(_difference(said), said)
+    return said
+
+
+def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
+    """What every rank tells the others, made of JSON types: a list by rank."""
+    text = ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
     carried = transport.carry(Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree"))
     answer, turn = None, 0
     while True:
@@ -431,10 +439,7 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
         yield Start(name, collective)
         answer = yield Wait(name)
     bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-    said = [json.loads(ops.host(body).tobytes()) for body in bodies]
-    if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
-        raise DisagreementError(_difference(said), said)
-    return said
+    return [json.loads(ops.host(body).tobytes()) for body in bodies]
 
 
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:

@@ -87,16 +87,18 @@ def ordered_sum(transport: Transport, collective: Collective) -> Carried:
 
 
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:
-    """Raises IncompatiblePartsError where the memory is the momentum of the training, and this optimizer, given its class's name and its
-    hyperparameters by name, has one of its own or is an adaptive one."""
-    if not grace.memory.is_momentum:
+    """Raises IncompatiblePartsError where the memory is the momentum of the training, or needs plain SGD (cser), and this optimizer, given
+    its class's name and its hyperparameters by name, has a momentum of its own or is an adaptive one."""
+    if not (grace.memory.is_momentum or grace.memory.diverges):
         return
     adaptive = [key for key in ADAPTIVE if key in settings]
     if settings.get("momentum") or adaptive:
         has = f"adapts its steps ({', '.join(adaptive)})" if adaptive else f"has momentum={settings['momentum']} of its own"
+        why = "is the momentum of the training", "momentum would be applied twice"
+        if grace.memory.diverges:
+            why = "takes errors back out of the model that plain SGD put there", "the ranks' models would not come together"
         raise IncompatiblePartsError(
-            f"memory {grace.memory} is the momentum of the training, and the optimizer {name} {has}: momentum would be applied twice. Use "
-            "SGD with momentum=0, or memory 'residual'"
+            f"memory {grace.memory} {why[0]}, and the optimizer {name} {has}: {why[1]}. Use SGD with momentum=0, or memory 'residual'"
         )
 
 

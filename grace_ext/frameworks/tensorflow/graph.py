@@ -97,7 +97,8 @@ class Rehearsal(HorovodTransport):
 
 
 class GraphExchange:
-    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate."""
+    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate.
+    driver: one that has registered these specs already, in place of a new one."""
 
     def __init__(
         self,
@@ -107,13 +108,16 @@ class GraphExchange:
         *,
         average: bool,
         before_step: Callable[[int], None] = lambda step: None,
+        driver: Driver | None = None,
     ):
         self._before_step = before_step
         self.transport = HorovodTransport(process_set)
         self._lr: float | None = None
         divisor = self.transport.size if average else 1
-        self.driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor, read_lr=lambda: self._lr)
-        self.driver.register(specs)
+        if driver is None:
+            driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor)
+            driver.register(specs)
+        self.driver, driver.read_lr = driver, lambda: self._lr
         self._pieces: list[Any] = self._rehearse(divisor)
         self._started: list[np.ndarray] = []
         self._under_way: dict[str, Collective] = {}
@@ -121,7 +125,9 @@ class GraphExchange:
 
     def _rehearse(self, divisor: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
-        driver = Driver(self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor, read_lr=lambda: 1.0)
+        driver = Driver(
+            self.driver.grace, self.driver.ops, Rehearsal(self.transport.ops), divisor=divisor, read_lr=lambda: 1.0, diverging=True
+        )
         driver.register(self.driver.specs.values())
         driver.agreed = True
         pieces: list[Any] = []
