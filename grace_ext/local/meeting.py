@@ -137,7 +137,7 @@ class Meeting:
             working = [r for r in range(self.size) if self._rounds[r] <= self._rounds[rank] and r not in self._left]
             return [r for r in working if step - self._step[r] > self.max_ahead]
 
-        self._wait_for(rank, behind, f"max_ahead={self.max_ahead} (this rank is at step {step})", all_must_be_there=True)
+        self._wait_for(rank, behind, f"step {step}, as max_ahead={self.max_ahead} says", all_must_be_there=True)
 
     def _wait_for(self, rank: int, missing: Callable[[], list[int]], what: str, all_must_be_there: bool = False) -> None:
         """Waits, within the time limit, until `missing()` is empty. Raises RankLeftError where one that is missing has left."""
@@ -145,7 +145,7 @@ class Meeting:
         while True:
             away = [r for r in (range(self.size) if all_must_be_there else missing()) if r in self._left and not self._at_rest(r, rank)]
             if away:
-                where = ", ".join(f"rank {r} left after step {self._left[r]}" for r in away)
+                where = ", ".join(f"rank {r} left (last heard of at step {self._left[r]})" for r in away)
                 raise RankLeftError(f"rank {rank} waits at {what}, and {where}: it ended, or lost its connection; see its own output", away)
             late = missing()
             if not late:
@@ -170,12 +170,6 @@ class Meeting:
             data = b"" if entry.rank == rank else entry.data
             pieces += [ENTRY.pack(entry.rank, entry.number, len(data)), data]
         return b"".join(pieces)
-
-    def end(self, seconds: float = SECONDS) -> None:
-        """Waits until every rank has left, and not for long."""
-        until = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
 
 
 def address(meeting: Meeting) -> dict[str, Any]:

@@ -141,6 +141,12 @@ class LocalModel:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit, with the parameters as they were when it was saved. Raises GraceError, and changes nothing, where it does
         not fit."""
+        kept = self.read_state(saved)
+        self.master, self.outer = kept["master"], kept["outer"]
+        self.step, self.last = int(saved["step"]), int(saved["last"])
+
+    def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """The arrays of a state by kind and parameter, copied and checked."""
         if saved.get("plan") != str(self.plan):
             raise GraceError(f"this state was saved by {saved.get('plan')}, this is {self.plan}")
         kept: dict[str, dict[str, Array]] = {"master": {}, "outer": {}}
@@ -149,8 +155,7 @@ class LocalModel:
             kept[kind][name] = self.ops.copy(array)
         if self.specs:
             self._check({name: len(array) for name, array in kept["master"].items()}, self.specs)
-        self.master, self.outer = kept["master"], kept["outer"]
-        self.step, self.last = int(saved["step"]), int(saved["last"])
+        return kept
 
     @staticmethod
     def _check(saved: dict[str, int], specs: dict[str, TensorSpec]) -> None:

@@ -42,6 +42,10 @@ class Plan:
         gradients is the same but for rounding, and is plain data-parallel training bit for bit."""
         return self.grace.memory.diverges or (self.lossless and self.schedule.gap == 1 and not self.has_outer)
 
+    def resets(self, step: int) -> bool:
+        """Whether step `step`, from 0, is one of CSER's error resets, with more collectives than other steps have."""
+        return self.grace.memory.diverges and (step + 1) % self.schedule.gap == 0
+
     @property
     def for_gradients(self) -> Grace:
         """What gradients are exchanged with, in steps where they are."""

@@ -151,6 +151,7 @@ class Worker:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit, with the parameters that were saved with it. Raises GraceError where it does not fit."""
+        self.model.read_state(saved["model"])  # all are checked before any is changed
         self.for_gradients.read_state(saved["gradients"])
         self.for_models.read_state(saved["models"])
         self.model.load_state_dict(saved["model"])

@@ -60,7 +60,7 @@ class _Local:
         self.idle = not process_set.included() or (process_set.size() == 1 and not simulate)
         transport = HorovodTransport(process_set)
         self.worker = Worker(plan, transport.ops, transport)
-        self._by_gradients: GraphExchange | None = None
+        self._by_gradients: list[GraphExchange] = []  # in usual steps, and in CSER's resets
         self._by_models: GraphExchange | None = None
 
     def begin(self, variables: Sequence[Any]) -> None:
@@ -75,25 +75,28 @@ class _Local:
             return
         self.worker.begin(specs, _values(variables))
         by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
-        self._by_gradients = GraphExchange(by_gradients.grace, specs, self._process_set, average=True, driver=by_gradients)
+        rehearsed = [0, self.plan.schedule.gap - 1] if self.plan.grace.memory.diverges else [0]
+        self._by_gradients = [
+            GraphExchange(by_gradients.grace, specs, self._process_set, average=True, driver=by_gradients, rehearsed=step)
+            for step in rehearsed
+        ]
         if not self.plan.asynchronous:
             self._by_models = GraphExchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
 
     # --- operations -------------------------------------------------------------------------------------------------
     def gradients(self, gradients: list[Any], variables: Sequence[Any], lr: Any) -> list[Any]:
         """What is to be applied: these, or in steps that exchange gradients what comes of them."""
-        exchanged = tf.numpy_function(lambda: np.bool_(self.worker.begin_step()), [], tf.bool)
-        exchanged.set_shape([])
+        begun = tf.numpy_function(lambda: np.array([self.worker.begin_step(), self.plan.resets(self.worker.model.step)]), [], tf.bool)
+        begun.set_shape([2])
         if not self.plan.by_gradients and not self.plan.schedule.start:
             return gradients
         if any(isinstance(g, tf.IndexedSlices) for g in gradients):
             raise UnsupportedError("sparse gradients (IndexedSlices) cannot be averaged in LocalSGD; use tf.convert_to_tensor on them")
         own = [tf.zeros(v.shape, v.dtype) if g is None else tf.convert_to_tensor(g) for g, v in zip(gradients, variables, strict=True)]
-        assert self._by_gradients is not None
-        if not self.plan.by_gradients:
-            return list(tf.cond(exchanged, lambda: self._by_gradients(own, lr), lambda: [tf.identity(g) for g in own]))
-        with tf.control_dependencies([exchanged]):
-            return self._by_gradients(own, lr)
+        usual, *resets = self._by_gradients
+        if resets:
+            return list(tf.cond(begun[1], lambda: resets[0](own, lr), lambda: usual(own, lr)))
+        return list(tf.cond(begun[0], lambda: usual(own, lr), lambda: [tf.identity(g) for g in own]))
 
     def end_step(self, variables: Sequence[Any]) -> None:
         """After the gradients were applied: synchronizes where it is due."""
