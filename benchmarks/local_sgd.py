@@ -24,7 +24,7 @@ import record
 import torch
 from torch.nn.functional import cross_entropy
 
-from grace_ext.local.cluster import LocalSGDCluster
+from grace_ext.local import LocalSGDCluster
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent / "examples"))

@@ -6,5 +6,6 @@ engine (with `meeting.py`, where ranks wait for each other), `messages.py` is th
 
 from __future__ import annotations
 
+from .cluster import LocalSGDCluster as LocalSGDCluster
 from .schedule import Schedule as Schedule
 from .schedule import post_local as post_local

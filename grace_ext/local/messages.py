@@ -75,7 +75,8 @@ class Messages:
     def _apply(self, entry: Entry) -> None:
         data = self.ops.upload(np.frombuffer(entry.data, np.uint8).copy())
         info = StepInfo(entry.number, entry.rank, 1, 1, self.driver.grace.seed)
-        for bucket, message in zip(self.driver.buckets, split_messages(self.ops, data, len(self.driver.buckets)), strict=True):
+        buckets = [bucket for bucket in self.driver.buckets if any(spec.size for spec in bucket.specs)]
+        for bucket, message in zip(buckets, split_messages(self.ops, data, len(buckets)), strict=True):
             body, finite = open_message(self.ops, message, digest=bucket.digest, step=entry.number, rank=entry.rank)
             if not finite:
                 raise PayloadError("is of a drift that was not finite", entry.rank)

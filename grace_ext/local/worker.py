@@ -38,6 +38,7 @@ class Worker:
     # --- the first step ---------------------------------------------------------------------------------------------
     def begin(self, specs: Sequence[TensorSpec], values: Mapping[str, Any]) -> None:
         """Before the first step, on every rank: all must have the same plan, parameters and model. Raises DisagreementError on all."""
+        loaded = bool(self.model.master)
         self.model.begin(specs, values)
         mine = {
             "spec": str(self.plan), "seed": self.plan.grace.seed, "number": 0,
@@ -48,8 +49,10 @@ class Worker:
             self.for_models.register(self.model.drift_specs)
             perform(agree(self.ops, self.transport, mine), self.transport, {})
             self._meet_first()
-        except BaseException:
+        except BaseException:  # nothing has begun: it may be tried again
             self.model.specs = {}
+            if not loaded:
+                self.model.master = {}
             raise
 
     def _meet_first(self) -> None:

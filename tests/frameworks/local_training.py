@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_ext.local.cluster import LocalSGDCluster
+from grace_ext.local import LocalSGDCluster
 
 from . import training
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_ext.local.cluster import LocalSGDCluster
+from grace_ext.local import LocalSGDCluster
 
 SHAPES = {"w": (9, 7), "b": (5,)}
 LR = 0.125

@@ -9,8 +9,7 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import DisagreementError, GraceError, NamesError, ParameterError, TensorChangedError
-from grace_ext.local import post_local
-from grace_ext.local.cluster import LocalSGDCluster
+from grace_ext.local import LocalSGDCluster, post_local
 
 from . import problem
 from .problem import LR, SHAPES, in_cluster, largest
@@ -190,6 +189,18 @@ def test_ranks_that_have_had_the_same_messages_have_the_same_bits(spec):
     assert distance(got, [problem.initial()] * 3) > 0.05
     log = [(entry.rank, entry.number) for entry in cluster._log]
     assert len(set(log)) == len(log) == 10 + 6 + 3 + 3  # each message once, and the last of all
+
+
+def test_a_parameter_without_elements_and_several_buckets():
+    cluster = LocalSGDCluster("topk(ratio=0.5) + residual", 2, every=1, asynchronous=True)
+    for driver in cluster.for_models:
+        driver.bucket_bytes = 16
+    model = {"a": np.zeros(8, np.float32), "none": np.zeros((0, 3), np.float32), "b": np.zeros(8, np.float32)}
+    cluster.start([model] * 2)
+    assert len(cluster.for_models[0].buckets) == 3
+    after = cluster.step([{n: w + np.arange(w.size, dtype=np.float32).reshape(w.shape) for n, w in model.items()}, model])
+    assert after[0]["b"].tolist() == after[1]["b"].tolist() == [0, 0, 0, 0, 2, 2.5, 3, 3.5]
+    assert after[0]["none"].shape == (0, 3)
 
 
 # --- in all array libraries; state; bad input --------------------------------------------------------------------------

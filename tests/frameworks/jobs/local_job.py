@@ -166,12 +166,9 @@ def case_disagreement():
     raises(DisagreementError, "rank 1 uses 'LocalSGD(every 4 steps) of none", lambda: train(hvd, "none", 1, every=3 + hvd.rank()))
     model = training.make_model()
     model[0].weight.data += hvd.rank()
-    raises(DisagreementError, "broadcast_parameters", lambda: train(hvd, "none", 1, model))
-    model = training.make_model()
     optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), every=2)
-    for p in model.parameters():
-        p.data += hvd.rank()
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    raises(DisagreementError, "broadcast_parameters", lambda: run(hvd, model, optimizer, range(1)))
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # and once more
     run(hvd, model, optimizer, range(2))
     assert same_on_all_ranks(model)
 

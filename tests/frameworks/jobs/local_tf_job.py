@@ -12,7 +12,7 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import DisagreementError, UnsupportedError
-from grace_ext.local.cluster import LocalSGDCluster
+from grace_ext.local import LocalSGDCluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tf_training as problem  # noqa: E402
