@@ -471,14 +471,19 @@ class Driver:
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
     alike, where anything but the number differs."""
-    text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
-    collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
-    received = yield from _at_once(transport, collective, "grace/agree")
-    bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-    said = [json.loads(ops.host(body).tobytes()) for body in bodies]
+    said = yield from tell(ops, transport, {**mine, "version": VERSION})
     if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
+
+
+def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
+    """What every rank tells the others, made of JSON types: a list by rank."""
+    text = ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
+    collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
+    received = yield from _at_once(transport, collective, "grace/agree")
+    bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
+    return [json.loads(ops.host(body).tobytes()) for body in bodies]
 
 
 def _at_once(transport: Transport, wanted: Collective, name: str) -> Effects:

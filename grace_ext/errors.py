@@ -65,6 +65,14 @@ class DisagreementError(GraceError, RuntimeError):
         super().__init__(message)
 
 
+class RankLeftError(GraceError, RuntimeError):
+    """Ranks that are waited for have left, have not come in time, or are at another step. `ranks` are those."""
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()):
+        self.ranks = tuple(ranks)
+        super().__init__(message)
+
+
 class PayloadError(GraceError, RuntimeError):
     """What arrived from a peer cannot be decoded. `rank` sent it; `parameter` is the tensor, where it is known."""
 

@@ -120,17 +120,19 @@ def by_sum(transport: Transport, collective: Collective, other: Array) -> list[A
 
 
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:
-    """Raises IncompatiblePartsError where the memory is the momentum of the training, and this optimizer, given its class's name and its
-    hyperparameters by name, has one of its own or is an adaptive one."""
-    momentum = next((memory for memory in grace.memories if memory.is_momentum), None)
-    if momentum is None:
+    """Raises IncompatiblePartsError where a memory is the momentum of the training, or needs plain SGD (cser), and this optimizer, given
+    its class's name and its hyperparameters by name, has a momentum of its own or is an adaptive one."""
+    memory = next((memory for memory in grace.memories if memory.is_momentum or memory.diverges), None)
+    if memory is None:
         return
     adaptive = [key for key in ADAPTIVE if key in settings]
     if settings.get("momentum") or adaptive:
         has = f"adapts its steps ({', '.join(adaptive)})" if adaptive else f"has momentum={settings['momentum']} of its own"
+        why = "is the momentum of the training", "momentum would be applied twice"
+        if memory.diverges:
+            why = "takes errors back out of the model that plain SGD put there", "the ranks' models would not come together"
         raise IncompatiblePartsError(
-            f"memory {momentum} is the momentum of the training, and the optimizer {name} {has}: momentum would be applied twice. Use "
-            "SGD with momentum=0, or memory 'residual'"
+            f"memory {memory} {why[0]}, and the optimizer {name} {has}: {why[1]}. Use SGD with momentum=0, or memory 'residual'"
         )
 
 

@@ -1,6 +1,7 @@
-"""numpy: the reference implementation of the array protocol, and `Exchange`, which carries it over MPI.
+"""numpy: the reference implementation of the array protocol, and `Exchange` and `LocalSGD`, which carry it over MPI.
 
-`Exchange` is loaded when it is first asked for, so that LocalCluster and the other frameworks, which use these operations, need no mpi4py.
+These two are loaded when they are first asked for, so that LocalCluster and the other frameworks, which use these operations, need no
+mpi4py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .local import LocalSGD as LocalSGD
     from .mpi import Exchange as Exchange
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "LocalSGD"]
 
 # Whoever started this process, or chose an MPI library, has said where Open MPI is.
 _DECIDED = ("OPAL_PREFIX", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE", "MPI4PY_LIBMPI", "MPI4PY_MPIABI")
@@ -25,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from .mpi import Exchange
 
         return Exchange
+    if name == "LocalSGD":
+        from .local import LocalSGD
+
+        return LocalSGD
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -87,6 +87,17 @@ class MpiTransport(Transport):
         return np.divide(result, collective.divisor, out=result) if collective.kind == "allreduce" else result
 
 
+def duplicated(comm: Any) -> Any:
+    """A communicator of our own over the same ranks, by default all. Raises ParameterError or UnsupportedError for what is none."""
+    mpi = load_mpi()
+    comm = mpi.COMM_WORLD if comm is None else comm
+    if not isinstance(comm, mpi.Comm):
+        raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {comm!r}")
+    if comm == mpi.COMM_NULL or not isinstance(comm, mpi.Intracomm):
+        raise UnsupportedError("comm must be an intra-communicator that this rank belongs to; ranks outside of it make no Exchange")
+    return comm.Dup()
+
+
 class Exchange:
     """The compressed mean (or sum) of gradients over the ranks of an MPI communicator.
 
@@ -106,12 +117,7 @@ class Exchange:
         if op not in ("mean", "sum"):
             raise ParameterError(f"op must be 'mean' or 'sum', got {op!r}")
         self.grace, self._mpi, self._lr = grace(g), load_mpi(), None
-        comm = self._mpi.COMM_WORLD if comm is None else comm
-        if not isinstance(comm, self._mpi.Comm):
-            raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {comm!r}")
-        if comm == self._mpi.COMM_NULL or not isinstance(comm, self._mpi.Intracomm):
-            raise UnsupportedError("comm must be an intra-communicator that this rank belongs to; ranks outside of it make no Exchange")
-        self._transport = MpiTransport(host_ops(NumpyOps), comm.Dup())
+        self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
         self._dense = self._transport.size == 1 and not simulate
         self._over = ""  # why there can be no more steps
         said = self._transport.comm.allgather({"op": op})

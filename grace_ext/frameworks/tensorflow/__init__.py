@@ -30,8 +30,10 @@ except ImportError as error:
             f"({_missing}): run `make horovod` (python tools/build_horovod.py)"
         )
 else:
+    from ...local import post_local as post_local
     from . import callbacks as callbacks
     from .callbacks import broadcast_variables as broadcast_variables
+    from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape

@@ -104,7 +104,9 @@ class Rehearsal(HorovodTransport):
 
 
 class GraphExchange:
-    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate."""
+    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate.
+    driver: one that has registered these specs already, in place of a new one. rehearsed: the step whose collectives all steps of this
+    object have."""
 
     def __init__(
         self,
@@ -114,24 +116,28 @@ class GraphExchange:
         *,
         average: bool,
         before_step: Callable[[int], None] = lambda step: None,
+        driver: Driver | None = None,
+        rehearsed: int = 0,
     ):
         self._before_step = before_step
         self.transport = HorovodTransport(process_set)
         self._lr: float | None = None
         divisor = self.transport.size if average else 1
-        self.driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor, read_lr=lambda: self._lr)
-        self.driver.register(specs)
-        self._pieces: list[Any] = self._rehearse(divisor)
+        if driver is None:
+            driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor)
+            driver.register(specs)
+        self.driver = driver
+        self._pieces: list[Any] = self._rehearse(divisor, rehearsed)
         self._started: list[np.ndarray] = []
         self._under_way: dict[str, Collective] = {}
         self._finishing: Any = None
 
-    def _rehearse(self, divisor: int) -> list[Any]:
+    def _rehearse(self, divisor: int, step: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
         pretended = Rehearsal(self.transport.ops, self.transport.pair)
-        driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0)
+        driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
         driver.register(self.driver.specs.values())
-        driver.agreed = True
+        driver.agreed, driver.step = True, step
         pieces: list[Any] = []
         handles: dict[str, Any] = {}
         for bucket in driver.buckets:
@@ -198,6 +204,7 @@ class GraphExchange:
                 self.transport.ops.take_back()
                 self._before_step(self.driver.step)
                 self._lr = None if np.isnan(token) else float(token)
+                self.driver.read_lr = lambda: self._lr
             if isinstance(what, list):
                 for name, value in zip(what, values, strict=True):
                     for effect in self.driver.put(name, value):

@@ -152,6 +152,23 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes` and
     `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory.
     """
+    if backward_passes_per_step <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
+    if gradient_predivide_factor != 1.0 and op != api.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    chosen = chosen_compression(compression)
+    check_keras_optimizer(chosen, optimizer)
+    return in_front_of(
+        optimizer, _Distributed,
+        _grace=Exchanges(chosen, op, process_set, sparse_as_dense, simulate),
+        _grace_passes=(backward_passes_per_step, average_aggregated_gradients),
+        _grace_local=(set(), scale_local_gradients),
+        _grace_accumulators=None,
+    )  # fmt: skip
+
+
+def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
+    """Raises where this is no Keras 3 optimizer on TensorFlow, or one that the memory cannot work with."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UnsupportedError(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} is not a Keras 3 optimizer; for TF1-style optimizers use plain "
@@ -162,22 +179,17 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
             f"Keras runs on the {keras.backend.backend()!r} backend here; this wrapper exchanges TensorFlow gradients. "
             + ("Use grace_ext.frameworks.torch" if keras.backend.backend() == "torch" else "Set KERAS_BACKEND=tensorflow")
         )
-    if backward_passes_per_step <= 0:
-        raise ValueError("backward_passes_per_step must be > 0")
-    if gradient_predivide_factor != 1.0 and op != api.Average:
-        raise ValueError("gradient_predivide_factor not supported with op != Average")
-    chosen = chosen_compression(compression)
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
     check_optimizer(chosen, type(inner).__name__, vars(inner))
-    exchanges = Exchanges(chosen, op, process_set, sparse_as_dense, simulate)
+
+
+def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
+    """A copy of the optimizer whose class has this one in front of its own, and these attributes."""
     # The module and name of the wrapped class are kept: Keras writes them into saved models.
-    cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": type(optimizer).__module__})
+    cls = type(type(optimizer).__name__, (mixin, type(optimizer)), {"__module__": type(optimizer).__module__})
     wrapped = cls.from_config(optimizer.get_config())
-    # Outside of Keras's tracking: neither a layer nor a variable.
-    object.__setattr__(wrapped, "_grace", exchanges)
-    object.__setattr__(wrapped, "_grace_passes", (backward_passes_per_step, average_aggregated_gradients))
-    object.__setattr__(wrapped, "_grace_local", (set(), scale_local_gradients))
-    object.__setattr__(wrapped, "_grace_accumulators", None)
+    for name, value in attributes.items():  # outside of Keras's tracking: neither a layer nor a variable
+        object.__setattr__(wrapped, name, value)
     if optimizer.built:
         wrapped.build(list(optimizer._trainable_variables))
         for new, old in zip(wrapped.variables, optimizer.variables, strict=True):
@@ -194,7 +206,7 @@ class _Distributed:
     def build(self, variables: Any) -> None:
         super().build(variables)  # type: ignore[misc]
         if not self._grace.idle:
-            _refuse_xla(self)
+            refuse_xla(self)
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -263,7 +275,7 @@ class _Distributed:
         self._grace.load_state_dict(saved)
 
 
-def _refuse_xla(optimizer: Any) -> None:
+def refuse_xla(optimizer: Any) -> None:
     """Raises where the training step that is being traced would be compiled by XLA. The model is found on the stack: an optimizer is not
     told about it. Keras's own default, jit_compile='auto', is turned off earlier, by the callbacks (see `without_xla`)."""
     frame = inspect.currentframe()
@@ -278,7 +290,8 @@ def _refuse_xla(optimizer: Any) -> None:
 
 def without_xla(model: Any) -> None:
     """Before the training step is made: turns jit_compile='auto' off, with a notice, where it came to True."""
-    wrapped = isinstance(getattr(model, "optimizer", None), _Distributed) and not model.optimizer._grace.idle
+    exchanges = getattr(getattr(model, "optimizer", None), "_grace", None)
+    wrapped = exchanges is not None and not exchanges.idle
     # compile() keeps no trace of what was said; True was asked for where "auto" would have said no, and is refused later.
     if wrapped and model.jit_compile and model._resolve_auto_jit_compile():
         model.jit_compile = False

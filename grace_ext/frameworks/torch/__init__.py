@@ -13,6 +13,8 @@ if ENGINE == "horovod":
 else:
     from .dist_api import *  # noqa: F403
 
+from ...local import post_local as post_local
 from .ddp import ddp_comm_hook as ddp_comm_hook
+from .local import LocalSGD as LocalSGD
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

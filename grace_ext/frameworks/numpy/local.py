@@ -1,0 +1,90 @@
+"""`LocalSGD` over MPI: the models of any array code make steps of their own, and how far they have moved is exchanged from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import GraceError, NamesError
+from ...local.plan import plan_of
+from ...local.worker import Worker
+from ...spec import TensorSpec
+from .compiled import host_ops
+from .mpi import MpiTransport, duplicated
+from .ops import NumpyOps
+
+
+class LocalSGD:
+    """One rank's side of local-update training over an MPI communicator.
+
+        local = gnp.LocalSGD("topk(ratio=0.01) > qsgd(bits=4) + residual", every=8)
+        weights = local.start(weights)
+        for ...:
+            gradients = local.gradients({"w": gradient_w})     # only where they are exchanged: post_local, cser, every=1 without loss
+            weights = {"w": weights["w"] - lr * gradients["w"]}
+            weights = local.step(weights)
+
+    The algorithm and the options are those of grace_ext.frameworks.torch.LocalSGD; comm and simulate as for Exchange. All ranks must start
+    from the same weights. `sync` at the end: every rank calls it, and all have the same model then. The communicator is duplicated:
+    making this object is collective.
+    """
+
+    def __init__(self, compression: Any = None, comm: Any = None, *, simulate: bool = False, **options: Any):
+        self.plan, self._lr = plan_of(compression, **options), None
+        self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
+        self._alone = self._transport.size == 1 and not simulate
+        self._worker = Worker(self.plan, self._transport.ops, self._transport, lambda: self._lr)
+        self._in_step = False
+
+    def start(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """The weights before the first step, the same on all ranks; returns copies. Collective. Raises DisagreementError."""
+        ops = self._transport.ops
+        if not self._alone:
+            self._worker.begin([TensorSpec(name, *ops.describe(array)) for name, array in weights.items()], weights)
+        return {name: ops.emit(ops.copy(ops.ingest(w)), TensorSpec(name, *ops.describe(w))) for name, w in weights.items()}
+
+    def gradients(self, gradients: Mapping[str, Any], lr: float | None = None) -> Mapping[str, Any]:
+        """What this rank is to apply in the step that begins: its own gradients, or, where gradients are exchanged in it, what comes of
+        them. `lr` is for a memory that uses it (cser)."""
+        self._lr = lr
+        if self._alone or not self._begin_step():
+            return gradients
+        return self._worker.exchange_gradients(gradients)
+
+    def step(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The weights after this rank's own step; returns what they become. Raises RankLeftError, TensorChangedError, NamesError."""
+        if self._alone:
+            return weights
+        if not self._in_step and self._begin_step():
+            raise GraceError(
+                "this step exchanges gradients (post_local, cser, or every=1 without loss): call gradients(...) before step(...)"
+            )
+        self._in_step = False
+        if set(weights) != set(self._worker.model.specs):
+            raise NamesError(f"the weights are {sorted(weights)}, they started as {sorted(self._worker.model.specs)}")
+        new = self._worker.models(weights)
+        return weights if new is None else new
+
+    def sync(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Synchronizes now; every rank calls it, a synchronous one after as many steps."""
+        new = None if self._alone else self._worker.sync(weights)
+        return weights if new is None else new
+
+    def _begin_step(self) -> bool:
+        if not self._worker.model.begun:
+            raise GraceError("call start(weights) before the first step")
+        self._in_step = True
+        return self._worker.begin_step()
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank sent in the last step, the meeting of the ranks before an exchange included."""
+        return 0 if self._alone else self._worker.wire_bytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's master copy, memory and step; every rank's is needed to resume, with every rank's weights."""
+        return self._worker.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit. Raises GraceError, and changes nothing, if it does not fit."""
+        self._worker.load_state_dict(saved)

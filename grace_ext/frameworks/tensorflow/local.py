@@ -1,0 +1,204 @@
+"""`LocalSGD`: a Keras 3 optimizer that makes steps of its own, and exchanges how far the model has moved from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import horovod.tensorflow as api
+import numpy as np
+import tensorflow as tf
+
+from ...errors import NamesError, UnsupportedError
+from ...local.plan import Plan, plan_of
+from ...local.worker import Worker
+from ...spec import TensorSpec
+from .graph import GraphExchange, HorovodTransport
+from .optimizer import check_keras_optimizer, in_front_of, names_of, refuse_xla
+
+NOTHING, SYNCHRONIZE, REBASE = range(3)
+
+
+def LocalSGD(  # noqa: N802 (the algorithm's name)
+    optimizer: Any,
+    compression: Any = None,
+    *,
+    every: int | None = None,
+    schedule: Any = None,
+    max_gap: int | None = None,
+    asynchronous: bool = False,
+    max_ahead: int = 1000,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    timeout: float = 300.0,
+    process_set: Any = api.global_process_set,
+    simulate: bool = False,
+) -> Any:
+    """A Keras 3 optimizer whose `apply` applies this rank's own gradients, and after some steps exchanges the models' drift: for `compile`
+    and `fit`, and for custom loops.
+
+    The algorithm and the options are those of grace_ext.frameworks.torch.LocalSGD. All ranks must start from the same model: build it
+    before fit (an Input layer) and pass hvd.callbacks.BroadcastGlobalVariablesCallback(0). What is no trainable variable stays each rank's
+    own: BatchNorm's statistics, and the optimizer's momentum.
+
+    The result is of the same Keras class. Beyond Keras it has `sync()`, which every rank calls after fit (all have the same model then),
+    `wire_bytes`, and `grace_state_dict()` / `load_grace_state_dict()`, which resume bit for bit with every rank's own model.
+    """
+    plan = plan_of(
+        compression, every=every, schedule=schedule, max_gap=max_gap, asynchronous=asynchronous, max_ahead=max_ahead, outer_lr=outer_lr,
+        outer_momentum=outer_momentum, timeout=timeout,
+    )  # fmt: skip
+    check_keras_optimizer(plan.grace, optimizer)
+    return in_front_of(optimizer, _LocalSGD, _grace=_Local(plan, process_set, simulate))
+
+
+class _Local:
+    """The exchanges of one optimizer, as TensorFlow operations around a Worker."""
+
+    def __init__(self, plan: Plan, process_set: Any, simulate: bool):
+        self.plan, self._process_set = plan, process_set
+        self.idle = not process_set.included() or (process_set.size() == 1 and not simulate)
+        transport = HorovodTransport(process_set)
+        self.worker = Worker(plan, transport.ops, transport)
+        self._by_gradients: list[GraphExchange] = []  # in usual steps, and in CSER's resets
+        self._by_models: GraphExchange | None = None
+
+    def begin(self, variables: Sequence[Any]) -> None:
+        """Before the first step, in eager code; later calls check that the variables are the same."""
+        specs = [
+            TensorSpec(name, tuple(v.shape), tf.as_dtype(v.dtype).name) for name, v in zip(names_of(variables), variables, strict=True)
+        ]
+        known = self.worker.model.specs
+        if known:
+            if {spec.name: spec for spec in specs} != known:
+                raise NamesError(f"the variables are not those of the first step: {[s.name for s in specs][:5]}; make a new optimizer")
+            return
+        self.worker.begin(specs, _values(variables))
+        by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
+        rehearsed = [0, self.plan.schedule.gap - 1] if self.plan.grace.memory.diverges else [0]
+        self._by_gradients = [
+            GraphExchange(by_gradients.grace, specs, self._process_set, average=True, driver=by_gradients, rehearsed=step)
+            for step in rehearsed
+        ]
+        if not self.plan.asynchronous:
+            self._by_models = GraphExchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
+
+    # --- operations -------------------------------------------------------------------------------------------------
+    def gradients(self, gradients: list[Any], variables: Sequence[Any], lr: Any) -> list[Any]:
+        """What is to be applied: these, or in steps that exchange gradients what comes of them."""
+        begun = tf.numpy_function(lambda: np.array([self.worker.begin_step(), self.plan.resets(self.worker.model.step)]), [], tf.bool)
+        begun.set_shape([2])
+        if not self.plan.by_gradients and not self.plan.schedule.start:
+            return gradients
+        if any(isinstance(g, tf.IndexedSlices) for g in gradients):
+            raise UnsupportedError("sparse gradients (IndexedSlices) cannot be averaged in LocalSGD; use tf.convert_to_tensor on them")
+        own = [tf.zeros(v.shape, v.dtype) if g is None else tf.convert_to_tensor(g) for g, v in zip(gradients, variables, strict=True)]
+        usual, *resets = self._by_gradients
+        if resets:
+            return list(tf.cond(begun[1], lambda: resets[0](own, lr), lambda: usual(own, lr)))
+        return list(tf.cond(begun[0], lambda: usual(own, lr), lambda: [tf.identity(g) for g in own]))
+
+    def end_step(self, variables: Sequence[Any]) -> None:
+        """After the gradients were applied: synchronizes where it is due."""
+        codes = {"": NOTHING, "synchronize": SYNCHRONIZE, "rebase": REBASE}
+        what = tf.numpy_function(lambda: np.int32(codes[self.worker.model.advance()]), [], tf.int32)
+        what.set_shape([])
+        no = lambda: tf.constant(False)  # noqa: E731
+        tf.cond(tf.equal(what, SYNCHRONIZE), lambda: self._synchronize(variables), no)
+        if self.plan.schedule.start:
+            tf.cond(tf.equal(what, REBASE), lambda: self._rebase(variables), no)
+
+    def _synchronize(self, variables: Sequence[Any]) -> tf.Tensor:
+        values = [_tensor(v) for v in variables]
+        types = [tf.as_dtype(v.dtype) for v in variables]
+        if self.plan.asynchronous:
+            new = tf.numpy_function(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
+        else:
+            assert self._by_models is not None
+            drifts = self.worker.model.drift_specs
+            sent = tf.numpy_function(self._outgoing, values, [tf.as_dtype(spec.dtype) for spec in drifts])
+            for tensor, spec in zip(sent, drifts, strict=True):
+                tensor.set_shape(spec.shape)
+            new = tf.numpy_function(self._incoming, self._by_models(sent), types)
+        for variable, tensor in zip(variables, new, strict=True):
+            tensor.set_shape(variable.shape)
+            variable.assign(tensor)
+        return tf.constant(True)
+
+    def _rebase(self, variables: Sequence[Any]) -> tf.Tensor:
+        def keep(*arrays: np.ndarray) -> np.bool_:
+            self.worker.model.rebase(self._by_name(arrays))
+            return np.bool_(True)
+
+        return tf.numpy_function(keep, [_tensor(v) for v in variables], tf.bool)
+
+    def _outgoing(self, *arrays: np.ndarray) -> list[Any]:
+        self.worker.meet(self.worker.for_models)
+        return self._list(self.worker.model.outgoing(self._by_name(arrays)))
+
+    def _incoming(self, *means: np.ndarray) -> list[Any]:
+        return self._list(self.worker.model.incoming(self._by_name(means), self.worker.for_models.committed))
+
+    def _by_name(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self.worker.model.specs, arrays, strict=True))
+
+    def _list(self, by_name: Mapping[str, Any]) -> list[Any]:
+        return [by_name[name] for name in self.worker.model.specs]
+
+
+class _LocalSGD:
+    """What is put in front of a Keras optimizer's class."""
+
+    _grace: _Local
+
+    @tf.autograph.experimental.do_not_convert
+    def build(self, variables: Any) -> None:
+        super().build(variables)  # type: ignore[misc]
+        if not self._grace.idle:
+            refuse_xla(self)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Applies this rank's gradients as the wrapped class does, and synchronizes where it is due."""
+        grads, local = list(grads), self._grace
+        if not grads or local.idle:
+            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+        if trainable_variables is not None and not self.built:  # type: ignore[has-type]
+            self.build(list(trainable_variables))
+            self.built = True
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        with tf.init_scope():  # once for every trace, before the first step of all
+            local.begin(variables)
+        super().apply(local.gradients(grads, variables, self.learning_rate), variables)  # type: ignore[misc]
+        local.end_step(variables)
+
+    def sync(self) -> None:
+        """Synchronizes now, in eager code; every rank calls it, a synchronous one after as many steps. All have the same model then."""
+        if self._grace.idle or not self._grace.worker.model.begun:
+            return
+        variables = self._trainable_variables
+        new = self._grace.worker.sync(_values(variables))
+        for variable, name in zip(variables, names_of(variables), strict=True) if new else ():
+            variable.assign(new[name])
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank sent in the last step."""
+        return self._grace.worker.wire_bytes
+
+    def grace_state_dict(self) -> dict[str, Any]:
+        """This rank's master copy, memory and step, as numpy arrays by name. It differs by rank: save every rank's."""
+        return self._grace.worker.state_dict()
+
+    def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes bit for bit on the same rank, with the model that was saved with it."""
+        self._grace.worker.load_state_dict(saved)
+
+
+def _tensor(variable: Any) -> tf.Tensor:
+    return tf.convert_to_tensor(variable if isinstance(variable, tf.Variable) else variable.value)
+
+
+def _values(variables: Sequence[Any]) -> dict[str, np.ndarray]:
+    """By name, in eager code."""
+    return {name: _tensor(v).numpy() for name, v in zip(names_of(variables), variables, strict=True)}

@@ -1,0 +1,159 @@
+"""`LocalSGD`: a torch optimizer that makes steps of its own, and exchanges how far the model has moved from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...errors import GraceError, NamesError, UnsupportedError
+from ...local.plan import Plan, plan_of
+from ...local.worker import Worker
+from ...spec import TensorSpec
+from ..base import rate_of
+from . import engine
+from .ops import describe, ops_for
+from .session import check_torch_optimizer, named
+
+api = engine.api
+
+
+def LocalSGD(  # noqa: N802 (the algorithm's name)
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Any = None,
+    compression: Any = None,
+    *,
+    every: int | None = None,
+    schedule: Any = None,
+    max_gap: int | None = None,
+    asynchronous: bool = False,
+    max_ahead: int = 1000,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    timeout: float = 300.0,
+    process_set: Any = api.global_process_set,
+    simulate: bool = False,
+) -> torch.optim.Optimizer:
+    """Wraps an optimizer: `step()` applies this rank's own gradients, and after some steps the ranks exchange their models' drift.
+
+    Qsparse-local-SGD (Basu et al. 2019): every rank sends C(m + x - y), its model's way from the last common model x, compressed with the
+    error feedback of the memory, and all go on from x minus the mean. Momentum and other optimizer state stay each rank's own, as do
+    buffers such as BatchNorm's statistics. All ranks must start from the same model (hvd.broadcast_parameters); that is checked.
+
+    named_parameters: model.named_parameters(). compression: a Grace or a spec string; None sends everything.
+    every: local steps from one synchronization to the next, by default 8. schedule: in place of it post_local(start, every), an increasing
+      sequence of steps, or a function of the step (counted from 1), with max_gap, the most steps between two.
+    asynchronous: ranks send when their own schedule says and wait for nobody; the messages are averaged as they come (algorithm 2). A rank
+      waits only where it has made more than max_ahead steps more than the slowest.
+    outer_lr, outer_momentum: Nesterov momentum on the mean drift (DiLoCo: 0.7 and 0.9).
+    timeout: seconds that a rank waits for the others; then, or at once where one has left, RankLeftError.
+    process_set: only these ranks take part. simulate: compress at world size 1 too; otherwise a single rank just trains.
+    A memory 'cser' exchanges gradients at every step and resets errors every `reset_period`; the optimizer must be SGD without momentum.
+
+    The result is of the optimizer's class, so schedulers work. Beyond it: `sync()`, which every rank calls at the end (and before a
+    checkpoint): all have the same model then; `wire_bytes`, what this rank sent in the last step; `state_dict()['grace_ext']`, which
+    resumes bit for bit with every rank's own parameters.
+    """
+    plan = plan_of(
+        compression, every=every, schedule=schedule, max_gap=max_gap, asynchronous=asynchronous, max_ahead=max_ahead, outer_lr=outer_lr,
+        outer_momentum=outer_momentum, timeout=timeout,
+    )  # fmt: skip
+    check_torch_optimizer(plan.grace, optimizer)
+    cls = type(type(optimizer).__name__, (_LocalSGD, type(optimizer)), {"__module__": __name__})
+    wrapped = cls.__new__(cls)
+    wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
+    wrapped._begin(plan, named_parameters, process_set, simulate)
+    return wrapped
+
+
+class _LocalSGD(torch.optim.Optimizer):
+    """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
+
+    def _begin(self, plan: Plan, named_parameters: Any, process_set: Any, simulate: bool) -> None:
+        self._plan, self._worker = plan, None
+        if not process_set.included() or (process_set.size() == 1 and not simulate):
+            return
+        own = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        if named_parameters is None:
+            flat = [p for group in self.param_groups for p in group["params"]]
+            named_parameters = [(f"parameter.{i}", p) for i, p in enumerate(flat)]
+        self._parameters = {name: p for name, p in named(named_parameters).items() if id(p) in own}
+        if len(self._parameters) < len(own):
+            raise NamesError(f"named_parameters lacks {len(own) - len(self._parameters)} of the optimizer's {len(own)} parameters")
+        ops = ops_for(next(iter(self._parameters.values())).device)
+        self._worker = Worker(plan, ops, engine.transport(ops, process_set), lambda: rate_of(self.param_groups))
+
+    def step(self, closure: Any = None) -> Any:
+        """A step of the wrapped optimizer, and where it is due a synchronization. Raises RankLeftError."""
+        worker = self._worker
+        if worker is None:
+            return super().step(closure)
+        if not worker.model.begun:
+            worker.begin([TensorSpec(name, *describe(p)) for name, p in self._parameters.items()], self._values())
+        if closure is not None and worker.model.exchanges_gradients():
+            raise UnsupportedError(
+                "a closure computes gradients inside of step(), after their exchange; call backward(), and step() without"
+            )
+        self._exchange_gradients(worker)
+        loss = super().step(closure)
+        self._take(worker.models(self._values()))
+        return loss
+
+    def sync(self) -> None:
+        """Synchronizes now; every rank calls it, a synchronous one after as many steps. All have the same model then."""
+        if self._worker is not None:
+            self._take(self._worker.sync(self._values()))
+
+    def _exchange_gradients(self, worker: Worker) -> None:
+        if not worker.begin_step():
+            return
+        own = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self._parameters.items()}
+        sparse = [name for name, gradient in own.items() if gradient.is_sparse]
+        if sparse:
+            raise UnsupportedError(
+                f"the gradient of {sparse[0]!r} is sparse, and this step averages gradients; use Embedding(sparse=False)"
+            )
+        for name, result in worker.exchange_gradients(own).items():
+            self._parameters[name].grad = result
+
+    @torch.no_grad()
+    def _take(self, new: Mapping[str, torch.Tensor] | None) -> None:
+        for name, value in (new or {}).items():
+            self._parameters[name].copy_(value)
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank sent in the last step, the meeting of the ranks before an exchange included."""
+        return self._worker.wire_bytes if self._worker else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and under 'grace_ext' this rank's master copy, memory and step. It differs by rank: save all."""
+        saved = super().state_dict()
+        if self._worker is None:
+            return saved
+        return {**saved, "grace_ext": _mapped(self._worker.state_dict(), self._worker.ops.as_torch)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes both. Without a 'grace_ext' entry the local training starts anew."""
+        own = state_dict.get("grace_ext")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
+        if own is not None and self._worker is not None:
+            if "model" not in own:
+                raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD; leave out its 'grace_ext' entry to start anew")
+            device = next(iter(self._parameters.values())).device
+            ops = self._worker.ops
+            self._worker.load_state_dict(_mapped(own, lambda tensor: ops.from_torch(tensor.to(device))))
+
+
+def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:
+    """A worker's state with its arrays converted: tensors, so that `torch.load` reads them without pickle."""
+
+    def one(of: Mapping[str, Any], key: str) -> dict[str, Any]:
+        return {**of, key: {name: convert(array) for name, array in of[key].items()}}
+
+    return {"model": one(saved["model"], "arrays"), "gradients": one(saved["gradients"], "state"), "models": one(saved["models"], "state")}

@@ -1,0 +1,145 @@
+"""LocalSGDCluster: N ranks of local-update training in one process, for tests, simulation and understanding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import cluster as gradients_cluster
+from ..cluster import _Slot, _whole_step, run_lockstep
+from ..driver import Driver
+from ..errors import DisagreementError, NamesError, ParameterError
+from ..frameworks.base import Transport
+from ..spec import TensorSpec
+from .line import Entry
+from .messages import Messages
+from .model import LocalModel
+from .plan import plan_of
+from .worker import forget_errors
+
+
+class LocalSGDCluster:
+    """`size` simulated ranks with a model each. In every step:
+
+        gradients = cluster.gradients(gradients, lr)     # by rank: what its optimizer is to apply
+        models = ...                                     # each rank's own optimizer step
+        models = cluster.step(models)                    # by rank; a new model where it was due, else what was given
+
+    compression: a Grace or a spec string. framework: as in LocalCluster. The other options: as in `LocalSGD` of the frameworks. In an
+    asynchronous cluster `every` and `schedule` may be lists with one for each rank; `tick(models, ranks)` makes steps of some ranks only,
+    so that they have speeds of their own, and all that are due in a tick send before any of them receives.
+    """
+
+    def __init__(
+        self,
+        compression: Any,
+        size: int,
+        framework: str = "numpy",
+        *,
+        every: Any = None,
+        schedule: Any = None,
+        asynchronous: bool = False,
+        **options: Any,
+    ):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
+        if not asynchronous and isinstance(every, (list, tuple)):
+            raise ParameterError("every= by rank is for asynchronous=True; synchronous ranks have one schedule")
+        self.size, self.ops = size, gradients_cluster._ops_of(framework)
+        self._lr: float | None = None
+        own: list[dict[str, Any]] = [{"every": every, "schedule": schedule}] * size
+        if asynchronous:
+            by_rank = [_by_rank(each, size) for each in (every, schedule)]
+            own = [{"every": one, "schedule": other} for one, other in zip(*by_rank, strict=True)]
+        self.models = [LocalModel(plan_of(compression, asynchronous=asynchronous, **each, **options), self.ops) for each in own]
+        self.plan = self.models[0].plan
+        self._messages = [Messages(model, rank, size) for rank, model in enumerate(self.models)] if asynchronous else []
+        slots: list[Transport] = [_Slot(rank, size, self.ops) for rank in range(size)]
+        self.for_gradients = [Driver(self.plan.for_gradients, self.ops, slot, read_lr=lambda: self._lr, diverging=True) for slot in slots]
+        self.for_models = [m.driver for m in self._messages] or [Driver(self.plan.for_models, self.ops, slot) for slot in slots]
+        self._log: list[Entry] = []
+        self._had = [0] * size
+        #: Bytes of each rank's own input buffers to collectives in the last step (asynchronous: of its message).
+        self.wire_bytes = [0] * size
+
+    def start(self, models: Sequence[Mapping[str, Any]]) -> None:
+        """The models before the first step, by rank. Raises DisagreementError where they differ."""
+        for rank, (model, values) in enumerate(zip(self.models, models, strict=True)):
+            specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in values.items()]
+            model.begin(specs, values)
+            self.for_gradients[rank].register(specs)
+            self.for_models[rank].register(model.drift_specs)
+        if len({model.digest() for model in self.models}) > 1:
+            raise DisagreementError("the ranks start from different models", [{"model": model.digest()} for model in self.models])
+
+    def gradients(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> list[Mapping[str, Any]]:
+        """What each rank's optimizer is to apply in the step that comes: the mean where gradients are averaged (post_local's first steps),
+        what CSER makes of it, and otherwise each rank's own."""
+        self.wire_bytes = [0] * self.size
+        if not self.models[0].exchanges_gradients():
+            return list(gradients)
+        self._lr = lr
+        return self._exchange(self.for_gradients, gradients)
+
+    def step(self, models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Every rank has made a local step: the models from here on. `gradients` must have been called before it."""
+        return self.tick(models, range(self.size))
+
+    def tick(self, models: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> list[Mapping[str, Any]]:
+        """As `step`, where only these ranks have made a step (asynchronous)."""
+        if len(models) != self.size:
+            raise ParameterError(f"a step takes one model for each of the {self.size} ranks, got {len(models)}")
+        for model, values in zip(self.models, models, strict=True):
+            if set(values) != set(model.specs):
+                raise NamesError(f"the models have parameters {sorted(values)}, they started with {sorted(model.specs)}")
+        due = []
+        for rank in ranks:
+            what = self.models[rank].advance()
+            if what == "rebase":
+                self.models[rank].rebase(models[rank])
+            elif what:
+                due.append(rank)
+        return self._synchronize(models, due)
+
+    def sync(self, models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Synchronizes all ranks now: they have the same model then."""
+        if not self._messages and self.models[0].together:
+            return list(models)
+        after = self._synchronize(models, list(range(self.size)))
+        for driver in self.for_gradients if self.plan.grace.memory.diverges else ():
+            forget_errors(driver)
+        return after
+
+    def _synchronize(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:
+        if self._messages:
+            return self._asynchronously(models, due)
+        if not due:
+            return list(models)
+        sent = [model.outgoing(values) for model, values in zip(self.models, models, strict=True)]
+        means = self._exchange(self.for_models, sent)
+        return [m.incoming(mean, d.committed) for m, mean, d in zip(self.models, means, self.for_models, strict=True)]
+
+    def _asynchronously(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:
+        after = list(models)
+        self.wire_bytes = [0] * self.size
+        for rank in due:
+            number = self.for_models[rank].step
+            self._log.append(Entry(rank, number, self._messages[rank].encode(models[rank])))
+            self.wire_bytes[rank] = len(self._log[-1].data)
+        for rank in due:
+            after[rank] = self._messages[rank].apply(self._log[self._had[rank] :])
+            self._had[rank] = len(self._log)
+        return after
+
+    def _exchange(self, drivers: list[Driver], tensors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        given = run_lockstep([_whole_step(driver, mapping) for driver, mapping in zip(drivers, tensors, strict=True)], self.ops)
+        self.wire_bytes = [sent + driver.wire_bytes for sent, driver in zip(self.wire_bytes, drivers, strict=True)]
+        return given
+
+
+def _by_rank(value: Any, size: int) -> list[Any]:
+    """A list of one for each rank."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * size
+    if len(values) != size:
+        raise ParameterError(f"a list by rank needs {size} entries, got {len(values)}")
+    return values

@@ -1,0 +1,91 @@
+"""The asynchronous form: what a rank sends by itself, and how it takes in what others sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..driver import Driver, perform
+from ..errors import PayloadError
+from ..exchange import Collective
+from ..frameworks.base import Transport
+from ..ops import Ops
+from ..payload import open_message, split_messages, unpack
+from ..spec import StepInfo
+from .line import Entry
+from .model import LocalModel
+from .plan import carried
+
+
+class _Outbox(Transport):
+    """A world of this rank alone, which keeps what it is given to send."""
+
+    size, gathers_uneven = 1, True
+
+    def __init__(self, ops: Ops, rank: int):
+        self.ops, self.rank = ops, rank
+        self.sent: list[bytes] = []
+
+    def start(self, collective: Collective, name: str) -> Any:
+        self.sent.append(self.ops.host(collective.array).tobytes())
+        return collective.array
+
+    def wait(self, handle: Any) -> Any:
+        return [handle]
+
+
+class Messages:
+    """Asynchronous Qsparse-local-SGD (Basu et al. 2019, algorithm 2) of one of `size` ranks.
+
+        p_i = m_i + x_i - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                      `encode`: the message
+        x_i <- x_i - c_j / R for every message c_j since the last time;   y_i <- x_i   `apply`, in the order in which they were sent
+    R is the number of ranks, not of messages. A rank whose drift is not finite sends nothing and goes back to the master copy.
+    The driver is the usual one, in a world of one rank: its memory sees this rank's own messages only.
+    """
+
+    def __init__(self, model: LocalModel, rank: int, size: int):
+        self.model, self.ops, self.size = model, model.ops, size
+        self._outbox = _Outbox(model.ops, rank)
+        self.driver = Driver(carried(model.plan.grace), model.ops, self._outbox)
+        self.driver.agreed = True  # with itself
+
+    def begin(self) -> None:
+        """Once the model knows its parameters."""
+        self.driver.register(self.model.drift_specs)
+
+    def encode(self, values: Mapping[str, Any]) -> bytes:
+        """The message of this rank's drift, empty where that is not finite. The memory counts it as sent."""
+        self._outbox.sent = []
+        drift, handles = self.model.outgoing(values), {}
+        for name in self.driver.specs:
+            perform(self.driver.put(name, drift[name]), self._outbox, handles)
+        perform(self.driver.finish(), self._outbox, handles)
+        return b"".join(self._outbox.sent) if self.driver.committed else b""
+
+    def apply(self, entries: Iterable[Entry]) -> dict[str, Any]:
+        """The model from here on, in the user's tensors. Raises PayloadError for a message that cannot be decoded."""
+        for entry in entries:
+            if entry.data:
+                self._apply(entry)
+        self.model.last = self.model.step
+        return self.model.values()
+
+    def _apply(self, entry: Entry) -> None:
+        data = self.ops.upload(np.frombuffer(entry.data, np.uint8).copy())
+        info = StepInfo(entry.number, entry.rank, 1, 1, self.driver.grace.seed)
+        buckets = [bucket for bucket in self.driver.buckets if any(spec.size for spec in bucket.specs)]
+        for bucket, message in zip(buckets, split_messages(self.ops, data, len(buckets)), strict=True):
+            body, finite = open_message(self.ops, message, digest=bucket.digest, step=entry.number, rank=entry.rank)
+            if not finite:
+                raise PayloadError("is of a drift that was not finite", entry.rank)
+            specs = [spec for spec in bucket.specs if spec.size]
+            parts = [self.driver.grace.parts_for(spec)[0] for spec in specs]
+            layout = [(spec.name, compressor.fields(spec)) for spec, compressor in zip(specs, parts, strict=True)]
+            for spec, compressor, payload in zip(specs, parts, unpack(self.ops, body, layout, entry.rank), strict=True):
+                try:
+                    c = compressor.decompress(self.ops, payload, spec, info)
+                except PayloadError as error:
+                    raise error.at(entry.rank, spec.name) from None
+                self.model.master[spec.name] = self.model.master[spec.name] - c / self.size

@@ -1,0 +1,165 @@
+"""Local-update training on one rank: what is sent at a synchronization, and what the model is after it. No network, no framework."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import GraceError, NamesError, TensorChangedError
+from ..ops import Array, Ops
+from ..spec import TensorSpec
+from .plan import Plan
+
+
+class LocalModel:
+    """One rank's model: the master copy x, the same on all ranks, and how many steps the rank's own model y has gone from there.
+
+    At a synchronization of R ranks (Qsparse-local-SGD, Basu et al. 2019, algorithm 1; m_i is the residual of the memory):
+        p_i = m_i + x - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                         the driver, with x - y_i in a gradient's place
+        d = 1/R sum_i c_i;   u <- outer_momentum u + d;   x <- x - outer_lr (d + outer_momentum u);   y_i <- x
+    The second line is Nesterov momentum as torch has it (DiLoCo, Douillard et al. 2023); by default it is x <- x - d. Without compression
+    y_i is sent, and d = x - mean y_i: then x <- mean y_i has no rounding of a difference in it.
+    Where any rank's drift is not finite nothing is applied: all ranks go back to x, and say so.
+
+    Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision.
+    """
+
+    def __init__(self, plan: Plan, ops: Ops):
+        self.plan, self.ops = plan, ops
+        self.specs: dict[str, TensorSpec] = {}  # of the parameters
+        self.master: dict[str, Array] = {}
+        self.outer: dict[str, Array] = {}  # u
+        self.step = self.last = 0  # local steps made; and made before the last synchronization
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.specs)
+
+    @property
+    def drift_specs(self) -> list[TensorSpec]:
+        """Of what is sent."""
+        return [TensorSpec(s.name, s.shape, "float64" if s.dtype == "float64" else "float32") for s in self.specs.values()]
+
+    def begin(self, specs: Iterable[TensorSpec], values: Mapping[str, Any]) -> None:
+        """The parameters, before the first local step. Where a state was loaded, its master copy stays."""
+        specs = {spec.name: spec for spec in specs}
+        if self.master:
+            self._check({name: len(array) for name, array in self.master.items()}, specs)
+        else:
+            self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in specs}
+        self.specs = specs
+
+    def digest(self) -> str:
+        """Of the master copy: ranks that start from different models would drift from different places."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for name, array in self.master.items():
+            hashed.update(name.encode())
+            hashed.update(self.ops.host(array).tobytes())
+        return hashed.hexdigest()
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+    def exchanges_gradients(self) -> bool:
+        """Whether the gradients of the step that comes next are exchanged."""
+        return self.plan.by_gradients or self.step < self.plan.schedule.start
+
+    def advance(self) -> str:
+        """One more local step was made. What comes now: 'synchronize', 'rebase' (see there), or '': nothing."""
+        averaged = self.exchanges_gradients()
+        self.step += 1
+        if averaged:
+            self.last = self.step
+            return "" if self.exchanges_gradients() else "rebase"
+        return "synchronize" if self.plan.schedule.due(self.step, self.last) else ""
+
+    def rebase(self, values: Mapping[str, Any]) -> None:
+        """After the last step with averaged gradients: the ranks' models, which are the same, are the master copy from here on."""
+        self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in self.specs}
+
+    def outgoing(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """What the driver is given in place of gradients, in the parameters' shapes: x - y, or y where nothing is lost on the way."""
+        sent = {}
+        for name, spec in self.specs.items():
+            self._same(name, values[name])
+            mine = self.ops.ingest(values[name])
+            sent[name] = (self.ops.copy(mine) if self.sends_models else self.master[name] - mine).reshape(spec.shape)
+        return sent
+
+    @property
+    def together(self) -> bool:
+        """Whether the model is the one that all ranks had at the last synchronization."""
+        return self.last == self.step and not self.plan.grace.memory.diverges
+
+    @property
+    def sends_models(self) -> bool:
+        """Whether y is sent instead of x - y."""
+        return self.plan.lossless or self.plan.grace.memory.diverges
+
+    def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any]:
+        """The model from here on, in the user's tensors, given what the driver returned for `outgoing`, and whether all were finite."""
+        if committed:
+            for name in self.specs:
+                self.master[name] = self._moved(name, self.ops.ingest(means[name]))
+        else:
+            warnings.warn(
+                f"a rank's model was not finite at step {self.step}: all ranks go back to the model of step {self.last}, their last "
+                "synchronization",
+                stacklevel=2,
+            )
+        self.last = self.step
+        return self.values()
+
+    def _moved(self, name: str, mean: Array) -> Array:
+        x = self.master[name]
+        if not self.plan.has_outer:
+            return self.ops.copy(mean) if self.sends_models else x - mean
+        drift = x - mean if self.sends_models else mean
+        momentum, before = self.plan.outer_momentum, self.outer.get(name)
+        self.outer[name] = u = drift if before is None else before * momentum + drift
+        return x - (drift + u * momentum) * self.plan.outer_lr
+
+    def values(self) -> dict[str, Any]:
+        """The master copy as the user's tensors, which share no memory with it."""
+        return {name: self.ops.emit(self.ops.copy(self.master[name]), spec) for name, spec in self.specs.items()}
+
+    def _same(self, name: str, tensor: Any) -> None:
+        spec, (shape, dtype) = self.specs[name], self.ops.describe(tensor)
+        if (shape, dtype) != (spec.shape, spec.dtype):
+            raise TensorChangedError(
+                f"{name!r} was {spec.dtype}{list(spec.shape)} and is now {dtype}{list(shape)}; the master copy is kept by name, so shapes "
+                "and dtypes must stay (a new model needs a new LocalSGD)"
+            )
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """{'plan', 'step', 'last', 'arrays': {'master/<parameter>': array, 'outer/<parameter>': array}}, copies."""
+        kept = {"master": self.master, "outer": self.outer}
+        arrays = {f"{kind}/{name}": self.ops.copy(array) for kind, of in kept.items() for name, array in of.items()}
+        return {"plan": str(self.plan), "step": self.step, "last": self.last, "arrays": arrays}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit, with the parameters as they were when it was saved. Raises GraceError, and changes nothing, where it does
+        not fit."""
+        kept = self.read_state(saved)
+        self.master, self.outer = kept["master"], kept["outer"]
+        self.step, self.last = int(saved["step"]), int(saved["last"])
+
+    def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """The arrays of a state by kind and parameter, copied and checked."""
+        if saved.get("plan") != str(self.plan):
+            raise GraceError(f"this state was saved by {saved.get('plan')}, this is {self.plan}")
+        kept: dict[str, dict[str, Array]] = {"master": {}, "outer": {}}
+        for key, array in saved["arrays"].items():
+            kind, name = key.split("/", 1)
+            kept[kind][name] = self.ops.copy(array)
+        if self.specs:
+            self._check({name: len(array) for name, array in kept["master"].items()}, self.specs)
+        return kept
+
+    @staticmethod
+    def _check(saved: dict[str, int], specs: dict[str, TensorSpec]) -> None:
+        expected = {name: spec.size for name, spec in specs.items()}
+        if saved != expected:
+            differing = sorted(name for name in {**saved, **expected} if saved.get(name) != expected.get(name))
+            raise NamesError(f"the saved master copy is of another model: {', '.join(differing[:5])} differ in size or are missing")

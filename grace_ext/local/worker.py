@@ -1,0 +1,168 @@
+"""One rank of local-update training over a real engine: the model, its exchange, and the meeting with the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..driver import Driver, agree, perform, tell
+from ..errors import DisagreementError, GraceError
+from ..frameworks.base import Transport
+from ..ops import Ops
+from ..spec import TensorSpec
+from .line import Line
+from .meeting import Meeting, address
+from .messages import Messages
+from .model import LocalModel
+from .plan import Plan
+
+
+class Worker:
+    """One rank. In each step `begin_step` and, where it says so, `exchange_gradients` before the optimizer's step, and `models`
+    after it; `sync` at the end.
+
+    An engine that runs drivers in another way (TensorFlow's graphs) calls the pieces of these methods.
+    """
+
+    def __init__(self, plan: Plan, ops: Ops, transport: Transport, read_lr: Callable[[], float | None] = lambda: None):
+        self.plan, self.ops, self.transport = plan, ops, transport
+        self.model = LocalModel(plan, ops)
+        self.messages = Messages(self.model, transport.rank, transport.size) if plan.asynchronous else None
+        self.for_gradients = Driver(plan.for_gradients, ops, transport, read_lr=read_lr, diverging=True)
+        self.for_models = self.messages.driver if self.messages else Driver(plan.for_models, ops, transport)
+        self._line: Line | None = None
+        self._meetings = self._said = 0  # meetings so far; bytes on the line before this step
+        self._used: list[Driver] = []  # in this step
+        self._together = True  # asynchronous ranks have no messages that others have not had
+
+    # --- the first step ---------------------------------------------------------------------------------------------
+    def begin(self, specs: Sequence[TensorSpec], values: Mapping[str, Any]) -> None:
+        """Before the first step, on every rank: all must have the same plan, parameters and model. Raises DisagreementError on all."""
+        loaded = bool(self.model.master)
+        self.model.begin(specs, values)
+        mine = {
+            "spec": str(self.plan), "seed": self.plan.grace.seed, "number": 0,
+            "parameters": [[s.name, list(s.shape), s.dtype] for s in specs],
+        }  # fmt: skip
+        try:
+            self.for_gradients.register(specs)
+            self.for_models.register(self.model.drift_specs)
+            perform(agree(self.ops, self.transport, mine), self.transport, {})
+            self._meet_first()
+        except BaseException:  # nothing has begun: it may be tried again
+            self.model.specs = {}
+            if not loaded:
+                self.model.master = {}
+            raise
+
+    def _meet_first(self) -> None:
+        meeting = Meeting(self.transport.size, self.plan.timeout, self.plan.max_ahead) if self.transport.rank == 0 else None
+        mine = {"model": self.model.digest(), **(address(meeting) if meeting else {})}
+        said = perform(tell(self.ops, self.transport, mine), self.transport, {})
+        differing = [rank for rank, other in enumerate(said) if other["model"] != said[0]["model"]]
+        if differing:
+            raise DisagreementError(
+                f"ranks {differing} start from another model than rank 0. Give all the same before the first step: "
+                "hvd.broadcast_parameters(model.state_dict(), root_rank=0); for Keras build the model before fit (an Input layer), and "
+                "pass hvd.callbacks.BroadcastGlobalVariablesCallback(0)",
+                said,
+            )
+        self._line = Line(self.transport.rank, said[0], self.plan.timeout)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+    def begin_step(self) -> bool:
+        """Whether the gradients of the step that begins are exchanged; then all ranks have met."""
+        assert self._line is not None
+        self._used, self._said = [], self._line.sent
+        exchanged = self.model.exchanges_gradients()
+        if exchanged:
+            self.meet(self.for_gradients)
+        return exchanged
+
+    def exchange_gradients(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer is to apply in their place, where `begin_step` said so."""
+        return self._exchange(self.for_gradients, gradients)
+
+    def end_step(self, values: Callable[[], Mapping[str, Any]]) -> bool:
+        """After the optimizer's step: whether to synchronize now."""
+        what = self.model.advance()
+        if what == "rebase":
+            self.model.rebase(values())
+        return what == "synchronize"
+
+    def models(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """After the optimizer's step, the parameters as they are: what they become, None where they stay. Raises RankLeftError."""
+        return self.synchronize(values) if self.end_step(lambda: values) else None
+
+    def synchronize(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Exchanges drifts: the parameters from here on."""
+        if self.messages:
+            return self.post(values)
+        self.meet(self.for_models)
+        means = self._exchange(self.for_models, self.model.outgoing(values))
+        return self.model.incoming(means, self.for_models.committed)
+
+    def sync(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Synchronizes now, as every rank must: then all have the same model. None where they have it already."""
+        if not self.model.begun:
+            return None
+        if self.messages:
+            return self.post(values, gather=True)
+        if self.model.together:
+            return None
+        new = self.synchronize(values)
+        if self.plan.grace.memory.diverges:
+            forget_errors(self.for_gradients)
+        return new
+
+    def post(self, values: Mapping[str, Any], gather: bool = False) -> dict[str, Any]:
+        """Asynchronous: sends this rank's drift, and takes in what others have sent; with `gather`, what they send until all are here."""
+        assert self._line is not None and self.messages is not None
+        self._together = False
+        number = self.for_models.step
+        message = self.messages.encode(values)
+        new = self.messages.apply(self._line.post(number, self.model.step, message, gather))
+        self._together = gather
+        return new
+
+    def meet(self, driver: Driver) -> None:
+        """Waits for all ranks, before they exchange by this driver. Raises RankLeftError."""
+        assert self._line is not None
+        self._used.append(driver)
+        self._line.meet(self._meetings, self.model.step)
+        self._meetings += 1
+
+    def _exchange(self, driver: Driver, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        handles: dict[str, Any] = {}
+        for name in reversed(driver.specs):  # the order of the buckets, which therefore start as early as they can
+            perform(driver.put(name, tensors[name]), self.transport, handles)
+        return perform(driver.finish(), self.transport, handles)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that this rank sent in the last step: to collectives, and to the meeting of the ranks."""
+        return sum(driver.wire_bytes for driver in self._used) + (self._line.sent - self._said if self._line else 0)
+
+    # --- state ------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank: {'model': LocalModel.state_dict(), 'gradients': ..., 'models': Driver.state_dict() of both exchanges}."""
+        if not self._together:
+            raise GraceError("asynchronous ranks have messages under way, which no rank's state has: call sync() on all ranks before")
+        return {
+            "model": self.model.state_dict(), "gradients": self.for_gradients.state_dict(), "models": self.for_models.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit, with the parameters that were saved with it. Raises GraceError where it does not fit."""
+        self.model.read_state(saved["model"])  # all are checked before any is changed
+        self.for_gradients.read_state(saved["gradients"])
+        self.for_models.read_state(saved["models"])
+        self.model.load_state_dict(saved["model"])
+        self.for_gradients.load_state_dict(saved["gradients"])
+        self.for_models.load_state_dict(saved["models"])
+
+
+def forget_errors(driver: Driver) -> None:
+    """CSER, after the mean of the models was taken: it has all in it that was not sent."""
+    for state in driver.state.values():
+        state["residual"] = driver.ops.zeros(len(state["residual"]))
