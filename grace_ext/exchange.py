@@ -113,16 +113,9 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
-    feedback = memory.feedback(state) if ops.kernels else None
-    if feedback and one_pass(job.compressor, job.communicator):
-        fused = job.compressor.fused(ops, job.grad, feedback, spec, info, state)
-        if fused:
-            return (yield from _exchange_fused(ops, job, info, state, fused))
-    elif feedback:
-        rounds = job.compressor.fused_rounds(ops, job.grad, feedback, spec, info, state, job.out)
-        if rounds:
-            aggregate, unsent, changed = yield from rounds
-            return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
+    running = compiled(ops, job, info, state) if ops.kernels else None
+    if running:
+        return (yield from running)
     current = dict(state)  # a memory may send twice: the second time finds what the first left behind
 
     def send(x: Array) -> Generator[Any, Any, Any]:
@@ -141,6 +134,18 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
     return Outcome(output, _updated(state, *changes))
 
 
+def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Generator[Any, Any, Outcome] | None:
+    """The same by kernels that do the memory's work, too; None where these parts, or these values, are not for them."""
+    feedback = job.memory.feedback(state)
+    if not feedback:
+        return None
+    if one_pass(job.compressor, job.communicator):
+        fused = job.compressor.fused(ops, job.grad, feedback, job.spec, info, state)
+        return _exchange_fused(ops, job, info, state, fused) if fused else None
+    rounds = job.compressor.fused_rounds(ops, job.grad, feedback, job.spec, info, state, job.out)
+    return _exchange_rounds(state, rounds) if rounds else None
+
+
 def one_pass(compressor: Any, communicator: Any) -> bool:
     """Whether the compressor's own `compress` and the communicator's `carry` are all there is to an exchange."""
     kind = type(compressor)
@@ -154,6 +159,11 @@ def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array],
     kept = job.compressor.on_aggregate(ops, done.aggregate, job.spec, info, before)
     unsent = {} if fused.unsent is None else {"residual": fused.unsent}
     return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
+
+
+def _exchange_rounds(state: dict[str, Array], rounds: Any) -> Generator[Any, Any, Outcome]:
+    aggregate, unsent, changed = yield from rounds
+    return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
 
 
 def initial_state(ops: Ops, spec: TensorSpec, parts: tuple[Any, Any, Any], info: StepInfo) -> dict[str, Array]:
