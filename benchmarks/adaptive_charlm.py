@@ -2,9 +2,9 @@
 
     python benchmarks/adaptive_charlm.py [SPEC ...] [--seeds 0 1] [--steps 300] [--out benchmarks/results/adaptive_charlm.json]
 
-The task of tta_tasks.py with two layers of width 128, two ranks simulated in this process (LocalCluster), which gives the results of real ones.
-Prints a table as it goes and writes it as JSON. SPECs come in pairs: exits with 1 if the second of a pair sends more than the first, or is
-worse by more than 0.01 bits in the mean of the seeds.
+The task of tta_tasks.py with two layers of width 128, two ranks simulated in this process (LocalCluster), which gives the results of real
+ones. Prints a table as it goes and writes it as JSON. SPECs come in pairs: exits with 1 if the second of a pair sends more than the first,
+or is worse by more than 0.01 bits in the mean of the seeds.
 """
 
 from __future__ import annotations
