@@ -46,7 +46,7 @@ class LGreCo(Policy):
     whole_model: ClassVar[bool] = True
     base: Any = composition_knob("topk(ratio=0.01) + residual", "the uniform choice; its ratio, rank or bits is what is set for each layer")
     every: int = knob(100, "steps from one solution to the next", low=1, headline=True)
-    window: int = knob(10, "aggregates that errors are measured on", low=1, headline=True)
+    window: int = knob(10, "gradients that errors are measured on", low=1, headline=True)
     alpha: float = knob(1.0, "budget of errors, in those of the uniform choice", above=0, high=1e6)
     low: float | None = knob(
         None, "smallest value, in the base's; None: 0.1 for ratios, 0.25 for ranks, 0.5 for bits", above=0, high=1, kind=float
