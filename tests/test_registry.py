@@ -17,7 +17,7 @@ from grace_ext.compressors.none import NoCompression
 from grace_ext.errors import GraceError, UnknownPartError
 from grace_ext.registry import Registry
 
-KINDS = {"compressor": "compressors", "memory": "memories", "communicator": "communicators"}
+KINDS = {"compressor": "compressors", "memory": "memories", "communicator": "communicators", "policy": "policies"}
 
 PLUGIN = '''
 from dataclasses import dataclass

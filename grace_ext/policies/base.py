@@ -55,8 +55,8 @@ def as_state(path: str, own: State) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Policy(Part):
-    """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what the
-    policy has learnt of aggregates or of what all ranks reported, which all know alike. So all ranks choose alike.
+    """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what
+    the policy has learnt of aggregates or of what all ranks reported, which all know alike. So all ranks choose alike.
 
     It owns no state: a learning one is given that of a tensor, as every part is, and what changes is committed with the step.
     """
@@ -97,7 +97,8 @@ class Policy(Part):
         return [value for value in values if hasattr(value, "leaves")]
 
     def reached(self, spec: TensorSpec, path: str) -> Iterator[tuple[str, Any]]:
-        """The policies that have a say about such a tensor, this one first, and the compositions that it may go through, with their places."""
+        """The policies that have a say about such a tensor, this one first, and the compositions that it may go through, with their
+        places."""
         yield path, self
         for knob, child in self.branches(spec).items():
             yield from child.reached(spec, f"{path}.{knob}")
@@ -129,9 +130,11 @@ class Policy(Part):
         """float32, of a length that all ranks share: what this rank has measured of all its tensors."""
         return np.zeros(0, np.float32)
 
-    def settle(self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State]) -> tuple[list[dict[str, Array]], list[str]]:
-        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user. It gives the same on
-        every rank, so no product of matrices or other sum of a library's own order may be in it."""
+    def settle(
+        self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State]
+    ) -> tuple[list[dict[str, Array]], list[str]]:
+        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user. It gives the
+        same on every rank, so no product of matrices or other sum of a library's own order may be in it."""
         return [{} for _ in states], []
 
 

@@ -15,8 +15,8 @@ from .base import Policy, composition_knob
 from .knobs import knob_of, with_value
 from .losses import losses
 
-#: The knobs that it can set, and the range of each around the base's value where none is said.
-KNOBS = {"ratio": (0.1, 100.0), "rank": (0.25, 4.0), "bits": (0.5, 2.0)}
+#: The knobs that it can set: the range of each around the base's value where none is said, and what no choice is below or above.
+KNOBS = {"ratio": (0.1, 100.0, 0.0, 1.0), "rank": (0.25, 4.0, 1, 4096), "bits": (0.5, 2.0, 2, 8)}
 
 
 @register("lgreco")
@@ -26,13 +26,13 @@ class LGreCo(Policy):
 
         minimize  sum_l bytes(l, c_l)   subject to   sum_l err(l, c_l) <= alpha sum_l err(l, base)
 
-    over c_l in a grid of `choices` values of the base's ratio, rank or bits, from `low` to `high` times its own (which is among them), never
-    less than one element, rank 1 or 2 bits. err is the 2-norm of what is lost of the sum of the last `window` gradients of a rank, before
-    error feedback, averaged over the ranks: every `every` steps each rank measures its errors, and one small gather (4 bytes a tensor and
-    choice) brings all to every rank. Each then solves the same problem, exactly, by dynamic programming over errors in 1/10,000 of the budget,
-    rounded up; so all go on with the same choices at the next step. Residuals stay, and so do the columns of powersgd's Q that old and new
-    rank have; new ones come from the shared seed. Before the first solution, and where no choice keeps the budget (which is told), all is
-    as `base`. Aggregates would need no gather, but hold what was sent, and so hide the errors that are to be measured.
+    over c_l in a grid of `choices` values of the base's ratio, rank or bits, from `low` to `high` times its own (which is among them),
+    never less than one element, rank 1 or 2 bits. err is the 2-norm of what is lost of the sum of the last `window` gradients of a rank,
+    before error feedback, averaged over the ranks: every `every` steps each rank measures its errors, and one small gather (4 bytes a
+    tensor and choice) brings all to every rank. Each then solves the same problem, exactly, by dynamic programming over errors in 1/10,000
+    of the budget, rounded up; so all go on with the same choices at the next step. Residuals stay, and so do the columns of powersgd's Q
+    that old and new rank have; new ones come from the shared seed. Before the first solution, and where no choice keeps the budget (which
+    is told), all is as `base`. Aggregates would need no gather, but hold what was sent, and so hide the errors that are to be measured.
     Errors: of top-k from sorted magnitudes, of low rank from singular values, of anything else by compressing. Tensors that are sent dense
     have none.
     State: `setting`, float32[1], the number of the choice, and `sum`, float[d] within a window, else empty.
@@ -46,10 +46,14 @@ class LGreCo(Policy):
     whole_model: ClassVar[bool] = True
     base: Any = composition_knob("topk(ratio=0.01) + residual", "the uniform choice; its ratio, rank or bits is what is set for each layer")
     every: int = knob(100, "steps from one solution to the next", low=1, headline=True)
-    window: int = knob(10, "aggregates that errors are measured on", low=1, headline=True)
+    window: int = knob(10, "gradients that errors are measured on", low=1, headline=True)
     alpha: float = knob(1.0, "budget of errors, in those of the uniform choice", above=0, high=1e6)
-    low: float | None = knob(None, "smallest value, in the base's; None: 0.1 for ratios, 0.25 for ranks, 0.5 for bits", above=0, high=1, kind=float)
-    high: float | None = knob(None, "largest value, in the base's; None: 100 for ratios, 4 for ranks, 2 for bits", low=1, high=1e6, kind=float)
+    low: float | None = knob(
+        None, "smallest value, in the base's; None: 0.1 for ratios, 0.25 for ranks, 0.5 for bits", above=0, high=1, kind=float
+    )
+    high: float | None = knob(
+        None, "largest value, in the base's; None: 100 for ratios, 4 for ranks, 2 for bits", low=1, high=1e6, kind=float
+    )
     choices: int = knob(10, "how many values there are to choose from", low=2, high=256)
 
     def __post_init__(self):
@@ -66,9 +70,8 @@ class LGreCo(Policy):
     def values(self) -> tuple[Any, ...]:
         """What the knob may be set to, ascending; the base's value is among them."""
         name, base = self._knob
-        low, high = KNOBS[name]
-        low, high = base * (self.low or low), base * (self.high or high)
-        low, high = (low, min(high, 1.0)) if name == "ratio" else (max(low, 1 if name == "rank" else 2), high if name == "rank" else min(high, 8))
+        low, high, least, most = KNOBS[name]
+        low, high = max(base * (self.low or low), least), min(base * (self.high or high), most)
         if name == "bits":
             return tuple(sorted({*range(math.ceil(low), math.floor(high) + 1), base}))
         grid = {float(value) for value in np.geomspace(low, max(low, high), self.choices)}
@@ -130,8 +133,8 @@ class LGreCo(Policy):
         return [{"setting": self._setting(ops, number), "sum": ops.zeros(0)} for number in settings], []
 
     def solve(self, errors):
-        """The number of the choice for each tensor, given the error of every choice by TensorSpec. None where nothing keeps the budget. Tensors
-        that are always sent dense, or whose errors are not known (NaN), are left out, of the budget and of the result."""
+        """The number of the choice for each tensor, given the error of every choice by TensorSpec. None where nothing keeps the budget.
+        Tensors that are always sent dense, or whose errors are not known (NaN), are left out, of the budget and of the result."""
         known = [spec for spec, row in errors.items() if self._compresses(spec) and np.isfinite(row).all()]
         table = [errors[spec] for spec in known]
         sizes = [[leaf.nbytes(spec) for leaf in self.leaves] for spec in known]

@@ -73,7 +73,7 @@ def test_ranks_and_bits():
     for high, low in (("powersgd(rank=4) + none", "powersgd(rank=1) + none"), ("qsgd(bits=8) + none", "qsgd(bits=6) + none")):
         cluster = NUMPY.cluster(grace_ext.grace(f"accordion(high={high}, low={low}, interval=2, threshold=0.9)"), 2)
         sizes, norms = [], []
-        for step in range(8):
+        for _ in range(8):
             g = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
             norms.append(np.linalg.norm(NUMPY.step(cluster, [{"w": g}, {"w": g}])["w"]))
             sizes.append(cluster.wire_bytes[0])

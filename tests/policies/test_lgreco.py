@@ -87,9 +87,16 @@ def test_a_budget_that_cannot_be_kept_leaves_the_uniform_choice_and_says_so(capl
 
 @pytest.mark.parametrize(
     ("base", "least", "most"),
-    [("powersgd(rank=1) + residual", 1, 4), ("powersgd(rank=4) + residual", 1, 16), ("qsgd(bits=2)", 2, 4), ("qsgd(bits=8)", 4, 8),
-     ("topk(ratio=0.01) + residual", 0.001, 1), ("topk(ratio=0.5) + residual", 0.05, 1), ("topk(ratio=0.01) > qsgd(bits=4) + residual", 0.001, 1)],
-)  # fmt: skip
+    [
+        ("powersgd(rank=1) + residual", 1, 4),
+        ("powersgd(rank=4) + residual", 1, 16),
+        ("qsgd(bits=2)", 2, 4),
+        ("qsgd(bits=8)", 4, 8),
+        ("topk(ratio=0.01) + residual", 0.001, 1),
+        ("topk(ratio=0.5) + residual", 0.05, 1),
+        ("topk(ratio=0.01) > qsgd(bits=4) + residual", 0.001, 1),
+    ],
+)
 def test_the_choices_never_drop_a_layer(base, least, most):
     """34: rank 0 can be chosen in the authors' code. The base's own value is always among them, once."""
     policy = grace_ext.grace(f"lgreco(base={base})").policy
@@ -103,13 +110,13 @@ def test_the_choices_never_drop_a_layer(base, least, most):
 def test_warm_state_is_kept_over_a_change_of_rank():
     """Residual and subspace go on, and the seeds of new columns are shared: results stay equal on all ranks, and close to what is sent."""
     cluster = NUMPY.cluster(grace_ext.grace("lgreco(every=2, window=1, alpha=1.2, base=powersgd(rank=4) + residual)"), 2)
-    total, sent = 0.0, 0.0
+    total, sent, changed = 0.0, 0.0, {}
     for step in range(9):
         by_rank = gradients(step)
         out = NUMPY.everywhere(cluster, by_rank)
         assert all(out[0][name].tobytes() == out[1][name].tobytes() for name in SHAPES)
         total, sent = total + sum(g["large"].astype(np.float64) for g in by_rank) / 2, sent + out[0]["large"].astype(np.float64)
-        changed = settings(cluster)[0] if step == 1 else changed if step else None
+        changed = changed or (settings(cluster)[0] if step == 1 else {})
     assert len(set(changed.values())) > 1
     kept = sum(np.asarray(d.state["large"]["residual"], np.float64).reshape(120, 90) for d in cluster.drivers) / 2
     assert np.abs(sent + kept - total).max() <= 1e-4
@@ -117,7 +124,7 @@ def test_warm_state_is_kept_over_a_change_of_rank():
 
 def test_a_window_with_a_step_that_was_not_finite():
     """The sum begins anew, and a solution that fell on such a step waits for the next period."""
-    cluster = NUMPY.cluster(grace_ext.grace("lgreco(every=3, window=2)"), 2)
+    cluster, first = NUMPY.cluster(grace_ext.grace("lgreco(every=3, window=2)"), 2), {}
     for step in range(7):
         by_rank = gradients(step)
         if step in (1, 5):

@@ -19,9 +19,10 @@ W = TensorSpec("w", SHAPES["w"])
 def run(world, policy, steps, size=2, seed=0):
     """The results of each step, the cluster, and the gradients (exact in float32)."""
     cluster = world.cluster(grace_ext.grace(policy), size)
-    gradients = [
-        [{name: inputs.grid(size, step, shape, seed)[rank] for name, shape in SHAPES.items()} for rank in range(size)] for step in range(steps)
-    ]
+    gradients = []
+    for step in range(steps):
+        made = {name: inputs.grid(size, step, shape, seed) for name, shape in SHAPES.items()}
+        gradients.append([{name: by_rank[rank] for name, by_rank in made.items()} for rank in range(size)])
     return [world.step(cluster, step) for step in gradients], cluster, gradients
 
 
@@ -129,9 +130,16 @@ def test_what_one_side_does_not_use_waits_for_the_other():
     assert np.array_equal(cluster.drivers[0].state["w"]["powersgd_q"], left)
 
 
-@pytest.mark.parametrize("policy", ["every(2, powersgd(rank=3) + residual, powersgd(rank=1) + residual)", "warmup(steps=3, then=qsgd(bits=4))",
-                                    "ratio_warmup(steps=5, then=topk(ratio=0.02) + ef21)", "accordion(interval=2, threshold=0.1)",
-                                    "by_size(min_elements=60, large=lgreco(every=3, window=2))"])  # fmt: skip
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "every(2, powersgd(rank=3) + residual, powersgd(rank=1) + residual)",
+        "warmup(steps=3, then=qsgd(bits=4))",
+        "ratio_warmup(steps=5, then=topk(ratio=0.02) + ef21)",
+        "accordion(interval=2, threshold=0.1)",
+        "by_size(min_elements=60, large=lgreco(every=3, window=2))",
+    ],
+)
 def test_resumes_bit_for_bit_at_every_step(world, policy):
     results, _, gradients = run(world, policy, 8)
     for at in range(8):
