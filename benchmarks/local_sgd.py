@@ -1,7 +1,7 @@
 """Local-update training: what it saves, what it costs in accuracy, and what asynchronous ranks gain where one of them is slow.
 
     python benchmarks/local_sgd.py accuracy  [SPEC ...] [--seeds 0 1 2] [--epochs 8] [--every 8]       about 5 minutes
-    python benchmarks/local_sgd.py straggler [--ranks 3] [--slower 3]                                   about 2 minutes
+    python benchmarks/local_sgd.py straggler [--ranks 3] [--slower 3]                                   about 4 minutes
 
 `accuracy` trains examples/torch_mnist.py's network on two simulated ranks, densely at every step and by LocalSGD, with the recipe of dense
 training for both. It exits with 1 if LocalSGD sends more than 1/500 of the dense bytes a step, or loses more than 1.5 points.
@@ -157,8 +157,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--slower", type=float, default=3.0, help="how many times as long the last rank takes for a step")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds a step of the other ranks, in place of a larger model's compute")
-    parser.add_argument("--steps", type=int, default=400, help="of a rank that is not slow")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds a step of the other ranks, in place of a larger model's compute")
+    parser.add_argument("--steps", type=int, default=240, help="of a rank that is not slow")
     parser.add_argument("--target", type=float, default=0.3, help="the training loss to reach")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cost_model  # noqa: E402
 import exchange_jobs  # noqa: E402
 import exchange_systems  # noqa: E402
+import local_sgd  # noqa: E402
 import shapes  # noqa: E402
 import targets  # noqa: E402
 
@@ -180,3 +181,20 @@ def test_the_page_is_written_from_the_results_that_there_are(tmp_path):
     assert performance(*where, "--check").returncode == 0
     page.write_text(text.replace("0.11", "0.01"))
     assert performance(*where, "--check").returncode == 1
+
+
+def test_when_a_loss_was_reached():
+    """The first time at or below the target that was no accident."""
+    curve = [[1.0, 0.9], [2.0, 0.3], [3.0, 0.9], [4.0, 0.9], [5.0, 0.5], [6.0, 0.4], [7.0, 0.2], [8.0, 0.6]]
+    assert local_sgd.seconds_to(curve, 0.5) == 5.0
+    assert local_sgd.seconds_to(curve, 0.1) is None
+
+
+def test_the_page_of_local_steps_says_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "local_sgd.json").read_text())
+    page = (ROOT / "docs" / "local.md").read_text()
+    for row in measured["accuracy"]["rows"]:
+        assert f"| {row['accuracy']:.2f} % | {row['bytes_per_step']:,.1f} | {row['times_smaller']:,.0f} |" in page
+    for row in measured["straggler"]["rows"]:
+        assert f"| {row['seconds_to_target']:.1f} s |" in page
+    assert f"{measured['straggler']['faster']:.1f} times" in page

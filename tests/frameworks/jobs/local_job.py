@@ -130,6 +130,22 @@ def case_asynchronous_and_compressed():
     assert same_on_all_ranks(model)
 
 
+def case_nobody_waits_for_a_slow_rank():
+    """Rank 1 sleeps at each of its 6 steps; rank 0 has made its 18 long before. Synchronous, it would have had to wait."""
+    ends = {}
+    for asynchronous in (True, False):
+        model = training.make_model()
+        optimizer = hvd.LocalSGD(make_optimizer(model, QSPARSE), model.named_parameters(), QSPARSE, every=3, asynchronous=asynchronous)
+        for step in range(18 if asynchronous and hvd.rank() == 0 else 6):
+            time.sleep(0.4 * hvd.rank())
+            run(hvd, model, optimizer, range(step, step + 1))
+        ends[asynchronous] = hvd.allgather_object(time.time())
+        optimizer.sync()
+        assert same_on_all_ranks(model)
+    assert ends[True][0] < ends[True][1] - 0.5, ends
+    assert abs(ends[False][0] - ends[False][1]) < 0.3, ends
+
+
 def case_a_rank_that_is_ahead_waits():
     model = training.make_model()
     optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), every=1, asynchronous=True, max_ahead=2)

@@ -88,6 +88,15 @@ def case_every_step_without_loss_is_data_parallel_training():
         assert one.tobytes() == other.tobytes()
 
 
+def case_bytes_are_sent_when_it_is_due():
+    for graph in (False, True):
+        variables, optimizer, sent = keras_variables(), sgd(QSPARSE, every=3), []
+        for step in range(6):
+            trained(QSPARSE, range(step, step + 1), graph, variables, optimizer)
+            sent.append(optimizer.wire_bytes)
+        assert [n > 0 for n in sent] == [False, False, True] * 2, sent
+
+
 def tiny_model():
     keras.utils.set_random_seed(1 + hvd.rank())  # ranks start apart; the callback must bring them together
     layers = keras.layers
