@@ -1,6 +1,6 @@
 """The driver: one rank's pending gradients, their order, rounds, commit and rollback. Written once for every world.
 
-It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), which `perform`
+It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name) (and Split, once, before an exchange in two levels), which `perform`
 executes on a transport and cluster.py executes for N ranks in one process.
 
 Why it cannot deadlock, whatever order the gradients arrive in:
@@ -26,12 +26,14 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
+from .levels import Levels
 from .ops import Array, Ops
 from .payload import VERSION, message, open_message
 from .spec import DTYPES, StepInfo, TensorSpec
@@ -50,6 +52,12 @@ class Start(NamedTuple):
 
 class Wait(NamedTuple):
     name: str
+
+
+class Split(NamedTuple):
+    """Makes the groups of an exchange in two levels, on all ranks: `groups` of ranks, the last of which has the first of every other."""
+
+    groups: list[list[int]]
 
 
 Effects = Generator[Any, Any, Any]
@@ -93,7 +101,13 @@ class Driver:
                 f"memory {grace.memory.name!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
                 "(LocalSGD), not behind an optimizer that expects the same gradient everywhere"
             )
+        if grace.communicator.two_level and not transport.splits:
+            raise UnsupportedError(
+                f"{grace.communicator} needs groups of ranks, which are not available here (TensorFlow's graphs have none); use it with torch, "
+                f"MPI or LocalCluster, or communicator {str(grace.communicator.inner(grace.compressor))!r}"
+            )
         self.grace, self.ops, self.transport = grace, ops, transport
+        self._levels: Levels | None = None  # known once ranks have agreed
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
@@ -171,7 +185,9 @@ class Driver:
     def _plan(self) -> None:
         """What does not change from step to step."""
         self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
-        self._parts = {spec.name: self.grace.parts_for(spec) for spec in self.specs.values()}
+        for spec in self.specs.values():
+            compressor, memory, communicator = self.grace.parts_for(spec)
+            self._parts[spec.name] = compressor, memory, communicator.inner(compressor)
         for number, bucket in enumerate(self.buckets):
             bucket.number = number
         for bucket in self.buckets[self._next :]:
@@ -237,7 +253,8 @@ class Driver:
             if self._info is None:
                 self._info = self._step_info()
             jobs = [self._job(spec) for spec in bucket.specs]
-            bucket.running = exchange_bucket(self.ops, jobs, self._info, bucket.digest, self.transport.carry)
+            how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
+            bucket.running = how(jobs, self._info, bucket.digest, self.transport.carry)
             yield from self._advance(bucket, None)
 
     def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
@@ -333,8 +350,12 @@ class Driver:
             "op": "sum" if self.divisor == 1 and self.transport.size > 1 else "mean",
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "number": Driver._next_number,
+            "node": self.transport.node if self.grace.communicator.two_level else "",
         }
         said = yield from agree(self.ops, self.transport, mine)
+        if self.grace.communicator.two_level:
+            self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
+            yield Split(self._levels.groups)
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
@@ -417,7 +438,7 @@ class Driver:
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
-    alike, where anything but the number differs."""
+    alike, where anything but the number and the node differs."""
     text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
     carried = transport.carry(Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree"))
     answer, turn = None, 0
@@ -432,7 +453,8 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
         answer = yield Wait(name)
     bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
     said = [json.loads(ops.host(body).tobytes()) for body in bodies]
-    if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
+    own = {"number": 0, "node": ""}
+    if any({**other, **own} != {**said[0], **own} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
 
@@ -446,11 +468,15 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
                 effect = effects.send(answer)
             except StopIteration as stop:
                 return stop.value
+            answer = None
             if isinstance(effect, Start):
-                handles[effect.name] = transport.start(effect.collective, effect.name)
-                answer = None
+                among = transport.among(effect.collective.group)
+                handles[effect.name] = among, among and among.start(effect.collective, effect.name)
+            elif isinstance(effect, Split):
+                transport.split(effect.groups)
             else:
-                answer = transport.wait(handles.pop(effect.name))
+                among, handle = handles.pop(effect.name)
+                answer = among.wait(handle) if among else None
     finally:
         effects.close()  # so that an engine's error reaches the driver at once
 
@@ -475,6 +501,6 @@ def _difference(said: list[dict]) -> str:
             differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
             names = _few(differing) if differing else "the order of the parameters"
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")
-        elif other != {**said[0], "number": other["number"]}:
+        elif {**other, "number": 0, "node": ""} != {**said[0], "number": 0, "node": ""}:
             lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

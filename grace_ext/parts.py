@@ -36,16 +36,17 @@ def knob(
     return dataclasses.field(default=default, metadata=rule)
 
 
-def part_knob(default: str, help: str) -> Any:
-    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
-    return dataclasses.field(default=default, metadata={"help": help, "part": True, "choices": None, "headline": True})
+def part_knob(default: str | None, help: str, part: str = "compressor") -> Any:
+    """A field that holds a part of this kind, given as an instance, a spec string or a configuration. Where the default is None, None
+    stays valid."""
+    return dataclasses.field(default=default, metadata={"help": help, "part": part, "choices": None, "headline": True})
 
 
 def valid_range(field: dataclasses.Field) -> str:
     """The valid range of a knob in words, e.g. 'a number in (0, 1]'."""
     rule = field.metadata
     if rule.get("part"):
-        return "a compressor"
+        return f"a {rule['part']}" + (" or None" if field.default is None else "")
     if rule["choices"]:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
     kind, or_none = _type(field), " or None" if field.default is None else ""
@@ -65,13 +66,13 @@ def _type(field: dataclasses.Field) -> type:
 def _valid(field: dataclasses.Field, value: Any) -> Any:
     """The value, converted to the knob's type; raises ValueError if it is not valid."""
     rule, kind = field.metadata, _type(field)
-    if rule.get("part"):
-        from . import compressors
-        from .spec import part_from
-
-        return part_from(compressors, value)
     if value is None and field.default is None:
         return None
+    if rule.get("part"):
+        from . import communicators, compressors
+        from .spec import part_from
+
+        return part_from(compressors if rule["part"] == "compressor" else communicators, value)
     if rule["choices"]:
         if value not in rule["choices"]:
             raise ValueError
