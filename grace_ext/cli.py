@@ -1,4 +1,4 @@
-"""The command line: `grace-ext list | show NAME | check | bench | plan`, each with --json (a JSON document on stdout, nothing else there)."""
+"""The command line: `grace-ext list | show NAME | check | bench | plan`, each with --json: one document on stdout, nothing else there."""
 
 from __future__ import annotations
 

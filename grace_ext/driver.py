@@ -1,7 +1,7 @@
 """The driver: one rank's pending gradients, their order, rounds, commit and rollback. Written once for every world.
 
-It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name) (and Split, once, before an exchange in two levels), which `perform`
-executes on a transport and cluster.py executes for N ranks in one process.
+It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), and one more, Split, once,
+where an exchange has two levels. `perform` executes them on a transport, and cluster.py for N ranks in one process.
 
 Why it cannot deadlock, whatever order the gradients arrive in:
   1. Buckets are made from the parameter list alone, which all ranks share (checked in 5), and are started in one fixed order: bucket i
@@ -103,8 +103,8 @@ class Driver:
             )
         if grace.communicator.two_level and not transport.splits:
             raise UnsupportedError(
-                f"{grace.communicator} needs groups of ranks, which are not available here (TensorFlow's graphs have none); use it with torch, "
-                f"MPI or LocalCluster, or communicator {str(grace.communicator.inner(grace.compressor))!r}"
+                f"{grace.communicator} needs groups of ranks, which are not available here (TensorFlow's graphs have none); use it with "
+                f"torch, MPI or LocalCluster, or communicator {str(grace.communicator.inner(grace.compressor))!r}"
             )
         self.grace, self.ops, self.transport = grace, ops, transport
         self._levels: Levels | None = None  # known once ranks have agreed

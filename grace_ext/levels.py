@@ -38,7 +38,7 @@ class Levels:
             return (yield from exchange_bucket(self.ops, jobs, info, digest, carry))
         # A sum over all ranks has divisor 1, and so have those inside and between; else both divide by the nodes, and this by the rest.
         divisor = self.nodes if info.divisor != 1 else 1
-        summed = yield from self._inside(jobs, divisor / info.divisor)
+        summed = yield from self._inside(jobs, info.divisor / divisor)
         own = [dataclasses.replace(job, grad=grad) for job, grad in zip(jobs, summed, strict=True)]
         if self.nodes == 1:
             finite = all(self.ops.all_finite(job.grad) for job in own)
@@ -46,8 +46,8 @@ class Levels:
         info = dataclasses.replace(info, rank=self.node, size=self.nodes, divisor=divisor)
         return (yield from exchange_bucket(self.ops, own, info, digest, self.carry))
 
-    def _inside(self, jobs: Sequence[Job], scale: float) -> Generator[Any, Any, list[Array]]:
-        """The jobs' gradients, added up inside the node and scaled: one collective for each precision."""
+    def _inside(self, jobs: Sequence[Job], ranks: float) -> Generator[Any, Any, list[Array]]:
+        """The jobs' gradients, added up inside the node, by the mean number of ranks a node: one collective for each precision."""
         ops, dtypes = self.ops, ["float64" if job.spec.dtype == "float64" else "float32" for job in jobs]
         used = sorted(set(dtypes))
         wholes = [ops.concat([job.grad for job, its in zip(jobs, dtypes, strict=True) if its == dtype]) for dtype in used]
@@ -56,7 +56,7 @@ class Levels:
         pieces = {}
         for dtype, total in zip(used, totals, strict=True):
             sizes = [job.spec.size for job, its in zip(jobs, dtypes, strict=True) if its == dtype]
-            pieces[dtype] = iter(cut(ops.cast(total * scale, dtype), sizes))
+            pieces[dtype] = iter(cut(ops.cast(total / ranks, dtype), sizes))
         return [next(pieces[dtype]) for dtype in dtypes]
 
     def carry(self, collective: Collective) -> Generator[Collective, Any, Any]:

@@ -110,7 +110,7 @@ def gradients(shapes: Shapes, rank: int) -> dict[str, np.ndarray]:
 
 
 def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, like: Transport | None = None) -> Trace:
-    """The trace of this composition for gradients of these shapes: of each stretch of work the fastest of `steps` steps after a first.
+    """The trace of this composition for gradients of these shapes: of each stretch of work the median of `steps` steps after a first.
     like: a transport of the engine that it is for; else one is pretended that gathers and scatters equal sizes only."""
     alone, pair = (_timed(g, shapes, n, steps, lr, like) for n in (1, 2))
     return Trace(alone, pair, 4 * sum(int(np.prod(dims)) for dims in shapes.values()))
@@ -134,7 +134,8 @@ def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like:
     begin = time.perf_counter()
     run()
     times = 1 if time.perf_counter() - begin > PATIENCE else steps
-    return tuple(min(same, key=lambda event: event.work) for same in zip(*[run() for _ in range(times)], strict=True))
+    runs = zip(*[run() for _ in range(times)], strict=True)
+    return tuple(sorted(same, key=lambda event: event.work)[times // 2] for same in runs)
 
 
 def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops) -> list[Event]:

@@ -30,7 +30,7 @@ class Hierarchical(Communicator):
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """
 
-    between: Communicator | None = part_knob(None, "what carries the nodes' gradients; None: what is natural for the compressor", "communicator")
+    between: Communicator | None = part_knob(None, "what carries the nodes' gradients; None: the compressor's natural one", "communicator")
 
     #: It works in two levels: the driver makes them, and gives `inner` what is left.
     two_level: ClassVar[bool] = True
@@ -45,7 +45,9 @@ class Hierarchical(Communicator):
     def check(self, compressor):
         inner = self.inner(compressor)
         if isinstance(inner, Hierarchical):
-            raise IncompatiblePartsError("'hierarchical' has two levels, and 'between' names what carries the second; it cannot be hierarchical")
+            raise IncompatiblePartsError(
+                "'hierarchical' has two levels, and 'between' is what carries the second one: it cannot be hierarchical; use 'allgather'"
+            )
         inner.check(compressor)
         if inner.keeps_state(compressor):
             raise IncompatiblePartsError(

@@ -1,0 +1,55 @@
+"""One rank of plan.py: makes the plan of `grace-ext plan --measure` in this job, then exchanges by each spec.  plan_rank.py JOB.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timing
+import torch
+from exchange_base import DistWorld, HorovodWorld
+from exchange_rank import Ours
+
+from grace_ext import plan
+from grace_ext.frameworks.torch import engine
+from grace_ext.frameworks.torch.ops import ops_for
+from grace_ext.plan_measure import probed
+
+
+def planned(job: dict[str, Any]) -> dict[str, Any]:
+    """As the command does it, on the transport that the optimizer will use."""
+    engine.api.init()
+    transport = engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
+    chosen = plan.candidates(job["specs"], transport.size)
+    shapes = {name: tuple(dims) for name, dims in job["shapes"].items()}
+    model, network, measured = probed(transport, chosen, shapes, compute=0.0, exchanges=job["exchanges"])
+    advice = plan.advise(model.rows(network, network.link, measured))
+    rows = [
+        {"spec": r.spec, "predicted_ms": r.exchange_ms, "uncalibrated_ms": r.uncalibrated_ms, "exchanged": r.measured_ms is not None}
+        for r in advice.rows
+    ]
+    return {"rows": rows, "recommended": advice.spec, "reason": advice.reason, "collectives": network.points}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    world = HorovodWorld() if engine.ENGINE == "horovod" else DistWorld()
+    seen = {"plan": planned(job), "times": {}}
+    specs = [row["spec"] for row in seen["plan"]["rows"]]
+    for spec in (*specs, *reversed(specs)):
+        system = Ours({**job, "argument": spec}, world)
+        system.fresh()
+        system.make()
+        seen["times"].setdefault(spec, []).append(timing.run(world, system, before=None, budget=job["budget"])["times"])
+    (Path(job["out"]) / f"rank{world.rank}.json").write_text(json.dumps(seen))
+    world.barrier()
+    world.close()
+
+
+if __name__ == "__main__":
+    main()
