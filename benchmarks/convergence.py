@@ -51,8 +51,9 @@ def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], tic
     torch.manual_seed(seed)
     model = torch_mnist.make_model()
     cluster = grace_ext.LocalCluster(g, RANKS, framework="torch")
-    rate = RATE_OF_VOTES if g.compressor.votes else LR
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.0 if g.memory.is_momentum or g.compressor.votes else 0.9)
+    votes = any(leaf.compressor.votes for leaf in g.leaves)
+    rate = RATE_OF_VOTES if votes else LR
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.0 if votes or any(m.is_momentum for m in g.memories) else 0.9)
     steps = torch_mnist.TRAIN // (BATCH * RANKS)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps * epochs, pct_start=0.2, cycle_momentum=False)
     sent = []

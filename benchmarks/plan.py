@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py [--model transformer] [--rate 100mbit --rate 1gbit] [--hosts 2] [--launcher horovodrun]    needs root (netlab)
 
-One job for each rate: it makes the plan for five specs, as the command does, with real exchanges of dense and of one other, and then
+One job for each rate: it makes the plan for five specs, as the command does, with real exchanges of dense and of the three that seem fastest, and then
 exchanges by each of the five through the optimizer's wrapper, once in this order and once in the other, so that drift shows. What must
 hold: each predicted exchange within 30% of the measured one (median of its steps), and the recommended spec within 10% of the best.
 """
@@ -74,7 +74,7 @@ def main(
     hosts: Annotated[int, typer.Option(help="how many")] = 2,
     launcher: Annotated[str, typer.Option(help="horovodrun or torchrun")] = "horovodrun",
     budget: Annotated[float, typer.Option(help="seconds of timed steps for each spec and turn")] = 4,
-    exchanges: Annotated[int, typer.Option(help="of candidates beside dense, by the plan itself")] = 1,
+    exchanges: Annotated[int, typer.Option(help="of candidates beside dense, by the plan itself")] = 3,
     timeout: Annotated[float, typer.Option(help="seconds for the job of one rate")] = 900,
     out: Annotated[Path, typer.Option(help="results, by model, hosts and launcher")] = OUT,
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import communicators, compressors, memories
+from . import communicators, compressors, memories, policies
 from .composition import Grace, from_params, grace
 from .errors import GraceError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .cluster import LocalCluster
 
 __version__ = "0.1.0"
-__all__ = ["Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "memories"]
+__all__ = ["Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "memories", "policies"]
 
 
 def __getattr__(name: str):

@@ -6,12 +6,12 @@ import dataclasses
 import inspect
 from typing import Any
 
-from . import communicators, compressors, memories
+from . import communicators, compressors, memories, policies
 from .errors import IncompatiblePartsError
 from .parts import Part, valid_range
 from .spec import TensorSpec
 
-KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators}
+KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators, "policy": policies}
 #: What wire costs are told for.
 SAMPLE = TensorSpec("gradient", (1000, 1000))
 TRAITS = ("summable", "unbiased", "wants_memory", "selects", "votes", "whole_model", "uses_lr", "is_momentum", "diverges")
@@ -30,8 +30,11 @@ def describe(kind: str, name: str) -> dict[str, Any]:
         found["rounds"] = list(part.rounds)
         found["bits_per_element"] = 8 * part.mean_nbytes(SAMPLE) / SAMPLE.size
         found["natural"] = {"memory": part.natural_memory, "communicator": "allreduce" if part.summable else "allgather"}
+    if kind == "policy":
+        found["properties"] = {"learns": part.learns, "changes with the step": part.changes}
+        return found
     for other in KINDS:
-        if other != kind:
+        if other not in (kind, "policy"):
             found[other + "s" if other != "memory" else "memories"] = [n for n in KINDS[other].names() if fits(kind, name, other, n)]
     return found
 

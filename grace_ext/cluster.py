@@ -72,7 +72,7 @@ class LocalCluster:
         self._lr = lr
         ranks = [_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)]
         by_rank = run_lockstep(ranks, self.ops, self._per_node)
-        return by_rank if self.grace.memory.diverges else by_rank[0]
+        return by_rank if self.grace.diverges else by_rank[0]
 
     def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
         """Registers the parameters at the first step. Raises, and forgets them again, where a rank's do not fit."""

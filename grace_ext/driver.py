@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
@@ -31,17 +32,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .choices import Choices
 from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .levels import Levels
 from .ops import Array, Ops
 from .payload import VERSION, message, open_message
+from .policies.base import as_state, is_own, own_state
 from .spec import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from .composition import Grace
     from .frameworks.base import Transport
 
+LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -66,8 +70,8 @@ Effects = Generator[Any, Any, Any]
 class Bucket:
     """Consecutive parameters that travel in one message, and the exchange under way for them."""
 
-    def __init__(self, specs: list[TensorSpec], digest: int):
-        self.specs, self.digest, self.number = specs, digest, 0
+    def __init__(self, specs: list[TensorSpec]):
+        self.specs, self.digest, self.number = specs, 0, 0
         self.running: Generator | None = None
         self.waiting: list[str] = []
         self.turn = 0
@@ -96,15 +100,16 @@ class Driver:
         diverging: bool = False,
         in_place: bool = False,
     ):
-        if grace.memory.diverges and not diverging:
+        diverges = [memory.name for memory in grace.memories if memory.diverges]
+        if diverges and not diverging:
             raise UnsupportedError(
-                f"memory {grace.memory.name!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
+                f"memory {diverges[0]!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
                 "(LocalSGD), not behind an optimizer that expects the same gradient everywhere"
             )
-        if grace.communicator.two_level and not transport.splits:
+        if grace.two_level and not transport.splits:
             raise UnsupportedError(
-                f"{grace.communicator} needs groups of ranks, which are not available here (TensorFlow's graphs have none); use it with "
-                f"torch, MPI or LocalCluster, or communicator {str(grace.communicator.inner(grace.compressor))!r}"
+                f"{grace} needs groups of ranks for 'hierarchical', which are not available here (TensorFlow's graphs have none); use it "
+                "with torch, MPI or LocalCluster, or what is between the nodes by itself"
             )
         self.grace, self.ops, self.transport = grace, ops, transport
         self._levels: Levels | None = None  # known once ranks have agreed
@@ -115,7 +120,8 @@ class Driver:
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
         self._bucket_of: dict[str, Bucket] = {}
-        self._parts: dict[str, tuple] = {}
+        self._choices = Choices(grace)
+        self._by_rate = [part for leaf in grace.leaves for part in (leaf.memory, leaf.communicator) if part.uses_lr]
         self.state: dict[str, dict[str, Array]] = {}
         self._foreign = False  # the state is of another rank, and lacks what was that rank's own
         self.step = 0
@@ -130,7 +136,7 @@ class Driver:
     @property
     def _whole_model(self) -> str:
         """Why the parameters must travel in one bucket, or ''."""
-        parts = [part for part in (self.grace.compressor, self.grace.memory) if part.whole_model]
+        parts = [part for leaf in self.grace.leaves for part in (leaf.compressor, leaf.memory) if part.whole_model]
         if not parts:
             return ""
         return (
@@ -153,20 +159,25 @@ class Driver:
                 raise UnsupportedDtypeError(
                     f"the gradient of {spec.name!r} is {spec.dtype}; only floating point gradients ({', '.join(DTYPES)}) can be compressed"
                 )
-        self.specs = {spec.name: spec for spec in specs}
+        self.specs, self._choices = {spec.name: spec for spec in specs}, Choices(self.grace, specs)
         groups: list[list[TensorSpec]] = [[]]
         limit = float("inf") if self._whole_model else self.bucket_bytes
         for spec in reversed(specs):
             if groups[-1] and sum(s.nbytes for s in groups[-1]) + spec.nbytes > limit:
                 groups.append([])
             groups[-1].append(spec)
-        self.buckets = [Bucket(group, self._digest(group)) for group in groups if group]
+        self.buckets = [Bucket(group) for group in groups if group]
         self._plan()
         try:
             self._check_state(self.state, fill=self._foreign)  # loaded before the parameters were known
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
+
+    def _tell(self, sentences: list[str]) -> None:
+        # Not by a warning: one rank alone must not raise where warnings are errors, because the others would wait for it.
+        for sentence in sentences if self.transport.rank == 0 else ():
+            LOG.warning(sentence)
 
     def regroup(self, groups: Iterable[Iterable[str]]) -> None:
         """Packs the registered parameters into these buckets instead, which all ranks must pass alike, for a framework that makes buckets
@@ -179,19 +190,23 @@ class Driver:
         if any([spec.name for spec in b.specs] != names for b, names in zip(self.buckets[: self._next], lists, strict=False)):
             raise GraceError("a bucket that has started cannot be regrouped")
         later = [[self.specs[name] for name in names] for names in lists[self._next :]]
-        self.buckets = self.buckets[: self._next] + [Bucket(group, self._digest(group)) for group in later]
+        self.buckets = self.buckets[: self._next] + [Bucket(group) for group in later]
         self._plan()
 
     def _plan(self) -> None:
-        """What does not change from step to step."""
+        """What follows from the buckets, and does not change from step to step."""
         self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
-        for spec in self.specs.values():
-            compressor, memory, communicator = self.grace.parts_for(spec)
-            self._parts[spec.name] = compressor, memory, communicator.inner(compressor)
         for number, bucket in enumerate(self.buckets):
             bucket.number = number
+        self._choose(anew=True)
         for bucket in self.buckets[self._next :]:
             bucket.missing = sum(spec.name not in self._arrived for spec in bucket.specs)
+
+    def _choose(self, anew: bool = False) -> None:
+        """What each tensor goes through at this step, and what says so in the headers of messages."""
+        if self._choices.choose(self.step, self.state) or anew:
+            for bucket in self.buckets:
+                bucket.digest = self._digest(bucket.specs)
 
     def check(self, name: str, tensor: Any) -> None:
         """Raises if this tensor is not what was registered under its name."""
@@ -207,9 +222,8 @@ class Driver:
 
     def check_rate(self, lr: float | None) -> None:
         """Raises LearningRateError if a part needs the learning rate and there is none."""
-        for part in (self.grace.memory, self.grace.communicator):
-            if part.uses_lr:
-                part.rate(dataclasses.replace(self._step_info(), lr=lr))
+        for part in self._by_rate:
+            part.rate(dataclasses.replace(self._step_info(), lr=lr))
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def put(self, name: str, tensor: Any) -> Effects:
@@ -240,6 +254,8 @@ class Driver:
                         for name in bucket.waiting:
                             results.append((yield Wait(name)))
                         yield from self._advance(bucket, results)
+            if all(bucket.finite for bucket in self.buckets):
+                yield from self._settle()
             return self._commit()
         finally:
             self.abandon()
@@ -252,6 +268,7 @@ class Driver:
             self._next += 1
             if self._info is None:
                 self._info = self._step_info()
+                self._choose()
             jobs = [self._job(spec) for spec in bucket.specs]
             how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
             bucket.running = how(jobs, self._info, bucket.digest, self.transport.carry)
@@ -284,7 +301,7 @@ class Driver:
             output, state = outcomes.pop()
             if not finite and spec.size:
                 output = self.ops.full_nan(spec.size)
-            bucket.states[spec.name] = state
+            bucket.states[spec.name] = self._choices.observe(self.ops, spec, output, state, self._info) if finite else state
             gradient = self._arrived.get(spec.name) if self._in_place else None
             if gradient is not None and self.ops.overwrite(gradient, output, spec):
                 bucket.outputs[spec.name] = gradient
@@ -293,11 +310,26 @@ class Driver:
         del output
         self.ops.recycle(bucket.buffers)
 
+    def _settle(self) -> Effects:
+        """Decisions of policies about all tensors: rank 0's, so that ranks with other processors cannot come to another one."""
+        for path, (policy, specs) in self._choices.due(self.step).items():
+            states = {spec: own_state(path, self._bucket_of[spec.name].states[spec.name]) for spec in specs}
+            decision, said = policy.settle(self.ops, states) if self.transport.rank == 0 else (b"", [])
+            self._tell(said)
+            text = self.ops.upload(np.frombuffer(decision, np.uint8).copy())
+            mine = message(self.ops, [text], digest=0, step=self.step, finite=True)
+            received = yield from _at_once(self.transport, Collective("allgather", mine, "settle"), f"{self.prefix}/settle/{path}")
+            self._bytes += len(mine)
+            first = open_message(self.ops, received[0], digest=0, step=self.step, rank=0)[0]
+            for spec, changed in zip(specs, policy.settled(self.ops, self.ops.host(first).tobytes(), states), strict=True):
+                self._bucket_of[spec.name].states[spec.name].update(as_state(path, changed))
+
     def _commit(self) -> dict[str, Any]:
         outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
         self.committed = all(bucket.finite for bucket in self.buckets)
         if self.committed:
             old, self.state = self.state, {name: state for bucket in self.buckets for name, state in bucket.states.items()}
+            self._choices.committed()
             if self._before is None:
                 self._recycle(old)
             else:
@@ -317,6 +349,7 @@ class Driver:
         """Takes the last step's commit back, where there was one. Only after `join_agreement`."""
         if self.committed and self._before is not None:
             self.state, self.committed = self._before, False
+            self._choices.forget()
 
     def abandon(self) -> None:
         """Forgets the step under way, where there is one. The state is that of the last commit."""
@@ -331,11 +364,13 @@ class Driver:
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
 
     def _job(self, spec: TensorSpec) -> Job:
-        compressor, memory, communicator = self._parts[spec.name]
+        assert self._info is not None
+        state = self._choices.fitting(self.ops, spec, self.state.get(spec.name, {}), self._info)
         tensor = self._arrived.get(spec.name)
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
-        return Job(spec, compressor, memory, communicator, grad, self.state.get(spec.name, {}), out)
+        compressor, memory, communicator = self._choices.parts[spec.name]
+        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def agree(self) -> Effects:
@@ -343,19 +378,22 @@ class Driver:
 
         Also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way
         at once, and ranks may have made different numbers of drivers before (for process sets)."""
+        self._choose()
         mine = {
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
             "op": "sum" if self.divisor == 1 and self.transport.size > 1 else "mean",
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
+            "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
             "number": Driver._next_number,
-            "node": self.transport.node if self.grace.communicator.two_level else "",
+            "node": self.transport.node if self.grace.two_level else "",
         }
         said = yield from agree(self.ops, self.transport, mine)
-        if self.grace.communicator.two_level:
+        if self.grace.two_level:
             self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
             yield Split(self._levels.groups)
+        self._tell(self._choices.told())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
@@ -369,7 +407,10 @@ class Driver:
         self.prefix, self.agreed, self._before = prefix, True, {}
 
     def _digest(self, specs: list[TensorSpec]) -> int:
-        text = json.dumps([str(self.grace), self.grace.seed, [[s.name, s.shape, s.dtype] for s in specs]])
+        about = [[s.name, s.shape, s.dtype] for s in specs]
+        if self.grace.policy:
+            about += [[str(part) for part in self._choices.parts[s.name]] for s in specs]
+        text = json.dumps([str(self.grace), self.grace.seed, about])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     # --- state --------------------------------------------------------------------------------------------------------
@@ -386,6 +427,7 @@ class Driver:
         share is taken, and what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the state does
         not fit, or if the memory makes no sense without every rank's part (ef21, diana)."""
         self.state, self.step = self.read_state(saved), int(saved["step"])
+        self._choices.forget()
         self._foreign = saved["rank"] != self.transport.rank
         if self._foreign:
             warnings.warn(
@@ -406,17 +448,18 @@ class Driver:
                 "empty memory"
             )
         foreign = saved["rank"] != self.transport.rank
-        if foreign and saved["state"] and not self.grace.memory.resumes_alone:
+        together = [memory.name for memory in self.grace.memories if not memory.resumes_alone]
+        if foreign and saved["state"] and together:
             raise GraceError(
                 f"this state was saved by rank {saved['rank']} and this is rank {self.transport.rank}: memory "
-                f"{self.grace.memory.name!r} keeps on every rank what belongs together; save and load the state of every rank, or leave it "
+                f"{together[0]!r} keeps on every rank what belongs together; save and load the state of every rank, or leave it "
                 "out to start anew"
             )
-        shared = {*self.grace.memory.shared_state, *self.grace.compressor.shared_state}
+        shared = self._choices.shared()
         state: dict[str, dict[str, Array]] = {}
         for key, array in saved["state"].items():
             part, name = key.split("/", 1)
-            state.setdefault(name, {}).update({part: self.ops.copy(array)} if not foreign or part in shared else {})
+            state.setdefault(name, {}).update({part: self.ops.copy(array)} if not foreign or part in shared or is_own(part) else {})
         if self.specs:
             self._check_state(state, fill=foreign)
         return state
@@ -428,6 +471,12 @@ class Driver:
             if name not in self.specs:
                 raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
             spec = self.specs[name]
+            if self.grace.policy:
+                allowed = self._choices.lengths(self.ops, spec, info) if spec.size else {}
+                odd = {key: len(array) for key, array in arrays.items() if len(array) not in allowed.get(key, ())}
+                if odd:
+                    raise GraceError(f"the state of {name!r} has {odd} elements, possible are {allowed}")
+                continue
             expected = initial_state(self.ops, spec, self.grace.parts_for(spec), info) if spec.size else {}
             if fill:
                 arrays.update({key: array for key, array in expected.items() if key not in arrays})
@@ -440,23 +489,27 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
     alike, where anything but the number and the node differs."""
     text = ops.upload(np.frombuffer(json.dumps({**mine, "version": VERSION}).encode(), np.uint8).copy())
-    carried = transport.carry(Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree"))
-    answer, turn = None, 0
-    while True:
-        try:
-            collective = carried.send(answer)
-        except StopIteration as stop:
-            received = stop.value
-            break
-        name, turn = f"grace/agree/{turn}", turn + 1
-        yield Start(name, collective)
-        answer = yield Wait(name)
+    collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
+    received = yield from _at_once(transport, collective, "grace/agree")
     bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
     said = [json.loads(ops.host(body).tobytes()) for body in bodies]
     own = {"number": 0, "node": ""}
     if any({**other, **own} != {**said[0], **own} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
+
+
+def _at_once(transport: Transport, wanted: Collective, name: str) -> Effects:
+    """The result of one collective, started and waited for."""
+    carried = transport.carry(wanted)
+    answer = None
+    for turn in itertools.count():
+        try:
+            collective = carried.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        yield Start(f"{name}/{turn}", collective)
+        answer = yield Wait(f"{name}/{turn}")
 
 
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
@@ -501,6 +554,8 @@ def _difference(said: list[dict]) -> str:
             differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
             names = _few(differing) if differing else "the order of the parameters"
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")
+        elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
+            lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
         elif {**other, "number": 0, "node": ""} != {**said[0], "number": 0, "node": ""}:
             lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

@@ -10,7 +10,7 @@ class GraceError(Exception):
 
 
 class UnknownPartError(GraceError, KeyError):
-    """No part of that name. `kind` is compressor, memory or communicator; `nearest` are similar known names."""
+    """No part of that name. `kind` is compressor, memory, communicator or policy; `nearest` are similar known names."""
 
     def __init__(self, kind: str, name: str, nearest: Sequence[str], known: Sequence[str]):
         self.kind, self.name, self.nearest, self.known = kind, name, tuple(nearest), tuple(known)

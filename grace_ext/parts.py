@@ -1,4 +1,4 @@
-"""What compressors, memories and communicators have in common: a name, knobs with ranges, a config, equality by value.
+"""What compressors, memories, communicators and policies have in common: a name, knobs with ranges, a config, equality by value.
 
 A part is a frozen dataclass. Its fields are its knobs; `knob(...)` gives each a range and one line of help, from which the
 errors, `str()`, the configuration and `grace-ext show` all derive.
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import LearningRateError, ParameterError
+from .errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError
 
 if TYPE_CHECKING:
     from .spec import StepInfo
@@ -36,17 +36,41 @@ def knob(
     return dataclasses.field(default=default, metadata=rule)
 
 
-def part_knob(default: str | None, help: str, part: str = "compressor") -> Any:
-    """A field that holds a part of this kind, given as an instance, a spec string or a configuration. Where the default is None, None
-    stays valid."""
-    return dataclasses.field(default=default, metadata={"help": help, "part": part, "choices": None, "headline": True})
+def made_knob(default: Any, help: str, words: str, make: Callable[[Any], Any]) -> Any:
+    """A field whose values `make` makes of what is given, or refuses by a GraceError or a ValueError; `words` says what is valid. What it
+    makes has `to_config` and `str`; it is always printed."""
+    return dataclasses.field(default=default, metadata={"help": help, "make": make, "words": words, "choices": None, "headline": True})
+
+
+def part_knob(default: str, help: str) -> Any:
+    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
+    return made_knob(default, help, "a compressor", _compressor)
+
+
+def communicator_knob(help: str) -> Any:
+    """A field that holds a communicator, likewise, or None."""
+    return made_knob(None, help, "a communicator or None", _communicator)
+
+
+def _compressor(value: Any) -> Part:
+    from . import compressors
+    from .spec import part_from
+
+    return part_from(compressors, value)
+
+
+def _communicator(value: Any) -> Part | None:
+    from . import communicators
+    from .spec import part_from
+
+    return None if value is None else part_from(communicators, value)
 
 
 def valid_range(field: dataclasses.Field) -> str:
     """The valid range of a knob in words, e.g. 'a number in (0, 1]'."""
     rule = field.metadata
-    if rule.get("part"):
-        return f"a {rule['part']}" + (" or None" if field.default is None else "")
+    if "words" in rule:
+        return rule["words"]
     if rule["choices"]:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
     kind, or_none = _type(field), " or None" if field.default is None else ""
@@ -66,13 +90,10 @@ def _type(field: dataclasses.Field) -> type:
 def _valid(field: dataclasses.Field, value: Any) -> Any:
     """The value, converted to the knob's type; raises ValueError if it is not valid."""
     rule, kind = field.metadata, _type(field)
+    if "make" in rule:
+        return rule["make"](value)
     if value is None and field.default is None:
         return None
-    if rule.get("part"):
-        from . import communicators, compressors
-        from .spec import part_from
-
-        return part_from(compressors if rule["part"] == "compressor" else communicators, value)
     if rule["choices"]:
         if value not in rule["choices"]:
             raise ValueError
@@ -111,8 +132,11 @@ class Part:
             value = getattr(self, field.name)
             try:
                 object.__setattr__(self, field.name, _valid(field, value))
-            except (ValueError, TypeError, OverflowError):
-                raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {value!r}") from None
+            except (ValueError, TypeError, OverflowError) as error:
+                if isinstance(error, GraceError) and not isinstance(error, SpecSyntaxError):
+                    raise  # of a part inside: it says more than the range
+                why = f": {error}" if isinstance(error, SpecSyntaxError) else ""
+                raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {value!r}{why}") from None
 
     @classmethod
     def create(cls, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
@@ -151,14 +175,14 @@ class Part:
     def to_config(self) -> dict[str, Any]:
         """{'id': name, every knob: its value}, made of JSON types only."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"id": self.name, **{k: v.to_config() if isinstance(v, Part) else v for k, v in values.items()}}
+        return {"id": self.name, **{k: v.to_config() if hasattr(v, "to_config") else v for k, v in values.items()}}
 
     def __str__(self) -> str:
         shown: Callable[[dataclasses.Field], bool] = lambda f: (  # noqa: E731
             getattr(self, f.name) != f.default or (f.metadata["headline"] and f.default is not None)
         )
         values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if shown(f)]
-        knobs = ", ".join(f"{name}={value if isinstance(value, Part) else repr(value)}" for name, value in values)
+        knobs = ", ".join(f"{name}={value if hasattr(value, 'to_config') else repr(value)}" for name, value in values)
         return f"{self.name}({knobs})" if knobs else self.name
 
 

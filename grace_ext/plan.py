@@ -2,8 +2,8 @@
 
 Each candidate's step is recorded on this machine (trace.py) and replayed on the network, stated (cost.py) or measured (probe.py), for
 n workers. Work and network are those of the candidate's own codecs and collectives; nothing is fitted to exchanges, unless some
-candidates were really exchanged: their times then stand for themselves, and the others are scaled by the mean ratio of what was
-measured to what was predicted.
+candidates were really exchanged: their times then stand for themselves, and what these took beyond their prediction (the mean of it, for
+what compressed steps have in common: wrappers, threads that wake up) is added to the others.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Model:
     def rows(self, network: Network, link: Link, measured: dict[str, float] | None = None) -> list[Row]:
         """One row a candidate. `network` carries them; `link` is varied for the break-even rate; `measured`: seconds of real exchanges."""
         measured, found = measured or {}, {spec: self.timed(spec, network) for spec in self.traces}
-        scale = ratio(found, measured)
-        exchanges = {spec: measured.get(spec, found[spec].exchange * scale) for spec in found}
+        more = beyond(found, measured)
+        exchanges = {spec: measured.get(spec, max(timed.exchange + more, timed.exchange / 2)) for spec, timed in found.items()}
         steps = {spec: self.compute + exchange for spec, exchange in exchanges.items()}
         dense = steps[next(iter(steps))]
         return [
@@ -121,11 +121,11 @@ class Model:
         return math.sqrt(low * high)
 
 
-def ratio(found: dict[str, Timed], measured: dict[str, float]) -> float:
-    """Measured to predicted: the geometric mean over the compressed candidates that were measured; over all of them, if that is dense."""
+def beyond(found: dict[str, Timed], measured: dict[str, float]) -> float:
+    """Seconds that exchanges took beyond their predictions: the mean over the compressed candidates that were measured, 0 for none."""
     dense = next(iter(found))
-    seen = [spec for spec in measured if spec != dense] or list(measured)
-    return math.exp(sum(math.log(measured[spec] / found[spec].exchange) for spec in seen) / len(seen)) if seen else 1.0
+    seen = [measured[spec] - found[spec].exchange for spec in measured if spec != dense]
+    return sum(seen) / len(seen) if seen else 0.0
 
 
 def advise(rows: Sequence[Row]) -> Advice:

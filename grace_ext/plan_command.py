@@ -41,7 +41,7 @@ def plan(
     inside: Annotated[str, typer.Option(help="Rate between workers of one node.")] = "20gbit",
     compute_ms: Annotated[float, typer.Option(min=0, help="Forward and backward pass, which the exchange may overlap.")] = 0.0,
     measure: Annotated[bool, typer.Option("--measure", help="Probe the job that this runs in (horovodrun, torchrun, mpirun).")] = False,
-    exchanges: Annotated[int, typer.Option(min=0, help="With --measure: real exchanges of so many candidates, beside dense.")] = 2,
+    exchanges: Annotated[int, typer.Option(min=0, help="With --measure: real exchanges of so many candidates, beside dense.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, whatever is in the cache.")] = False,
     picture: Annotated[Path | None, typer.Option(help="File for scaling curves up to 4,096 workers, simulated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,

@@ -111,7 +111,7 @@ class Ranks:
     def _run(self, collective: Collective, name: str) -> Any:
         return self.transport.wait(self.transport.start(collective, name))
 
-    def exchange(self, g: Grace, shapes: Shapes, steps: int = 3, budget: float = 10.0) -> float:
+    def exchange(self, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> float:
         """Seconds of one exchange of such gradients by this composition: the median of at most `steps` after a first, and of as many as
         `budget` seconds allow, one at least."""
         driver = Driver(g, self.ops, self.transport, read_lr=lambda: 0.1, in_place=True)

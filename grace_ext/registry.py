@@ -1,8 +1,9 @@
-"""Names -> classes, for the three kinds of parts.
+"""Names -> classes, for the four kinds of parts.
 
 Built-in parts register themselves when their module is imported; the registry imports every module of its package at the
 first look-up, so a new part is found by existing. Parts of other packages come by entry point, in the groups
-`grace_ext.compressors`, `grace_ext.memories` and `grace_ext.communicators` (name = class). No registration replaces another.
+`grace_ext.compressors`, `grace_ext.memories`, `grace_ext.communicators` and `grace_ext.policies` (name = class). No registration replaces
+another.
 """
 
 from __future__ import annotations

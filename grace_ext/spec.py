@@ -1,12 +1,14 @@
 """Names and configurations <-> parts, and the two small values that describe one tensor of one step.
 
 A spec string is `compressor [> compressor of the values] [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own
-expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. It is read with `ast`, never evaluated.
+expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. Or it is a policy, whose knobs may be specs, quoted or not:
+`by_size(large=topk(ratio=0.01) + residual)`. It is read with `ast`, never evaluated.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import math
 from collections.abc import Mapping
@@ -65,10 +67,12 @@ class StepInfo:
 
 
 def parse(text: str) -> dict[str, Part]:
-    """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said."""
-    from . import communicators, memories
+    """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said; or 'policy'."""
+    from . import communicators, memories, policies
 
     node = _expression(text)
+    if _means_a_policy(node):
+        return {"policy": _part(policies, node, text)}
     stages: list[ast.expr] = []
     # 'a > b + m @ c' arrives as the comparison of a with (b + (m @ c)).
     if _is_pipeline(node):
@@ -84,9 +88,25 @@ def parse(text: str) -> dict[str, Part]:
         last, nodes["communicator"] = node.left, node.right
     else:
         last = node
+    if _means_a_policy(last):
+        raise SpecSyntaxError(
+            f"{ast.unparse(last)!r} in {text!r} is a policy, which is a spec by itself: say memory and communicator in its knobs, as in "
+            "'by_size(large=topk(ratio=0.01) + residual)'"
+        )
     parts = {"compressor": _pipeline([*stages, last], text)}
     kinds = {"memory": memories, "communicator": communicators}
     return {**parts, **{kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}}
+
+
+def _means_a_policy(node: ast.expr) -> bool:
+    """Whether this is the name of a policy, or rather like one than like a compressor's."""
+    from . import compressors, policies
+
+    name = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(name, ast.Name) or name.id in compressors.names():
+        return False
+    likely = difflib.get_close_matches(name.id, [*compressors.names(), *policies.names()], n=1)
+    return bool(likely) and likely[0] in policies.names()
 
 
 def _is_pipeline(node: ast.expr) -> bool:
@@ -128,9 +148,10 @@ def _part(kind: Any, node: ast.expr, text: str) -> Part:
     if isinstance(node, ast.Name):
         return kind.get(node.id).create()
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        value = _value if kind.registry.kind != "policy" else _policy_value
         try:
-            args = tuple(_value(a, text) for a in node.args)
-            knobs = {str(k.arg): _value(k.value, text) for k in node.keywords}
+            args = tuple(value(a, text) for a in node.args)
+            knobs = {str(k.arg): value(k.value, text) for k in node.keywords}
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
@@ -149,6 +170,16 @@ def _value(node: ast.expr, text: str) -> Any:
         if isinstance(name, ast.Name) and name.id in kind.names():
             return _part(kind, node, text)
     return ast.literal_eval(node)
+
+
+def _policy_value(node: ast.expr, text: str) -> Any:
+    """A policy's knob: a plain value, or a spec, which stays text."""
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key or node): _policy_value(value, text) for key, value in zip(node.keys, node.values, strict=True)}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 def part_from(kind: Any, value: Any) -> Part:

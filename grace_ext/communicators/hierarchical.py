@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..parts import part_knob
+from ..parts import communicator_knob
 from . import get, register
 from .base import Communicator
 
@@ -25,12 +25,13 @@ class Hierarchical(Communicator):
     Sent per rank: inside, 2 (g-1)/g S for g ranks and gradients of S bytes, and what the node received; to other nodes, once a node, what
     `between` sends for N ranks: (N-1) m with allgather, where a flat ring of all ranks takes (n-1) m across every node's link.
     With one rank a node it is `between`; with one node alone nothing is compressed. A node is a host name, or what the environment
-    variable GRACE_EXT_NODE says. For Horovod (torch), torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the
-    job. `between`: by default the compressor's natural one; not one that keeps state.
+    variable GRACE_EXT_NODE says. In a policy, where one spec is hierarchical all of them go in two levels. For Horovod (torch),
+    torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job. `between`: by default the compressor's natural
+    one; not one that keeps state.
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """
 
-    between: Communicator | None = part_knob(None, "what carries the nodes' gradients; None: the compressor's natural one", "communicator")
+    between: Communicator | None = communicator_knob("what carries the nodes' gradients; None: the compressor's natural one")
 
     #: It works in two levels: the driver makes them, and gives `inner` what is left.
     two_level: ClassVar[bool] = True

@@ -96,6 +96,11 @@ class Compressor(Part):
         """The state before the first step. Equal on all ranks where it takes part in what they share."""
         return {}
 
+    def resized(self, ops: Ops, key: str, before: Array, fresh: Array) -> Array:
+        """An array of its state that another setting of its knobs has left (a policy changed them), in the size of its own: what `init` gave,
+        where nothing of the old one is of use."""
+        return fresh
+
     def positions(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array | None:
         """int64[m], ascending: where the payload has values; None where it stands for every element. Raises PayloadError."""
         return None

@@ -40,6 +40,11 @@ class _LowRank(Compressor):
     def sends_dense(self, spec):
         return len(spec.shape) < 2 or super().sends_dense(spec)
 
+    def resized(self, ops, key, before, fresh):
+        """Q is kept by rows, one a column of the matrix: those that both ranks have stay, further ones are as at the first step."""
+        common = min(len(before), len(fresh))
+        return ops.concat([before[:common], fresh[common:]])
+
     def _draw(self, ops, spec, info, step):
         _, b, r = self._shape(spec)
         return ops.upload(rng.normals(info.shared_key(spec.name, "powersgd", step), b * r))

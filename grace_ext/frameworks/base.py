@@ -113,13 +113,14 @@ def ordered_sum(transport: Transport, collective: Collective) -> Carried:
 def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> None:
     """Raises IncompatiblePartsError where the memory is the momentum of the training, and this optimizer, given its class's name and its
     hyperparameters by name, has one of its own or is an adaptive one."""
-    if not grace.memory.is_momentum:
+    momentum = next((memory for memory in grace.memories if memory.is_momentum), None)
+    if momentum is None:
         return
     adaptive = [key for key in ADAPTIVE if key in settings]
     if settings.get("momentum") or adaptive:
         has = f"adapts its steps ({', '.join(adaptive)})" if adaptive else f"has momentum={settings['momentum']} of its own"
         raise IncompatiblePartsError(
-            f"memory {grace.memory} is the momentum of the training, and the optimizer {name} {has}: momentum would be applied twice. Use "
+            f"memory {momentum} is the momentum of the training, and the optimizer {name} {has}: momentum would be applied twice. Use "
             "SGD with momentum=0, or memory 'residual'"
         )
 

@@ -34,3 +34,8 @@ def test_bind(case):
 @pytest.mark.parametrize("case", cases_of("alone_job.py"))
 def test_bind_alone(case):
     assert case in held("horovodrun", 1, "alone_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("policy_job.py"))
+def test_policies(case):
+    assert case in held("horovodrun", 2, "policy_job.py")

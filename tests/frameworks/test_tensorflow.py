@@ -27,6 +27,11 @@ def test_bind(case):
     assert case in held("horovodrun", 2, "tf_bind_job.py")
 
 
+@pytest.mark.parametrize("case", cases_of("tf_policy_job.py"))
+def test_policies(case):
+    assert case in held("horovodrun", 2, "tf_policy_job.py")
+
+
 def python(code: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env={**environment(), **more}, capture_output=True, text=True, timeout=120)
 

@@ -47,7 +47,7 @@ def make_model() -> torch.nn.Module:
 
 def make_optimizer(model: torch.nn.Module, spec: str = "none") -> torch.optim.Optimizer:
     """SGD with momentum, but where the spec's memory is the momentum."""
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if grace_ext.grace(spec).memory.is_momentum else 0.9)
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if any(m.is_momentum for m in grace_ext.grace(spec).memories) else 0.9)
 
 
 def loss_of(model: torch.nn.Module, rank: int, step: int) -> torch.Tensor:

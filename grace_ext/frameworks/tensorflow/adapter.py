@@ -23,6 +23,7 @@ from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...spec import TensorSpec
 from .graph import GraphExchange, HorovodTransport
+from .loop import exchange_of
 from .optimizer import averages, names_of
 
 
@@ -32,6 +33,12 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
         raise UnsupportedError(
             "bind takes tf.Variables; Horovod's own tape and optimizer cannot use Keras 3 variables (it has no error for the optimizer: it "
             "silently reduces nothing). Use `import grace_ext.frameworks.tensorflow as hvd`"
+        )
+    together = [policy for policy in g.policies if policy.whole_model]
+    if together:
+        raise UnsupportedError(
+            f"{together[0]} decides for all variables at once, and under Horovod's own tape each has an exchange of its own; use the tape or "
+            "the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
     if simulate:
         raise UnboundError("simulate=True: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape")
@@ -93,7 +100,7 @@ class BoundCompression:
             with tf.init_scope():
                 self._agree()
         if spec.name not in self._exchanges:
-            exchange = GraphExchange(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
+            exchange = exchange_of(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
             exchange.driver.join_agreement(f"{self._prefix}/{self._specs.index(spec)}")
             if spec.name in self._saved:
                 exchange.driver.load_state_dict(self._saved[spec.name])

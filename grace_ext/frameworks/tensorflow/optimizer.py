@@ -16,6 +16,7 @@ from ...errors import NamesError, ParameterError, UnsupportedError
 from ...spec import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange
+from .loop import exchange_of
 
 XLA = (
     "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
@@ -93,7 +94,7 @@ class Exchanges:
 
     def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
         if self.dense is None:
-            self.dense = GraphExchange(self.grace, specs, self.process_set, average=self.average)
+            self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
             if self._saved is not None:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs

@@ -1,0 +1,112 @@
+"""A policy at work in one driver: what each tensor goes through at a step, how its state goes on where that changes, what is learnt.
+
+All ranks choose alike: a choice follows from the tensor's name and shape, the number of the step, and state that only aggregates have
+changed, which are the same bits everywhere; a decision about all tensors at once is made by rank 0 and gathered (Driver._settle). Choices are
+made when a step begins and hold until it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .exchange import initial_state
+from .ops import Array, Ops
+from .policies.base import Asked, Policy, as_state, is_own, own_state
+from .spec import StepInfo, TensorSpec
+
+if TYPE_CHECKING:
+    from .composition import Grace, Parts
+
+States = dict[str, dict[str, Array]]
+
+
+class Choices:
+    """Of the tensors of one driver."""
+
+    def __init__(self, grace: Grace, specs: Iterable[TensorSpec] = ()):
+        self.grace, self.specs = grace, list(specs)
+        #: What each tensor goes through at the step that is under way, or comes next.
+        self.parts: dict[str, Parts] = {}
+        self._known: dict[tuple[str, int], Parts] = {}
+        #: For which parts the committed state was made.
+        self._made_for: dict[str, Parts] = {}
+        reached = {spec: [] if grace.policy is None else list(grace.policy.reached(spec, "policy")) for spec in self.specs}
+        self._learners = {spec: [(path, p) for path, p in found if isinstance(p, Policy) and p.learns] for spec, found in reached.items()}
+        #: By place: the policies that decide for all their tensors at once, and those tensors.
+        self.groups: dict[str, tuple[Policy, list[TensorSpec]]] = {}
+        for spec, learners in self._learners.items():
+            for path, policy in learners:
+                if policy.whole_model and spec.size:
+                    self.groups.setdefault(path, (policy, []))[1].append(spec)
+
+    def told(self) -> list[str]:
+        """What the user should know of the policies, now that the parameters are known."""
+        by_place: dict[str, tuple[Any, list[TensorSpec]]] = {}
+        for spec in self.specs if self.grace.policy else ():
+            for path, policy in self.grace.policy.reached(spec, "policy"):  # type: ignore[union-attr]
+                if isinstance(policy, Policy):
+                    by_place.setdefault(path, (policy, []))[1].append(spec)
+        return [sentence for policy, specs in by_place.values() for sentence in policy.told(specs)]
+
+    def choose(self, step: int, states: Mapping[str, Mapping[str, Array]]) -> bool:
+        """Chooses for this step; returns whether anything is chosen anew."""
+        if self.parts and not self.grace.plan.changes:
+            return False
+        before = self.parts
+        self.parts = {spec.name: self._parts_of(spec, step, states.get(spec.name, {})) for spec in self.specs}
+        return self.parts != before
+
+    def _parts_of(self, spec: TensorSpec, step: int, state: Mapping[str, Array]) -> Parts:
+        """Grace.parts_for, remembered: compositions live as long as the policy that has them."""
+        leaf = self.grace.plan.choose(Asked(spec, step, state))
+        key = spec.name, id(leaf)
+        if key not in self._known:
+            self._known[key] = self.grace.parts_of(leaf, spec)
+        return self._known[key]
+
+    def fitting(self, ops: Ops, spec: TensorSpec, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
+        """The tensor's state with what its parts of this step need. What other parts left stays, for when they come back; what is of
+        another size (powersgd's Q of another rank) is carried over as the compressor says."""
+        parts = self.parts[spec.name]
+        if self.grace.policy is None or not spec.size or self._made_for.get(spec.name) == parts:
+            return state
+        fresh = initial_state(ops, spec, parts, info)
+        for path, policy in self._learners[spec]:
+            fresh.update(as_state(path, policy.init(ops, spec)))
+        kept = {key: array for key, array in state.items() if key not in fresh or is_own(key) or len(array) == len(fresh[key])}
+        resized = {key: parts[0].resized(ops, key, state[key], fresh[key]) for key in state if key not in kept}
+        return {**fresh, **kept, **resized}
+
+    def committed(self) -> None:
+        """The states of all tensors are now those that this step's parts have left."""
+        self._made_for = dict(self.parts)
+
+    def forget(self) -> None:
+        """The states have come from elsewhere."""
+        self._made_for = {}
+
+    def observe(self, ops: Ops, spec: TensorSpec, aggregate: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
+        """The tensor's state after what its policies learn of a result."""
+        for path, policy in self._learners[spec] if spec.size else ():
+            state = {**state, **as_state(path, policy.observe(ops, aggregate, spec, info, own_state(path, state)))}
+        return state
+
+    def due(self, step: int) -> dict[str, tuple[Policy, list[TensorSpec]]]:
+        """By place: the policies that decide at the end of this step for all their tensors."""
+        return {path: group for path, group in self.groups.items() if group[0].due(step)}
+
+    def shared(self) -> set[str]:
+        """Keys of state that are the same on all ranks."""
+        return {key for leaf in self.grace.leaves for part in (leaf.memory, leaf.compressor) for key in part.shared_state}
+
+    def lengths(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> dict[str, set[int]]:
+        """By key: how long the arrays of such a tensor's state may be, whatever was chosen last."""
+        found: dict[str, set[int]] = {}
+        for parts in {leaf.parts_for(spec) for leaf in self.grace.leaves_for(spec)}:
+            for key, array in initial_state(ops, spec, parts, info).items():
+                found.setdefault(key, set()).add(len(array))
+        for path, policy in self._learners[spec]:
+            for key, array in as_state(path, policy.init(ops, spec)).items():
+                found[key] = {len(array), spec.size}
+        return found

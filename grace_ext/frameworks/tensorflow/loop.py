@@ -1,0 +1,160 @@
+"""One model's exchange where a policy changes from step to step WHICH collectives there are.
+
+graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver says, as a tensor, which kind comes
+next and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing left to do. So one
+traced graph serves every choice of every policy, and no choice is made when tracing.
+
+    begin: gradients -> (kind, arrays);   while kind >= 0: (kind, arrays) -> collective -> the driver -> (kind, arrays);   end: -> results
+
+The order of collectives is the driver's, the same on all ranks, and each waits for the one before it: buckets do not overlap, which costs
+most where there are many.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import horovod.tensorflow as hvd
+import numpy as np
+import tensorflow as tf
+
+from ...composition import Grace
+from ...driver import Start, perform
+from ...errors import GraceError
+from ...exchange import Collective
+from .graph import GraphExchange, arrays_of
+
+#: What a collective carries, by its kind and element type: the branches of the switch. An all-to-all has its splits beside it.
+BRANCHES = (("allreduce", "float32"), ("allreduce", "float64"), ("allgather", "uint8"), ("alltoall", "uint8"))
+ENDED = -1
+#: The arrays that go around: one for each branch, and the splits.
+TYPES = ("float32", "float64", "uint8", "uint8", "int32")
+
+
+class LoopExchange(GraphExchange):
+    """A GraphExchange for a policy that changes with the step."""
+
+    def _rehearse(self, divisor: int) -> list[Any]:
+        return []  # what a step does is found out when it does it
+
+    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
+        """The aggregates, in the gradients' order, shapes and dtypes."""
+        self.driver.check_rate(None if lr is None else 1.0)
+        if not self.driver.agreed:
+            with tf.init_scope():
+                perform(self.driver.agree(), self.transport, {})
+        rate = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)
+        types = [tf.int32, *(tf.as_dtype(name) for name in TYPES)]
+        state = tf.numpy_function(self._begin_step, [rate, *gradients], types)
+        state[0].set_shape([])
+        for array in state[1:]:
+            array.set_shape([None])
+
+        def one(kind: tf.Tensor, *arrays: tf.Tensor) -> list[tf.Tensor]:
+            results = tf.switch_case(kind, [lambda place=place: self._collective(place, arrays) for place in range(len(BRANCHES))])
+            after = tf.numpy_function(self._go_on, results, types)
+            after[0].set_shape([])
+            for array in after[1:]:
+                array.set_shape([None])
+            return after
+
+        shapes = [tf.TensorShape([]), *(tf.TensorShape([None]) for _ in TYPES)]
+        state = tf.while_loop(lambda kind, *_: kind >= 0, one, state, shape_invariants=shapes, parallel_iterations=1)
+        specs = list(self.driver.specs.values())
+        outputs = tf.numpy_function(self._end_step, [state[0]], [tf.as_dtype(spec.dtype) for spec in specs])
+        for spec, output in zip(specs, outputs, strict=True):
+            output.set_shape(spec.shape)
+        return list(outputs)
+
+    def _collective(self, place: int, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """What goes around, with the array of this branch replaced by the collective's result."""
+        kind, dtype = BRANCHES[place]
+        name = f"{self.driver.prefix}/loop/{kind}.{dtype}".replace("/", ".")
+        options = {"name": name, "process_set": self.transport.process_set, "ignore_name_scope": True}
+        result = list(arrays)
+        if self.transport.size == 1:
+            return result
+        if kind == "allreduce":
+            result[place] = hvd.allreduce(arrays[place], op=hvd.Sum, **options)
+        elif kind == "allgather":
+            result[place] = hvd.allgather(arrays[place], **options)
+        else:
+            result[place], result[-1] = hvd.alltoall(arrays[place], splits=arrays[-1], **options)
+        return result
+
+    # --- what runs between the collectives ----------------------------------------------------------------------------
+    def _begin_step(self, rate: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+        self._abandon()
+        self._before_step(self.driver.step)
+        self._lr = None if np.isnan(rate) else float(rate)
+        self._steps = self._whole_step(values)
+        self._queue: deque[Start] = deque()
+        self._results: dict[str, Any] = {}
+        self._waiting = ""
+        self._outputs: list[np.ndarray] = []
+        return self._next()
+
+    def _whole_step(self, values: Sequence[np.ndarray]) -> Any:
+        by_name = dict(zip(self.driver.specs, values, strict=True))
+        for bucket in self.driver.buckets:
+            for spec in bucket.specs:
+                yield from self.driver.put(spec.name, by_name[spec.name])
+        outputs = yield from self.driver.finish()
+        self._outputs = list(outputs.values())
+
+    def _go_on(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Takes the result of the collective that was made."""
+        made = self._queue.popleft()
+        collective = made.collective
+        values = [arrays[_place(collective)], arrays[-1]]
+        if collective.kind == "allreduce":
+            self._results[made.name] = values[0] / collective.divisor
+        else:
+            self._results[made.name] = self.transport.result(collective, values)
+        return self._next()
+
+    def _next(self) -> list[np.ndarray]:
+        """Runs the driver until it waits for a collective that is not made yet: the kind and the arrays of the first of those in the queue, or
+        ENDED where the step is over."""
+        while True:
+            answer = None
+            if self._waiting:
+                if self._waiting not in self._results:
+                    return self._carried(self._queue[0].collective)
+                answer, self._waiting = self._results.pop(self._waiting), ""
+            try:
+                effect = self._steps.send(answer)
+            except StopIteration:
+                return self._carried(None)
+            if isinstance(effect, Start):
+                self._queue.append(effect)
+            else:
+                self._waiting = effect.name
+
+    @staticmethod
+    def _carried(collective: Collective | None) -> list[np.ndarray]:
+        arrays = [np.empty(0, dtype) for dtype in TYPES]
+        if collective is None:
+            return [np.int32(ENDED), *arrays]
+        place = _place(collective)
+        arrays[place], *splits = arrays_of(collective)
+        return [np.int32(place), *arrays[:-1], *(splits or arrays[-1:])]
+
+    def _end_step(self, _: np.ndarray) -> list[np.ndarray]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+def _place(collective: Collective) -> int:
+    """The branch that makes it."""
+    wanted = collective.kind, collective.array.dtype.name
+    if wanted not in BRANCHES:
+        raise GraceError(f"no TensorFlow form of {collective.kind} of {collective.array.dtype}")
+    return BRANCHES.index(wanted)
+
+
+def exchange_of(grace: Grace, *args: Any, **options: Any) -> GraphExchange:
+    """The exchange for this Grace: traced collective by collective where they are the same at every step, else as a loop."""
+    return (LoopExchange if grace.plan.changes else GraphExchange)(grace, *args, **options)

@@ -1,0 +1,151 @@
+"""What a policy is: it says which composition a tensor goes through at a step. Subclass it as a frozen dataclass, register it by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ..parts import Part, made_knob
+from ..spec import StepInfo, TensorSpec
+
+if TYPE_CHECKING:
+    from ..composition import Composition
+    from ..ops import Array, Ops
+
+State = Mapping[str, "Array"]
+
+
+class Asked(NamedTuple):
+    """A question to a policy: what does this tensor go through at this step? `state` is all of the tensor's state at the start of the step,
+    `path` the place of the policy among those around it: 'policy', 'policy.large', ..."""
+
+    spec: TensorSpec
+    step: int
+    state: State
+    path: str = "policy"
+
+    def under(self, knob: str) -> Asked:
+        """The same question to the policy in this knob."""
+        return self._replace(path=f"{self.path}.{knob}")
+
+    def own(self, key: str) -> Array | None:
+        """The value of one of the policy's own keys; None before the first step."""
+        return self.state.get(f"{self.path}:{key}")
+
+
+def own_state(path: str, state: State) -> dict[str, Array]:
+    """What of a tensor's state belongs to the policy at this place, by its own keys."""
+    return {key[len(path) + 1 :]: array for key, array in state.items() if key.startswith(f"{path}:")}
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of a tensor's state is a policy's: these are the same on all ranks."""
+    return ":" in key
+
+
+def as_state(path: str, own: State) -> dict[str, Array]:
+    """The inverse."""
+    return {f"{path}:{key}": array for key, array in own.items()}
+
+
+@dataclass(frozen=True)
+class Policy(Part):
+    """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what the
+    policy has learnt of aggregated gradients, which all ranks know alike. So all ranks choose alike.
+
+    It owns no state: a learning one is given that of a tensor, as every part is, and what changes is committed with the step.
+    """
+
+    kind: ClassVar[str] = "policy"
+    #: Its own choice for a tensor may be another one at another step.
+    varies: ClassVar[bool] = False
+    #: It keeps state of its own, from aggregated gradients.
+    learns: ClassVar[bool] = False
+    #: It decides for all its tensors at once (`settle`), so one driver must hold them.
+    whole_model: ClassVar[bool] = False
+
+    @abstractmethod
+    def choose(self, asked: Asked) -> Composition:
+        """What the tensor goes through. Pure."""
+
+    def branches(self, spec: TensorSpec) -> Mapping[str, Any]:
+        """By knob: the compositions and policies that such a tensor may go through as they are."""
+        return {}
+
+    def variants(self, spec: TensorSpec) -> Sequence[Composition]:
+        """The compositions that it makes itself, for such a tensor."""
+        return ()
+
+    @property
+    @abstractmethod
+    def leaves(self) -> tuple[Composition, ...]:
+        """Every composition that some tensor may go through at some step."""
+
+    @property
+    def changes(self) -> bool:
+        """What it or a policy in it chooses for a tensor may be another composition at another step."""
+        return self.varies or any(child.changes for child in self.children())
+
+    def children(self) -> list[Any]:
+        """The compositions and policies in its knobs."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [value for value in values if hasattr(value, "leaves")]
+
+    def reached(self, spec: TensorSpec, path: str) -> Iterator[tuple[str, Any]]:
+        """The policies that have a say about such a tensor, this one first, and the compositions that it may go through, with their places."""
+        yield path, self
+        for knob, child in self.branches(spec).items():
+            yield from child.reached(spec, f"{path}.{knob}")
+        for leaf in self.variants(spec):
+            yield path, leaf
+
+    def told(self, specs: Sequence[TensorSpec]) -> list[str]:
+        """What the user should know once the parameters are known, in sentences."""
+        return []
+
+    # --- what a learning policy does -----------------------------------------------------------------------------------
+    def init(self, ops: Ops, spec: TensorSpec) -> dict[str, Array]:
+        """What it keeps of a tensor before the first step, by keys of its own: arrays equal on all ranks."""
+        return {}
+
+    def observe(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
+        """What changes of it by the result of a step: float[d], the same on all ranks, not to be kept or changed."""
+        return {}
+
+    def due(self, step: int) -> bool:
+        """Whether `settle` is to be called at the end of this step."""
+        return False
+
+    def settle(self, ops: Ops, states: Mapping[TensorSpec, State]) -> tuple[bytes, list[str]]:
+        """A decision about all its tensors, made on one rank: what the others must know of it, and sentences for the user."""
+        return b"", []
+
+    def settled(self, ops: Ops, decision: bytes, states: Mapping[TensorSpec, State]) -> list[dict[str, Array]]:
+        """What changes of the tensors' states by that decision, on every rank, in the order of `states`."""
+        return [{} for _ in states]
+
+
+def plan_knob(default: str, help: str) -> Any:
+    """A field that holds a composition or a policy, given as a spec, a configuration or an instance."""
+    return made_knob(default, help, "a spec", _plan)
+
+
+def composition_knob(default: str, help: str) -> Any:
+    """A field that holds a composition, not a policy."""
+    return made_knob(default, help, "a spec without a policy", _composition)
+
+
+def _plan(value: Any) -> Any:
+    from ..composition import plan_from
+
+    return plan_from(value)
+
+
+def _composition(value: Any) -> Any:
+    made = _plan(value)
+    if isinstance(made, Policy):
+        raise ValueError
+    return made

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..parts import knob
+from . import register
+from .base import Policy, plan_knob
+
+
+@register("by_size")
+@dataclass(frozen=True)
+class BySize(Policy):
+    """Sends small tensors one way and large ones another.
+
+    A tensor of fewer than `min_elements` elements goes through `small`, by default dense, every other one through `large`.
+    Biases and scales of normalisation are a thousandth of a model's bytes, and compressing them costs a header and a call each. A higher
+    limit sends more bytes and compresses less of what is sensitive. The same at every step. State: none.
+    Source: common practice; torch_cgx bypasses tensors under 1,024 elements without being asked.
+    """
+
+    min_elements: int = knob(1024, "tensors with fewer elements are small", low=0, headline=True)
+    small: Any = plan_knob("none", "what small tensors go through")
+    large: Any = plan_knob("topk(ratio=0.01) + residual", "what all others go through")
+
+    def _knob(self, spec) -> str:
+        return "small" if spec.size < self.min_elements else "large"
+
+    def choose(self, asked):
+        which = self._knob(asked.spec)
+        return getattr(self, which).choose(asked.under(which))
+
+    def branches(self, spec):
+        return {self._knob(spec): getattr(self, self._knob(spec))}
+
+    def told(self, specs):
+        largest = max((spec.size for spec in specs), default=0)
+        if largest >= self.min_elements:
+            return []
+        return [f"by_size: no parameter has min_elements={self.min_elements} elements, the largest has {largest}; all go through {self.small}"]
+
+    @property
+    def leaves(self):
+        return (*self.small.leaves, *self.large.leaves)

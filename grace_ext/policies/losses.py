@@ -1,0 +1,71 @@
+"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once: the error tables of L-GreCo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import rng
+from ..compressors.sparse import kept
+from ..spec import StepInfo, TensorSpec
+
+if TYPE_CHECKING:
+    from ..composition import Composition
+    from ..ops import Array, Ops
+
+#: Iterations that estimate the leading singular subspace, and how many columns it has beyond the highest rank.
+ITERATIONS, BEYOND = 5, 4
+#: They send the largest magnitudes, exactly or nearly so.
+BY_MAGNITUDE = ("topk", "dgc", "sidco", "global_topk")
+
+
+def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], knob: str) -> list[float]:
+    """The norm of the error of each choice on x: float[d], finite. 0 where the tensor is sent dense.
+
+    ratio, of compressors that send the largest magnitudes: the norm of the others. rank: the singular values that are left over, from
+    `ITERATIONS` subspace iterations (exact where the matrix has few rows or columns). Anything else: by compressing x."""
+    sent_dense = [choice.parts_for(spec)[0].name == "none" for choice in choices]
+    if all(sent_dense):
+        return [0.0] * len(choices)
+    compressors: list[Any] = [choice.compressor for choice in choices]
+    if knob == "ratio" and compressors[0].name in BY_MAGNITUDE:
+        found = _beyond_the_largest(ops.host(x), [kept(each.ratio, spec.size) for each in compressors])
+    elif knob == "rank":
+        found = _beyond_the_rank(ops.host(x).reshape(spec.shape[0], -1), [each.rank for each in compressors], spec.name)
+    else:
+        found = [_by_compressing(ops, x, spec, choice) for choice in choices]
+    return [0.0 if dense else float(loss) for dense, loss in zip(sent_dense, found, strict=True)]
+
+
+def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:
+    """Norms of x without its k largest magnitudes, for each k."""
+    squares = np.sort(np.abs(x)).astype(np.float64) ** 2
+    below = np.concatenate([[0.0], np.cumsum(squares)])
+    return [float(np.sqrt(below[len(x) - min(k, len(x))])) for k in counts]
+
+
+def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[float]:
+    """sqrt(sum of the squared singular values after the first r), for each r. An estimate of the subspace is never better than the best one,
+    so these are upper bounds."""
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    rows, columns = matrix.shape
+    width = min(rows, max(ranks) + BEYOND)
+    total = float(np.sum(matrix.astype(np.float64) ** 2))
+    start = rng.normals(StepInfo(0, 0, 1, 1).shared_key(name, "lgreco"), rows * width).reshape(rows, width)
+    basis = np.eye(rows, dtype=np.float32) if width == rows else np.linalg.qr(start)[0].astype(np.float32)
+    for _ in range(ITERATIONS if width < rows else 0):
+        basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
+    small = (matrix.T @ basis).astype(np.float64)
+    values = np.linalg.eigvalsh(small.T @ small)[::-1].clip(0)  # squared singular values of what the subspace holds
+    taken = np.concatenate([[0.0], np.cumsum(values)])
+    return [float(np.sqrt(max(0.0, total - taken[min(r, width)]))) if r < rows else 0.0 for r in ranks]
+
+
+def _by_compressing(ops: Ops, x: Array, spec: TensorSpec, choice: Composition) -> float:
+    """By a first step of a rank alone in the world."""
+    info = StepInfo(0, 0, 1, 1)
+    compressor: Any = choice.compressor
+    payload, _ = compressor.compress(ops, x, spec, info, compressor.init(ops, spec, info))
+    return float(ops.block_norms(x - compressor.decompress(ops, payload, spec, info), spec.size, 2)[0])

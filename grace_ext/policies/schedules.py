@@ -1,0 +1,105 @@
+"""Policies that go by the number of the step alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from ..parts import knob
+from . import register
+from .base import Policy, composition_knob, plan_knob
+from .knobs import knob_of, with_value
+
+
+@register("warmup")
+@dataclass(frozen=True)
+class Warmup(Policy):
+    """Sends everything dense for some steps at first, and then goes on with another spec.
+
+    Steps 0 to `steps` - 1 are dense, through the memory of `then`, which therefore has its momentum, if it is one, from the start, and an
+    empty residual when compression begins. Gradients of the first steps are large, change fast, and are what low-rank subspaces and
+    thresholds are estimated from. Too few: a slow start; each costs a dense step's bytes. State: none of its own.
+    Source: PyTorch's PowerSGD hook starts after 1,000 steps, epfml's after 100; Lin et al. 2018 warm up by the ratio (`ratio_warmup`).
+    """
+
+    varies: ClassVar[bool] = True
+    steps: int = knob(100, "dense steps at first", low=0, headline=True)
+    then: Any = plan_knob("topk(ratio=0.01) + residual", "what comes after")
+
+    def choose(self, asked):
+        leaf = self.then.choose(asked.under("then"))
+        return leaf.dense if asked.step < self.steps else leaf
+
+    def branches(self, spec):
+        return {"then": self.then}
+
+    def variants(self, spec):
+        return [leaf.dense for _, leaf in self.then.reached(spec, "") if not isinstance(leaf, Policy)]
+
+    @property
+    def leaves(self):
+        return (*self.then.leaves, *(leaf.dense for leaf in self.then.leaves))
+
+
+@register("ratio_warmup")
+@dataclass(frozen=True)
+class RatioWarmup(Policy):
+    """Keeps a large fraction at first, and less in equal factors until the ratio that is meant.
+
+    With target ratio rho, W = `stages` and a = rho^(1 / (W + 1)): stage t = 0, 1, ... W - 1, each of steps / W steps, keeps a^(t + 1), at
+    least rho; after `steps` steps rho itself. rho = 0.001 with 5 stages: 0.316, 0.1, 0.0316, 0.01, 0.00316, then 0.001; with 4 stages
+    0.251, 0.063, 0.016, 0.004. Everything else of `then` stays, and so do residual and momentum. `then` needs a compressor with a
+    `ratio`. More steps or fewer stages cost bytes; too few let the first, large gradients wait in the residual. State: none of its own.
+    Source: Lin et al. 2018 (DGC), whose stages are epochs, by the formula of the authors' code; the warm-up of the learning rate is the
+    optimizer's.
+    """
+
+    varies: ClassVar[bool] = True
+    steps: int = knob(500, "steps of the warm-up, all stages together", low=1, headline=True)
+    stages: int = knob(5, "how many ratios there are before the last", low=1, high=100)
+    then: Any = composition_knob("dgc(ratio=0.001) + dgc", "what comes after; its ratio is the target")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.leaves  # refuses a compressor without a ratio  # noqa: B018
+
+    @cached_property
+    def leaves(self):
+        target = knob_of(self.then, ("ratio",), self.name)[1]
+        factor = target ** (1 / (self.stages + 1))
+        return (*(with_value(self.then, "ratio", max(factor ** (t + 1), target)) for t in range(self.stages)), self.then)
+
+    def choose(self, asked):
+        return self.leaves[min(asked.step * self.stages // self.steps, self.stages)]
+
+    def variants(self, spec):
+        return self.leaves
+
+
+@register("every")
+@dataclass(frozen=True)
+class Every(Policy):
+    """Takes one step in n another way.
+
+    Steps 0, n, 2 n, ... go through `then`, all others through `otherwise`. By default an exact step every 100: `then` is 'none', which
+    keeps the memory of the other side and sends what it held back, so that errors do not outlive n steps. It costs 1/n of dense
+    training's bytes. State: none of its own; what one side does not use of a tensor's state waits for the other.
+    Source: periodic dense steps, as in PowerSGD+ and in local SGD's averaging.
+    """
+
+    varies: ClassVar[bool] = True
+    n: int = knob(100, "steps from one to the next", low=1, headline=True)
+    then: Any = plan_knob("none", "what these steps go through")
+    otherwise: Any = plan_knob("topk(ratio=0.01) + residual", "what all others go through")
+
+    def choose(self, asked):
+        which = "otherwise" if asked.step % self.n else "then"
+        return getattr(self, which).choose(asked.under(which))
+
+    def branches(self, spec):
+        return {"then": self.then, "otherwise": self.otherwise}
+
+    @property
+    def leaves(self):
+        return (*self.then.leaves, *self.otherwise.leaves)

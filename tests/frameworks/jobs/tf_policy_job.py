@@ -1,0 +1,136 @@
+"""Policies in grace_ext.frameworks.tensorflow on 2 ranks. Prints 'CASE name ok' for each case that holds on all of them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import horovod.tensorflow as plain
+import keras
+import numpy as np
+import tensorflow as tf
+
+import grace_ext
+import grace_ext.frameworks.tensorflow as hvd
+from grace_ext.errors import UnsupportedError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import policies  # noqa: E402
+import tf_training as problem  # noqa: E402
+from cases import raises, run_cases  # noqa: E402
+
+tf.config.threading.set_intra_op_parallelism_threads(1)
+EVERY = "every(2, powersgd(rank=2) + residual, topk(ratio=0.1) + residual)"
+
+
+def keras_variables():
+    return [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+
+
+def values(variables):
+    return [np.asarray(v.numpy()) for v in variables]
+
+
+def assert_as_in_cluster(variables, spec, names):
+    expected = problem.train_in_cluster(spec, 2, names)
+    for one, other in zip(values(variables), expected.values(), strict=True):
+        assert np.abs(one - other).max() <= 1e-6, (spec, np.abs(one - other).max())
+    mine = tf.constant(np.concatenate([v.reshape(-1) for v in values(variables)]))
+    both = hvd.allgather(mine[None]).numpy()
+    assert both[0].tobytes() == both[1].tobytes(), spec
+
+
+def in_a_graph(optimizer, variables):
+    """(the optimizer's step as a function of gradients, a list with an entry for each time that it was traced)."""
+    traces = []
+
+    @tf.function(autograph=False)
+    def apply(gradients):
+        traces.append(1)
+        optimizer.apply(gradients, variables)
+
+    return apply, traces
+
+
+def case_keras_optimizer_in_one_traced_graph():
+    """Every policy, in a function that is traced once."""
+    for spec in policies.SPECS:
+        variables = keras_variables()
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
+        optimizer.build(variables)
+        apply, traces = in_a_graph(optimizer, variables)
+        sent = []
+        for step in range(problem.STEPS):
+            apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
+            sent.append(optimizer.wire_bytes)
+        assert len(traces) == 1 and (len(set(sent)) > 1) == grace_ext.grace(spec).plan.changes, (spec, sent)
+        assert_as_in_cluster(variables, spec, [v.path for v in variables])
+
+
+def case_tape_in_eager_code_and_in_graphs():
+    for graph in (False, True):
+        for spec in (EVERY, policies.SPECS[-1]):
+            variables = problem.tf_variables()
+            problem.train_by_tape(hvd, variables, grace_ext.grace(spec), graph)
+            assert_as_in_cluster(variables, spec, [v.name for v in variables])
+
+
+def case_unmodified_horovod():
+    """Each variable has an exchange of its own; a policy that decides for all at once is refused."""
+    for spec in (EVERY, policies.SPECS[6]):
+        variables = problem.tf_variables()
+        g = grace_ext.grace(spec).bind(variables)
+        for step in range(problem.STEPS):
+            with tf.GradientTape() as tape:
+                tape = plain.DistributedGradientTape(tape, compression=g)
+                loss = problem.loss_of(variables, hvd.rank(), step)
+            for v, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
+                v.assign(v - problem.LR * gradient)
+        assert_as_in_cluster(variables, spec, [v.name for v in variables])
+    raises(UnsupportedError, "decides for all variables at once", lambda: grace_ext.grace("by_size(large=lgreco)").bind(problem.tf_variables()))
+
+
+def case_checkpoint():
+    """A saved schedule goes on where it was, bit for bit."""
+    spec = policies.SPECS[7]
+
+    def made():
+        variables = keras_variables()
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
+        optimizer.build(variables)
+        return variables, optimizer
+
+    def train(variables, optimizer, steps):
+        for step in steps:
+            optimizer.apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step), variables)
+
+    variables, optimizer = made()
+    train(variables, optimizer, range(4))
+    saved, weights = optimizer.grace_state_dict(), values(variables)
+    again, resumed = made()
+    for v, w in zip(again, weights, strict=True):
+        v.assign(w)
+    new = dict(zip([v.path for v in variables], [v.path for v in again], strict=True))
+    state = {key: array for key, array in ((f"{k.split('/', 1)[0]}/{new[k.split('/', 1)[1]]}", a) for k, a in saved["state"].items())}
+    resumed.load_grace_state_dict({**saved, "state": state})
+    train(variables, optimizer, range(4, 8))
+    train(again, resumed, range(4, 8))
+    for one, other in zip(values(variables), values(again), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def case_a_pattern_without_a_parameter_is_told_once():
+    variables = problem.tf_variables()
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("grace_ext").addHandler(handler)
+    problem.train_by_tape(hvd, variables, grace_ext.grace("by_name({'nothing*': topk + residual}, default=none)"), True)
+    logging.getLogger("grace_ext").removeHandler(handler)
+    assert len(told) == (hvd.rank() == 0) and all("'nothing*' matches no parameter" in sentence for sentence in told), told
+
+
+hvd.init()
+run_cases(hvd, globals())
+hvd.shutdown()
