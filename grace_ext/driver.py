@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
@@ -116,6 +117,7 @@ class Driver:
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
+        self._ended, self._compute = time.perf_counter(), 0.0  # when the last step did; seconds from there to the end of a backward pass
         self.prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
@@ -242,6 +244,7 @@ class Driver:
 
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
+        self._compute = time.perf_counter() - self._ended
         try:
             self.check_rate(self.read_lr())
             if not self.agreed:
@@ -259,6 +262,7 @@ class Driver:
             return self._commit()
         finally:
             self.abandon()
+            self._ended = time.perf_counter()
 
     def _start_ready(self, all_of_them: bool = False) -> Effects:
         while self._next < len(self.buckets):
@@ -314,7 +318,8 @@ class Driver:
         """Decisions of policies about all tensors: rank 0's, so that ranks with other processors cannot come to another one."""
         for path, (policy, specs) in self._choices.due(self.step).items():
             states = {spec: own_state(path, self._bucket_of[spec.name].states[spec.name]) for spec in specs}
-            decision, said = policy.settle(self.ops, states) if self.transport.rank == 0 else (b"", [])
+            found = yield from policy.survey(self.transport, specs, self._compute, f"{self.prefix}/survey/{path}")
+            decision, said = policy.settle(self.ops, states, found) if self.transport.rank == 0 else (b"", [])
             self._tell(said)
             text = self.ops.upload(np.frombuffer(decision, np.uint8).copy())
             mine = message(self.ops, [text], digest=0, step=self.step, finite=True)

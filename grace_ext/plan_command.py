@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import ParameterError
+from .errors import ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
     from .plan import Advice
@@ -55,6 +55,7 @@ def plan(
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     from . import plan as planning
     from .cost import Link
+    from .driver import perform
     from .shapes import shapes_of
 
     shapes = shapes_of(model)
@@ -67,12 +68,16 @@ def plan(
         document: dict[str, Any] = {"model": model, "tensors": len(shapes)}
         if measure:
             from .frameworks.launched import transport
-            from .plan_measure import probed
+            from .plan_measure import probed, rows_of
+            from .probe import Probe
 
             here = stack.enter_context(transport())
+            if here.size < 2:
+                raise UnsupportedError("--measure needs a job of two ranks or more: use horovodrun, torchrun or mpirun, or state --rate")
             chosen = planning.candidates(specs or (), here.size)
-            made, network, measured = probed(here, chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
-            rows = made.rows(network, network.link, measured)
+            effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
+            made, network, _ = found = perform(effects, here, {})
+            rows = rows_of(found)
             link, first = network.link, here.rank == 0
             document["collectives"] = network.points
         else:
@@ -100,6 +105,7 @@ def plan(
 def report(advice: Advice, document: dict[str, Any]) -> None:
     """The table and the advice."""
     console, link = Console(), document["link"]
+    console.width = max(console.width, 120)  # specs are long
     measured = any(row.measured_ms for row in advice.rows)
     table = Table(box=None, pad_edge=False)
     headings = ["spec", "sent a worker", "step", "gain", "work", "network", "break-even", *(["measured"] if measured else [])]

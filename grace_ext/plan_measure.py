@@ -1,47 +1,51 @@
-"""`grace-ext plan --measure`: the plan of a job that is there, from a short probe of its own network and of some real exchanges."""
+"""The plan of a job that is there, from a short probe of its own network and of some real exchanges: `--measure`, and policy 'auto'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .composition import Grace
-from .errors import UnsupportedError
-from .frameworks.base import Transport
-from .plan import Model
-from .probe import MeasuredNetwork, Ranks
+from .driver import Effects
+from .plan import Model, Row
+from .probe import SIZES, Probe
 from .trace import Shapes, Trace, record
+
+Tell = Callable[[str], None]
 
 
 def probed(
-    transport: Transport, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int,
-    tell: Callable[[str], None] = lambda text: None,
-) -> tuple[Model, MeasuredNetwork, dict[str, float]]:  # fmt: skip
-    """The model, the network and the seconds of real exchanges: of dense, and of the `exchanges` candidates that seem fastest. Collective;
-    the same on all ranks. Codecs are timed on all ranks at once, as they run in training."""
-    if transport.size < 2:
-        raise UnsupportedError("--measure needs a job of two ranks or more: start it by horovodrun, torchrun or mpirun, or state --rate")
-    ranks = Ranks(transport)
-    tell("network")
-    network = ranks.collectives()
+    probe: Probe, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int, sizes: Sequence[int] = SIZES,
+    steps: int = 3, tell: Tell = lambda text: None,
+) -> Effects:  # fmt: skip
+    """(model, network, seconds of real exchanges by spec): exchanges of dense, and of so many candidates that seem fastest. The same on
+    all ranks. Codecs are timed on all ranks at once, as they run in training. Effects, as all of Probe."""
+    tell("the network")
+    network = yield from probe.collectives(sizes)
     traces = {}
     for text, g in chosen.items():
         tell(text)
-        ranks.barrier()
-        traces[text] = slowest(ranks, record(g, shapes, like=transport))
-    model = Model(traces, transport.size, compute=compute)
+        yield from probe.barrier()
+        traces[text] = yield from slowest(probe, record(g, shapes, steps=steps, like=probe.transport))
+    model = Model(traces, probe.n, compute=compute)
     dense, *others = sorted(traces, key=lambda text: (text != next(iter(traces)), model.timed(text, network).step))
     measured = {}
     for text in [dense, *others[:exchanges]]:
-        tell(f"exchange: {text}")
-        measured[text] = ranks.exchange(chosen[text], shapes)
+        tell(f"exchanges by {text}")
+        measured[text] = yield from probe.exchange(chosen[text], shapes)
     return model, network, measured
 
 
-def slowest(ranks: Ranks, trace: Trace) -> Trace:
-    """With each stretch of work as long as on the rank where it took longest."""
-    alone, pair = (ranks.largest([event.work for event in events]) for events in (trace.alone, trace.pair))
-    both = zip((trace.alone, trace.pair), (alone, pair), strict=True)
-    made = [tuple(replace(e, work=w) for e, w in zip(events, works, strict=True)) for events, works in both]
-    return Trace(made[0], made[1], trace.dense)
+def rows_of(found: tuple) -> list[Row]:
+    """The candidates, from what `probed` gives."""
+    model, network, measured = found
+    return model.rows(network, network.link, measured)
 
+
+def slowest(probe: Probe, trace: Trace) -> Effects:
+    """The trace with each stretch of work as long as on the rank where it took longest."""
+    made = []
+    for events in (trace.alone, trace.pair):
+        works = yield from probe.largest([event.work for event in events])
+        made.append(tuple(replace(event, work=work) for event, work in zip(events, works, strict=True)))
+    return Trace(made[0], made[1], trace.dense)

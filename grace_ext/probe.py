@@ -1,6 +1,6 @@
 """What a job's own network takes: collectives of a few sizes and exchanges of a few candidates, timed on the transport that carries them.
 
-Everything here is collective: all ranks of the transport call it alike, and get the same answer (the slowest rank's, for each time).
+Everything here is collective: all ranks of the transport do it alike, and get the same answer (the slowest rank's, for each time).
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .composition import Grace
 from .cost import GOODPUT, Link
-from .driver import Driver, perform
+from .driver import Driver, Effects, Start, Wait
 from .exchange import Collective
 from .frameworks.base import Transport
 from .spec import TensorSpec
@@ -65,33 +64,37 @@ class MeasuredNetwork:
         return seconds[-1] + slope * (nbytes - sizes[-1])
 
 
-class Ranks:
-    """The ranks of one transport, timed together."""
+class Probe:
+    """The ranks of one transport, timed together. Its methods are generators of the driver's effects, which `driver.perform` executes, or
+    whatever runs a driver: a policy may probe at the end of a step."""
 
     def __init__(self, transport: Transport, prefix: str = "grace/probe"):
         self.transport, self.ops, self.n, self._prefix = transport, transport.ops, transport.size, prefix
 
-    def largest(self, values: Sequence[float]) -> list[float]:
+    def largest(self, values: Sequence[float]) -> Effects:
         """Each value's maximum over the ranks."""
         own = self.ops.upload(np.array(values, np.float64).view(np.uint8).copy())
-        told = self._run(Collective("allgather", own, "", sizes=(len(own),) * self.n), f"{self._prefix}/say/{len(own)}")
+        told = yield from self._run(Collective("allgather", own, "", sizes=(len(own),) * self.n), f"{self._prefix}/say/{len(own)}")
         every = [np.ascontiguousarray(self.ops.host(data)).copy().view(np.float64) for data in told]
         return [float(x) for x in np.max(every, axis=0)]
 
-    def collectives(self, sizes: Sequence[int] = SIZES, repeats: int = 3) -> MeasuredNetwork:
-        """Times each kind at each size, once to warm up and then `repeats` times: the median."""
-        seen = [(kind, size, self._timed(kind, size, repeats)) for kind in KINDS for size in sizes]
-        slowest = self.largest([seconds for *_, seconds in seen])
+    def collectives(self, sizes: Sequence[int] = SIZES, repeats: int = 3) -> Effects:
+        """A MeasuredNetwork: each kind at each size, once to warm up and then `repeats` times: the median."""
+        seen = []
+        for kind in KINDS:
+            for size in sizes:
+                seen.append((kind, size, (yield from self._timed(kind, size, repeats))))
+        slowest = yield from self.largest([seconds for *_, seconds in seen])
         points = tuple((kind, self.n, size, seconds) for (kind, size, _), seconds in zip(seen, slowest, strict=True))
         return MeasuredNetwork(points, fitted(points))
 
-    def _timed(self, kind: str, size: int, repeats: int) -> float:
+    def _timed(self, kind: str, size: int, repeats: int) -> Effects:
         seconds = []
         for _ in range(repeats + 1):
             collective = self._sample(kind, size)
-            self.barrier()
+            yield from self.barrier()
             begin = time.perf_counter()
-            self._run(collective, f"{self._prefix}/{kind}/{size}")
+            yield from self._run(collective, f"{self._prefix}/{kind}/{size}")
             seconds.append(time.perf_counter() - begin)
         return float(np.median(seconds[1:]))
 
@@ -104,14 +107,15 @@ class Ranks:
         bounds = [size * rank // self.n for rank in range(self.n + 1)]
         return Collective(kind, data, "", sizes=tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
 
-    def barrier(self) -> None:
+    def barrier(self) -> Effects:
         """No rank goes on before all are here."""
-        self._run(Collective("allreduce", self.ops.zeros(1), "", 1, dtype="float32"), f"{self._prefix}/barrier")
+        yield from self._run(Collective("allreduce", self.ops.zeros(1), "", 1, dtype="float32"), f"{self._prefix}/barrier")
 
-    def _run(self, collective: Collective, name: str) -> Any:
-        return self.transport.wait(self.transport.start(collective, name))
+    def _run(self, collective: Collective, name: str) -> Effects:
+        yield Start(name, collective)
+        return (yield Wait(name))
 
-    def exchange(self, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> float:
+    def exchange(self, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> Effects:
         """Seconds of one exchange of such gradients by this composition: the median of at most `steps` after a first, and of as many as
         `budget` seconds allow, one at least."""
         driver = Driver(g, self.ops, self.transport, read_lr=lambda: 0.1, in_place=True)
@@ -121,11 +125,10 @@ class Ranks:
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) <= steps and sum(seconds) + seconds[-1] <= budget):
             given = {spec.name: self.ops.emit(drawn[spec.name].reshape(-1).copy(), spec) for spec in specs}
-            self.barrier()
+            yield from self.barrier()
             begin = time.perf_counter()
-            handles: dict[str, Any] = {}
             for name in reversed(list(shapes)):
-                perform(driver.put(name, given[name]), self.transport, handles)
-            perform(driver.finish(), self.transport, handles)
-            seconds += self.largest([time.perf_counter() - begin])
+                yield from driver.put(name, given[name])
+            yield from driver.finish()
+            seconds += yield from self.largest([time.perf_counter() - begin])
         return float(np.median(seconds[1:]))

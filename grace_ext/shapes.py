@@ -13,7 +13,7 @@ from typing import Any
 from .errors import ModelError
 
 Shapes = dict[str, tuple[int, ...]]
-HOW = "MODEL is a JSON file {\"name\": [dims...], ...} or module:callable that gives a torch or Keras model"
+HOW = 'MODEL is a JSON file {"name": [dims...], ...} or module:callable that gives a torch or Keras model'
 
 
 def shapes_of(model: str) -> Shapes:

@@ -13,6 +13,8 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..composition import Composition
+    from ..driver import Effects
+    from ..frameworks.base import Transport
     from ..ops import Array, Ops
 
 State = Mapping[str, "Array"]
@@ -119,8 +121,15 @@ class Policy(Part):
         """Whether `settle` is to be called at the end of this step."""
         return False
 
-    def settle(self, ops: Ops, states: Mapping[TensorSpec, State]) -> tuple[bytes, list[str]]:
-        """A decision about all its tensors, made on one rank: what the others must know of it, and sentences for the user."""
+    def survey(self, transport: Transport, specs: Sequence[TensorSpec], compute: float, prefix: str) -> Effects:
+        """What is to be known for `settle`, and nobody has measured: called on all ranks before it, a generator of the driver's effects, whose
+        names begin with `prefix`. `compute`: seconds that this rank spent between the last exchange and this one."""
+        return None
+        yield
+
+    def settle(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any = None) -> tuple[bytes, list[str]]:
+        """A decision about all its tensors, made on one rank, given what `survey` returned there: what the others must know of it, and
+        sentences for the user."""
         return b"", []
 
     def settled(self, ops: Ops, decision: bytes, states: Mapping[TensorSpec, State]) -> list[dict[str, Array]]:

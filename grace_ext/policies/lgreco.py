@@ -109,11 +109,11 @@ class LGreCo(Policy):
     def due(self, step):
         return (step + 1) % self.every == 0
 
-    def settle(self, ops, states):
-        found = self.solve(ops, {spec: state["sum"] for spec, state in states.items() if len(state["sum"])})
-        if found is None:
+    def settle(self, ops, states, found=None):
+        solved = self.solve(ops, {spec: state["sum"] for spec, state in states.items() if len(state["sum"])})
+        if solved is None:
             return b"", [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]
-        settings = [found.get(spec, int(state["setting"][0])) for spec, state in states.items()]
+        settings = [solved.get(spec, int(state["setting"][0])) for spec, state in states.items()]
         return np.array(settings, np.uint8).tobytes(), []
 
     def settled(self, ops, decision, states):

@@ -18,7 +18,7 @@ import grace_ext
 from grace_ext.driver import Driver, perform
 from grace_ext.errors import DisagreementError, UnsupportedError
 from grace_ext.frameworks import launched
-from grace_ext.probe import Ranks
+from grace_ext.probe import Probe
 from grace_ext.spec import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -134,7 +134,7 @@ def main() -> None:
         for name, case in list(globals().items()):
             if name.startswith("case_"):
                 case(transport)  # an error ends the job
-                Ranks(transport).barrier()
+                perform(Probe(transport).barrier(), transport, {})
                 if transport.rank == 0:
                     print(f"CASE {name} ok", flush=True)
 
