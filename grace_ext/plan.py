@@ -1,9 +1,8 @@
 """What compression gains on a network: `grace-ext plan`, and what 'auto' decides by.
 
 Each candidate's step is recorded on this machine (trace.py) and replayed on the network, stated (cost.py) or measured (probe.py), for
-n workers. Work and network are those of the candidate's own codecs and collectives; nothing is fitted to exchanges, unless some
-candidates were really exchanged: their times then stand for themselves, and what these took beyond their prediction (the mean of it, for
-what compressed steps have in common: wrappers, threads that wake up) is added to the others.
+n workers. Work and network are those of the candidate's own codecs and collectives; nothing is fitted to exchanges. Where some candidates
+were really exchanged, their times stand in place of what was predicted.
 """
 
 from __future__ import annotations
@@ -92,9 +91,8 @@ class Model:
         """One row a candidate. `network` carries them; `link` is varied for the break-even rate; `measured`: seconds of real exchanges."""
         measured, found = measured or {}, {spec: self.timed(spec, network) for spec in self.traces}
         alone = {spec: replay(trace.on(self.n), network, self.n).exchange for spec, trace in self.traces.items()}
-        more = {spec: seconds - alone[spec] for spec, seconds in measured.items()}
-        common = beyond(more, next(iter(found)))
-        exchanges = {spec: max(timed.exchange + more.get(spec, common), timed.exchange / 2) for spec, timed in found.items()}
+        # What overlaps with the backward pass does so whatever else an exchange takes.
+        exchanges = {spec: measured.get(spec, alone[spec]) + timed.exchange - alone[spec] for spec, timed in found.items()}
         steps = {spec: self.compute + exchange for spec, exchange in exchanges.items()}
         dense = steps[next(iter(steps))]
         return [
@@ -121,12 +119,6 @@ class Model:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if gained(middle) > 0 else (low, middle)
         return math.sqrt(low * high)
-
-
-def beyond(more: dict[str, float], dense: str) -> float:
-    """Seconds that exchanges took beyond their predictions: the mean over the compressed candidates that were measured, 0 for none."""
-    seen = [seconds for spec, seconds in more.items() if spec != dense]
-    return sum(seen) / len(seen) if seen else 0.0
 
 
 def advise(rows: Sequence[Row]) -> Advice:

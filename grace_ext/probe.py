@@ -21,6 +21,8 @@ from .trace import Shapes, gradients
 
 KINDS = ("allreduce", "allgather", "alltoall")
 SIZES = (64, 1 << 16, 1 << 19, 1 << 22)
+#: Steps until memory is used again: old and new state, and the collectives' buffers.
+WARM = 2
 #: (kind, ranks, bytes of one rank's buffer, seconds)
 Point = tuple[str, int, int, float]
 
@@ -116,14 +118,14 @@ class Probe:
         return (yield Wait(name))
 
     def exchange(self, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> Effects:
-        """Seconds of one exchange of such gradients by this composition: the median of at most `steps` after a first, and of as many as
-        `budget` seconds allow, one at least."""
+        """Seconds of one exchange of such gradients by this composition: the median of at most `steps` after two, and of as many as
+        `budget` seconds allow, one at least (then after one)."""
         driver = Driver(g, self.ops, self.transport, read_lr=lambda: 0.1, in_place=True)
         specs = [TensorSpec(name, dims) for name, dims in shapes.items()]
         driver.register(specs)
         drawn = gradients(shapes, self.transport.rank)
         seconds: list[float] = []
-        while len(seconds) < 2 or (len(seconds) <= steps and sum(seconds) + seconds[-1] <= budget):
+        while len(seconds) < 2 or (len(seconds) < steps + WARM and sum(seconds) + seconds[-1] <= budget):
             given = {spec.name: self.ops.emit(drawn[spec.name].reshape(-1).copy(), spec) for spec in specs}
             yield from self.barrier()
             begin = time.perf_counter()
@@ -131,4 +133,4 @@ class Probe:
                 yield from driver.put(name, given[name])
             yield from driver.finish()
             seconds += yield from self.largest([time.perf_counter() - begin])
-        return float(np.median(seconds[1:]))
+        return float(np.median(seconds[min(WARM, len(seconds) - 1) :]))
