@@ -1,11 +1,11 @@
 """What `grace-ext plan --measure` predicts on netlab hosts, beside exchanges that are measured there.
 
-    python benchmarks/plan.py [--model transformer] [--rate 100mbit --rate 1gbit] [--hosts 2] [--launcher horovodrun]    needs root (netlab)
+    python benchmarks/plan.py [--model resnet50] [--rate 100mbit --rate 1gbit] [--hosts 2] [--launcher horovodrun]     needs root (netlab)
 
-One job for each rate: it makes the plan for five specs, as the command does, with real exchanges of dense and of the three that seem fastest, and then
-exchanges by each of the five through the optimizer's wrapper, once in this order and once in the other, so that drift shows. What must
-hold: each predicted exchange within 30% of the measured one (median of its steps), and the recommended spec within 10% of the best; so
-for what compression=grace("auto") picks in the same job, and with --rate unlimited both take dense where dense wins.
+One job for each rate: it makes the plan for five specs, as the command does, with real exchanges of dense and of the three that seem
+fastest, and then exchanges by each of the five through the optimizer's wrapper, once in this order and once in the other, so that drift
+shows. What must hold: each predicted exchange within 30% of the measured one (median of its steps), and the recommended spec within 10%
+of the best; so for what compression=grace("auto") picks in the same job. With --rate unlimited both take dense where dense wins.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def show(cell: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"of {', '.join(shapes.MODELS)}")] = "transformer",
+    model: Annotated[str, typer.Option(help=f"of {', '.join(shapes.MODELS)}")] = "resnet50",
     rate: Annotated[list[str] | None, typer.Option(help="of the links; default 100mbit and 1gbit")] = None,
     hosts: Annotated[int, typer.Option(help="how many")] = 2,
     launcher: Annotated[str, typer.Option(help="horovodrun or torchrun")] = "horovodrun",

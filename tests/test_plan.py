@@ -52,9 +52,10 @@ def test_a_trace_for_more_ranks():
     assert trace.work(4) == pytest.approx(1.5 + 4.5)
 
 
-@pytest.mark.parametrize(
-    "spec", ["none", "topk(ratio=0.1) + residual", "fp16", "powersgd(rank=2) + residual", "qsgd(bits=4)", "signsgd + none"]
-)
+RECORDED = ["none", "topk(ratio=0.1) + residual", "fp16", "powersgd(rank=2) + residual", "qsgd(bits=4)", "signsgd + none"]
+
+
+@pytest.mark.parametrize("spec", RECORDED)
 def test_what_is_recorded_is_what_is_sent(spec):
     """The collectives of a LocalCluster (16-bit sums as transports carry them): their bytes for 2 ranks, and for 3 what is extrapolated."""
     g = grace_ext.grace(spec)
@@ -74,7 +75,7 @@ def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
     trace = record(grace_ext.grace("topk(ratio=0.1) + residual"), SHAPES, steps=1)
     link = Link.of("10mbit", 1e-3)
     timed = plan.Model({"x": trace}, 8).timed("x", plan.OnLink(link))
-    assert timed.exchange == pytest.approx(trace.work(8) + cost.allgather(link, 8, trace.nbytes(8)))
+    assert timed.exchange == pytest.approx(trace.work(8) + cost.allgather(link, 8, trace.nbytes(8)), rel=0.01)
 
 
 def test_workers_of_a_node_share_its_link():
@@ -117,12 +118,15 @@ def test_dense_is_recommended_where_it_is_best():
     assert plan.advise(rows_at("10gbit")[:1]).spec == "dense"
 
 
-def test_real_exchanges_stand_for_themselves_and_shift_the_others():
+def test_real_exchanges_stand_for_themselves():
     told = rows_at("10mbit", dense=1.0, small=0.5)
     assert told[0].exchange_ms == pytest.approx(1000) and told[1].exchange_ms == pytest.approx(500) and told[1].measured_ms == 500
     plain = rows_at("10mbit")
-    assert told[2].exchange_ms - plain[2].exchange_ms == pytest.approx(500 - plain[1].exchange_ms)
-    assert told[2].measured_ms is None and told[2].uncalibrated_ms == pytest.approx(plain[2].exchange_ms)
+    assert told[1].uncalibrated_ms == pytest.approx(plain[1].exchange_ms)
+    assert told[2].measured_ms is None and told[2].exchange_ms == pytest.approx(plain[2].exchange_ms)
+    # what overlaps does so whatever else it takes: here half a second of computing hides nothing
+    busy = plan.Model(MODEL.traces, 2, compute=0.5).rows(plan.OnLink(Link.of("10mbit", 0.0)), Link.of("10mbit", 0.0), {"small": 0.5})
+    assert busy[1].step_ms == pytest.approx(1000)
 
 
 def test_a_measured_network_is_that_of_its_points():
@@ -178,9 +182,8 @@ def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_pa
 
 
 def test_the_command_says_that_dense_is_best(shapes_json):
-    document = json.loads(
-        said(shapes_json, "topk(ratio=0.01) + residual", "--rate", "1tbit", "--latency", "1us", "--workers", "2", "--json")
-    )
+    ask = ("--rate", "1tbit", "--latency", "1us", "--workers", "2", "--json")
+    document = json.loads(said(shapes_json, "topk(ratio=0.01) + residual", *ask))
     assert document["spec"] == "none @ allreduce" and document["gain"] == 1 and "dense is best" in document["reason"]
 
 
