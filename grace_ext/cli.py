@@ -1,4 +1,4 @@
-"""The command line: `grace-ext list | show NAME | check | bench`, each with --json (a JSON document on stdout, nothing else there)."""
+"""The command line: `grace-ext list | show NAME | check | bench | plan`, each with --json: one document on stdout, nothing else there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from . import __version__, check
 from .catalogue import KINDS, describe
 from .composition import grace
 from .errors import GraceError, UnknownPartError
+from .plan_command import plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Gradient compression by name.", pretty_exceptions_enable=False)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -163,6 +164,9 @@ def bench_parts(
     console = Console()
     console.print(table)
     console.print(f"x: multiples of a copy of the gradient, {done[-1].copy_ms:.1f} ms for {done[-1].elements:,} elements", style="dim")
+
+
+app.command("plan")(plan)
 
 
 def _print_versions(console: Console, report: dict[str, Any]) -> None:

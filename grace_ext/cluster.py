@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .driver import Driver, Effects, Start
+from .driver import Driver, Effects, Start, Wait
 from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
 from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 class _Slot(Transport):
     """One rank's place in the cluster. Its collectives are executed by the cluster, when every rank waits for them."""
 
-    def __init__(self, rank: int, size: int, ops: Ops):
-        self.rank, self.size, self.ops = rank, size, ops
+    splits = True
+
+    def __init__(self, rank: int, size: int, ops: Ops, per_node: int):
+        self.rank, self.size, self.ops, self._per_node = rank, size, ops, per_node
+
+    @property
+    def node(self) -> str:
+        return str(self.rank // self._per_node)
 
     def carry(self, collective: Collective) -> Carried:
         return (yield collective)  # `execute` has them all
@@ -37,15 +43,18 @@ class LocalCluster:
     """`size` simulated ranks that exchange gradients as real ones would: same parts, same driver, same bytes.
 
     framework: 'numpy', 'torch' or 'tensorflow'; tensors of that framework, or numpy arrays, go in, and that framework's come out.
+    ranks_per_node: for communicator 'hierarchical', so many consecutive ranks share a node (the last node may have fewer).
     """
 
-    def __init__(self, grace: Grace, size: int, framework: str = "numpy"):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
-        self.grace, self.size, self.framework = grace, size, framework
+    def __init__(self, grace: Grace, size: int, framework: str = "numpy", ranks_per_node: int = 1):
+        for name, value in (("size", size), ("ranks_per_node", ranks_per_node)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ParameterError(f"{name} must be a whole number, at least 1, got {value!r}")
+        self.grace, self.size, self.framework, self._per_node = grace, size, framework, ranks_per_node
         self.ops = _ops_of(framework)
         self.drivers = [
-            Driver(grace, self.ops, _Slot(rank, size, self.ops), read_lr=lambda: self._lr, diverging=True) for rank in range(size)
+            Driver(grace, self.ops, _Slot(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
+            for rank in range(size)
         ]
         self._lr: float | None = None
 
@@ -61,7 +70,8 @@ class LocalCluster:
         self._check(gradients)
         self.drivers[0].check_rate(lr)
         self._lr = lr
-        by_rank = run_lockstep([_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)], self.ops)
+        ranks = [_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)]
+        by_rank = run_lockstep(ranks, self.ops, self._per_node)
         return by_rank if self.grace.diverges else by_rank[0]
 
     def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
@@ -112,7 +122,7 @@ def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:
         driver.abandon()  # where another rank's error ended the step
 
 
-def run_lockstep(ranks: Sequence[Effects], ops: Ops) -> list[Any]:
+def run_lockstep(ranks: Sequence[Effects], ops: Ops, per_node: int) -> list[Any]:
     """Runs the effects of all ranks side by side; when all wait for a collective, it is executed. Returns what each rank returned."""
     pending: dict[str, list[Collective]] = {}
     answers: list[Any] = [None] * len(ranks)
@@ -126,15 +136,28 @@ def run_lockstep(ranks: Sequence[Effects], ops: Ops) -> list[Any]:
                     returned.append(stop.value)
             if returned:
                 return returned
-            name = effects[0].name
+            answers = [None] * len(ranks)
             if isinstance(effects[0], Start):
-                pending[name] = [effect.collective for effect in effects]
-                answers = [None] * len(ranks)
-            else:
-                answers = execute(pending.pop(name), ops)
+                pending[effects[0].name] = [effect.collective for effect in effects]
+            elif isinstance(effects[0], Wait):
+                answers = _executed(pending.pop(effects[0].name), per_node, ops)
     finally:
         for rank in ranks:
             rank.close()
+
+
+def _executed(collectives: Sequence[Collective], per_node: int, ops: Ops) -> list[Any]:
+    """One collective of all ranks, or one in each of the groups that it is for: the result for each rank."""
+    level = collectives[0].group  # the first rank is the first of its node: never idle
+    if level == "all":
+        return execute(collectives, ops)
+    every = range(len(collectives))
+    groups = [every[i : i + per_node] for i in every[::per_node]] if level == "inside" else [every[::per_node]]
+    answers: list[Any] = [None] * len(every)
+    for ranks in groups:
+        for rank, answer in zip(ranks, execute([collectives[rank] for rank in ranks], ops), strict=True):
+            answers[rank] = answer
+    return answers
 
 
 def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:

@@ -153,6 +153,11 @@ class Grace:
         return any(memory.diverges for memory in self.memories)
 
     @property
+    def two_level(self) -> bool:
+        """All that some tensor goes through is exchanged in two levels: inside the nodes, and between them."""
+        return any(leaf.communicator.two_level for leaf in self.leaves)
+
+    @property
     def compressor(self) -> Compressor:
         return self._composition("compressor").compressor
 

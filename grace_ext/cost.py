@@ -7,7 +7,9 @@ For n workers, each with a full-duplex link of its own to a switch that does not
     broadcast, tree     ceil(log2 n) (alpha + m beta)       m: bytes of the root's payload
     all-to-all, pairwise    (n-1) (alpha + m/n beta)        m: bytes of one worker's whole buffer
 
-and o, once a collective, for what happens before its first message (Horovod's negotiation). Arithmetic is not in it: see `Work`.
+and for comparison all-reduces by a tree, by recursive halving and doubling, and in two levels (see their functions); simulate.py plays
+them all out message by message. And o, once a collective, for what happens before its first message (Horovod's negotiation). Arithmetic
+is not in it: see `Work`.
 Sources: Thakur, Rabenseifner, Gropp 2005 (all four); Patarasu and Yuan 2009 (the ring all-reduce is optimal in bytes). Gloo, which carries
 Horovod and torch.distributed on CPUs, uses these algorithms.
 """
@@ -80,6 +82,27 @@ def broadcast(link: Link, n: int, nbytes: float) -> float:
 def alltoall(link: Link, n: int, nbytes: float) -> float:
     """Seconds until each of n workers has its n-th of everyone's buffer of `nbytes`: o + (n-1) (alpha + m/n beta). Pairwise rounds."""
     return _collective(link, n, n - 1, nbytes, n)
+
+
+def tree_allreduce(link: Link, n: int, nbytes: float) -> float:
+    """Seconds to sum by a binomial reduction and a broadcast: o + 2 ceil(log2 n) (alpha + m beta). Few messages, whole arrays."""
+    return _collective(link, n, 2 * (n - 1).bit_length(), nbytes)
+
+
+def halving_allreduce(link: Link, n: int, nbytes: float) -> float:
+    """Seconds to sum by recursive halving and doubling: o + 2 log2 p alpha + 2 (p-1)/p m beta, p the largest power of 2 up to n; and
+    2 (alpha + m beta) more where p is not n."""
+    if n < 2:
+        return _collective(link, n, 0, nbytes)
+    core = 1 << (n.bit_length() - 1)
+    folded = 2 * link.message(nbytes) if core < n else 0.0
+    return link.overhead + 2 * (core.bit_length() - 1) * link.latency + 2 * (core - 1) / core * nbytes * link.beta + folded
+
+
+def two_level(inside: Link, per_node: int, dense: float, between: float, result: float) -> float:
+    """Seconds of an exchange in two levels: a ring all-reduce of `dense` bytes inside each node, `between` seconds between the nodes' first
+    workers, and a broadcast of the `result` bytes that these get to the others."""
+    return allreduce(inside, per_node, dense) + between + broadcast(inside, per_node, result)
 
 
 def _collective(link: Link, n: int, messages: int, nbytes: float, pieces: int = 1) -> float:

@@ -1,7 +1,7 @@
 """The driver: one rank's pending gradients, their order, rounds, commit and rollback. Written once for every world.
 
-It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), which `perform`
-executes on a transport and cluster.py executes for N ranks in one process.
+It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), and one more, Split, once,
+where an exchange has two levels. `perform` executes them on a transport, and cluster.py for N ranks in one process.
 
 Why it cannot deadlock, whatever order the gradients arrive in:
   1. Buckets are made from the parameter list alone, which all ranks share (checked in 5), and are started in one fixed order: bucket i
@@ -25,8 +25,10 @@ import hashlib
 import itertools
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +36,7 @@ import numpy as np
 from .choices import Choices
 from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
+from .levels import Levels
 from .ops import Array, Ops
 from .payload import VERSION, message, open_message
 from .policies.base import as_state, is_own, own_state
@@ -54,6 +57,12 @@ class Start(NamedTuple):
 
 class Wait(NamedTuple):
     name: str
+
+
+class Split(NamedTuple):
+    """Makes the groups of an exchange in two levels, on all ranks: `groups` of ranks, the last of which has the first of every other."""
+
+    groups: list[list[int]]
 
 
 Effects = Generator[Any, Any, Any]
@@ -98,10 +107,17 @@ class Driver:
                 f"memory {diverges[0]!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
                 "(LocalSGD), not behind an optimizer that expects the same gradient everywhere"
             )
+        if grace.two_level and not transport.splits:
+            raise UnsupportedError(
+                f"{grace} needs groups of ranks for 'hierarchical', which are not available here (TensorFlow's graphs have none); use it "
+                "with torch, MPI or LocalCluster, or what is between the nodes by itself"
+            )
         self.grace, self.ops, self.transport = grace, ops, transport
+        self._levels: Levels | None = None  # known once ranks have agreed
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
+        self._ended, self._compute = time.perf_counter(), 0.0  # when the last step did; seconds from there to the end of a backward pass
         self.prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
@@ -228,6 +244,7 @@ class Driver:
 
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
+        self._compute = time.perf_counter() - self._ended
         try:
             self.check_rate(self.read_lr())
             if not self.agreed:
@@ -245,6 +262,7 @@ class Driver:
             return self._commit()
         finally:
             self.abandon()
+            self._ended = time.perf_counter()
 
     def _start_ready(self, all_of_them: bool = False) -> Effects:
         while self._next < len(self.buckets):
@@ -256,7 +274,8 @@ class Driver:
                 self._info = self._step_info()
                 self._choose()
             jobs = [self._job(spec) for spec in bucket.specs]
-            bucket.running = exchange_bucket(self.ops, jobs, self._info, bucket.digest, self.transport.carry)
+            how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
+            bucket.running = how(jobs, self._info, bucket.digest, self.transport.carry)
             yield from self._advance(bucket, None)
 
     def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
@@ -299,14 +318,15 @@ class Driver:
         """What policies learn of all ranks' gradients: gathers the reports that are due, before the step is committed."""
         for path, (policy, specs) in self._choices.due(self.step).items():
             states = {spec: own_state(path, self._bucket_of[spec.name].states[spec.name]) for spec in specs}
-            report = self.ops.upload(policy.report(self.ops, states).view(np.uint8))
+            found = yield from policy.survey(self.transport, specs, self._compute, f"{self.prefix}/survey/{path}")
+            report = self.ops.upload(policy.report(self.ops, states, found).view(np.uint8))
             mine = message(self.ops, [report], digest=0, step=self.step, finite=True)
             wanted = Collective("allgather", mine, "settle", sizes=(len(mine),) * self.transport.size)
             received = yield from _at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
             self._bytes += len(mine)
             bodies = [open_message(self.ops, data, digest=0, step=self.step, rank=rank)[0] for rank, data in enumerate(received)]
             reports = [np.frombuffer(self.ops.host(body).tobytes(), np.float32) for body in bodies]
-            changes, said = policy.settle(self.ops, reports, states)
+            changes, said = policy.settle(self.ops, reports, states, found)
             self._tell(said)
             for spec, changed in zip(specs, changes, strict=True):
                 self._bucket_of[spec.name].states[spec.name].update(as_state(path, changed))
@@ -357,7 +377,8 @@ class Driver:
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
         state = self._choices.measure(self.ops, spec, grad, state, self._info)
-        return Job(spec, *self._choices.parts[spec.name], grad, state, out)
+        compressor, memory, communicator = self._choices.parts[spec.name]
+        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def agree(self) -> Effects:
@@ -374,8 +395,12 @@ class Driver:
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
             "number": Driver._next_number,
+            "node": self.transport.node if self.grace.two_level else "",
         }
         said = yield from agree(self.ops, self.transport, mine)
+        if self.grace.two_level:
+            self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
+            yield Split(self._levels.groups)
         self._tell(self._choices.told())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
@@ -470,9 +495,10 @@ class Driver:
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
-    alike, where anything but the number differs."""
+    alike, where anything but the number and the node differs."""
     said = yield from tell(ops, transport, {**mine, "version": VERSION})
-    if any({**other, "number": 0} != {**said[0], "number": 0} for other in said):
+    own = {"number": 0, "node": ""}
+    if any({**other, **own} != {**said[0], **own} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
 
@@ -508,11 +534,15 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
                 effect = effects.send(answer)
             except StopIteration as stop:
                 return stop.value
+            answer = None
             if isinstance(effect, Start):
-                handles[effect.name] = transport.start(effect.collective, effect.name)
-                answer = None
+                among = transport.among(effect.collective.group)
+                handles[effect.name] = among, among and among.start(effect.collective, effect.name)
+            elif isinstance(effect, Split):
+                transport.split(effect.groups)
             else:
-                answer = transport.wait(handles.pop(effect.name))
+                among, handle = handles.pop(effect.name)
+                answer = among.wait(handle) if among else None
     finally:
         effects.close()  # so that an engine's error reaches the driver at once
 
@@ -539,6 +569,6 @@ def _difference(said: list[dict]) -> str:
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")
         elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
             lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
-        elif other != {**said[0], "number": other["number"]}:
+        elif {**other, "number": 0, "node": ""} != {**said[0], "number": 0, "node": ""}:
             lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

@@ -87,6 +87,10 @@ class PayloadError(GraceError, RuntimeError):
         return PayloadError(self.reason, rank, parameter)
 
 
+class ModelError(GraceError, ValueError):
+    """A model whose shapes cannot be had: a file or module that is not there, cannot be read, or holds something else."""
+
+
 class UnstableFeedbackWarning(UserWarning):
     """Error feedback of a random compressor whose variance exceeds what it is given: what is remembered can grow without bound."""
 

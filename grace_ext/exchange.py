@@ -69,7 +69,8 @@ class Collective(NamedTuple):
     'alltoall'    uint8, `sizes` of the pieces for each rank; the result is a list by rank; `received`: the sizes of what arrives, by rank,
                   where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
                   messages of payload.py
-    `label` tells a bucket's collectives of one round apart."""
+    `label` tells a bucket's collectives of one round apart. `group`: 'all' ranks; those 'inside' this rank's node; 'between' the nodes, of
+    their first ranks; or 'idle', in which this rank takes no part, and whose result is None (levels.py)."""
 
     kind: str
     array: Array
@@ -78,6 +79,7 @@ class Collective(NamedTuple):
     sizes: tuple[int, ...] | None = None
     dtype: str = "uint8"
     received: tuple[int, ...] | None = None
+    group: str = "all"
 
     @property
     def nbytes(self) -> int:

@@ -47,11 +47,23 @@ def part_knob(default: str, help: str) -> Any:
     return made_knob(default, help, "a compressor", _compressor)
 
 
+def communicator_knob(help: str) -> Any:
+    """A field that holds a communicator, likewise, or None."""
+    return made_knob(None, help, "a communicator or None", _communicator)
+
+
 def _compressor(value: Any) -> Part:
     from . import compressors
     from .spec import part_from
 
     return part_from(compressors, value)
+
+
+def _communicator(value: Any) -> Part | None:
+    from . import communicators
+    from .spec import part_from
+
+    return None if value is None else part_from(communicators, value)
 
 
 def valid_range(field: dataclasses.Field) -> str:

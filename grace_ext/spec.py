@@ -161,13 +161,14 @@ def _part(kind: Any, node: ast.expr, text: str) -> Part:
 
 
 def _value(node: ast.expr, text: str) -> Any:
-    """A knob's value: a plain one, or a compressor."""
-    from . import compressors
+    """A knob's value: a plain one, or a compressor or communicator."""
+    from . import communicators, compressors
 
     first = node.left if _is_pipeline(node) else node
     name = first.func if isinstance(first, ast.Call) else first
-    if isinstance(name, ast.Name) and name.id in compressors.names():
-        return _part(compressors, node, text)
+    for kind in (compressors, communicators):
+        if isinstance(name, ast.Name) and name.id in kind.names():
+            return _part(kind, node, text)
     return ast.literal_eval(node)
 
 

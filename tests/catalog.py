@@ -70,12 +70,16 @@ def _allowed(compressor: str, memory: str, communicator: str) -> bool:
     return True
 
 
+#: Those that carry payloads by themselves. In two levels each of them may be between the nodes: test_levels.py.
+COMMUNICATORS = tuple(name for name in grace_ext.communicators.names() if not grace_ext.communicators.get(name).two_level)
+
+
 def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, natural_only: bool) -> list[str]:
     """All allowed specs of these, with the natural communicators or with all the others."""
     return [
         f"{compressor} + {memory} @ {communicator}"
         for compressor in compressors
-        for communicator in grace_ext.communicators.names()
+        for communicator in COMMUNICATORS
         if (communicator == natural(compressor)) == natural_only
         for memory in memories
         if _allowed(compressor, memory, communicator)
@@ -112,7 +116,7 @@ def shelf() -> list[str]:
     for name in grace_ext.memories.names():
         if not grace_ext.memories.get(name).diverges:
             specs.append(next(s for s in compositions(REPRESENTATIVE, (name,), natural_only=True)))
-    for name in grace_ext.communicators.names():
+    for name in COMMUNICATORS:
         for compressor in (*REPRESENTATIVE, "signsgd"):
             if _allowed(compressor, "residual", name):
                 specs.append(f"{compressor} + residual @ {name}")

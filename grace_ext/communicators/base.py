@@ -25,6 +25,16 @@ class Communicator(Part):
     kind: ClassVar[str] = "communicator"
     #: It sends one payload a tensor, as the compressor made it, and `carry` takes that.
     carries_payloads: ClassVar[bool] = False
+    #: It exchanges inside the nodes first, and only then, by `inner`, between them (levels.py).
+    two_level: ClassVar[bool] = False
+
+    def inner(self, compressor: Compressor) -> Communicator:
+        """What carries this compressor's payloads in the end: itself, but where it works in two levels."""
+        return self
+
+    def keeps_state(self, compressor: Compressor) -> bool:
+        """Whether it has a state of its own (see `init`)."""
+        return False
 
     @abstractmethod
     def exchange(

@@ -83,12 +83,12 @@ class ReduceScatter(Communicator):
     def uses_lr(self) -> bool:  # type: ignore[override]
         return self.follow_rate
 
-    def _keeps(self, compressor) -> bool:
+    def keeps_state(self, compressor):
         wanted = not compressor.unbiased if self.feedback is None else self.feedback
         return wanted and not compressor.votes and compressor.name != "none"
 
     def init(self, ops, compressor, spec, info):
-        if not self._keeps(compressor):
+        if not self.keeps_state(compressor):
             return {}
         mine = shards(spec.size, info.size)[info.rank]
         state = {"shard_residual": ops.zeros(mine.stop - mine.start)}
@@ -108,14 +108,14 @@ class ReduceScatter(Communicator):
         finite = True
         if mine.size:
             mean = compressor.combine(ops, received, specs[info.rank], info)
-            if self._keeps(compressor):
+            if self.keeps_state(compressor):
                 mean = ops.cast(mean + self._residual(state, info), "float32")
             if not (finite := ops.all_finite(mean)):  # a sum beyond float32: every rank skips the step
                 mean = ops.zeros(mine.size)
             payload, _ = second.compress(ops, mean, mine, info, {})
-            if self._keeps(compressor) and not self._idle(info):
+            if self.keeps_state(compressor) and not self._idle(info):
                 changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, mine, info), "float32")
-        if self.follow_rate and self._keeps(compressor) and not self._idle(info):
+        if self.follow_rate and self.keeps_state(compressor) and not self._idle(info):
             changed["shard_rate"] = ops.zeros(1) + self.rate(info)
         by_rank = [second.fields(s) if s.size else () for s in means]
         gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)

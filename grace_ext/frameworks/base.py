@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IncompatiblePartsError
+from ..errors import IncompatiblePartsError, UnsupportedError
 from ..exchange import Collective
 from ..ops import Array, Ops
 from ..parts import HALVES, INTEGERS, ITEMSIZE
@@ -41,6 +44,27 @@ class Transport(ABC):
     gathers_uneven: bool = False
     #: The engine's all-to-all finds out by itself how much arrives; else every rank's sizes are exchanged.
     scatters_uneven: bool = False
+    #: It has groups of ranks: `group`, for exchanges in two levels.
+    splits: bool = False
+    _groups: Mapping[str, Transport | None] = MappingProxyType({})
+
+    @property
+    def node(self) -> str:
+        """A name that the ranks on this machine share: GRACE_EXT_NODE, torchrun's number of the node, or the host's name."""
+        return os.environ.get("GRACE_EXT_NODE") or os.environ.get("GROUP_RANK") or socket.gethostname()
+
+    def group(self, ranks: Sequence[int]) -> Transport | None:
+        """A transport among these of its ranks, None on the others; all ranks call it alike, for each group in turn."""
+        raise UnsupportedError(f"{type(self).__name__} has no groups of ranks")
+
+    def split(self, groups: Sequence[Sequence[int]]) -> None:
+        """Makes the groups of an exchange in two levels: the last is that between the nodes, one of the others is this rank's node."""
+        *inside, between = [self.group(ranks) for ranks in groups]
+        self._groups = {"inside": next(t for t in inside if t is not None), "between": between}
+
+    def among(self, group: str) -> Transport | None:
+        """The transport for collectives of a group (see Collective); None for those that this rank has no part in."""
+        return self if group == "all" else self._groups.get(group)
 
     @property
     def pair(self) -> bool:

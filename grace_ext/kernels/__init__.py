@@ -33,17 +33,20 @@ def _has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+def cache() -> Path:
+    """What is kept between runs is kept here."""
+    chosen = os.environ.get("GRACE_EXT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "grace_ext")
+
+
 @lru_cache(maxsize=1)
 def folder() -> Path:
     """Where compiled kernels are kept: in the user's cache, or in a temporary folder where that cannot be written."""
     digest = hashlib.sha256(os.environ.get("NUMBA_BOUNDSCHECK", "").encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
-    root = os.environ.get("GRACE_EXT_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "grace_ext"
-    )
     try:
-        path = Path(root, "kernels", digest.hexdigest()[:16])
+        path = Path(cache(), "kernels", digest.hexdigest()[:16])
         path.mkdir(parents=True, exist_ok=True)
         if os.access(path, os.W_OK):
             return path

@@ -15,6 +15,8 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..composition import Composition
+    from ..driver import Effects
+    from ..frameworks.base import Transport
     from ..ops import Array, Ops
 
 State = Mapping[str, "Array"]
@@ -126,15 +128,22 @@ class Policy(Part):
         """Whether the ranks' reports are to be gathered at the end of this step, and to be settled."""
         return False
 
-    def report(self, ops: Ops, states: Mapping[TensorSpec, State]) -> np.ndarray:
-        """float32, of a length that all ranks share: what this rank has measured of all its tensors."""
+    def survey(self, transport: Transport, specs: Sequence[TensorSpec], compute: float, prefix: str) -> Effects:
+        """What is to be known for `settle`, and nobody has measured: called on all ranks before it, a generator of the driver's effects, whose
+        names begin with `prefix`. `compute`: seconds that this rank spent between the last exchange and this one."""
+        return None
+        yield
+
+    def report(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any) -> np.ndarray:
+        """float32, of a length that all ranks share: what this rank has measured of all its tensors, or `found` by `survey`."""
         return np.zeros(0, np.float32)
 
     def settle(
-        self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State]
+        self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State], found: Any
     ) -> tuple[list[dict[str, Array]], list[str]]:
-        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user. It gives the
-        same on every rank, so no product of matrices or other sum of a library's own order may be in it."""
+        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user, for which there
+        is what this rank `found`. The changes are the same on every rank, so no product of matrices or other sum of a library's own
+        order may be in them."""
         return [{} for _ in states], []
 
 

@@ -113,7 +113,7 @@ class LGreCo(Policy):
     def due(self, step):
         return (step + 1) % self.every == 0
 
-    def report(self, ops, states):
+    def report(self, ops, states, found):
         rows = [self.errors(ops, spec, state["sum"]) for spec, state in states.items()]
         return np.array(rows, np.float32).reshape(-1)
 
@@ -123,13 +123,13 @@ class LGreCo(Policy):
             return [math.nan] * len(self.leaves)
         return losses(ops, x, spec, list(self.leaves), self._knob[0])
 
-    def settle(self, ops, reports, states):
+    def settle(self, ops, reports, states, found):
         errors = np.mean([np.asarray(report, np.float64).reshape(len(states), -1) for report in reports], axis=0)
-        found = self.solve({spec: row.tolist() for spec, row in zip(states, errors, strict=True)})
-        if found is None:
+        solved = self.solve({spec: row.tolist() for spec, row in zip(states, errors, strict=True)})
+        if solved is None:
             told = [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]
             return [{"setting": self._setting(ops, self.uniform), "sum": ops.zeros(0)} for _ in states], told
-        settings = [found.get(spec, int(state["setting"][0])) for spec, state in states.items()]
+        settings = [solved.get(spec, int(state["setting"][0])) for spec, state in states.items()]
         return [{"setting": self._setting(ops, number), "sum": ops.zeros(0)} for number in settings], []
 
     def solve(self, errors):

@@ -54,8 +54,8 @@ class World:
         returned: list[Any] = []
         original = cluster_module.run_lockstep
 
-        def remember(ranks, ops):
-            returned.extend(original(ranks, ops))
+        def remember(ranks, *how):
+            returned.extend(original(ranks, *how))
             return returned
 
         with mock.patch.object(cluster_module, "run_lockstep", remember):

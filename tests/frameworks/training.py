@@ -105,9 +105,9 @@ def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float
     return weights_of(model), losses
 
 
-def steps_in_cluster(spec: str, size: int) -> Iterator[tuple[torch.nn.Module, float]]:
+def steps_in_cluster(spec: str, size: int, ranks_per_node: int = 1) -> Iterator[tuple[torch.nn.Module, float]]:
     """The reference, with all ranks in this process: the model after each step, and the ranks' mean loss in it."""
-    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch")
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch", ranks_per_node=ranks_per_node)
     model = make_model()
     optimizer = make_optimizer(model, spec)
     for step in range(STEPS):

@@ -9,7 +9,7 @@ which aborts all ranks. MPI has no timeouts: a rank that stays alive and never c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,16 @@ class MpiTransport(Transport):
 
     # Iallgatherv takes different lengths as they are, but wants all of them on every rank: see `carry`.
     gathers_uneven = True
+    splits = True
 
     def __init__(self, ops: NumpyOps, comm: Any):
         self.ops, self.comm, self._mpi = ops, comm, load_mpi()
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
+
+    def group(self, ranks: Sequence[int]) -> MpiTransport | None:
+        mine = self.rank in ranks
+        made = self.comm.Split(0 if mine else self._mpi.UNDEFINED, self.rank)
+        return MpiTransport(self.ops, made) if mine else None
 
     def carry(self, collective: Collective) -> Carried:
         """As every transport; a gather of unknown lengths first gathers these, 8 bytes a rank, and pads nothing."""
@@ -79,7 +85,7 @@ class MpiTransport(Transport):
             return collective, cut(out, sizes), [comm.Iallgatherv(data, [out, sizes])]
         # Asked for, or a gather whose offsets would not fit: every rank knows all sizes, so all decide alike.
         outs = [data if rank == self.rank else np.empty(size, np.uint8) for rank, size in enumerate(sizes)]
-        return collective, outs, [comm.Ibcast(out, root=rank) for rank, out in enumerate(outs)]
+        return collective, outs, [comm.Ibcast(out, root=rank) for rank, out in enumerate(outs) if len(out)]
 
     def wait(self, handle: Any) -> Any:
         collective, result, requests = handle

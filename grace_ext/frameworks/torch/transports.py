@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ...errors import UnsupportedError
 from ...exchange import Collective
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from .ops import HostOps, TorchOps
@@ -17,10 +19,13 @@ DeviceOps = HostOps | TorchOps
 class SingleTransport(Transport):
     """A world of one: every collective gives back what was put in."""
 
-    rank, size, gathers_uneven, scatters_uneven = 0, 1, True, True
+    rank, size, gathers_uneven, scatters_uneven, splits = 0, 1, True, True, True
 
     def __init__(self, ops: DeviceOps):
         self.ops = ops
+
+    def group(self, ranks: Sequence[int]) -> SingleTransport:
+        return self
 
     def start(self, collective: Collective, name: str) -> Any:
         return collective
@@ -34,6 +39,7 @@ class HorovodTransport(Transport):
 
     gathers_uneven = True
     scatters_uneven = True
+    splits = True
 
     def __init__(self, ops: DeviceOps, hvd: Any, process_set: Any):
         self.ops, self.hvd, self.process_set = ops, hvd, process_set
@@ -55,18 +61,30 @@ class HorovodTransport(Transport):
             return collective, [hvd.alltoall_async(tensor, splits=splits, name=name, process_set=among)]
         return collective, self._broadcasts(collective, tensor, name)
 
+    def group(self, ranks: Sequence[int]) -> HorovodTransport | SingleTransport | None:
+        mine = self.rank in ranks
+        if len(ranks) == 1:
+            return SingleTransport(self.ops) if mine else None
+        if self.size != self.hvd.size():
+            raise UnsupportedError("'hierarchical' works among all ranks of the job; leave process_set out")
+        made = _process_set(self.hvd, ranks)
+        return HorovodTransport(self.ops, self.hvd, made) if mine else None
+
     def _broadcasts(self, collective: Collective, tensor: torch.Tensor, name: str) -> list[Any]:
         assert collective.sizes is not None
         handles = []
         for rank, length in enumerate(collective.sizes):
             data = tensor if rank == self.rank else tensor.new_empty(length)
+            if not length:
+                handles.append(data)
+                continue
             root = self.process_set.ranks[rank] if self.process_set.ranks else rank  # Horovod wants the rank in the whole world
             handles.append(self.hvd.broadcast_async(data, root_rank=root, name=f"{name}/{rank}", process_set=self.process_set))
         return handles
 
     def wait(self, handle: Any) -> Any:
         collective, handles = handle
-        results = [self.hvd.synchronize(h) for h in handles]
+        results = [h if isinstance(h, torch.Tensor) else self.hvd.synchronize(h) for h in handles]
         if collective.kind == "allreduce":
             total = self.ops.from_torch(results[0])
             return total if collective.divisor in (1, self.size) else total / collective.divisor
@@ -81,23 +99,54 @@ class HorovodTransport(Transport):
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
+_process_sets: dict[tuple[int, ...], Any] = {}
+
+
+def _process_set(hvd: Any, ranks: Sequence[int]) -> Any:
+    """Horovod's set of these ranks: that of all, one made before, or a new one."""
+    key = tuple(ranks)
+    if len(key) == hvd.size():
+        return hvd.global_process_set
+    known = _process_sets.get(key)
+    if known is None or known.process_set_id is None:  # None: Horovod was shut down since
+        try:
+            _process_sets[key] = hvd.add_process_set(list(key))
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedError(
+                f"'hierarchical' needs a process set of ranks {list(key)}, and Horovod made none ({error}): set "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1 on every rank, and let no process set of your own have the same ranks"
+            ) from error
+    return _process_sets[key]
+
+
 class DistTransport(Transport):
     """torch.distributed's collectives of one process group, matched by the order in which they start."""
 
+    splits = True
+
     def __init__(self, ops: DeviceOps, group: Any = None):
-        self.ops, self.group = ops, group
+        self.ops, self._group = ops, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.by_gloo = dist.get_backend(group) == dist.Backend.GLOO
+
+    def group(self, ranks: Sequence[int]) -> DistTransport | SingleTransport | None:
+        mine = self.rank in ranks
+        if len(ranks) == 1:
+            return SingleTransport(self.ops) if mine else None
+        if self.size != dist.get_world_size():
+            raise UnsupportedError("'hierarchical' works among all ranks of the job; leave the process set or group out")
+        made = dist.new_group(list(ranks))
+        return DistTransport(self.ops, made) if mine else None
 
     def start(self, collective: Collective, name: str) -> Any:
         tensor = self.ops.as_torch(collective.array)
         if collective.kind == "allreduce":
-            return collective, tensor, [dist.all_reduce(tensor, group=self.group, async_op=True)]
+            return collective, tensor, [dist.all_reduce(tensor, group=self._group, async_op=True)]
         if collective.kind == "alltoall":
             assert collective.sizes is not None
             mine = arriving(collective, self.rank)
             out = tensor.new_empty(sum(mine))
-            work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self.group, async_op=True)
+            work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self._group, async_op=True)
             return collective, list(out.split(mine)), [work]
         assert collective.sizes is not None
         mine = to_sum(self, collective) if self.by_gloo else None
@@ -106,11 +155,11 @@ class DistTransport(Transport):
             return collective, total, [dist.all_reduce(total, group=self.group, async_op=True)]
         outs = [tensor.new_empty(length) for length in collective.sizes]
         if collective.kind == "allgather":
-            return collective, outs, [dist.all_gather(outs, tensor, group=self.group, async_op=True)]
+            return collective, outs, [dist.all_gather(outs, tensor, group=self._group, async_op=True)]
         outs[self.rank] = tensor
-        roots = [r if self.group is None else dist.get_global_rank(self.group, r) for r in range(self.size)]
-        works = [dist.broadcast(out, src=root, group=self.group, async_op=True) for out, root in zip(outs, roots, strict=True)]
-        return collective, outs, works
+        roots = [r if self._group is None else dist.get_global_rank(self._group, r) for r in range(self.size)]
+        pairs = [(out, root) for out, root in zip(outs, roots, strict=True) if len(out)]
+        return collective, outs, [dist.broadcast(out, src=root, group=self._group, async_op=True) for out, root in pairs]
 
     def wait(self, handle: Any) -> Any:
         collective, result, works = handle

@@ -1,0 +1,62 @@
+"""The transport of the job that this process belongs to, whatever launched it: for tools that train nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import UnsupportedError
+from .base import Transport
+
+MPI_LAUNCHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+@contextmanager
+def transport() -> Iterator[Transport]:
+    """Joins the job, and leaves it at the end. Horovod or torch.distributed, as the torch wrapper chooses; without torch, Horovod for
+    TensorFlow; mpi4py under mpirun without Horovod. Raises UnsupportedError where none of them is installed."""
+    horovod = importlib.util.find_spec("horovod") is not None
+    by_mpi = any(name in os.environ for name in MPI_LAUNCHER) and "MASTER_ADDR" not in os.environ
+    if by_mpi and not horovod and importlib.util.find_spec("mpi4py"):
+        yield from _mpi()
+    elif importlib.util.find_spec("torch"):
+        yield from _torch()
+    elif horovod:
+        yield from _tensorflow()
+    else:
+        raise UnsupportedError("a probe needs an engine: install torch, Horovod or mpi4py, or state the link with --rate")
+
+
+def _torch() -> Iterator[Transport]:
+    import torch
+
+    from .torch import engine
+    from .torch.ops import ops_for
+
+    engine.api.init()
+    try:
+        yield engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
+    finally:
+        engine.api.shutdown()
+
+
+def _tensorflow() -> Iterator[Transport]:
+    import horovod.tensorflow as hvd
+
+    from .tensorflow.graph import HorovodTransport
+
+    hvd.init()
+    try:
+        yield HorovodTransport(hvd.global_process_set)
+    finally:
+        hvd.shutdown()
+
+
+def _mpi() -> Iterator[Transport]:
+    from .numpy.compiled import host_ops
+    from .numpy.mpi import MpiTransport, load_mpi
+    from .numpy.ops import NumpyOps
+
+    yield MpiTransport(host_ops(NumpyOps), load_mpi().COMM_WORLD.Dup())

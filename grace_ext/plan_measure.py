@@ -1,0 +1,51 @@
+"""The plan of a job that is there, from a short probe of its own network and of some real exchanges: `--measure`, and policy 'auto'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .composition import Grace
+from .driver import Effects
+from .plan import Model, Row
+from .probe import SIZES, Probe
+from .trace import Shapes, Trace, record
+
+Tell = Callable[[str], None]
+
+
+def probed(
+    probe: Probe, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int, sizes: Sequence[int] = SIZES,
+    steps: int = 3, tell: Tell = lambda text: None,
+) -> Effects:  # fmt: skip
+    """(model, network, seconds of real exchanges by spec): exchanges of dense, and of so many candidates that seem fastest. The same on
+    all ranks. Codecs are timed on all ranks at once, as they run in training. Effects, as all of Probe."""
+    tell("the network")
+    network = yield from probe.collectives(sizes)
+    traces = {}
+    for text, g in chosen.items():
+        tell(text)
+        yield from probe.barrier()
+        traces[text] = yield from slowest(probe, record(g, shapes, steps=steps, like=probe.transport))
+    model = Model(traces, probe.n, compute=compute)
+    dense, *others = sorted(traces, key=lambda text: (text != next(iter(traces)), model.timed(text, network).step))
+    measured = {}
+    for text in [dense, *others[:exchanges]]:
+        tell(f"exchanges by {text}")
+        measured[text] = yield from probe.exchange(chosen[text], shapes)
+    return model, network, measured
+
+
+def rows_of(found: tuple) -> list[Row]:
+    """The candidates, from what `probed` gives."""
+    model, network, measured = found
+    return model.rows(network, network.link, measured)
+
+
+def slowest(probe: Probe, trace: Trace) -> Effects:
+    """The trace with each stretch of work as long as on the rank where it took longest."""
+    made = []
+    for events in (trace.alone, trace.pair):
+        works = yield from probe.largest([event.work for event in events])
+        made.append(tuple(replace(event, work=work) for event, work in zip(events, works, strict=True)))
+    return Trace(made[0], made[1], trace.dense)

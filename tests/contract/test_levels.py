@@ -1,0 +1,186 @@
+"""Exchanges in two levels, on simulated ranks: what each node's ranks add up to is what `between` exchanges, with the right weights; who
+sends what to whom; state; what is refused. Real engines: tests/frameworks/test_levels.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext.errors import IncompatiblePartsError, ParameterError, UnsupportedError
+from grace_ext.testing import inputs
+from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
+
+from .. import catalog
+
+#: (ranks, ranks a node)
+LAYOUTS = [(4, 2), (6, 3), (3, 2), (5, 3), (7, 1), (4, 4)]
+SHAPES = {"matrix": (24, 18), "vector": (193,), "scalar": (), "empty": (0, 3)}
+
+
+def allowed(compressor: str, memory: str, between: str) -> grace_ext.Grace | None:
+    try:
+        return grace_ext.grace(f"{compressor} + {memory} @ hierarchical(between={between})")
+    except IncompatiblePartsError:
+        return None
+
+
+SPECS = [g for c in catalog.REPRESENTATIVE + ("none", "fp16", "signsgd") for b in catalog.COMMUNICATORS if (g := allowed(c, "residual", b))]
+
+
+def nodes_of(size: int, per_node: int) -> list[range]:
+    return [range(size)[i : i + per_node] for i in range(0, size, per_node)]
+
+
+def summed(given, nodes, n):
+    """The nodes' gradients, in float64 rounded once to their own precision."""
+    scale = len(nodes) / n
+    return [
+        {name: np.asarray(sum(given[r][name].astype("f8") for r in ranks) * scale).astype(array.dtype) for name, array in given[0].items()}
+        for ranks in nodes
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("g", SPECS, ids=str)
+def test_nodes_exchange_their_weighted_sums(g, layout):
+    """As the flat exchange of one rank a node, given the nodes' gradients: results of two steps, and the memory of every rank."""
+    size, per_node = layout
+    nodes = nodes_of(*layout)
+    cluster = grace_ext.LocalCluster(g, size, ranks_per_node=per_node)
+    inner = grace_ext.grace(compressor=g.compressor, memory=g.memory, communicator=g.communicator.between)
+    flat = grace_ext.LocalCluster(inner, len(nodes))
+    generator = np.random.default_rng(3)
+    for step in range(2):
+        # Multiples of size * 2**-12, whose weighted sums round nothing: else a last bit could select other elements.
+        drawn = [{k: np.round(generator.standard_normal(s) * 4096) for k, s in SHAPES.items()} for _ in range(size)]
+        given = [{k: (x * size / 4096).astype("f4") for k, x in mine.items()} for mine in drawn]
+        got = NUMPY.everywhere(cluster, given)
+        if len(nodes) == 1:
+            expected = {name: sum(x[name].astype("f8") for x in given) / size for name in SHAPES}
+        else:
+            expected = flat.step(summed(given, nodes, size), lr=0.125)
+        for name, want in expected.items():
+            assert all(mine[name].tobytes() == got[0][name].tobytes() for mine in got), (name, step)
+            assert got[0][name].shape == want.shape
+            assert np.allclose(got[0][name], want, rtol=1e-5, atol=1e-6), (name, step)
+    if len(nodes) > 1:
+        held, wanted = states(cluster, NUMPY), states(flat, NUMPY)
+        for number, ranks in enumerate(nodes):
+            for rank in ranks:
+                assert held[rank].keys() == wanted[number].keys()
+                assert all(np.allclose(held[rank][key], array, rtol=1e-4, atol=1e-5) for key, array in wanted[number].items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("world", WORLDS, ids=lambda w: w.name)
+def test_linear_ones_equal_the_flat_mean(world, layout):
+    """Within 1e-6, uneven nodes too; float64 and half precision keep their dtypes."""
+    size, per_node = layout
+    if not world.native:
+        pytest.skip("made by LocalCluster with ops of its own")
+    for dtype in ("float32", "float64", "float16"):
+        given = inputs.ranks(size, 0, dtype, SHAPES)
+        cluster = grace_ext.LocalCluster(grace_ext.grace("none @ hierarchical"), size, world.framework, ranks_per_node=per_node)
+        got = world.step(cluster, given)
+        for name in SHAPES:
+            want = sum(x[name].astype("f8") for x in given) / size
+            assert got[name].dtype == given[0][name].dtype
+            tolerance = 1e-3 if dtype == "float16" else 1e-6
+            assert np.abs(got[name] - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), (name, dtype)
+
+
+def test_a_sum_is_a_sum():
+    """divisor 1, as with op=Sum."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace("none @ hierarchical"), 5, ranks_per_node=2)
+    for driver in cluster.drivers:
+        driver.divisor = 1
+    given = inputs.ranks(5, 0, shapes=SHAPES)
+    got = cluster.step(given)
+    assert all(np.allclose(got[name], sum(x[name].astype("f8") for x in given), atol=1e-5) for name in SHAPES)
+
+
+def test_only_first_ranks_talk_between_nodes():
+    """4 ranks on 2 nodes: payloads between ranks 0 and 2 alone; inside, dense sums and what came. So are the bytes counted."""
+    g = grace_ext.grace("topk(ratio=0.01) + residual @ hierarchical")
+    cluster = grace_ext.LocalCluster(g, 4, ranks_per_node=2)
+    flat = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.01) + residual"), 4)
+    given = [{"w": x["w"]} for x in inputs.ranks(4, 0, shapes={"w": (100, 90)})]
+    with tapped() as seen:
+        cluster.step(given)
+    payload = 0
+    with tapped() as there:
+        flat.step(given)
+    payload = there[0].nbytes[0]
+    between = [s for s in seen if s.kind == "allgather"]
+    assert [s.nbytes for s in between] == [[payload, payload]]  # of the two first ranks
+    inside = [s for s in seen if s.kind == "allreduce"]
+    assert [s.nbytes for s in inside] == [[36000, 36000]] * 2
+    shared = [s for s in seen if s.kind == "broadcast"]
+    assert [s.nbytes for s in shared] == [[2 * payload, 0]] * 2
+    assert cluster.wire_bytes == [36000 + 3 * payload, 36000, 36000 + 3 * payload, 36000]
+
+
+def test_a_rank_that_is_not_finite_is_seen_by_all():
+    cluster = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical"), 4, ranks_per_node=2)
+    for step in range(3):
+        given = inputs.ranks(4, step, shapes=SHAPES)
+        before = states(cluster, NUMPY)
+        if step == 1:
+            given[3]["vector"][5] = np.inf
+        out = cluster.step(given)
+        assert np.isnan(out["vector"]).all() == (step == 1) and all(d.committed == (step != 1) for d in cluster.drivers)
+        if step == 1:
+            after = states(cluster, NUMPY)
+            assert all(np.array_equal(a[k], b[k]) for a, b in zip(before, after, strict=True) for k in b)
+
+
+def test_state_resumes_bit_for_bit():
+    g = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical")
+    one, other = (grace_ext.LocalCluster(g, 4, ranks_per_node=2) for _ in range(2))
+    one.step(inputs.ranks(4, 0, shapes=SHAPES))
+    other.step(inputs.ranks(4, 7, shapes=SHAPES))
+    other.load_state_dict(one.state_dict())
+    a, b = (cluster.step(inputs.ranks(4, 1, shapes=SHAPES)) for cluster in (one, other))
+    assert all(a[name].tobytes() == b[name].tobytes() for name in SHAPES)
+
+
+def test_written_and_read_again():
+    for text in ("topk(ratio=0.1) + residual @ hierarchical", "topk(ratio=0.1) + residual @ hierarchical(between=sparse_allreduce)"):
+        g = grace_ext.grace(text)
+        assert str(g) == text and grace_ext.grace(g.to_config()) == g
+    quoted = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical(between='reduce_scatter(feedback=False)')")
+    assert grace_ext.grace(str(quoted)) == quoted and quoted.communicator.between.feedback is False
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("topk @ hierarchical(between=allreduce)", "cannot be summed"),
+        ("topk @ hierarchical(between=hierarchical)", "cannot be hierarchical"),
+        ("efsignsgd @ hierarchical(between=reduce_scatter)", "keeps a residual"),
+        ("powersgd @ hierarchical(between=broadcast)", "rounds of its own"),
+    ],
+)
+def test_what_cannot_work_is_refused(text, why):
+    with pytest.raises(IncompatiblePartsError, match=why):
+        grace_ext.grace(text)
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(ParameterError, match="between must be a communicator or None"):
+        grace_ext.grace("topk @ hierarchical(between=3)")
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ParameterError, match="ranks_per_node must be a whole number"):
+            grace_ext.LocalCluster(grace_ext.grace("none"), 4, ranks_per_node=wrong)
+
+
+def test_tensorflow_says_that_it_has_no_groups():
+    graph = pytest.importorskip("grace_ext.frameworks.tensorflow.graph")
+    specs = [grace_ext.spec.TensorSpec("w", (8, 8))]
+
+    class Alone:
+        size = staticmethod(lambda: 1)
+
+    with pytest.raises(UnsupportedError, match="'hierarchical', which are not available here"):
+        graph.GraphExchange(grace_ext.grace("topk + residual @ hierarchical"), specs, Alone(), average=True)

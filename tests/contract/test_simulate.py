@@ -1,0 +1,98 @@
+"""The simulator against the closed forms, and against every message played by a plain event queue of its own."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import pytest
+
+from grace_ext import cost, simulate
+from grace_ext.cost import Link
+from grace_ext.errors import ParameterError
+
+#: A byte takes a microsecond, a message a millisecond more; inside a node a hundredth of both.
+SLOW = Link(8e6, latency=1e-3, overhead=0.25, goodput=1.0)
+FAST = Link(8e8, latency=1e-5, goodput=1.0)
+CLOSED = {
+    "ring": cost.allreduce, "tree": cost.tree_allreduce, "halving-doubling": cost.halving_allreduce, "all-gather": cost.allgather,
+    "broadcast": cost.broadcast, "all-to-all": cost.alltoall,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 12, 33, 64, 100])
+@pytest.mark.parametrize("algorithm", CLOSED)
+def test_closed_forms(algorithm, n):
+    for nbytes in (0, 12_345):
+        assert simulate.seconds(algorithm, n, SLOW, nbytes) == pytest.approx(CLOSED[algorithm](SLOW, n, nbytes), rel=1e-9)
+
+
+def test_thousands_of_workers():
+    """The largest that is drawn."""
+    for algorithm, closed in CLOSED.items():
+        assert simulate.seconds(algorithm, 4096, SLOW, 1e6) == pytest.approx(closed(SLOW, 4096, 1e6), rel=1e-6), algorithm
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 2), (4, 4), (3, 8), (5, 3), (1, 4), (6, 1)])
+def test_two_levels(nodes, per_node):
+    dense, payload, n = 50_000.0, 1_000.0, nodes * per_node
+    options = {"per_node": per_node, "inside": FAST, "dense": dense}
+    gathered = cost.two_level(FAST, per_node, dense, cost.allgather(SLOW, nodes, payload) - (nodes > 1) * SLOW.overhead, nodes * payload)
+    summed = cost.two_level(FAST, per_node, dense, cost.allreduce(SLOW, nodes, payload) - (nodes > 1) * SLOW.overhead, payload)
+    assert simulate.seconds("two-level", n, SLOW, payload, **options) == pytest.approx(gathered + SLOW.overhead)
+    assert simulate.seconds("two-level sum", n, SLOW, payload, **options) == pytest.approx(summed + SLOW.overhead)
+
+
+def played(rounds: list[list[tuple[int, int, float]]], n: int, per_node: int) -> float:
+    """An event queue: a message starts when its sender has all of the round before, and both links are free, the earliest first; links of
+    workers of one node to others are one."""
+    ready = [0.0] * n
+    out, into = {}, {}
+    for messages in rounds:
+        arrived = list(ready)
+        queue = [(ready[src], order, src, dst, nbytes) for order, (src, dst, nbytes) in enumerate(messages)]
+        heapq.heapify(queue)
+        while queue:
+            begin, order, src, dst, nbytes = heapq.heappop(queue)
+            crossing = src // per_node != dst // per_node
+            a, b = (("node", src // per_node), ("node", dst // per_node)) if crossing else (("rank", src), ("rank", dst))
+            free = max(out.get(a, 0.0), into.get(b, 0.0), begin)
+            if free > begin:
+                heapq.heappush(queue, (free, order, src, dst, nbytes))
+                continue
+            link = SLOW if crossing else FAST
+            out[a] = into[b] = end = begin + link.latency + nbytes * link.beta
+            arrived[dst] = max(arrived[dst], end)
+        ready = arrived
+    return max(ready)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_rounds_as_an_event_queue_plays_them(seed):
+    """Random rounds, in which each worker sends one message at most, to nodes of one, two or three workers that share a link. Where several
+    wait for one link only their order is free, so equal sizes and a round at a time are compared."""
+    generator = np.random.default_rng(seed)
+    per_node = int(generator.integers(1, 4))
+    n = per_node * int(generator.integers(2, 6))
+    machines = simulate.Machines(n, SLOW, per_node, FAST)
+    nbytes, rounds = 500.0, []
+    src, dst = generator.permutation(n), generator.permutation(n)
+    keep = src != dst
+    machines.rounds(src[keep], dst[keep], nbytes)
+    rounds.append([(int(a), int(b), nbytes) for a, b in zip(src[keep], dst[keep], strict=True)])
+    assert machines.ready.max() == pytest.approx(played(rounds, n, per_node))
+
+
+def test_a_shared_link_is_shared():
+    """Halving and doubling on nodes of 4: all four cross at once, and wait for each other; a ring crosses once."""
+    alone = simulate.seconds("halving-doubling", 16, SLOW, 1e6)
+    shared = simulate.seconds("halving-doubling", 16, SLOW, 1e6, per_node=4, inside=FAST)
+    assert shared > 2 * alone
+    assert simulate.seconds("ring", 16, SLOW, 1e6, per_node=4, inside=FAST) <= simulate.seconds("ring", 16, SLOW, 1e6) * (1 + 1e-9)
+
+
+def test_bad_input():
+    with pytest.raises(ParameterError, match="5 workers do not fill nodes of 2"):
+        simulate.seconds("ring", 5, SLOW, 1, per_node=2)
+    with pytest.raises(ParameterError, match="no algorithm named 'rings'; known: ring, tree"):
+        simulate.seconds("rings", 4, SLOW, 1)

@@ -1,0 +1,20 @@
+"""`hierarchical` on real engines (cases: jobs/levels_job.py): the results of a LocalCluster with the same nodes, even and uneven."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from .launch import job
+from .test_jobs import cases_of
+
+ENGINES = {"torch.distributed": ("torchrun", "wrapper"), "Horovod": ("horovodrun", "wrapper"), "MPI": ("mpirun", "mpi")}
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 2)], ids=["even", "uneven"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_levels(engine, ranks, per_node):
+    launcher, mode = ENGINES[engine]
+    said = job(launcher, ranks, "levels_job.py", mode, str(per_node))
+    assert set(re.findall(r"CASE (case_\w+) ok", said)) == set(cases_of("levels_job.py"))

@@ -1,0 +1,297 @@
+"""`grace-ext plan`: time lines by hand, what is recorded of the driver, advice, break-even rates, the command, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import grace_ext
+from grace_ext import cost, plan, plan_picture
+from grace_ext.cli import app, main
+from grace_ext.cost import GOODPUT, Link
+from grace_ext.driver import perform
+from grace_ext.errors import ModelError
+from grace_ext.probe import MeasuredNetwork, fitted
+from grace_ext.shapes import shapes_of
+from grace_ext.trace import Event, Trace, record, replay
+
+SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}
+START = Event("start", name="a", kind="allgather", nbytes=100)
+
+
+# --- time lines ---------------------------------------------------------------------------------------------------------
+def test_a_time_line_by_hand():
+    """Work and network overlap; a wait ends when both are through; compute comes before each gradient."""
+    b = Event("start", name="b", kind="allreduce", nbytes=50)
+    events = [
+        Event("gradient"), Event("work", 2.0), START, Event("gradient"), Event("work", 1.0), b, Event("wait", name="a"), Event("work", 4.0),
+        Event("wait", name="b"), Event("work", 1.0),
+    ]  # fmt: skip
+    network = lambda kind, n, nbytes: {"allgather": 5.0, "allreduce": 3.0}[kind]  # noqa: E731
+    # a from 2 to 7, b from 7 to 10; work to 3, a is there at 7, work to 11, b is there, work to 12
+    timed = replay(events, network, 2)
+    assert (timed.step, timed.exchange, timed.work, timed.network) == (12, 12, 8, 8)
+    # forward to 3, gradient at 6, a from 8 to 13, gradient at 11, work to 12, b from 13 to 16, a at 13, work to 17, end at 18
+    timed = replay(events, network, 2, compute=9.0)
+    assert (timed.step, timed.exchange) == (18, 9)
+
+
+def test_a_trace_for_more_ranks():
+    """Decoding grows with the ranks, by what one payload more took; a share of the whole shrinks; the rest stays."""
+    share = Event("start", name="s", kind="allgather", nbytes=100)
+    alone = (Event("work", 1.0), share, Event("wait", name="s"), Event("work", 3.0))
+    pair = (Event("work", 1.5), Event("start", name="s", kind="allgather", nbytes=60), Event("wait", name="s"), Event("work", 3.5))
+    trace = Trace(alone, pair, 1000)
+    assert trace.on(2) == list(pair)
+    events = trace.on(8)
+    assert events[0].work == 1.5 and events[3].work == pytest.approx(3.5 + 6 * 0.5)
+    assert trace.nbytes(8) == pytest.approx(20 + 80 / 8)  # a + b/n with a + b = 100 and a + b/2 = 60
+    assert trace.work(4) == pytest.approx(1.5 + 4.5)
+
+
+RECORDED = ["none", "topk(ratio=0.1) + residual", "fp16", "powersgd(rank=2) + residual", "qsgd(bits=4)", "signsgd + none"]
+
+
+@pytest.mark.parametrize("spec", RECORDED)
+def test_what_is_recorded_is_what_is_sent(spec):
+    """The collectives of a LocalCluster (16-bit sums as transports carry them): their bytes for 2 ranks, and for 3 what is extrapolated."""
+    g = grace_ext.grace(spec)
+    trace = record(g, SHAPES, steps=1)
+    assert trace.dense == 4 * sum(np.prod(dims) for dims in SHAPES.values())
+    assert sum(e.what == "gradient" for e in trace.pair) == len(SHAPES)
+    assert sum(e.what == "start" for e in trace.pair) == sum(e.what == "wait" for e in trace.pair) > 0
+    for n in (2, 3):
+        cluster = grace_ext.LocalCluster(g, n)
+        cluster.step([{name: np.ones(dims, np.float32) for name, dims in SHAPES.items()} for _ in range(n)])
+        carried = {"fp16": 1 + 1 / n}.get(spec, 1.0)
+        assert trace.nbytes(n) == pytest.approx(carried * cluster.wire_bytes[0], rel=0.01)
+
+
+def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
+    """Of one bucket nothing overlaps: work, and cost.py's network."""
+    trace = record(grace_ext.grace("topk(ratio=0.1) + residual"), SHAPES, steps=1)
+    link = Link.of("10mbit", 1e-3)
+    timed = plan.Model({"x": trace}, 8).timed("x", plan.OnLink(link))
+    assert timed.exchange == pytest.approx(trace.work(8) + cost.allgather(link, 8, trace.nbytes(8)), rel=0.01)
+
+
+def test_workers_of_a_node_share_its_link():
+    network, link = plan.OnLink(Link(8e6, 0.0, goodput=1.0), per_node=4), Link(8e6, 0.0, goodput=1.0)
+    assert network("alltoall", 16, 1600) == pytest.approx(1e-6 * 4 * 12 * 100)  # 4 workers send 12 pieces of 100 bytes out of their node
+    assert network("allreduce", 16, 1600) == cost.allreduce(link, 16, 1600)  # a ring crosses once
+    assert network("broadcast", 16, 100) == 16 * cost.broadcast(link, 16, 100)
+
+
+# --- advice -------------------------------------------------------------------------------------------------------------
+def made(work: float, nbytes: float, kind: str = "allgather") -> Trace:
+    events = (Event("work", work), Event("start", name="a", kind=kind, nbytes=nbytes), Event("wait", name="a"), Event("work", 0.0))
+    return Trace(events, events, 10**6)
+
+
+MODEL = plan.Model({"dense": made(0.0, 1e6, "allreduce"), "small": made(0.2, 1e4), "slow": made(5.0, 10.0)}, 2)
+
+
+def rows_at(rate: str, **measured: float) -> list[plan.Row]:
+    link = Link.of(rate, 0.0)
+    return MODEL.rows(plan.OnLink(link), link, measured)
+
+
+def test_the_fastest_is_recommended_with_its_gain():
+    rows = rows_at("10mbit")
+    advice = plan.advise(rows)
+    dense, small = 1e6 * 8 / 1e7 / GOODPUT, 0.2 + 1e4 * 8 / 1e7 / GOODPUT
+    assert advice.spec == "small" and advice.gain == pytest.approx(dense / small)
+    assert rows[1].step_ms == pytest.approx(1000 * small) and rows[0].gain == 1
+    # 0.2 s of work are worth 990,000 bytes
+    assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02)
+    at = plan.OnLink(Link(rows[1].break_even, 0.0))
+    assert MODEL.timed("small", at).step == pytest.approx(MODEL.timed("dense", at).step, rel=0.02)
+
+
+def test_dense_is_recommended_where_it_is_best():
+    for rate in ("10gbit", f"{rows_at('10mbit')[1].break_even * 0.97 / 1e6:.3f}mbit"):  # on a fast link, and near the break-even
+        advice = plan.advise(rows_at(rate))
+        assert advice.spec == "dense" and advice.gain == 1 and "dense is best here" in advice.reason
+    assert plan.advise(rows_at("10gbit")[:1]).spec == "dense"
+
+
+def test_real_exchanges_stand_for_themselves():
+    told = rows_at("10mbit", dense=1.0, small=0.5)
+    assert told[0].exchange_ms == pytest.approx(1000) and told[1].exchange_ms == pytest.approx(500) and told[1].measured_ms == 500
+    plain = rows_at("10mbit")
+    assert told[1].uncalibrated_ms == pytest.approx(plain[1].exchange_ms)
+    assert told[2].measured_ms is None and told[2].exchange_ms == pytest.approx(plain[2].exchange_ms)
+    # what overlaps does so whatever else it takes: here half a second of computing hides nothing
+    busy = plan.Model(MODEL.traces, 2, compute=0.5).rows(plan.OnLink(Link.of("10mbit", 0.0)), Link.of("10mbit", 0.0), {"small": 0.5})
+    assert busy[1].step_ms == pytest.approx(1000)
+
+
+def test_a_measured_network_is_that_of_its_points():
+    points = tuple((kind, 2, size, 0.001 + 1e-8 * size) for kind in ("allreduce", "allgather") for size in (0, 1000, 10**6))
+    network = MeasuredNetwork(points, fitted(points))
+    assert network("allgather", 2, 500) == pytest.approx(0.001 + 5e-6) and network("allreduce", 2, 5e6) == pytest.approx(0.051)
+    assert network("broadcast", 2, 1000) == network("allgather", 2, 1000)
+    with pytest.raises(KeyError):
+        network("alltoall", 2, 1)
+
+
+# --- simulated ranks probe, too -------------------------------------------------------------------------------------------
+def test_a_probe_of_a_world_of_one_tells_its_times():
+    torch_transports = pytest.importorskip("grace_ext.frameworks.torch.transports")
+    from grace_ext.frameworks.torch.ops import HostOps
+    from grace_ext.probe import Probe
+
+    here = torch_transports.SingleTransport(HostOps())
+    assert perform(Probe(here).largest([1.5, -2.0]), here, {}) == [1.5, -2.0]
+    assert perform(Probe(here).exchange(grace_ext.grace("none"), SHAPES, steps=1), here, {}) > 0
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def shapes_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(plan.kernels, "cache", lambda: tmp_path / "cache")
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps({name: list(dims) for name, dims in SHAPES.items()}))
+    return str(file)
+
+
+def said(*arguments: str):
+    done = CliRunner().invoke(app, ["plan", *arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_path, monkeypatch):
+    ask = (shapes_json, "topk(ratio=0.01) + residual", "efsignsgd + residual", "--rate", "1mbit", "--workers", "8")
+    document = json.loads(said(*ask, "--json"))
+    specs = [row["spec"] for row in document["rows"]]
+    assert specs == ["none @ allreduce", "topk(ratio=0.01) + residual @ allgather", "efsignsgd + residual @ allgather"]
+    assert document["spec"] == specs[1] and document["gain"] > 5 and document["workers"] == 8 and document["link"]["rate"] == 1e6
+    table = said(*ask)
+    assert specs[1] in table and "break-even" in table and f"x{document['gain']:.2f}" in table  # from the cache: the same times
+    recorded = []
+    monkeypatch.setattr(plan, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
+    said(*ask)
+    assert not recorded
+    said(*ask, "--fresh")
+    assert recorded == specs
+
+
+def test_the_command_says_that_dense_is_best(shapes_json):
+    ask = ("--rate", "1tbit", "--latency", "1us", "--workers", "2", "--json")
+    document = json.loads(said(shapes_json, "topk(ratio=0.01) + residual", *ask))
+    assert document["spec"] == "none @ allreduce" and document["gain"] == 1 and "dense is best" in document["reason"]
+
+
+def test_compute_hides_the_network(shapes_json):
+    """A long backward pass hides nearly all of a bucket that is ready early; of this one bucket nothing."""
+    ask = (shapes_json, "--rate", "10mbit", "--workers", "2", "--json", "fp16")
+    alone, after = (json.loads(said(*ask, *more))["rows"][0] for more in ((), ("--compute-ms", "500")))
+    assert after["step_ms"] == pytest.approx(500 + alone["step_ms"], rel=0.05)
+
+
+def test_the_picture_has_all_curves(shapes_json, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "curves.png"
+    said(shapes_json, "efsignsgd + residual", "--rate", "1gbit", "--workers", "8", "--picture", str(file))
+    assert file.stat().st_size > 10_000
+    done = CliRunner().invoke(app, ["plan", shapes_json, "--rate", "1gbit", "--workers", "8", "--picture", str(tmp_path / "no" / "x.png")])
+    assert "cannot write the picture" in str(done.exception)
+
+
+def test_curves_are_those_of_the_closed_forms():
+    """The dense ring, at every number of workers that is drawn; two levels where nodes are full."""
+    link = Link.of("1gbit", 1e-4)
+    found = plan_picture.curves(MODEL, link, plan.advise(rows_at("1gbit")), workers=(2, 8, 64))
+    assert found["dense, ring"] == {n: pytest.approx(cost.allreduce(link, n, 1e6)) for n in (2, 8, 64)}
+    assert found["small"] == {n: pytest.approx(0.2 + cost.allgather(link, n, 1e4)) for n in (2, 8, 64)}
+    assert set(found["dense, two-level (2 a node)"]) == {8, 64}
+    assert found["dense, tree"][64] == pytest.approx(cost.tree_allreduce(link, 64, 1e6))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------
+def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "def make():\n    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))\n"
+        "    model[0].bias.requires_grad = False\n    return model\n"
+        "class Holder:\n    net = torch.nn.Linear(5, 6)\n"
+        "shapes = {'w': [2, 3]}\nnothing = 3\n"
+        "def broken():\n    raise OSError('no weights here')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert shapes_of("my_models:make") == {"0.weight": (4, 3), "1.weight": (2, 4), "1.bias": (2,)}
+    assert shapes_of("my_models:Holder.net") == {"weight": (6, 5), "bias": (6,)}
+    assert shapes_of("my_models:shapes") == {"w": (2, 3)}
+    for model, why in {
+        "my_models:nothing": "is 3, neither a model nor a callable",
+        "my_models:broken": r"my_models:broken'\(\) failed: OSError: no weights here",
+        "my_models:absent": "has no 'absent'; it has .*make",
+        "no_such_module:f": "cannot import 'no_such_module' for 'no_such_module:f': ModuleNotFoundError",
+        "my_models:torch.nn.Identity": "without parameters that train",
+        "json:dumps": "failed: TypeError",
+    }.items():
+        with pytest.raises(ModelError, match=why):
+            shapes_of(model)
+
+
+def test_a_keras_model(tmp_path, monkeypatch):
+    pytest.importorskip("keras")
+    (tmp_path / "my_keras.py").write_text(
+        "import keras\n"
+        "def make():\n    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])\n"
+        "def unbuilt():\n    return keras.Sequential([keras.layers.Dense(4)])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert sorted(shapes_of("my_keras:make").values()) == [(3, 4), (4,)]
+    with pytest.raises(ModelError, match="must be built first"):
+        shapes_of("my_keras:unbuilt")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds \\[\\], expected a dictionary"),
+        ("{}", "expected a dictionary of names and shapes that is not empty"),
+        ('{"w": 3}', "the shape of 'w' is 3, expected a list of whole numbers"),
+        ('{"w": [2, -1]}', "the shape of 'w' is \\[2, -1\\]"),
+        ('{"w": [2.5]}', "the shape of 'w'"),
+        ('{"w": [true]}', "the shape of 'w'"),
+        ('{"w": [0]}', "no element in any of its 1 tensors"),
+    ],
+)
+def test_bad_shapes(tmp_path, content, why):
+    file = tmp_path / "m.json"
+    file.write_text(content)
+    with pytest.raises(ModelError, match=why):
+        shapes_of(str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["no_such_module:f", "--rate", "1gbit", "--workers", "2"], "grace-ext: cannot import 'no_such_module'"),
+        (["absent.json", "--rate", "1gbit", "--workers", "2"], "grace-ext: cannot read 'absent.json': No such file"),
+        (["absent", "--rate", "1gbit", "--workers", "2"], "grace-ext: there is no file 'absent', and it is not module:callable"),
+        (["MODEL", "--workers", "2"], "grace-ext: plan needs --rate and --workers"),
+        (["MODEL", "--rate", "fast", "--workers", "2"], "grace-ext: a rate is a number and one of"),
+        (["MODEL", "--rate", "1gbit", "--latency", "50", "--workers", "2"], "grace-ext: a time is a number and one of us, ms, s"),
+        (["MODEL", "topj", "--rate", "1gbit", "--workers", "2"], "grace-ext: no compressor named 'topj'; did you mean 'topk'"),
+        (["MODEL", "--measure"], "grace-ext: --measure needs a job of two ranks"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, why, shapes_json, monkeypatch, capsys):
+    """No trace: an error that says what was seen and what to do."""
+    if "--measure" in arguments:
+        pytest.importorskip("torch")
+    monkeypatch.setattr("sys.argv", ["grace-ext", "plan", *[shapes_json if a == "MODEL" else a for a in arguments]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and why in told and "Traceback" not in told
