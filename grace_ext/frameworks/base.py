@@ -130,7 +130,7 @@ def _added(ops: Ops, pieces: list[Array], dtype: str, divisor: int) -> Array:
 # uses both at once, and moves as many bytes. So two ranks add their arrays as 32-bit integers, modulo 2^32, and each subtracts its own.
 def to_sum(transport: Transport, collective: Collective) -> Array | None:
     """What to sum, bytes of whole int32, for an all-gather of known sizes among two ranks. None for any other collective."""
-    if collective.kind != "allgather" or not collective.sizes or not transport.pair:
+    if collective.kind != "allgather" or not any(collective.sizes or ()) or not transport.pair:
         return None
     lacks = -(-max(collective.sizes) // 4) * 4 - len(collective.array)
     return transport.ops.concat([collective.array, transport.ops.upload(np.zeros(lacks, np.uint8))]) if lacks else collective.array

@@ -129,8 +129,8 @@ class Policy(Part):
         return False
 
     def survey(self, transport: Transport, specs: Sequence[TensorSpec], compute: float, prefix: str) -> Effects:
-        """What is to be known for `settle`, and nobody has measured: called on all ranks before it, a generator of the driver's effects, whose
-        names begin with `prefix`. `compute`: seconds that this rank spent between the last exchange and this one."""
+        """What is to be known for `settle`, and nobody has measured: called on all ranks before it, a generator of the driver's effects,
+        whose names begin with `prefix`. `compute`: seconds that this rank spent between the last exchange and this one."""
         return None
         yield
 

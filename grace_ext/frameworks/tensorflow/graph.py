@@ -49,7 +49,7 @@ class HorovodTransport(Transport):
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
             return [hvd.allreduce(tensor, op=op, name=name, **options)]
         if collective.kind == "allgather":
-            if self.pair and collective.sizes:
+            if self.pair and any(collective.sizes or ()):
                 return [hvd.allreduce(tensor, op=hvd.Sum, name=name, **options)]
             return [hvd.allgather(tensor, name=name, **options)]
         if collective.kind == "alltoall":

@@ -152,7 +152,7 @@ class DistTransport(Transport):
         mine = to_sum(self, collective) if self.by_gloo else None
         if mine is not None:
             total = _words(self.ops.as_torch(mine)).clone()
-            return collective, total, [dist.all_reduce(total, group=self.group, async_op=True)]
+            return collective, total, [dist.all_reduce(total, group=self._group, async_op=True)]
         outs = [tensor.new_empty(length) for length in collective.sizes]
         if collective.kind == "allgather":
             return collective, outs, [dist.all_gather(outs, tensor, group=self._group, async_op=True)]
