@@ -13,7 +13,7 @@ The agreement of the first step is a blocking collective, made when the first gr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import horovod.tensorflow as hvd
 import numpy as np
@@ -108,6 +108,8 @@ class GraphExchange:
     driver: one that has registered these specs already, in place of a new one. rehearsed: the step whose collectives all steps of this
     object have."""
 
+    transport_type: ClassVar[type[HorovodTransport]] = HorovodTransport
+
     def __init__(
         self,
         grace: Grace,
@@ -120,7 +122,7 @@ class GraphExchange:
         rehearsed: int = 0,
     ):
         self._before_step = before_step
-        self.transport = HorovodTransport(process_set)
+        self.transport = self.transport_type(process_set)
         self._lr: float | None = None
         divisor = self.transport.size if average else 1
         if driver is None:

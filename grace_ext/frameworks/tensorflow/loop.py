@@ -24,7 +24,7 @@ from ...composition import Grace
 from ...driver import Start, perform
 from ...errors import GraceError
 from ...exchange import Collective
-from .graph import GraphExchange, arrays_of
+from .graph import GraphExchange, HorovodTransport
 
 #: What a collective carries, by its kind and element type: the branches of the switch. An all-to-all has its splits beside it.
 BRANCHES = (("allreduce", "float32"), ("allreduce", "float64"), ("allgather", "uint8"), ("alltoall", "uint8"))
@@ -33,8 +33,16 @@ ENDED = -1
 TYPES = ("float32", "float64", "uint8", "uint8", "int32")
 
 
+class _GatheringTransport(HorovodTransport):
+    """Gathers always as gathers: a sum of int32 would be one branch more."""
+
+    pair = False
+
+
 class LoopExchange(GraphExchange):
     """A GraphExchange for a policy that changes with the step."""
+
+    transport_type = _GatheringTransport
 
     def _rehearse(self, divisor: int) -> list[Any]:
         return []  # what a step does is found out when it does it
@@ -133,13 +141,12 @@ class LoopExchange(GraphExchange):
             else:
                 self._waiting = effect.name
 
-    @staticmethod
-    def _carried(collective: Collective | None) -> list[np.ndarray]:
+    def _carried(self, collective: Collective | None) -> list[np.ndarray]:
         arrays = [np.empty(0, dtype) for dtype in TYPES]
         if collective is None:
             return [np.int32(ENDED), *arrays]
         place = _place(collective)
-        arrays[place], *splits = arrays_of(collective)
+        arrays[place], *splits = self.transport.arrays_of(collective)
         return [np.int32(place), *arrays[:-1], *(splits or arrays[-1:])]
 
     def _end_step(self, _: np.ndarray) -> list[np.ndarray]:
