@@ -16,7 +16,7 @@ from .knobs import knob_of, with_value
 from .losses import losses
 
 #: The knobs that it can set: the range of each around the base's value where none is said, and what no choice is below or above.
-KNOBS = {"ratio": (0.1, 100.0, 0.0, 1.0), "rank": (0.25, 4.0, 1, 4096), "bits": (0.5, 2.0, 2, 8)}
+KNOBS = {"ratio": (0.3, 100.0, 0.0, 1.0), "rank": (0.5, 4.0, 1, 4096), "bits": (0.5, 2.0, 2, 8)}
 
 
 @register("lgreco")
@@ -36,6 +36,7 @@ class LGreCo(Policy):
     Errors: of top-k from sorted magnitudes, of low rank from singular values, of anything else by compressing. Tensors that are sent dense
     have none.
     State: `setting`, float32[1], the number of the choice, and `sum`, float[d] within a window, else empty.
+    A lower `low` saves more bytes at the same error of one step, and lets what large layers do not send wait longer in their residuals.
     alpha under 1 asks for less error, above for more savings; a longer window measures less noise. Re-solving more often costs time.
     Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code keeps its random
     columns different on every rank, can choose rank 0, and leaves NaN in its tables.
@@ -49,7 +50,7 @@ class LGreCo(Policy):
     window: int = knob(10, "gradients that errors are measured on", low=1, headline=True)
     alpha: float = knob(1.0, "budget of errors, in those of the uniform choice", above=0, high=1e6)
     low: float | None = knob(
-        None, "smallest value, in the base's; None: 0.1 for ratios, 0.25 for ranks, 0.5 for bits", above=0, high=1, kind=float
+        None, "smallest value, in the base's; None: 0.3 for ratios, 0.5 for ranks and bits", above=0, high=1, kind=float
     )
     high: float | None = knob(
         None, "largest value, in the base's; None: 100 for ratios, 4 for ranks, 2 for bits", low=1, high=1e6, kind=float

@@ -89,12 +89,12 @@ def test_a_budget_that_cannot_be_kept_leaves_the_uniform_choice_and_says_so(capl
     ("base", "least", "most"),
     [
         ("powersgd(rank=1) + residual", 1, 4),
-        ("powersgd(rank=4) + residual", 1, 16),
+        ("powersgd(rank=4) + residual", 2, 16),
         ("qsgd(bits=2)", 2, 4),
         ("qsgd(bits=8)", 4, 8),
-        ("topk(ratio=0.01) + residual", 0.001, 1),
-        ("topk(ratio=0.5) + residual", 0.05, 1),
-        ("topk(ratio=0.01) > qsgd(bits=4) + residual", 0.001, 1),
+        ("topk(ratio=0.01) + residual", 0.003, 1),
+        ("topk(ratio=0.5) + residual", 0.15, 1),
+        ("topk(ratio=0.01) > qsgd(bits=4) + residual", 0.003, 1),
     ],
 )
 def test_the_choices_never_drop_a_layer(base, least, most):
