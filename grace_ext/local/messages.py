@@ -58,7 +58,8 @@ class Messages:
     def encode(self, values: Mapping[str, Any]) -> bytes:
         """The message of this rank's drift, empty where that is not finite. The memory counts it as sent."""
         self._outbox.sent = []
-        drift, handles = self.model.outgoing(values), {}
+        drift = self.model.outgoing(values)
+        handles: dict[str, Any] = {}
         for name in self.driver.specs:
             perform(self.driver.put(name, drift[name]), self._outbox, handles)
         perform(self.driver.finish(), self._outbox, handles)

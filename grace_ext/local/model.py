@@ -44,12 +44,12 @@ class LocalModel:
 
     def begin(self, specs: Iterable[TensorSpec], values: Mapping[str, Any]) -> None:
         """The parameters, before the first local step. Where a state was loaded, its master copy stays."""
-        specs = {spec.name: spec for spec in specs}
+        by_name = {spec.name: spec for spec in specs}
         if self.master:
-            self._check({name: len(array) for name, array in self.master.items()}, specs)
+            self._check({name: len(array) for name, array in self.master.items()}, by_name)
         else:
-            self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in specs}
-        self.specs = specs
+            self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in by_name}
+        self.specs = by_name
 
     def digest(self) -> str:
         """Of the master copy: ranks that start from different models would drift from different places."""

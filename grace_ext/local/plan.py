@@ -11,6 +11,7 @@ from ..composition import Grace, grace
 from ..compressors.base import Compressor
 from ..errors import IncompatiblePartsError, ParameterError, UnsupportedError
 from ..memories.base import Memory
+from ..memories.cser import CSER
 from .schedule import Schedule, schedule_of, whole
 
 
@@ -78,7 +79,7 @@ def plan_of(
     """The plan for what a user gives; see `LocalSGD` of the frameworks. Raises ParameterError, or IncompatiblePartsError or
     UnsupportedError for parts that cannot work here."""
     chosen = grace("none" if compression is None else compression)
-    if chosen.memory.diverges:
+    if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:
             raise ParameterError(f"memory {chosen.memory} says itself when the models are drawn together: leave out every= and schedule=")

@@ -30,7 +30,8 @@ class LocalSGD:
     """
 
     def __init__(self, compression: Any = None, comm: Any = None, *, simulate: bool = False, **options: Any):
-        self.plan, self._lr = plan_of(compression, **options), None
+        self.plan = plan_of(compression, **options)
+        self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
         self._alone = self._transport.size == 1 and not simulate
         self._worker = Worker(self.plan, self._transport.ops, self._transport, lambda: self._lr)

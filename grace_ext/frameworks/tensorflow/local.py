@@ -150,6 +150,8 @@ class _LocalSGD:
     """What is put in front of a Keras optimizer's class."""
 
     _grace: _Local
+    _trainable_variables: list[Any]
+    learning_rate: Any
 
     @tf.autograph.experimental.do_not_convert
     def build(self, variables: Any) -> None:
@@ -178,8 +180,9 @@ class _LocalSGD:
             return
         variables = self._trainable_variables
         new = self._grace.worker.sync(_values(variables))
-        for variable, name in zip(variables, names_of(variables), strict=True) if new else ():
-            variable.assign(new[name])
+        for variable, name in zip(variables, names_of(variables), strict=True):
+            if new:
+                variable.assign(new[name])
 
     @property
     def wire_bytes(self) -> int:

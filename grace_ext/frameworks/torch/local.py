@@ -60,7 +60,7 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
     check_torch_optimizer(plan.grace, optimizer)
-    cls = type(type(optimizer).__name__, (_LocalSGD, type(optimizer)), {"__module__": __name__})
+    cls: Any = type(type(optimizer).__name__, (_LocalSGD, type(optimizer)), {"__module__": __name__})
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
     wrapped._begin(plan, named_parameters, process_set, simulate)
@@ -71,7 +71,7 @@ class _LocalSGD(torch.optim.Optimizer):
     """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
 
     def _begin(self, plan: Plan, named_parameters: Any, process_set: Any, simulate: bool) -> None:
-        self._plan, self._worker = plan, None
+        self._worker: Worker | None = None
         if not process_set.included() or (process_set.size() == 1 and not simulate):
             return
         own = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
@@ -81,7 +81,7 @@ class _LocalSGD(torch.optim.Optimizer):
         self._parameters = {name: p for name, p in named(named_parameters).items() if id(p) in own}
         if len(self._parameters) < len(own):
             raise NamesError(f"named_parameters lacks {len(own) - len(self._parameters)} of the optimizer's {len(own)} parameters")
-        ops = ops_for(next(iter(self._parameters.values())).device)
+        self._ops = ops = ops_for(next(iter(self._parameters.values())).device)
         self._worker = Worker(plan, ops, engine.transport(ops, process_set), lambda: rate_of(self.param_groups))
 
     def step(self, closure: Any = None) -> Any:
@@ -136,7 +136,7 @@ class _LocalSGD(torch.optim.Optimizer):
         saved = super().state_dict()
         if self._worker is None:
             return saved
-        return {**saved, "grace_ext": _mapped(self._worker.state_dict(), self._worker.ops.as_torch)}
+        return {**saved, "grace_ext": _mapped(self._worker.state_dict(), self._ops.as_torch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes both. Without a 'grace_ext' entry the local training starts anew."""
@@ -146,8 +146,7 @@ class _LocalSGD(torch.optim.Optimizer):
             if "model" not in own:
                 raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD; leave out its 'grace_ext' entry to start anew")
             device = next(iter(self._parameters.values())).device
-            ops = self._worker.ops
-            self._worker.load_state_dict(_mapped(own, lambda tensor: ops.from_torch(tensor.to(device))))
+            self._worker.load_state_dict(_mapped(own, lambda tensor: self._ops.from_torch(tensor.to(device))))
 
 
 def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:
