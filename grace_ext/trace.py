@@ -86,7 +86,9 @@ class _Overwriting(NumpyOps):
 
 
 class _Slot(Transport):
-    """One rank's place, with the abilities of the engine that is pretended."""
+    """One rank's place, with the abilities of the engine that is pretended. No shortcuts of two ranks: what they do stands for n."""
+
+    pair = False
 
     def __init__(self, rank: int, size: int, ops: Ops, like: Transport | None):
         self.rank, self.size, self.ops = rank, size, ops

@@ -87,7 +87,8 @@ def test_workers_of_a_node_share_its_link():
 
 # --- advice -------------------------------------------------------------------------------------------------------------
 def made(work: float, nbytes: float, kind: str = "allgather") -> Trace:
-    events = (Event("work", work), Event("start", name="a", kind=kind, nbytes=nbytes), Event("wait", name="a"), Event("work", 0.0))
+    start = Event("start", name="a", kind=kind, nbytes=nbytes)
+    events = (Event("gradient"), Event("work", work), start, Event("wait", name="a"), Event("work", 0.0))
     return Trace(events, events, 10**6)
 
 

@@ -54,7 +54,7 @@ class LocalSGDCluster:
         self.models = [LocalModel(plan_of(compression, asynchronous=asynchronous, **each, **options), self.ops) for each in own]
         self.plan = self.models[0].plan
         self._messages = [Messages(model, rank, size) for rank, model in enumerate(self.models)] if asynchronous else []
-        slots: list[Transport] = [_Slot(rank, size, self.ops) for rank in range(size)]
+        slots: list[Transport] = [_Slot(rank, size, self.ops, 1) for rank in range(size)]
         self.for_gradients = [Driver(self.plan.for_gradients, self.ops, slot, read_lr=lambda: self._lr, diverging=True) for slot in slots]
         self.for_models = [m.driver for m in self._messages] or [Driver(self.plan.for_models, self.ops, slot) for slot in slots]
         self._log: list[Entry] = []

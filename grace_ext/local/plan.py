@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -145,4 +146,4 @@ def _check_asynchronous(plan: Plan) -> None:
 
 def carried(g: Grace) -> Grace:
     """The same compressor and memory, as messages that any rank can decode by itself."""
-    return Grace(g.compressor, g.memory, communicators.get("allgather").create(), g.seed)
+    return Grace(dataclasses.replace(g.plan, communicator=communicators.get("allgather").create()), g.seed)

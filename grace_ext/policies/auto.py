@@ -28,8 +28,10 @@ def _specs(value: Any) -> Specs:
     from ..composition import Composition, plan_from
     from ..plan import CANDIDATES, DENSE
 
+    if isinstance(value, str):
+        raise ValueError
     plans = [plan_from(spec) for spec in (value or [text for text in CANDIDATES if text != DENSE])]
-    if isinstance(value, str) or any(not isinstance(plan, Composition) for plan in plans):
+    if any(not isinstance(plan, Composition) for plan in plans):
         raise ValueError
     return Specs(dict.fromkeys(plans))
 

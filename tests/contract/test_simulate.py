@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 
-import numpy as np
 import pytest
 
 from grace_ext import cost, simulate
@@ -67,20 +66,22 @@ def played(rounds: list[list[tuple[int, int, float]]], n: int, per_node: int) ->
     return max(ready)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_rounds_as_an_event_queue_plays_them(seed):
-    """Random rounds, in which each worker sends one message at most, to nodes of one, two or three workers that share a link. Where several
-    wait for one link only their order is free, so equal sizes and a round at a time are compared."""
-    generator = np.random.default_rng(seed)
-    per_node = int(generator.integers(1, 4))
-    n = per_node * int(generator.integers(2, 6))
-    machines = simulate.Machines(n, SLOW, per_node, FAST)
-    nbytes, rounds = 500.0, []
-    src, dst = generator.permutation(n), generator.permutation(n)
-    keep = src != dst
-    machines.rounds(src[keep], dst[keep], nbytes)
-    rounds.append([(int(a), int(b), nbytes) for a, b in zip(src[keep], dst[keep], strict=True)])
-    assert machines.ready.max() == pytest.approx(played(rounds, n, per_node))
+def by_hand(algorithm: str, n: int, nbytes: float) -> list[list[tuple[int, int, float]]]:
+    """The rounds of an algorithm, for n a power of 2."""
+    ring = [[(i, (i + 1) % n, nbytes / n) for i in range(n)]] * (2 * (n - 1))
+    doubling = [[(i, i + 2**k, nbytes) for i in range(2**k)] for k in range(n.bit_length() - 1)]
+    up = [[(b, a, size) for a, b, size in messages] for messages in reversed(doubling)]
+    halves = [[(i, i ^ (n >> (k + 1)), nbytes / 2 ** (k + 1)) for i in range(n)] for k in range(n.bit_length() - 1)]
+    return {"ring": ring, "tree": up + doubling, "halving-doubling": halves + halves[::-1]}[algorithm]
+
+
+@pytest.mark.parametrize(("n", "per_node"), [(8, 1), (8, 2), (16, 4), (4, 4)])
+@pytest.mark.parametrize("algorithm", ["ring", "tree", "halving-doubling"])
+def test_messages_as_an_event_queue_plays_them(algorithm, n, per_node):
+    """Workers of a node wait for each other at its one link."""
+    expected = played(by_hand(algorithm, n, 4096.0), n, per_node)
+    got = simulate.seconds(algorithm, n, SLOW, 4096.0, per_node=per_node, inside=FAST)
+    assert got == pytest.approx(SLOW.overhead + expected)
 
 
 def test_a_shared_link_is_shared():

@@ -104,9 +104,9 @@ def test_the_subspace_of_powersgd_is_carried_over(ranks):
     kind = grace_ext.compressors.get("powersgd")
     original = kind._two_sums
 
-    def watched(self, ops, x, spec, info, start):
+    def watched(self, ops, x, spec, info, start, *more):
         started.append(np.asarray(start).reshape(-1, 18).copy())
-        return original(self, ops, x, spec, info, start)
+        return original(self, ops, x, spec, info, start, *more)
 
     kind._two_sums = watched
     try:

@@ -1,0 +1,99 @@
+"""'auto' on simulated ranks: the choice, where it holds, what it tells, and what it refuses."""
+
+from __future__ import annotations
+
+import time
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import grace_ext
+import grace_ext.cluster as cluster_module
+from grace_ext.errors import GraceError, ParameterError
+
+SPEC = "auto(steps=2, candidates=['topk(ratio=0.01) + residual', 'efsignsgd + residual'])"
+
+
+def gradients(step: int) -> list[dict[str, np.ndarray]]:
+    return [{"w": np.random.default_rng([step, rank]).standard_normal((300, 200)).astype("f4")} for rank in range(2)]
+
+
+def slowed(rate: float):
+    """A LocalCluster whose collectives take as long as their bytes at this rate."""
+    original = cluster_module.execute
+
+    def execute(collectives, ops):
+        time.sleep(max(c.nbytes for c in collectives) / rate)
+        return original(collectives, ops)
+
+    return mock.patch.object(cluster_module, "execute", execute)
+
+
+def test_it_measures_dense_steps_and_compresses_on_a_slow_network(caplog):
+    cluster = grace_ext.LocalCluster(grace_ext.grace(SPEC), 2)
+    sent = []
+    with slowed(2e6):
+        for step in range(4):
+            given = gradients(step)
+            out = cluster.step(given)
+            sent.append(cluster.wire_bytes[1])
+            if step < 2:
+                assert np.allclose(out["w"], (given[0]["w"] + given[1]["w"]) / 2, atol=1e-6)
+    assert sent[0] > 240_000 and sent[1] - sent[0] < 100 and sent[2] == sent[3] < 8_000
+    told = [record.getMessage() for record in caplog.records if record.name == "grace_ext"]
+    assert len(told) == 1 and told[0].startswith("auto: ") and "from the next step on; a step takes" in told[0]
+    choices = {float(array[0]) for rank in cluster.state_dict()["ranks"] for key, array in rank["state"].items() if ":choice" in key}
+    assert len(choices) == 1 and choices <= {1.0, 2.0}
+
+
+def test_a_resumed_training_keeps_its_choice():
+    g = grace_ext.grace(SPEC)
+    first, second = grace_ext.LocalCluster(g, 2), grace_ext.LocalCluster(g, 2)
+    with slowed(2e6):
+        for step in range(2):
+            first.step(gradients(step))
+    second.load_state_dict(first.state_dict())
+    one, other = first.step(gradients(2)), second.step(gradients(2))
+    assert one["w"].tobytes() == other["w"].tobytes() and second.wire_bytes == first.wire_bytes
+
+
+def test_dense_stays_where_nothing_is_gained(caplog):
+    """What the plan advises is taken, here dense: its codecs alone take longer than the exchange."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=1, exchanges=0, candidates=['atomo(rank=4) + residual'])"), 2)
+    for step in range(2):
+        given = gradients(step)
+        out = cluster.step(given)
+    assert np.allclose(out["w"], (given[0]["w"] + given[1]["w"]) / 2, atol=1e-6)
+    assert "none @ allreduce from the next step on; dense is best here" in caplog.text
+
+
+def test_one_rank_alone_stays_dense(caplog):
+    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=1)"), 1)
+    for step in range(2):
+        cluster.step(gradients(step)[:1])
+    assert "one rank alone" in caplog.text and cluster.wire_bytes[0] > 240_000
+
+
+def test_written_and_read_again():
+    for text in ("auto", SPEC):
+        g = grace_ext.grace(text)
+        assert grace_ext.grace(str(g)) == g and grace_ext.grace(g.to_config()) == g
+    assert [str(leaf) for leaf in grace_ext.grace(SPEC).leaves] == [
+        "none @ allreduce", "topk(ratio=0.01) + residual @ allgather", "efsignsgd + residual @ allgather",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("auto(candidates='topk')", "candidates must be a list of specs"),
+        ("auto(candidates=['by_size'])", "candidates must be a list of specs"),
+        ("auto(candidates=['topj'])", "did you mean 'topk'"),
+        ("auto(steps=0)", "steps must be a whole number"),
+    ],
+)
+def test_bad_input(text, why):
+    with pytest.raises(GraceError, match=why) as caught:
+        grace_ext.grace(text)
+    assert isinstance(caught.value, ParameterError) or "topj" in text
