@@ -132,7 +132,7 @@ class LocalSGDCluster:
         return after
 
     def _exchange(self, drivers: list[Driver], tensors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        given = run_lockstep([_whole_step(driver, mapping) for driver, mapping in zip(drivers, tensors, strict=True)], self.ops)
+        given = run_lockstep([_whole_step(driver, mapping) for driver, mapping in zip(drivers, tensors, strict=True)], self.ops, 1)
         self.wire_bytes = [sent + driver.wire_bytes for sent, driver in zip(self.wire_bytes, drivers, strict=True)]
         return given
 
