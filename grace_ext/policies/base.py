@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import numpy as np
-
 from ..parts import Part, made_knob
 from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..composition import Composition
     from ..driver import Effects
     from ..frameworks.base import Transport
@@ -135,8 +135,8 @@ class Policy(Part):
         yield
 
     def report(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any) -> np.ndarray:
-        """float32, of a length that all ranks share: what this rank has measured of all its tensors, or `found` by `survey`."""
-        return np.zeros(0, np.float32)
+        """float32, of a length that all ranks share: what this rank has measured of all its tensors, or `found` by `survey`. Asked for where `due`."""
+        raise NotImplementedError
 
     def settle(
         self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State], found: Any
@@ -144,7 +144,7 @@ class Policy(Part):
         """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user, for which there
         is what this rank `found`. The changes are the same on every rank, so no product of matrices or other sum of a library's own
         order may be in them."""
-        return [{} for _ in states], []
+        raise NotImplementedError
 
 
 def plan_knob(default: str, help: str) -> Any:
