@@ -26,26 +26,13 @@ from exchange_systems import specs
 from rich.console import Console
 
 import grace_ext
-from grace_ext.cost import GOODPUT, Link, Work, allreduce, crossing, exchange
+from grace_ext.cost import Link, Work, allreduce, crossing, exchange
+from grace_ext.probe import fitted
 from grace_ext.spec import TensorSpec
 
 COST, PICTURES = RESULTS.with_name("cost.json"), ROOT / "docs" / "pictures"
 WORKERS = tuple(2**i for i in range(1, 11))
 console = Console(width=150, highlight=False)
-
-
-def fitted(points: list[tuple[str, int, float, float]]) -> dict[str, float]:
-    """overhead, latency and beta, seconds, of least relative error over (kind, n, bytes, seconds) of plain collectives; none is negative:
-    one that would be is 0."""
-    messages = {"allreduce": lambda n: 2 * (n - 1), "allgather": lambda n: n - 1}
-    rows = [[1, messages[kind](n), messages[kind](n) * size / (n if kind == "allreduce" else 1)] for kind, n, size, _ in points]
-    seconds = np.array([s for *_, s in points])
-    scaled, names, used = np.array(rows) / seconds[:, None], ("overhead", "latency", "beta"), [0, 1, 2]
-    while True:
-        solved = np.linalg.lstsq(scaled[:, used], np.ones(len(points)), rcond=None)[0]
-        if (solved >= 0).all():
-            return dict.fromkeys(names, 0.0) | {names[i]: float(x) for i, x in zip(used, solved, strict=True)}
-        used.pop(int(np.argmin(solved * np.linalg.norm(scaled[:, used], axis=0))))
 
 
 def link_of(cells: list[dict[str, Any]]) -> Link:
@@ -54,8 +41,7 @@ def link_of(cells: list[dict[str, Any]]) -> Link:
         (kind, cell["hosts"], int(size), seconds)
         for cell in cells for kind, by_size in cell["links"].items() for size, seconds in by_size.items()
     ]  # fmt: skip
-    seen = fitted(found)
-    return Link(8 / (seen["beta"] * GOODPUT), seen["latency"], seen["overhead"])
+    return fitted(found)
 
 
 def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 3), steps: int = 3) -> Work:

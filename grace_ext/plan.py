@@ -43,7 +43,7 @@ class OnLink:
     def __call__(self, kind: str, n: int, nbytes: float) -> float:
         if kind == "broadcast":
             return n * cost.broadcast(self.link, n, nbytes)
-        if kind == "alltoall" and 1 < self.per_node < n:
+        if kind == "alltoall" and 1 < self.per_node < n and n % self.per_node == 0:
             # A ring crosses from node to node once; here every worker of a node sends to every worker of the others.
             crossing = self.per_node * (n - self.per_node) / n * nbytes
             return self.link.overhead + (n - 1) * self.link.latency + crossing * self.link.beta
@@ -84,13 +84,20 @@ class Model:
     def __init__(self, traces: dict[str, Trace], n: int, *, per_node: int = 1, inside: Link = INSIDE, compute: float = 0.0):
         self.traces, self.n, self.per_node, self.inside, self.compute = traces, n, per_node, inside, compute
 
-    def timed(self, spec: str, network: Network) -> Timed:
-        return replay(self.traces[spec].on(self.n), network, self.n, self.compute)
+    def timed(self, spec: str, network: Network, compute: float | None = None) -> Timed:
+        """One step. In two levels: the nodes' exchange on a link each, and before and after it what goes on inside."""
+        compute, trace = self.compute if compute is None else compute, self.traces[spec]
+        if not (trace.two_level and self.per_node > 1):
+            return replay(trace.on(self.n), network, self.n, compute)
+        nodes = self.n // self.per_node
+        between = replay(trace.on(nodes), network, nodes, compute)
+        inside = cost.two_level(self.inside, self.per_node, trace.dense, 0.0, nodes * trace.nbytes(nodes))
+        return replace(between, step=between.step + inside, exchange=between.exchange + inside, network=between.network + inside)
 
     def rows(self, network: Network, link: Link, measured: dict[str, float] | None = None) -> list[Row]:
         """One row a candidate. `network` carries them; `link` is varied for the break-even rate; `measured`: seconds of real exchanges."""
         measured, found = measured or {}, {spec: self.timed(spec, network) for spec in self.traces}
-        alone = {spec: replay(trace.on(self.n), network, self.n).exchange for spec, trace in self.traces.items()}
+        alone = {spec: self.timed(spec, network, 0.0).exchange for spec in self.traces}
         # What overlaps with the backward pass does so whatever else an exchange takes.
         exchanges = {spec: measured.get(spec, alone[spec]) + timed.exchange - alone[spec] for spec, timed in found.items()}
         steps = {spec: self.compute + exchange for spec, exchange in exchanges.items()}
@@ -133,9 +140,11 @@ def advise(rows: Sequence[Row]) -> Advice:
     return Advice(tuple(rows), best.spec, best.gain, reason)
 
 
-def candidates(texts: Sequence[str], n: int) -> dict[str, Grace]:
-    """The specs to compare, by their full text, dense first; without any named, CANDIDATES and for more than 4 workers what reduces."""
-    chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else [])]
+def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Grace]:
+    """The specs to compare, by their full text, dense first; without any named, CANDIDATES, for more than 4 workers what reduces, and with
+    several workers a node all of them in two levels, too."""
+    levels = [f"{text} @ hierarchical" for text in CANDIDATES] if per_node > 1 else []
+    chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
     graces = [grace(DENSE), *map(grace, chosen)]
     return {str(g): g for g in graces}
 
@@ -165,7 +174,7 @@ def _sources() -> Iterator[Path]:
 def _load(file: Path) -> Trace | None:
     try:
         saved = json.loads(file.read_text())
-        return Trace(*(tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair")), saved["dense"])
+        return Trace(*(tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair")), saved["dense"], saved["two_level"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole
         return None
 

@@ -83,7 +83,9 @@ def plan(
         else:
             assert rate is not None and workers is not None
             link, first = Link.of(rate, seconds(latency)), True
-            chosen = planning.candidates(specs or (), workers)
+            if workers % workers_per_node:
+                raise ParameterError(f"{workers} workers do not fill nodes of {workers_per_node}: give a multiple of it")
+            chosen = planning.candidates(specs or (), workers, workers_per_node)
             recorded = planning.traces(chosen, shapes, fresh=fresh, tell=tell)
             among = {"per_node": workers_per_node, "inside": Link.of(inside, planning.INSIDE.latency)}
             made = planning.Model(recorded, workers, compute=compute_ms / 1000, **among)

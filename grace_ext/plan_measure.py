@@ -18,8 +18,8 @@ def probed(
     probe: Probe, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int, sizes: Sequence[int] = SIZES,
     steps: int = 3, tell: Tell = lambda text: None,
 ) -> Effects:  # fmt: skip
-    """(model, network, seconds of real exchanges by spec): exchanges of dense, and of so many candidates that seem fastest. The same on
-    all ranks. Codecs are timed on all ranks at once, as they run in training. Effects, as all of Probe."""
+    """(model, network, seconds of real exchanges by spec): exchanges of dense, of so many candidates that seem fastest, and of all in
+    two levels. The same on all ranks. Codecs are timed on all ranks at once, as they run in training. Effects, as all of Probe."""
     tell("the network")
     network = yield from probe.collectives(sizes)
     traces = {}
@@ -30,7 +30,8 @@ def probed(
     model = Model(traces, probe.n, compute=compute)
     dense, *others = sorted(traces, key=lambda text: (text != next(iter(traces)), model.timed(text, network).step))
     measured = {}
-    for text in [dense, *others[:exchanges]]:
+    levels = [text for text in others[exchanges:] if traces[text].two_level]  # of which nothing is known without
+    for text in [dense, *others[:exchanges], *levels]:
         tell(f"exchanges by {text}")
         measured[text] = yield from probe.exchange(chosen[text], shapes)
     return model, network, measured
@@ -48,4 +49,4 @@ def slowest(probe: Probe, trace: Trace) -> Effects:
     for events in (trace.alone, trace.pair):
         works = yield from probe.largest([event.work for event in events])
         made.append(tuple(replace(event, work=work) for event, work in zip(events, works, strict=True)))
-    return Trace(made[0], made[1], trace.dense)
+    return replace(trace, alone=made[0], pair=made[1])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .cluster import execute
-from .composition import Grace
+from .composition import Composition, Grace
 from .driver import Driver, Start
 from .exchange import Collective
 from .frameworks.base import Transport
@@ -47,11 +47,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Trace:
-    """The events of one step of one rank, for one rank and for two."""
+    """The events of one step of one rank, for one rank and for two. two_level: ranks are nodes, whose ranks add up before."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
     dense: int
+    two_level: bool = False
 
     def on(self, n: int) -> list[Event]:
         """The events of one of n ranks."""
@@ -114,8 +115,11 @@ def gradients(shapes: Shapes, rank: int) -> dict[str, np.ndarray]:
 def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, like: Transport | None = None) -> Trace:
     """The trace of this composition for gradients of these shapes: of each stretch of work the median of `steps` steps after a first.
     like: a transport of the engine that it is for; else one is pretended that gathers and scatters equal sizes only."""
-    alone, pair = (_timed(g, shapes, n, steps, lr, like) for n in (1, 2))
-    return Trace(alone, pair, 4 * sum(int(np.prod(dims)) for dims in shapes.values()))
+    between = g
+    if g.two_level and g.policy is None:  # what every rank does, of nodes
+        between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
+    alone, pair = (_timed(between, shapes, n, steps, lr, like) for n in (1, 2))
+    return Trace(alone, pair, 4 * sum(int(np.prod(dims)) for dims in shapes.values()), g.two_level)
 
 
 def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like: Transport | None) -> tuple[Event, ...]:

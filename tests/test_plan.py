@@ -85,6 +85,22 @@ def test_workers_of_a_node_share_its_link():
     assert network("broadcast", 16, 100) == 16 * cost.broadcast(link, 16, 100)
 
 
+def test_two_levels_are_the_nodes_exchange_and_what_is_inside(shapes_json):
+    g = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical")
+    trace = record(g, SHAPES, steps=1)
+    link, fast = Link.of("10mbit", 1e-3), Link.of("10gbit", 1e-5)
+    timed = plan.Model({"x": trace}, 8, per_node=4, inside=fast).timed("x", plan.OnLink(link, 4))
+    m, work = trace.nbytes(2), trace.work(2)
+    inside = cost.two_level(fast, 4, trace.dense, 0, 2 * m)
+    assert timed.exchange == pytest.approx(work + cost.allgather(link, 2, m) + inside, rel=0.01)
+    document = json.loads(said(shapes_json, "--rate", "1mbit", "--workers", "8", "--workers-per-node", "4", "--json"))
+    best = document["spec"]
+    assert best.endswith("@ hierarchical")  # 2 nodes gather an eighth of what 8 workers would
+    rows = {row["spec"]: row for row in document["rows"]}
+    flat = "topk(ratio=0.01) + residual @ "
+    assert rows[flat + "hierarchical"]["network_ms"] < rows[flat + "allgather"]["network_ms"] / 3
+
+
 # --- advice -------------------------------------------------------------------------------------------------------------
 def made(work: float, nbytes: float, kind: str = "allgather") -> Trace:
     start = Event("start", name="a", kind=kind, nbytes=nbytes)
@@ -284,6 +300,7 @@ def test_bad_shapes(tmp_path, content, why):
         (["MODEL", "--rate", "fast", "--workers", "2"], "grace-ext: a rate is a number and one of"),
         (["MODEL", "--rate", "1gbit", "--latency", "50", "--workers", "2"], "grace-ext: a time is a number and one of us, ms, s"),
         (["MODEL", "topj", "--rate", "1gbit", "--workers", "2"], "grace-ext: no compressor named 'topj'; did you mean 'topk'"),
+        (["MODEL", "--rate", "1gbit", "--workers", "7", "--workers-per-node", "2"], "grace-ext: 7 workers do not fill nodes of 2"),
         (["MODEL", "--measure"], "grace-ext: --measure needs a job of two ranks"),
     ],
 )
