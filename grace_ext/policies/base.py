@@ -135,7 +135,8 @@ class Policy(Part):
         yield
 
     def report(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any) -> np.ndarray:
-        """float32, of a length that all ranks share: what this rank has measured of all its tensors, or `found` by `survey`. Asked for where `due`."""
+        """float32, of a length that all ranks share: what this rank has measured of all its tensors, or `found` by `survey`. Asked for
+        where `due`."""
         raise NotImplementedError
 
     def settle(
