@@ -137,7 +137,7 @@ class Meeting:
             working = [r for r in range(self.size) if self._rounds[r] <= self._rounds[rank] and r not in self._left]
             return [r for r in working if step - self._step[r] > self.max_ahead]
 
-        self._wait_for(rank, behind, f"step {step}, as max_ahead={self.max_ahead} says", all_must_be_there=True)
+        self._wait_for(rank, behind, f"step {step} (max_ahead={self.max_ahead})", all_must_be_there=True)
 
     def _wait_for(self, rank: int, missing: Callable[[], list[int]], what: str, all_must_be_there: bool = False) -> None:
         """Waits, within the time limit, until `missing()` is empty. Raises RankLeftError where one that is missing has left."""

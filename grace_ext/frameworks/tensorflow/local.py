@@ -112,14 +112,14 @@ class _Local:
         values = [_tensor(v) for v in variables]
         types = [tf.as_dtype(v.dtype) for v in variables]
         if self.plan.asynchronous:
-            new = tf.numpy_function(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
+            new = _called(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
         else:
             assert self._by_models is not None
             drifts = self.worker.model.drift_specs
-            sent = tf.numpy_function(self._outgoing, values, [tf.as_dtype(spec.dtype) for spec in drifts])
+            sent = _called(self._outgoing, values, [tf.as_dtype(spec.dtype) for spec in drifts])
             for tensor, spec in zip(sent, drifts, strict=True):
                 tensor.set_shape(spec.shape)
-            new = tf.numpy_function(self._incoming, self._by_models(sent), types)
+            new = _called(self._incoming, self._by_models(sent), types)
         for variable, tensor in zip(variables, new, strict=True):
             tensor.set_shape(variable.shape)
             variable.assign(tensor)
@@ -196,6 +196,12 @@ class _LocalSGD:
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit on the same rank, with the model that was saved with it."""
         self._grace.worker.load_state_dict(saved)
+
+
+def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:
+    """tf.numpy_function, which in eager code gives a single result without its list."""
+    results = tf.numpy_function(function, inputs, types)
+    return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
 def _tensor(variable: Any) -> tf.Tensor:
