@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import communicators, compressors, memories, policies
-from .composition import Grace, from_params, grace
+from .composition import Grace, grace
 from .errors import GraceError
+from .porting import from_params
 
 if TYPE_CHECKING:
     from .cluster import LocalCluster

@@ -1,8 +1,8 @@
 """A policy at work in one driver: what each tensor goes through at a step, how its state goes on where that changes, what is learnt.
 
 All ranks choose alike: a choice follows from the tensor's name and shape, the number of the step, and state that only aggregates have
-changed, which are the same bits everywhere; a decision about all tensors at once is made by rank 0 and gathered (Driver._settle). Choices are
-made when a step begins and hold until it ends.
+changed, which are the same bits everywhere, or the gathered reports of all ranks (Driver._settle). Choices are made when a step begins and
+hold until it ends.
 """
 
 from __future__ import annotations
@@ -85,6 +85,12 @@ class Choices:
     def forget(self) -> None:
         """The states have come from elsewhere."""
         self._made_for = {}
+
+    def measure(self, ops: Ops, spec: TensorSpec, grad: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
+        """The tensor's state after what its policies measure of this rank's gradient."""
+        for path, policy in self._learners[spec] if spec.size else ():
+            state = {**state, **as_state(path, policy.measure(ops, grad, spec, info, own_state(path, state)))}
+        return state
 
     def observe(self, ops: Ops, spec: TensorSpec, aggregate: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
         """The tensor's state after what its policies learn of a result."""

@@ -315,18 +315,20 @@ class Driver:
         self.ops.recycle(bucket.buffers)
 
     def _settle(self) -> Effects:
-        """Decisions of policies about all tensors: rank 0's, so that ranks with other processors cannot come to another one."""
+        """What policies learn of all ranks' gradients: gathers the reports that are due, before the step is committed."""
         for path, (policy, specs) in self._choices.due(self.step).items():
             states = {spec: own_state(path, self._bucket_of[spec.name].states[spec.name]) for spec in specs}
             found = yield from policy.survey(self.transport, specs, self._compute, f"{self.prefix}/survey/{path}")
-            decision, said = policy.settle(self.ops, states, found) if self.transport.rank == 0 else (b"", [])
-            self._tell(said)
-            text = self.ops.upload(np.frombuffer(decision, np.uint8).copy())
-            mine = message(self.ops, [text], digest=0, step=self.step, finite=True)
-            received = yield from _at_once(self.transport, Collective("allgather", mine, "settle"), f"{self.prefix}/settle/{path}")
+            report = self.ops.upload(policy.report(self.ops, states, found).view(np.uint8))
+            mine = message(self.ops, [report], digest=0, step=self.step, finite=True)
+            wanted = Collective("allgather", mine, "settle", sizes=(len(mine),) * self.transport.size)
+            received = yield from _at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
             self._bytes += len(mine)
-            first = open_message(self.ops, received[0], digest=0, step=self.step, rank=0)[0]
-            for spec, changed in zip(specs, policy.settled(self.ops, self.ops.host(first).tobytes(), states), strict=True):
+            bodies = [open_message(self.ops, data, digest=0, step=self.step, rank=rank)[0] for rank, data in enumerate(received)]
+            reports = [np.frombuffer(self.ops.host(body).tobytes(), np.float32) for body in bodies]
+            changes, said = policy.settle(self.ops, reports, states, found)
+            self._tell(said)
+            for spec, changed in zip(specs, changes, strict=True):
                 self._bucket_of[spec.name].states[spec.name].update(as_state(path, changed))
 
     def _commit(self) -> dict[str, Any]:
@@ -375,6 +377,7 @@ class Driver:
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
         compressor, memory, communicator = self._choices.parts[spec.name]
+        state = self._choices.measure(self.ops, spec, grad, state, self._info)
         return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
 
     # --- agreement ----------------------------------------------------------------------------------------------------

@@ -97,8 +97,8 @@ class Compressor(Part):
         return {}
 
     def resized(self, ops: Ops, key: str, before: Array, fresh: Array) -> Array:
-        """An array of its state that another setting of its knobs has left (a policy changed them), in the size of its own: what `init` gave,
-        where nothing of the old one is of use."""
+        """An array of its state that another setting of its knobs has left (a policy changed them), in the size of its own: what `init`
+        gave, where nothing of the old one is of use."""
         return fresh
 
     def positions(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array | None:

@@ -22,12 +22,12 @@ class Accordion(Policy):
     Every `interval` steps, for each tensor: D = ||sum of the aggregates of these steps||_2. The next `interval` steps are critical if
     |D_before - D| / D_before >= `threshold`, where D_before is the last interval's D; or D_before is zero; or the learning rate has fallen
     by that fraction or more since the last interval (where an optimizer is bound). Critical steps, and the first interval, go through
-    `high`, all others through `low`. Two ratios, ranks or numbers of bits, or any two specs; the residual goes on from one to the other, and
-    so does powersgd's subspace: columns that both have are kept, new ones come from the shared seed.
+    `high`, all others through `low`. Two ratios, ranks or numbers of bits, or any two specs; the residual goes on from one to the other,
+    and so does powersgd's subspace: columns that both have are kept, new ones come from the shared seed.
     A shorter interval sees more noise and reacts sooner; a higher threshold sends less. D is of aggregates, which all ranks know alike.
     State: `sum`, float[d], and `regime`, float32[3]: D_before, critical or not, learning rate (0: unknown).
-    Source: Agarwal et al. 2021, whose interval is 10 epochs and who count any fall of the rate; here a schedule that falls a little at every
-    step is not critical throughout. The authors' code has the threshold fixed, and norms from rank 0.
+    Source: Agarwal et al. 2021, whose interval is 10 epochs and who count any fall of the rate; here a schedule that falls a little at
+    every step is not critical throughout. The authors' code has the threshold fixed, and norms from rank 0.
     """
 
     varies: ClassVar[bool] = True

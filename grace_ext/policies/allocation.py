@@ -24,8 +24,8 @@ def allocate(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]
 
         sum over layers of on_grid(error of the choice) <= grid,
 
-    and among those of the same size the sum on the grid is the smallest. None where there is none. errors, sizes: a list for each layer, with
-    an entry for each of its choices.
+    and among those of the same size the sum on the grid is the smallest. None where there is none. errors, sizes: a list for each layer,
+    with an entry for each of its choices.
 
     best[l][e] is the smallest size of layers 0..l with errors of at most e grid steps:
         best[l][e] = min over choices c of best[l-1][e - err(l, c)] + size(l, c),   best[-1][e] = 0.

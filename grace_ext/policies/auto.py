@@ -98,11 +98,13 @@ class Auto(Policy):
         found = yield from probed(probe, chosen, shapes, compute=compute, exchanges=self.exchanges, sizes=SIZES, steps=1)
         return advise(rows_of(found))
 
-    def settle(self, ops, states, found=None):
-        if found is None:
-            return bytes([0]), ["auto: one rank alone exchanges nothing, and stays dense"]
-        number = [str(leaf) for leaf in self.leaves].index(found.spec)
-        return bytes([number]), [f"auto: {found.spec} from the next step on; {found.reason}"]
+    def report(self, ops, states, found=None):
+        number = 0 if found is None else [str(leaf) for leaf in self.leaves].index(found.spec)
+        return np.array([number], np.float32)
 
-    def settled(self, ops, decision, states):
-        return [{"choice": self._choice(ops, decision[0])} for _ in states]
+    def settle(self, ops, reports, states, found=None):
+        number = int(reports[0][0])  # all ranks found the same; were it not so, rank 0's counts
+        told = "one rank alone exchanges nothing, and stays dense"
+        if found is not None:
+            told = f"{self.leaves[number]} from the next step on; {found.reason}"
+        return [{"choice": self._choice(ops, number)} for _ in states], [f"auto: {told}"]

@@ -12,6 +12,8 @@ from ..parts import Part, made_knob
 from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..composition import Composition
     from ..driver import Effects
     from ..frameworks.base import Transport
@@ -44,7 +46,7 @@ def own_state(path: str, state: State) -> dict[str, Array]:
 
 
 def is_own(key: str) -> bool:
-    """Whether a key of a tensor's state is a policy's: these are the same on all ranks."""
+    """Whether a key of a tensor's state is a policy's. A rank may go on with another's."""
     return ":" in key
 
 
@@ -55,8 +57,8 @@ def as_state(path: str, own: State) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Policy(Part):
-    """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what the
-    policy has learnt of aggregated gradients, which all ranks know alike. So all ranks choose alike.
+    """Chooses a composition for each tensor at the start of each step, from the tensor's name and shape, the number of the step, and what
+    the policy has learnt of aggregates or of what all ranks reported, which all know alike. So all ranks choose alike.
 
     It owns no state: a learning one is given that of a tensor, as every part is, and what changes is committed with the step.
     """
@@ -64,7 +66,7 @@ class Policy(Part):
     kind: ClassVar[str] = "policy"
     #: Its own choice for a tensor may be another one at another step.
     varies: ClassVar[bool] = False
-    #: It keeps state of its own, from aggregated gradients.
+    #: It keeps state of its own, from gradients that all ranks know alike.
     learns: ClassVar[bool] = False
     #: It decides for all its tensors at once (`settle`), so one driver must hold them.
     whole_model: ClassVar[bool] = False
@@ -97,7 +99,8 @@ class Policy(Part):
         return [value for value in values if hasattr(value, "leaves")]
 
     def reached(self, spec: TensorSpec, path: str) -> Iterator[tuple[str, Any]]:
-        """The policies that have a say about such a tensor, this one first, and the compositions that it may go through, with their places."""
+        """The policies that have a say about such a tensor, this one first, and the compositions that it may go through, with their
+        places."""
         yield path, self
         for knob, child in self.branches(spec).items():
             yield from child.reached(spec, f"{path}.{knob}")
@@ -110,7 +113,11 @@ class Policy(Part):
 
     # --- what a learning policy does -----------------------------------------------------------------------------------
     def init(self, ops: Ops, spec: TensorSpec) -> dict[str, Array]:
-        """What it keeps of a tensor before the first step, by keys of its own: arrays equal on all ranks."""
+        """What it keeps of a tensor before the first step, by keys of its own. What `choose` looks at is equal on all ranks at any time."""
+        return {}
+
+    def measure(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
+        """What changes of it by this rank's own gradient, float[d], before it is compressed: not to be kept or changed. For `report`."""
         return {}
 
     def observe(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
@@ -118,23 +125,26 @@ class Policy(Part):
         return {}
 
     def due(self, step: int) -> bool:
-        """Whether `settle` is to be called at the end of this step."""
+        """Whether the ranks' reports are to be gathered at the end of this step, and to be settled."""
         return False
 
     def survey(self, transport: Transport, specs: Sequence[TensorSpec], compute: float, prefix: str) -> Effects:
-        """What is to be known for `settle`, and nobody has measured: called on all ranks before it, a generator of the driver's effects, whose
+        """What `report` and `settle` need and nobody has measured: where `due`, on all ranks, a generator of the driver's effects, whose
         names begin with `prefix`. `compute`: seconds that this rank spent between the last exchange and this one."""
         return None
         yield
 
-    def settle(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any = None) -> tuple[bytes, list[str]]:
-        """A decision about all its tensors, made on one rank, given what `survey` returned there: what the others must know of it, and
-        sentences for the user."""
-        return b"", []
+    def report(self, ops: Ops, states: Mapping[TensorSpec, State], found: Any = None) -> np.ndarray:
+        """float32, of a length that all ranks share: what this rank has measured of all its tensors. Asked for where `due`; `found` is what
+        `survey` returned here."""
+        raise NotImplementedError
 
-    def settled(self, ops: Ops, decision: bytes, states: Mapping[TensorSpec, State]) -> list[dict[str, Array]]:
-        """What changes of the tensors' states by that decision, on every rank, in the order of `states`."""
-        return [{} for _ in states]
+    def settle(
+        self, ops: Ops, reports: Sequence[np.ndarray], states: Mapping[TensorSpec, State], found: Any = None
+    ) -> tuple[list[dict[str, Array]], list[str]]:
+        """What changes of the tensors' states, in their order, given the reports of all ranks, and sentences for the user. It gives the
+        same on every rank, so no product of matrices or other sum of a library's own order may be in it."""
+        raise NotImplementedError
 
 
 def plan_knob(default: str, help: str) -> Any:

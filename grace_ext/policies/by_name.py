@@ -41,7 +41,7 @@ class ByName(Policy):
     Source: common practice.
     """
 
-    patterns: Any = made_knob((), "specs by pattern, the first that matches counts", "specs by pattern, such as {'*.bias': 'none'}", _patterns)
+    patterns: Any = made_knob((), "the first that matches counts", "specs by pattern, such as {'*.bias': 'none'}", _patterns)
     default: Any = plan_knob("none", "what tensors go through that match no pattern")
 
     def _match(self, name: str) -> tuple[str, Any]:

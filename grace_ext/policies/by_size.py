@@ -37,7 +37,8 @@ class BySize(Policy):
         largest = max((spec.size for spec in specs), default=0)
         if largest >= self.min_elements:
             return []
-        return [f"by_size: no parameter has min_elements={self.min_elements} elements, the largest has {largest}; all go through {self.small}"]
+        found = f"no parameter has min_elements={self.min_elements} elements, the largest has {largest}"
+        return [f"by_size: {found}; all go through {self.small}"]
 
     @property
     def leaves(self):

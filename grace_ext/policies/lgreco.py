@@ -15,8 +15,8 @@ from .base import Policy, composition_knob
 from .knobs import knob_of, with_value
 from .losses import losses
 
-#: The knobs that it can set, and the range of each around the base's value where none is said.
-KNOBS = {"ratio": (0.1, 100.0), "rank": (0.25, 4.0), "bits": (0.5, 2.0)}
+#: The knobs that it can set: the range of each around the base's value where none is said, and what no choice is below or above.
+KNOBS = {"ratio": (0.3, 100.0, 0.0, 1.0), "rank": (0.5, 4.0, 1, 4096), "bits": (0.5, 2.0, 2, 8)}
 
 
 @register("lgreco")
@@ -26,15 +26,17 @@ class LGreCo(Policy):
 
         minimize  sum_l bytes(l, c_l)   subject to   sum_l err(l, c_l) <= alpha sum_l err(l, base)
 
-    over c_l in a grid of `choices` values of the base's ratio, rank or bits, from `low` to `high` times its own (which is among them), never
-    less than one element, rank 1 or 2 bits. err is the 2-norm of what is lost of the sum of the last `window` aggregates, which all ranks
-    know alike; with error feedback that is what was sent of the residuals, too. Every `every` steps the problem is solved exactly by
-    dynamic programming over errors in 1/10,000 of the budget, rounded up, on rank 0, whose choices reach the others in one small gather;
-    they hold from the next step on, on all ranks. Residuals stay, and so do the columns of powersgd's Q that old and new rank have;
-    new ones come from the shared seed. Before the first solution, and where no choice keeps the budget (which is told), all is as `base`.
+    over c_l in a grid of `choices` values of the base's ratio, rank or bits, from `low` to `high` times its own (which is among them),
+    never less than one element, rank 1 or 2 bits. err is the 2-norm of what is lost of the sum of the last `window` gradients of a rank,
+    before error feedback, averaged over the ranks: every `every` steps each rank measures its errors, and one small gather (4 bytes a
+    tensor and choice) brings all to every rank. Each then solves the same problem, exactly, by dynamic programming over errors in 1/10,000
+    of the budget, rounded up; so all go on with the same choices at the next step. Residuals stay, and so do the columns of powersgd's Q
+    that old and new rank have; new ones come from the shared seed. Before the first solution, and where no choice keeps the budget (which
+    is told), all is as `base`. Aggregates would need no gather, but hold what was sent, and so hide the errors that are to be measured.
     Errors: of top-k from sorted magnitudes, of low rank from singular values, of anything else by compressing. Tensors that are sent dense
     have none.
     State: `setting`, float32[1], the number of the choice, and `sum`, float[d] within a window, else empty.
+    A lower `low` saves more bytes at the same error of one step, and lets what large layers do not send wait longer in their residuals.
     alpha under 1 asks for less error, above for more savings; a longer window measures less noise. Re-solving more often costs time.
     Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code keeps its random
     columns different on every rank, can choose rank 0, and leaves NaN in its tables.
@@ -45,10 +47,14 @@ class LGreCo(Policy):
     whole_model: ClassVar[bool] = True
     base: Any = composition_knob("topk(ratio=0.01) + residual", "the uniform choice; its ratio, rank or bits is what is set for each layer")
     every: int = knob(100, "steps from one solution to the next", low=1, headline=True)
-    window: int = knob(10, "aggregates that errors are measured on", low=1, headline=True)
+    window: int = knob(10, "gradients that errors are measured on", low=1, headline=True)
     alpha: float = knob(1.0, "budget of errors, in those of the uniform choice", above=0, high=1e6)
-    low: float | None = knob(None, "smallest value, in the base's; None: 0.1 for ratios, 0.25 for ranks, 0.5 for bits", above=0, high=1, kind=float)
-    high: float | None = knob(None, "largest value, in the base's; None: 100 for ratios, 4 for ranks, 2 for bits", low=1, high=1e6, kind=float)
+    low: float | None = knob(
+        None, "smallest value, in the base's; None: 0.3 for ratios, 0.5 for ranks and bits", above=0, high=1, kind=float
+    )
+    high: float | None = knob(
+        None, "largest value, in the base's; None: 100 for ratios, 4 for ranks, 2 for bits", low=1, high=1e6, kind=float
+    )
     choices: int = knob(10, "how many values there are to choose from", low=2, high=256)
 
     def __post_init__(self):
@@ -65,9 +71,8 @@ class LGreCo(Policy):
     def values(self) -> tuple[Any, ...]:
         """What the knob may be set to, ascending; the base's value is among them."""
         name, base = self._knob
-        low, high = KNOBS[name]
-        low, high = base * (self.low or low), base * (self.high or high)
-        low, high = (low, min(high, 1.0)) if name == "ratio" else (max(low, 1 if name == "rank" else 2), high if name == "rank" else min(high, 8))
+        low, high, least, most = KNOBS[name]
+        low, high = max(base * (self.low or low), least), min(base * (self.high or high), most)
         if name == "bits":
             return tuple(sorted({*range(math.ceil(low), math.floor(high) + 1), base}))
         grid = {float(value) for value in np.geomspace(low, max(low, high), self.choices)}
@@ -99,49 +104,49 @@ class LGreCo(Policy):
     def _setting(ops, number: int):
         return ops.upload(np.array([number], np.float32))
 
-    def observe(self, ops, aggregate, spec, info, state):
+    def measure(self, ops, grad, spec, info, state):
         place = info.step % self.every - (self.every - self.window)
         if place < 0:
             return {}
         fresh = place == 0 or not len(state["sum"])  # a window begins, or a step of it was not committed
-        return {"sum": ops.cast(ops.copy(aggregate) if fresh else state["sum"] + aggregate, "float32")}
+        return {"sum": ops.cast(ops.copy(grad) if fresh else state["sum"] + grad, "float32")}
 
     def due(self, step):
         return (step + 1) % self.every == 0
 
-    def settle(self, ops, states, found=None):
-        solved = self.solve(ops, {spec: state["sum"] for spec, state in states.items() if len(state["sum"])})
+    def report(self, ops, states, found=None):
+        rows = [self.errors(ops, spec, state["sum"]) for spec, state in states.items()]
+        return np.array(rows, np.float32).reshape(-1)
+
+    def errors(self, ops, spec, x):
+        """What each choice loses of x: float[d]; NaN where x is empty or not finite."""
+        if not len(x) or not ops.all_finite(x):
+            return [math.nan] * len(self.leaves)
+        return losses(ops, x, spec, list(self.leaves), self._knob[0])
+
+    def settle(self, ops, reports, states, found=None):
+        errors = np.mean([np.asarray(report, np.float64).reshape(len(states), -1) for report in reports], axis=0)
+        solved = self.solve({spec: row.tolist() for spec, row in zip(states, errors, strict=True)})
         if solved is None:
-            return b"", [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]
+            told = [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]
+            return [{"setting": self._setting(ops, self.uniform), "sum": ops.zeros(0)} for _ in states], told
         settings = [solved.get(spec, int(state["setting"][0])) for spec, state in states.items()]
-        return np.array(settings, np.uint8).tobytes(), []
+        return [{"setting": self._setting(ops, number), "sum": ops.zeros(0)} for number in settings], []
 
-    def settled(self, ops, decision, states):
-        settings = np.frombuffer(decision, np.uint8).tolist() or [self.uniform] * len(states)
-        return [{"setting": self._setting(ops, number), "sum": ops.zeros(0)} for number in settings]
-
-    def tables(self, ops, gradients):
-        """(errors, bytes a rank) of each choice, by tensor: {spec: (list, list)}, given float[d] arrays by spec. A tensor for which all choices
-        are sent dense is not in it."""
-        made = {}
-        for spec, x in gradients.items():
-            if any(leaf.parts_for(spec)[0].name != "none" for leaf in self.leaves):
-                finite = ops.all_finite(x)
-                errors = losses(ops, x, spec, list(self.leaves), self._knob[0]) if finite else [math.nan] * len(self.leaves)
-                made[spec] = errors, [leaf.nbytes(spec) for leaf in self.leaves]
-        return made
-
-    def solve(self, ops, gradients):
-        """The number of the choice for each tensor, given gradients by TensorSpec: float[d] arrays. None where nothing keeps the budget."""
-        tables = self.tables(ops, gradients)
-        if not tables:
-            return {}
-        errors, sizes = ([table[part] for table in tables.values()] for part in (0, 1))
-        at_uniform = [math.fsum(row[self.uniform] for row in rows) for rows in (errors, sizes)]
-        found = allocate(errors, sizes, self.alpha * at_uniform[0])
+    def solve(self, errors):
+        """The number of the choice for each tensor, given the error of every choice by TensorSpec. None where nothing keeps the budget.
+        Tensors that are always sent dense, or whose errors are not known (NaN), are left out, of the budget and of the result."""
+        known = [spec for spec, row in errors.items() if self._compresses(spec) and np.isfinite(row).all()]
+        table = [errors[spec] for spec in known]
+        sizes = [[leaf.nbytes(spec) for leaf in self.leaves] for spec in known]
+        at_uniform = [math.fsum(row[self.uniform] for row in rows) for rows in (table, sizes)]
+        found = allocate(table, sizes, self.alpha * at_uniform[0])
         if found is None:
             return None
         # Rounded up, the uniform choice itself may be over its own errors on the grid.
         if self.alpha >= 1 and at_uniform[1] <= math.fsum(row[c] for row, c in zip(sizes, found, strict=True)):
-            found = [self.uniform] * len(tables)
-        return dict(zip(tables, found, strict=True))
+            found = [self.uniform] * len(known)
+        return dict(zip(known, found, strict=True))
+
+    def _compresses(self, spec):
+        return any(leaf.parts_for(spec)[0].name != "none" for leaf in self.leaves)

@@ -46,8 +46,8 @@ def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:
 
 
 def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[float]:
-    """sqrt(sum of the squared singular values after the first r), for each r. An estimate of the subspace is never better than the best one,
-    so these are upper bounds."""
+    """sqrt(sum of the squared singular values after the first r), for each r. An estimate of the subspace is never better than the best
+    one, so these are upper bounds."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     rows, columns = matrix.shape

@@ -16,6 +16,7 @@ from grace_ext.compressors.base import Compressor
 from grace_ext.compressors.sparse import AtPositions, Selecting
 from grace_ext.errors import BiasedCompressorWarning
 from grace_ext.memories.base import Memory
+from grace_ext.policies.base import Policy
 
 from .. import catalog
 
@@ -23,6 +24,7 @@ KINDS = {
     "compressor": (Compressor, grace_ext.compressors),
     "memory": (Memory, grace_ext.memories),
     "communicator": (Communicator, grace_ext.communicators),
+    "policy": (Policy, grace_ext.policies),
 }
 
 

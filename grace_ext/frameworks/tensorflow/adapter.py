@@ -37,8 +37,8 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
     together = [policy for policy in g.policies if policy.whole_model]
     if together:
         raise UnsupportedError(
-            f"{together[0]} decides for all variables at once, and under Horovod's own tape each has an exchange of its own; use the tape or "
-            "the DistributedOptimizer of grace_ext.frameworks.tensorflow"
+            f"{together[0]} decides for all variables at once, and under Horovod's own tape each has an exchange of its own; use the tape "
+            "or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
     if simulate:
         raise UnboundError("simulate=True: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape")

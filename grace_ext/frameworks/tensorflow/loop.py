@@ -1,8 +1,8 @@
 """One model's exchange where a policy changes from step to step WHICH collectives there are.
 
-graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver says, as a tensor, which kind comes
-next and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing left to do. So one
-traced graph serves every choice of every policy, and no choice is made when tracing.
+graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver says, as a tensor, which kind
+comes next and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing left to do.
+So one traced graph serves every choice of every policy, and no choice is made when tracing.
 
     begin: gradients -> (kind, arrays);   while kind >= 0: (kind, arrays) -> collective -> the driver -> (kind, arrays);   end: -> results
 
@@ -116,8 +116,8 @@ class LoopExchange(GraphExchange):
         return self._next()
 
     def _next(self) -> list[np.ndarray]:
-        """Runs the driver until it waits for a collective that is not made yet: the kind and the arrays of the first of those in the queue, or
-        ENDED where the step is over."""
+        """Runs the driver until it waits for a collective that is not made yet: the kind and the arrays of the first of those in the queue,
+        or ENDED where the step is over."""
         while True:
             answer = None
             if self._waiting:

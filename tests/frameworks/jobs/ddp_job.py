@@ -15,6 +15,7 @@ from ddp_setup import (
     assert_same,
     in_cluster,
     layers_loss,
+    policies,
     run_cases,
     sgd,
     train,
@@ -44,6 +45,16 @@ def check_spec(g):
 
 for number, spec in enumerate(training.SPECS):
     globals()[f"case_spec_{number}"] = functools.partial(check_spec, spec)
+
+
+def case_policies():
+    """In 6 buckets, too, all ranks choose alike and at the same step as in a cluster of one bucket."""
+    for g in policies.SPECS:
+        ddp, *_ = wrap(without_unused(), g)
+        got = train(ddp, training.loss_of, range(12), training.make_optimizer(ddp.module))
+        expected, _ = in_cluster(without_unused, training.loss_of, range(12), g, training.make_optimizer)
+        for name in expected:
+            assert np.allclose(got[name], expected[name], rtol=1e-5, atol=1e-7), (g, name)
 
 
 def case_powersgd_in_eight_buckets():

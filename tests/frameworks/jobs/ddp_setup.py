@@ -13,6 +13,7 @@ import grace_ext
 import grace_ext.frameworks.torch as hvd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import policies as policies  # noqa: E402
 import training as training  # noqa: E402
 from cases import assert_same as assert_same  # noqa: E402
 from cases import raises as raises  # noqa: E402

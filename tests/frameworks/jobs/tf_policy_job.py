@@ -88,7 +88,8 @@ def case_unmodified_horovod():
             for v, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
                 v.assign(v - problem.LR * gradient)
         assert_as_in_cluster(variables, spec, [v.name for v in variables])
-    raises(UnsupportedError, "decides for all variables at once", lambda: grace_ext.grace("by_size(large=lgreco)").bind(problem.tf_variables()))
+    g = grace_ext.grace("by_size(large=lgreco)")
+    raises(UnsupportedError, "decides for all variables at once", lambda: g.bind(problem.tf_variables()))
 
 
 def case_checkpoint():

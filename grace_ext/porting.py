@@ -1,0 +1,87 @@
+"""GRACE's own parameter dictionary -> a Grace."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from . import communicators, compressors, memories
+from .composition import Grace, _warned, grace
+from .errors import ParameterError
+
+# GRACE's keys -> (kind, our knob), for the parts that have such a knob.
+PARAMS = {
+    "compress_ratio": ("compressor", "ratio"),
+    "compress_rank": ("compressor", "rank"),
+    "quantum_num": ("compressor", "levels"),
+    "threshold": ("compressor", "threshold"),
+    "quantiles": ("compressor", "quantiles"),
+    "error_bound": ("compressor", "bound_exponent"),
+    "momentum_factor": ("compressor", "momentum"),
+    "momentum": ("memory", "momentum"),
+    "gradient_clipping": ("memory", "clipping"),
+    "lr": (None, None),  # ours read the optimizer's current rate at every step
+    "world_size": (None, None),  # known from the engine
+}
+
+
+def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What GRACE's values are called here, where that is not the same."""
+    changed: dict[str, Any] = {}
+    if params.get("communicator") == "all_to_all":
+        changed["communicator"] = "reduce_scatter"
+    clipping = params.get("gradient_clipping")
+    if clipping is False:
+        changed["gradient_clipping"] = None
+    elif clipping is True:
+        raise ParameterError("gradient_clipping: give the norm that gradients of the whole model are rescaled to (times sqrt(n)), not True")
+    if "error_bound" in params:
+        changed["error_bound"] = _exponent(params["error_bound"])
+    if params.get("momentum_factor") and params.get("compressor") != "signum":
+        warnings.warn("from_params: momentum_factor has no effect; give the momentum to the optimizer", stacklevel=3)
+    return changed
+
+
+def _exponent(bound: Any) -> int:
+    """E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
+    try:
+        return round(-math.log10(float(bound) / 2))
+    except (TypeError, ValueError):
+        raise ParameterError(f"error_bound must be a number like 2e-10 (for 2**-10), got {bound!r}") from None
+
+
+def from_params(params: Mapping[str, Any]) -> Grace:
+    """A Grace from GRACE's own parameter dictionary, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator': 'allgather',
+    'compress_ratio': 0.01}. A missing key takes OUR default, said once; `lr` and `world_size` are
+    read from the optimizer and the engine."""
+    params = {**params, **_renamed(params)}
+    known = {"compressor", "memory", "communicator", *PARAMS}
+    unknown = sorted(set(params) - known)
+    if unknown:
+        raise ParameterError(f"unknown key {', '.join(map(repr, unknown))} in GRACE parameters; known: {', '.join(sorted(known))}")
+    kinds = {"compressor": compressors, "memory": memories, "communicator": communicators}
+    classes = {kind: module.get(params[kind]) for kind, module in kinds.items() if params.get(kind) is not None}
+    if "compressor" not in classes:
+        raise ParameterError("GRACE parameters need a 'compressor', one of: " + ", ".join(compressors.names()))
+    knobs: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    for key, value in params.items():
+        kind, name = PARAMS.get(key, (None, None))
+        # GRACE's dictionary is shared by all its parts: 'momentum' is also signum's, and keys of parts not in use are ignored.
+        for candidate in [kind, "compressor"] if key == "momentum" else [kind]:
+            if candidate in classes and name in {f.name for f in dataclasses.fields(classes[candidate])}:
+                knobs[candidate][name] = value
+                break
+    defaults = {
+        f"{kind} {cls.name}: {f.name}={f.default!r}"
+        for kind, cls in classes.items()
+        for f in dataclasses.fields(cls)
+        if f.name not in knobs[kind] and f.name in {ours for _, ours in PARAMS.values()}
+    }
+    if defaults and str(sorted(defaults)) not in _warned:
+        _warned.add(str(sorted(defaults)))
+        warnings.warn("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)), stacklevel=2)
+    parts = {kind: cls.create((), knobs[kind]) for kind, cls in classes.items()}
+    return grace(**parts)

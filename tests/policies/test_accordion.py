@@ -1,0 +1,85 @@
+"""Accordion's decisions against its rule in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import grace_ext
+from grace_ext.testing.worlds import NUMPY
+
+POLICY = "accordion(high=topk(ratio=0.5) + residual, low=topk(ratio=0.05) + residual, interval=4, threshold={})"
+
+
+def sends(policy, norms, lrs=None, size=2):
+    """For each step whether it went through `high`, given the size of the steps' gradients; and the aggregates."""
+    cluster = NUMPY.cluster(grace_ext.grace(policy), size)
+    direction = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    high, results = [], []
+    for step, norm in enumerate(norms):
+        high.append(None)
+        results.append(NUMPY.step(cluster, [{"w": direction * np.float32(norm)}] * size, lr=None if lrs is None else lrs[step])["w"])
+        high[-1] = cluster.wire_bytes[0]
+    return [size == high[0] for size in high], results  # the first is
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_the_rule(threshold):
+    """|D_before - D| >= threshold D_before, with D the norm of the sum of a window's aggregates; the first window is critical."""
+    norms = np.repeat([1.0, 1.05, 1.4, 1.4, 0.5, 0.5, 3.0, 3.1, 0.1, 0.1], 4)
+    high, results = sends(POLICY.format(threshold), norms)
+    expected, before = [True] * 4, None
+    for window in range(len(norms) // 4):
+        now = np.linalg.norm(np.sum([r.astype(np.float64) for r in results[4 * window : 4 * window + 4]], axis=0))
+        expected += [before is None or abs(before - now) >= threshold * before] * 4
+        before = now
+    assert high == expected[: len(high)] and 0 < sum(high) < len(high)
+
+
+def test_the_threshold_is_a_knob():
+    """35: in the authors' code 0.5 is fixed, whatever is asked for."""
+    norms = np.repeat([1.0, 1.3, 1.6, 2.0], 4)
+    assert sum(sends(POLICY.format(0.1), norms)[0]) > sum(sends(POLICY.format(2.0), norms)[0])
+
+
+def test_a_norm_of_zero_before_is_critical():
+    """35: another copy divides by it."""
+    high, _ = sends(POLICY.format(0.5), np.repeat([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], 4))
+    assert high[8:16] == [True] * 8  # nothing before; then from zero to something
+
+
+def test_a_fall_of_the_learning_rate_is_critical_and_a_slow_decay_is_not():
+    # Without error feedback, and with a `low` that is like `high`, the norms of aggregates stay what they are.
+    norms, policy = np.ones(32), POLICY.format(0.5).replace("residual", "none").replace("0.05", "0.4")
+    steady, _ = sends(policy, norms, lrs=[0.1] * 32)
+    slow, _ = sends(policy, norms, lrs=[0.1 * 0.98**t for t in range(32)])
+    fallen, _ = sends(policy, norms, lrs=[0.1] * 18 + [0.01] * 14)
+    assert steady == slow and not any(steady[12:])
+    assert fallen[20:24] == [True] * 4 and not any(fallen[24:])
+
+
+def test_each_tensor_has_a_regime_of_its_own():
+    cluster = NUMPY.cluster(grace_ext.grace(POLICY.format(0.6).replace("residual", "none")), 2)
+    direction = np.random.default_rng(0).standard_normal(200).astype(np.float32)
+    for step in range(16):
+        g = {"steady": direction, "growing": direction * np.float32(2.0 ** (step // 4))}
+        NUMPY.step(cluster, [g, g])
+    regimes = {name: float(cluster.drivers[1].state[name]["policy:regime"][1]) for name in ("steady", "growing")}
+    assert regimes == {"steady": 0, "growing": 1}
+
+
+def test_ranks_and_bits():
+    """Switches between ranks, and between numbers of bits, with what is sent before and after."""
+    for high, low in (("powersgd(rank=4) + none", "powersgd(rank=1) + none"), ("qsgd(bits=8) + none", "qsgd(bits=6) + none")):
+        cluster = NUMPY.cluster(grace_ext.grace(f"accordion(high={high}, low={low}, interval=2, threshold=0.9)"), 2)
+        sizes, norms = [], []
+        for _ in range(8):
+            g = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
+            norms.append(np.linalg.norm(NUMPY.step(cluster, [{"w": g}, {"w": g}])["w"]))
+            sizes.append(cluster.wire_bytes[0])
+        plain = []
+        for spec in (high, low):
+            other = NUMPY.cluster(grace_ext.grace(spec), 2)
+            NUMPY.step(other, [{"w": g}, {"w": g}])
+            plain.append(other.wire_bytes[0])
+        assert sizes[0] == plain[0] and sizes[-1] == plain[1], (sizes, norms)
