@@ -376,7 +376,6 @@ class Driver:
         tensor = self._arrived.get(spec.name)
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
-        state = self._choices.measure(self.ops, spec, grad, state, self._info)
         compressor, memory, communicator = self._choices.parts[spec.name]
         state = self._choices.measure(self.ops, spec, grad, state, self._info)
         return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
