@@ -139,7 +139,7 @@ def test_the_local_benchmark_measures_every_compressor(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "local.py", "--elements", "50000", "--times", "1", "--out", out]
     subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
     rows = json.loads(out.read_text())["rows"]
-    assert {row["asked"].split("(")[0] for row in rows} == set(grace_ext.registry.names("compressor"))
+    assert {row["asked"].split("(")[0] for row in rows} == set(grace_ext.compressors.names())
     assert {row.what.split(",")[0] for row in targets.of_local(rows)} >= {"threshold"}
 
 
