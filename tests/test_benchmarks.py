@@ -140,7 +140,7 @@ def test_the_local_benchmark_measures_every_compressor(tmp_path):
     subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
     rows = json.loads(out.read_text())["rows"]
     assert {row["asked"].split("(")[0] for row in rows} == set(grace_ext.compressors.names())
-    assert {row.what.split(",")[0] for row in targets.of_local(rows)} >= {"threshold"}
+    assert {row.what.split(":")[0] for row in targets.of_local(rows)} == set(targets.LOCAL)
 
 
 def test_local_targets_are_beside_what_was_measured():
