@@ -39,7 +39,7 @@ def run(command: list[str], timeout: float = 240) -> str:
         said = "".join(x.decode() if isinstance(x, bytes) else x or "" for x in (error.stdout, error.stderr))
         pytest.fail(f"{' '.join(map(str, command))} took over {timeout} s\n{said[-4000:]}")
     if done.returncode:
-        pytest.fail(f"{' '.join(map(str, command))} exited with {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}")
+        pytest.fail(f"{' '.join(map(str, command))} exited with {done.returncode}\n{(done.stdout + done.stderr)[-20000:]}")
     return done.stdout
 
 
