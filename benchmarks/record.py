@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grace_ext.bench import processor
+
 PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
 
 
@@ -20,10 +22,11 @@ def cores() -> int:
 
 def machine() -> str:
     """Processor, cores, memory and system, in words."""
-    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    kilobytes = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    memory = f", {kilobytes / 2**20:.0f} GiB" if kilobytes else ""
-    return f"{model}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (OSError, ValueError):
+        memory = ""
+    return f"{processor()}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
 
 
 def versions() -> dict[str, str]:
@@ -55,10 +58,3 @@ def stamp() -> dict[str, Any]:
     """All of it, as the head of a JSON document."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(), "commit": commit()}
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []
