@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..driver import Driver, agree, perform, tell
+from ..agreement import agree, tell
+from ..driver import Driver, perform
 from ..errors import DisagreementError, GraceError
 from ..frameworks.base import Transport
 from ..ops import Ops

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...agreement import digest_of
 from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
@@ -180,6 +181,15 @@ class Exchange:
             raise NamesError(f"rank {self._transport.rank}: missing parameters {missing}, unknown parameters {extra}")
         for name, tensor in gradients.items():
             driver.check(name, tensor)
+
+    def check_agreement(self, parameters: Mapping[str, Any] | None = None) -> None:
+        """Raises DisagreementError on every rank alike, naming ranks and parameters, where the ranks' specs, names, shapes, versions or
+        steps differ, or the bits of these `parameters` (arrays by name). Collective: every rank calls it, between steps."""
+        if self._over:
+            raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
+        if self._transport.size > 1:
+            digests = {name: digest_of(np.asarray(array)) for name, array in (parameters or {}).items()}
+            perform(self._driver.compare(digests), self._transport, {})
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of this rank's state, as Driver.state_dict; every rank's is needed to resume."""

@@ -35,5 +35,6 @@ else:
     from .callbacks import broadcast_variables as broadcast_variables
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
+    from .optimizer import check_agreement as check_agreement
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape

@@ -9,10 +9,13 @@ from typing import Any
 
 import horovod.tensorflow as api
 import keras
+import numpy as np
 import tensorflow as tf
 
+from ...agreement import digest_of
 from ...composition import Grace, grace
-from ...errors import NamesError, ParameterError, UnsupportedError
+from ...driver import perform
+from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
 from ...spec import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange
@@ -105,6 +108,16 @@ class Exchanges:
                 "make a new optimizer for a changed model"
             )
         return self.dense
+
+    def compare(self, variables: Sequence[Any]) -> None:
+        """See Driver.compare; of these variables. Every rank calls it between steps, after the first."""
+        if self.idle or self.process_set.size() == 1:
+            return
+        if self.dense is None:
+            raise GraceError("ranks compare their parameters after the first step: nothing has been exchanged yet")
+        arrays = [np.asarray(v.numpy()) for v in variables]
+        digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
+        perform(self.dense.driver.compare(digests), self.dense.transport, {})
 
     @property
     def wire_bytes(self) -> int:
@@ -273,6 +286,19 @@ class _Distributed:
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit on the same rank."""
         self._grace.load_state_dict(saved)
+
+
+def check_agreement(optimizer: Any, model: Any = None) -> None:
+    """Raises DisagreementError on every rank alike, naming ranks and variables, where the ranks' specs, variables' names, shapes, versions
+    or steps differ, or the bits of the variables: those that this DistributedOptimizer trains, or with `model` all of the model's
+    (moving averages of BatchNormalization are each rank's own).
+
+    Every rank of its process set calls it between steps, after the first (else GraceError), outside of tf.function. It waits for the
+    slowest, reads every variable once and gathers some 30 bytes for each. At world size 1 it does nothing. For `fit`, see
+    callbacks.AgreementCallback."""
+    if not isinstance(optimizer, _Distributed):
+        raise UnsupportedError(f"check_agreement takes grace_ext's DistributedOptimizer, not {type(optimizer).__name__}")
+    optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)  # type: ignore[attr-defined]
 
 
 def refuse_xla(optimizer: Any) -> None:

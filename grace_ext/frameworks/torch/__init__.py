@@ -14,6 +14,7 @@ else:
     from .dist_api import *  # noqa: F403
 
 from ...local import post_local as post_local
+from .agreement import check_agreement as check_agreement
 from .ddp import ddp_comm_hook as ddp_comm_hook
 from .local import LocalSGD as LocalSGD
 from .optimizer import DistributedOptimizer as DistributedOptimizer
