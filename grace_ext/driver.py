@@ -402,6 +402,13 @@ class Driver:
             "node": self.transport.node if self.grace.two_level else "",
         }
 
+    def move(self, transport: Transport, divisor: int) -> None:
+        """Goes on among other ranks, with an empty memory and a new agreement. What was under way is forgotten: its engine has ended."""
+        self.abandon()
+        self.transport, self.divisor, self._levels = transport, divisor, None
+        self.agreed, self.prefix, self.state = False, "", {}
+        self._choices.forget()
+
     def join_agreement(self, prefix: str) -> None:
         """For one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with `prefix`,
         and the state before each commit is kept, so that all can roll back where one could not commit."""

@@ -10,6 +10,8 @@ from .engine import ENGINE as ENGINE
 
 if ENGINE == "horovod":
     from horovod.torch import *  # noqa: F403
+
+    from . import elastic as elastic
 else:
     from .dist_api import *  # noqa: F403
 

@@ -13,7 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...agreement import agree
 from ...composition import Grace, grace
 from ...driver import perform
-from ...errors import NamesError, ParameterError, TensorChangedError, UnsupportedError
+from ...elastic import STALE
+from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
 from ..base import rate_of
 from . import engine
 from .ops import ops_for
@@ -208,7 +209,7 @@ class _Distributed(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Ends the exchange: every gradient becomes the aggregate of all ranks. Waits."""
         if self._session is not None:
-            self._refuse_unfrozen()
+            self._check_world()
             for name, parameter in self._parameters.items():
                 if self._delay[name] > 0 and parameter.grad is not None:
                     self._put(name, parameter.grad)
@@ -232,7 +233,10 @@ class _Distributed(torch.optim.Optimizer):
                 gradient.zero_().add_(handle())
         self._synchronized = True
 
-    def _refuse_unfrozen(self) -> None:
+    def _check_world(self) -> None:
+        size = self._session.driver.transport.size  # type: ignore[union-attr]
+        if size != self.process_set.size():
+            raise GraceError(STALE.format(size, self.process_set.size()))
         known = {id(p) for p in self._parameters.values()}
         new = [p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
         if new:
@@ -295,6 +299,18 @@ class _Distributed(torch.optim.Optimizer):
             )
         super().zero_grad(*args, **kwargs)
 
+    def move(self, carried_over: Callable[[Any], Any]) -> None:
+        """After the ranks have changed: exchanges among those that there are now. `carried_over` gives this rank's state for them, from
+        that of before; collective."""
+        if self.process_set is not api.global_process_set:
+            raise UnsupportedError("process sets do not survive a change of ranks: in an elastic job leave process_set out")
+        if self._session is None:
+            self._connect()
+        if self._session is not None:
+            self._session.move(carried_over, lambda ops: engine.transport(ops, self.process_set), self._average)
+        self.set_backward_passes_per_step(self.backward_passes_per_step)
+        self._synchronized, self._pending = False, False
+
     # --- state ------------------------------------------------------------------------------------------------------
     @property
     def wire_bytes(self) -> int:
@@ -316,10 +332,10 @@ class _Distributed(torch.optim.Optimizer):
         self._synchronized, self._should_synchronize, self._pending = False, True, False
 
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None) -> None:
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None, *, memory: bool = True) -> None:
     """As Horovod's: every rank gets the root's optimizer state. The memory of compression is each rank's own and stays; but where the
     root is at another step (it alone has loaded a checkpoint), a rank takes from it what all ranks share, and its own memory starts at
-    zero, with a warning."""
+    zero, with a warning. memory=False leaves it alone."""
     args = (optimizer, root_rank) + (() if model is None else (model,))
     if not isinstance(optimizer, _Distributed):
         api.broadcast_optimizer_state(*args)
@@ -328,8 +344,8 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     with optimizer.skip_synchronize():
         api.broadcast_optimizer_state(*args)
     session = optimizer._session
-    steps = api.allgather_object(session and session.driver.step)
+    steps = api.allgather_object(session and session.driver.step, name="grace.step") if memory else []
     if len({step for step in steps if step is not None}) > 1:
-        saved = api.broadcast_object(session and session.state_dict(), root_rank)
+        saved = api.broadcast_object(session and session.state_dict(), root_rank, name="grace.state")
         if session is not None and session.driver.step != saved["step"]:
             session.load_state_dict(saved)

@@ -106,6 +106,20 @@ class Session:
                 raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
             perform(self.driver.compare(digests_of(tensors)), self.driver.transport, {})
 
+    def move(self, carried_over: Callable[[Any], Any], make_transport: Callable[[Any], Transport], average: bool) -> None:
+        """Goes on among other ranks, see Driver.move; `carried_over` maps this rank's state (numpy arrays, None where there is none) to
+        that of the new world."""
+        driver = self.driver
+        saved = driver.state_dict()
+        own = {**saved, "state": {key: self.ops.host(array) for key, array in saved["state"].items()}}
+        moved = carried_over(own if driver.step else None)
+        self._first.clear()
+        self._handles.clear()
+        transport = make_transport(self.ops)
+        driver.move(transport, transport.size if average else 1)
+        if moved is not None:
+            driver.load_state_dict({**moved, "state": {key: self.ops.upload(array) for key, array in moved["state"].items()}})
+
     def state_dict(self) -> dict[str, Any]:
         """The driver's state, as torch tensors (so that `torch.load` reads them without pickle)."""
         saved = self.driver.state_dict()
