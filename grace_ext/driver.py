@@ -394,7 +394,7 @@ class Driver:
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
-            "op": "sum" if self.divisor == 1 and self.transport.size > 1 else "mean",
+            "op": self._op,
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
             "step": self.step,
@@ -428,9 +428,18 @@ class Driver:
         """{'version', 'spec', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies, of this rank."""
         flat = {f"{key}/{name}": self.ops.copy(array) for name, state in self.state.items() for key, array in state.items()}
         return {
-            "version": 1, "spec": str(self.grace), "rank": self.transport.rank, "size": self.transport.size,
-            "step": self.step, "state": flat,
+            "version": 1, "spec": str(self.grace), "op": self._op, "rank": self.transport.rank, "size": self.transport.size,
+            "step": self.step, "state": flat, **({"node": self._node} if self.grace.two_level else {}),
         }  # fmt: skip
+
+    @property
+    def _op(self) -> str:
+        return "sum" if self.divisor == 1 and self.transport.size > 1 else "mean"
+
+    @property
+    def _node(self) -> str:
+        """What tells nodes apart, without a host's name."""
+        return hashlib.blake2b(self.transport.node.encode(), digest_size=8).hexdigest()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit from what `state_dict` gave on the same rank. Of another rank's (a checkpoint of rank 0 alone) what all ranks
@@ -454,8 +463,8 @@ class Driver:
             raise GraceError(f"this state was saved with {saved['spec']!r}, the exchange is {str(self.grace)!r}")
         if saved["size"] != self.transport.size:
             raise GraceError(
-                f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; leave it out to start with an "
-                "empty memory"
+                f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; save with grace_ext.save, "
+                "and grace_ext.load(..., resize='mean') fits it to another number of ranks, or leave it out to start with an empty memory"
             )
         foreign = saved["rank"] != self.transport.rank
         together = [memory.name for memory in self.grace.memories if not memory.resumes_alone]
