@@ -403,11 +403,12 @@ class Driver:
         }
 
     def move(self, transport: Transport, divisor: int) -> None:
-        """Goes on among other ranks, with an empty memory and a new agreement. What was under way is forgotten: its engine has ended."""
+        """Goes on among other ranks, with an empty memory and a new agreement; parameters are to be registered again, as on a rank that has
+        just joined. What was under way is forgotten: its engine has ended."""
         self.abandon()
         self.transport, self.divisor, self._levels = transport, divisor, None
         self.agreed, self.prefix, self.state = False, "", {}
-        self._choices.forget()
+        self.register(())
 
     def join_agreement(self, prefix: str) -> None:
         """For one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with `prefix`,

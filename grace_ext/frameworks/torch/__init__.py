@@ -11,6 +11,7 @@ from .engine import ENGINE as ENGINE
 if ENGINE == "horovod":
     from horovod.torch import *  # noqa: F403
 
+    del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import elastic as elastic
 else:
     from .dist_api import *  # noqa: F403
