@@ -27,7 +27,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +240,7 @@ class Driver:
                     if bucket.running:
                         results = []
                         for name in bucket.waiting:
-                            results.append((yield Wait(name)))
+                            results.append((yield Wait(name, bucket.specs)))
                         yield from self._advance(bucket, results)
             if all(bucket.finite for bucket in self.buckets):
                 yield from self._settle()
@@ -505,6 +506,17 @@ class Driver:
                 raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")
 
 
+@contextmanager
+def telling(transport: Transport, name: str, parameters: Sequence[TensorSpec] = ()) -> Iterator[None]:
+    """An engine's error says little: makes it a CollectiveError (of a kind that the engine's users expect)."""
+    try:
+        yield
+    except GraceError:
+        raise
+    except RuntimeError as error:
+        raise transport.failure(str(error), name, [spec.name for spec in parameters], transport.rank) from error
+
+
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
     """Executes a driver's effects on a transport; `handles` holds what is under way between calls."""
     answer = None
@@ -517,11 +529,13 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
             answer = None
             if isinstance(effect, Start):
                 among = transport.among(effect.collective.group)
-                handles[effect.name] = among, among and among.start(effect.collective, effect.name)
+                with telling(transport, effect.name):
+                    handles[effect.name] = among, among and among.start(effect.collective, effect.name)
             elif isinstance(effect, Split):
                 transport.split(effect.groups)
             else:
                 among, handle = handles.pop(effect.name)
-                answer = among.wait(handle) if among else None
+                with telling(transport, effect.name, effect.parameters):
+                    answer = among.wait(handle) if among else None
     finally:
         effects.close()  # so that an engine's error reaches the driver at once

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .exchange import Collective
     from .frameworks.base import Transport
+    from .spec import TensorSpec
 
 
 class Start(NamedTuple):
@@ -17,7 +18,10 @@ class Start(NamedTuple):
 
 
 class Wait(NamedTuple):
+    """`parameters`: whose gradients the collective carries, for what an error says."""
+
     name: str
+    parameters: Sequence[TensorSpec] = ()
 
 
 class Split(NamedTuple):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IncompatiblePartsError, PayloadError, UnsupportedError
+from ..errors import CollectiveError, IncompatiblePartsError, PayloadError, UnsupportedError
 from ..exchange import Collective
 from ..ops import Array, Ops
 from ..parts import HALVES, INTEGERS, ITEMSIZE
@@ -46,6 +46,8 @@ class Transport(ABC):
     gathers_uneven: bool = False
     #: The engine's all-to-all finds out by itself how much arrives; else every rank's sizes are exchanged.
     scatters_uneven: bool = False
+    #: What is raised where the engine could not end a collective.
+    failure: type[CollectiveError] = CollectiveError
     #: It has groups of ranks: `group`, for exchanges in two levels.
     splits: bool = False
     _groups: Mapping[str, Transport | None] = MappingProxyType({})

@@ -4,11 +4,14 @@
 
 Start it with `-m mpi4py` as above: an error that one rank does not catch then aborts the whole job. Without it that rank waits in
 MPI_Finalize for the others, and they wait for it. A rank that dies by a signal, or leaves by os._exit, is noticed by mpirun either way,
-which aborts all ranks. MPI has no timeouts: a rank that stays alive and never calls `step` again is waited for.
+which aborts all ranks. MPI has no timeouts: `step` waits for a rank that stays alive and does not come for GRACE_EXT_TIMEOUT seconds, and
+raises CollectiveError.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +23,7 @@ from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange import Collective
 from ...spec import TensorSpec
+from ...timeouts import timeout
 from ..base import Carried, Transport, _lengths, arriving, cut
 from .compiled import host_ops
 from .ops import NumpyOps
@@ -54,7 +58,7 @@ class MpiTransport(Transport):
 
     def __init__(self, ops: NumpyOps, comm: Any):
         self.ops, self.comm, self._mpi = ops, comm, load_mpi()
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.rank, self.size, self._timeout = comm.Get_rank(), comm.Get_size(), timeout()
 
     def group(self, ranks: Sequence[int]) -> MpiTransport | None:
         mine = self.rank in ranks
@@ -90,7 +94,11 @@ class MpiTransport(Transport):
 
     def wait(self, handle: Any) -> Any:
         collective, result, requests = handle
-        self._mpi.Request.Waitall(requests)
+        deadline = time.monotonic() + self._timeout
+        while not self._mpi.Request.Testall(requests):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the other ranks did not come in {self._timeout:g} s")
+            os.sched_yield()
         return np.divide(result, collective.divisor, out=result) if collective.kind == "allreduce" else result
 
 

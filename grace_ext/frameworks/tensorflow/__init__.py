@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from ...errors import UnsupportedError
+from ...timeouts import tell_horovod
 
 if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
     # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
@@ -18,6 +19,8 @@ if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER",
             "torchrun started this process, and TensorFlow's collectives come from Horovod, for which it would be alone: it would train on "
             "its share and reduce nothing. Use horovodrun or mpirun"
         )
+
+tell_horovod()
 
 try:
     from horovod.tensorflow import *  # noqa: F403
