@@ -82,8 +82,8 @@ class CollectiveError(GraceError, RuntimeError):
         shown = ", ".join(self.parameters[:3]) + (f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else "")
         super().__init__(
             f"rank {rank}: collective {name!r}{f' of {shown}' if shown else ''} failed: {reason}. Look at the other ranks' output for the "
-            "one that ended or stopped first; the memory is that of the last whole step. Training can go on from a checkpoint, or by itself "
-            "as an elastic job; a peer that is only slow may need a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
+            "one that ended or stopped first; the memory is that of the last whole step. Training can go on from a checkpoint, or "
+            "by itself as an elastic job; a peer that is only slow may need a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
         )
 
 
