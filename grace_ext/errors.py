@@ -65,6 +65,10 @@ class DisagreementError(GraceError, RuntimeError):
         super().__init__(message)
 
 
+class CheckpointError(GraceError, RuntimeError):
+    """A checkpoint that could not be written, is not there, is damaged, or is of another exchange."""
+
+
 class RankLeftError(GraceError, RuntimeError):
     """Ranks that are waited for have left, have not come in time, or are at another step. `ranks` are those."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by
 from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
@@ -204,12 +205,14 @@ class Exchange:
         return self._driver.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` gave on the same rank of as many. Raises GraceError, and changes nothing, if it does
-        not fit."""
-        ours = (self._transport.rank, self._transport.size)
-        if (saved.get("rank"), saved.get("size")) != ours:
-            raise GraceError(f"this state is of rank {saved.get('rank')} of {saved.get('size')}, this is rank {ours[0]} of {ours[1]}")
+        """Resumes bit for bit from what `state_dict` gave on the same rank of as many; from rank 0's alone as Driver.load_state_dict says.
+        Raises GraceError, and changes nothing, if it does not fit."""
         self._driver.load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        if self._over:
+            raise GraceError(f"this Exchange {self._over}; its state_dict() is that of the last whole step")
+        return kept_by(self._transport, self.state_dict, self._driver.read_state, self._driver.load_state_dict)
 
     def close(self) -> None:
         """Frees the duplicated communicator. Collective: every rank calls it, or none does (MPI then frees it when the process ends)."""

@@ -13,12 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by, nothing_kept
 from ...composition import Grace, grace
-from ...driver import perform
+from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
 from ...spec import TensorSpec
 from ..base import check_optimizer
-from .graph import GraphExchange
+from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
 
 XLA = (
@@ -98,7 +99,7 @@ class Exchanges:
     def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
         if self.dense is None:
             self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
-            if self._saved is not None:
+            if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs
         if {spec.name: spec for spec in specs} != known:
@@ -130,9 +131,23 @@ class Exchanges:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes; before the first step it is kept until the variables are known."""
-        self._saved = saved
         if self.dense:
             self.dense.driver.load_state_dict(saved)
+        elif saved:
+            self._check(saved)
+        self._saved = saved
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        if self.dense:
+            self.dense.driver.read_state(saved)
+        else:
+            transport = HorovodTransport(self.process_set)
+            Driver(self.grace, transport.ops, transport).read_state(saved)
+
+    def _kept(self) -> Kept:
+        if self.idle:
+            return nothing_kept(self.process_set.included())
+        return kept_by(HorovodTransport(self.process_set), self.state_dict, self._check, self.load_state_dict)
 
 
 def DistributedOptimizer(  # noqa: N802 (Horovod's name)
@@ -286,6 +301,9 @@ class _Distributed:
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit on the same rank."""
         self._grace.load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        return self._grace._kept()
 
 
 def check_agreement(optimizer: Any, model: Any = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...agreement import agree
+from ...checkpoint import Kept, nothing_kept
 from ...composition import Grace, grace
 from ...driver import perform
 from ...elastic import STALE
@@ -330,6 +331,9 @@ class _Distributed(torch.optim.Optimizer):
             self._session.load_state_dict(own)
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._synchronized, self._should_synchronize, self._pending = False, True, False
+
+    def _kept(self) -> Kept:
+        return self._session.kept() if self._session else nothing_kept(self.process_set.included())
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None, *, memory: bool = True) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by
 from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnsupportedError
@@ -128,8 +129,13 @@ class Session:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         device = next(iter(self.parameters.values())).device
-        state = {key: self.ops.from_torch(tensor.to(device)) for key, tensor in saved["state"].items()}
+        state = {key: self.ops.from_torch(torch.as_tensor(array).to(device)) for key, array in saved["state"].items()}
         self.driver.load_state_dict({**saved, "state": state})
+
+    def kept(self) -> Kept:
+        """For grace_ext.save and load."""
+        driver = self.driver
+        return kept_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
