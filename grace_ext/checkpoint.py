@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .driver import perform, tell
+from .agreement import tell
+from .driver import perform
 from .errors import CheckpointError, GraceError, ParameterError
 from .resize import HOW, resized, told
 from .statefile import decode, encode, exchanges, mapped

@@ -71,7 +71,9 @@ def strike(lab: Any, engine: str, fault: str, folder: Path, *, timeout: float, l
     'seconds' from the fault to the error of rank 0 or, without one, to the end, 'left' ranks that still ran 60 s after the timeout."""
     launchers = started(lab, engine, folder, steps, timeout)
     try:
-        assert until(lambda: all(len(said(folder, rank, "STEP")) >= 2 for rank in (0, 1)), 120), (folder / "log").read_text()[-3000:]
+        under_way = lambda: all(len(said(folder, rank, "STEP")) >= 2 for rank in (0, 1))  # noqa: E731
+        until(lambda: under_way() or any(launcher.poll() is not None for launcher in launchers), 300)
+        assert under_way(), (folder / "log").read_text()[-3000:]
         pids = [int(said(folder, rank, "PID")[0]) for rank in (0, 1)]
         begun = time.monotonic()
         if fault == "cut":

@@ -34,7 +34,9 @@ except ImportError as error:
         )
 else:
     from ...local import post_local as post_local
+    del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import callbacks as callbacks
+    from . import elastic as elastic
     from .callbacks import broadcast_variables as broadcast_variables
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as api
@@ -136,6 +136,15 @@ class Exchanges:
         elif saved:
             self._check(saved)
         self._saved = saved
+
+    def move(self, carried_over: Callable[[Any], Any]) -> None:
+        """After the ranks have changed: the next call exchanges among those that there are now. `carried_over` gives this rank's state for
+        them from that of before (None on a rank that had none); collective. Functions that were traced before are of no use any more."""
+        own = self.state_dict()
+        self._saved = carried_over(own if own.get("step") else None)
+        if self.dense:
+            self.dense.ended = True
+        self.dense = None
 
     def _check(self, saved: dict[str, Any]) -> None:
         if self.dense:
