@@ -16,15 +16,23 @@ from .errors import GraceError
 from .porting import from_params
 
 if TYPE_CHECKING:
+    from .checkpoint import load, save
     from .cluster import LocalCluster
 
 __version__ = "0.1.0"
-__all__ = ["Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "memories", "policies"]
+__all__ = [
+    "Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "load", "memories", "policies", "save",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name == "LocalCluster":  # needs numpy, which a plain import should not pay for
+    # These need numpy, which a plain import should not pay for.
+    if name == "LocalCluster":
         from .cluster import LocalCluster
 
         return LocalCluster
+    if name in ("load", "save"):
+        from . import checkpoint
+
+        return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

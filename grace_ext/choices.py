@@ -103,8 +103,9 @@ class Choices:
         return {path: group for path, group in self.groups.items() if group[0].due(step)}
 
     def shared(self) -> set[str]:
-        """Keys of state that are the same on all ranks."""
-        return {key for leaf in self.grace.leaves for part in (leaf.memory, leaf.compressor) for key in part.shared_state}
+        """Keys of state that are the same on all ranks, or that a rank may go on with another's."""
+        parts = [part for leaf in self.grace.leaves for part in (leaf.memory, leaf.compressor, leaf.communicator)]
+        return {key for part in parts for key in (*part.shared_state, *part.borrowed_state)}
 
     def lengths(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> dict[str, set[int]]:
         """By key: how long the arrays of such a tensor's state may be, whatever was chosen last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import Kept
 from .driver import Driver, Effects, Start, Wait
 from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
@@ -12,6 +13,7 @@ from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
 from .ops import Ops
 from .parts import HALVES, INTEGERS
 from .spec import TensorSpec
+from .statefile import mapped
 
 if TYPE_CHECKING:
     from .composition import Grace
@@ -104,12 +106,28 @@ class LocalCluster:
         """Resumes. Raises GraceError if it was saved with another spec or another number of ranks."""
         if len(saved["ranks"]) != self.size:
             raise GraceError(f"this state is of {len(saved['ranks'])} ranks, the cluster has {self.size}")
-        for driver, state in zip(self.drivers, saved["ranks"], strict=True):  # all are checked before any is changed
+        self._check_states(saved["ranks"])
+        for driver, state in zip(self.drivers, saved["ranks"], strict=True):
+            driver.load_state_dict(state)
+
+    def _check_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for driver, state in zip(self.drivers, states, strict=True):
             driver.read_state(state)
             if state["rank"] != driver.transport.rank:
                 raise GraceError(f"the state of rank {state['rank']} stands in the place of rank {driver.transport.rank}")
-        for driver, state in zip(self.drivers, saved["ranks"], strict=True):
-            driver.load_state_dict(state)
+
+    def _kept(self) -> Kept:
+        def read() -> list[dict[str, Any]]:
+            return [mapped(state, self.ops.host) for state in self.state_dict()["ranks"]]
+
+        def uploaded(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [mapped(state, self.ops.upload) for state in states]
+
+        return Kept(
+            range(self.size), self.size, None, read,
+            lambda states: self._check_states(uploaded(states)),
+            lambda states: self.load_state_dict({"version": 1, "ranks": uploaded(states)}),
+        )  # fmt: skip
 
 
 def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:

@@ -27,18 +27,21 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .agreement import agree, compare, few
 from .choices import Choices
-from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+from .effects import Effects, Split, Start, Wait, at_once
+from .errors import GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .levels import Levels
 from .ops import Array, Ops
-from .payload import VERSION, message, open_message
+from .payload import message, open_message
 from .policies.base import as_state, is_own, own_state
 from .spec import DTYPES, StepInfo, TensorSpec
 
@@ -48,24 +51,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20
-
-
-class Start(NamedTuple):
-    name: str
-    collective: Collective
-
-
-class Wait(NamedTuple):
-    name: str
-
-
-class Split(NamedTuple):
-    """Makes the groups of an exchange in two levels, on all ranks: `groups` of ranks, the last of which has the first of every other."""
-
-    groups: list[list[int]]
-
-
-Effects = Generator[Any, Any, Any]
 
 
 class Bucket:
@@ -214,7 +199,7 @@ class Driver:
         """Raises if this tensor is not what was registered under its name."""
         spec = self.specs.get(name)
         if spec is None:
-            raise NamesError(f"unknown parameter {name!r}; this exchange was set up for: {_few(self.specs)}")
+            raise NamesError(f"unknown parameter {name!r}; this exchange was set up for: {few(self.specs)}")
         shape, dtype = self.ops.describe(tensor)
         if (shape, dtype) != (spec.shape, spec.dtype):
             raise TensorChangedError(
@@ -255,7 +240,7 @@ class Driver:
                     if bucket.running:
                         results = []
                         for name in bucket.waiting:
-                            results.append((yield Wait(name)))
+                            results.append((yield Wait(name, bucket.specs)))
                         yield from self._advance(bucket, results)
             if all(bucket.finite for bucket in self.buckets):
                 yield from self._settle()
@@ -322,7 +307,7 @@ class Driver:
             report = self.ops.upload(policy.report(self.ops, states, found).view(np.uint8))
             mine = message(self.ops, [report], digest=0, step=self.step, finite=True)
             wanted = Collective("allgather", mine, "settle", sizes=(len(mine),) * self.transport.size)
-            received = yield from _at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
+            received = yield from at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
             self._bytes += len(mine)
             bodies = [open_message(self.ops, data, digest=0, step=self.step, rank=rank)[0] for rank, data in enumerate(received)]
             reports = [np.frombuffer(self.ops.host(body).tobytes(), np.float32) for body in bodies]
@@ -386,18 +371,7 @@ class Driver:
 
         Also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way
         at once, and ranks may have made different numbers of drivers before (for process sets)."""
-        self._choose()
-        mine = {
-            "spec": str(self.grace),
-            "seed": self.grace.seed,
-            "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
-            "op": "sum" if self.divisor == 1 and self.transport.size > 1 else "mean",
-            "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
-            "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
-            "number": Driver._next_number,
-            "node": self.transport.node if self.grace.two_level else "",
-        }
-        said = yield from agree(self.ops, self.transport, mine)
+        said = yield from agree(self.ops, self.transport, self._described())
         if self.grace.two_level:
             self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
             yield Split(self._levels.groups)
@@ -406,6 +380,36 @@ class Driver:
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
         self.agreed = True
+
+    def compare(self, digests: Mapping[str, str]) -> Effects:
+        """Raises DisagreementError, on every rank alike, where ranks do not compress alike, are at different steps, or have different
+        digests of parameters (agreement.digest_of, by name). Between steps only."""
+        if self._arrived:
+            raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
+        yield from compare(self.ops, self.transport, self._described(), digests)
+
+    def _described(self) -> dict[str, Any]:
+        """What this rank says of itself."""
+        self._choose()
+        return {
+            "spec": str(self.grace),
+            "seed": self.grace.seed,
+            "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "op": self._op,
+            "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
+            "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
+            "step": self.step,
+            "number": Driver._next_number,
+            "node": self.transport.node if self.grace.two_level else "",
+        }
+
+    def move(self, transport: Transport, divisor: int) -> None:
+        """Goes on among other ranks, with an empty memory and a new agreement; parameters are to be registered again, as on a rank that has
+        just joined. What was under way is forgotten: its engine has ended."""
+        self.abandon()
+        self.transport, self.divisor, self._levels = transport, divisor, None
+        self.agreed, self.prefix, self.state = False, "", {}
+        self.register(())
 
     def join_agreement(self, prefix: str) -> None:
         """For one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with `prefix`,
@@ -426,9 +430,18 @@ class Driver:
         """{'version', 'spec', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies, of this rank."""
         flat = {f"{key}/{name}": self.ops.copy(array) for name, state in self.state.items() for key, array in state.items()}
         return {
-            "version": 1, "spec": str(self.grace), "rank": self.transport.rank, "size": self.transport.size,
-            "step": self.step, "state": flat,
+            "version": 1, "spec": str(self.grace), "op": self._op, "rank": self.transport.rank, "size": self.transport.size,
+            "step": self.step, "state": flat, **({"node": self._node} if self.grace.two_level else {}),
         }  # fmt: skip
+
+    @property
+    def _op(self) -> str:
+        return "sum" if self.divisor == 1 and self.transport.size > 1 else "mean"
+
+    @property
+    def _node(self) -> str:
+        """What tells nodes apart, without a host's name."""
+        return hashlib.blake2b(self.transport.node.encode(), digest_size=8).hexdigest()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit from what `state_dict` gave on the same rank. Of another rank's (a checkpoint of rank 0 alone) what all ranks
@@ -452,8 +465,8 @@ class Driver:
             raise GraceError(f"this state was saved with {saved['spec']!r}, the exchange is {str(self.grace)!r}")
         if saved["size"] != self.transport.size:
             raise GraceError(
-                f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; leave it out to start with an "
-                "empty memory"
+                f"this state was saved by one of {saved['size']} ranks, there are {self.transport.size}; save with grace_ext.save, "
+                "and grace_ext.load(..., resize='mean') fits it to another number of ranks, or leave it out to start with an empty memory"
             )
         foreign = saved["rank"] != self.transport.rank
         together = [memory.name for memory in self.grace.memories if not memory.resumes_alone]
@@ -477,7 +490,7 @@ class Driver:
         info = self._step_info()
         for name, arrays in state.items():
             if name not in self.specs:
-                raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {_few(self.specs)}")
+                raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {few(self.specs)}")
             spec = self.specs[name]
             if self.grace.policy:
                 allowed = self._choices.lengths(self.ops, spec, info) if spec.size else {}
@@ -493,36 +506,15 @@ class Driver:
                 raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")
 
 
-def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
-    """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
-    alike, where anything but the number and the node differs."""
-    said = yield from tell(ops, transport, {**mine, "version": VERSION})
-    own = {"number": 0, "node": ""}
-    if any({**other, **own} != {**said[0], **own} for other in said):
-        raise DisagreementError(_difference(said), said)
-    return said
-
-
-def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
-    """What every rank tells the others, made of JSON types: a list by rank."""
-    text = ops.upload(np.frombuffer(json.dumps(mine).encode(), np.uint8).copy())
-    collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
-    received = yield from _at_once(transport, collective, "grace/agree")
-    bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-    return [json.loads(ops.host(body).tobytes()) for body in bodies]
-
-
-def _at_once(transport: Transport, wanted: Collective, name: str) -> Effects:
-    """The result of one collective, started and waited for."""
-    carried = transport.carry(wanted)
-    answer = None
-    for turn in itertools.count():
-        try:
-            collective = carried.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        yield Start(f"{name}/{turn}", collective)
-        answer = yield Wait(f"{name}/{turn}")
+@contextmanager
+def telling(transport: Transport, name: str, parameters: Sequence[TensorSpec] = ()) -> Iterator[None]:
+    """An engine's error says little: makes it a CollectiveError (of a kind that the engine's users expect)."""
+    try:
+        yield
+    except GraceError:
+        raise
+    except RuntimeError as error:
+        raise transport.failure(str(error), name, [spec.name for spec in parameters], transport.rank) from error
 
 
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
@@ -537,38 +529,13 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
             answer = None
             if isinstance(effect, Start):
                 among = transport.among(effect.collective.group)
-                handles[effect.name] = among, among and among.start(effect.collective, effect.name)
+                with telling(transport, effect.name):
+                    handles[effect.name] = among, among and among.start(effect.collective, effect.name)
             elif isinstance(effect, Split):
                 transport.split(effect.groups)
             else:
                 among, handle = handles.pop(effect.name)
-                answer = among.wait(handle) if among else None
+                with telling(transport, effect.name, effect.parameters):
+                    answer = among.wait(handle) if among else None
     finally:
         effects.close()  # so that an engine's error reaches the driver at once
-
-
-def _few(names: Iterable[str]) -> str:
-    shown = list(itertools.islice(names, 6))
-    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
-
-
-def _difference(said: list[dict]) -> str:
-    """What differs between the ranks, in words."""
-
-    def what(other: dict) -> str:
-        return f"uses {other['spec']!r} (seed {other['seed']}, op {other.get('op')}, payload version {other['version']})"
-
-    lines = [f"rank 0 {what(said[0])}"]
-    for rank, other in enumerate(said):
-        if what(other) != what(said[0]):
-            lines.append(f"rank {rank} {what(other)}")
-        elif other["parameters"] != said[0]["parameters"]:
-            first, its = ({p[0]: p[1:] for p in x["parameters"]} for x in (said[0], other))
-            differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
-            names = _few(differing) if differing else "the order of the parameters"
-            lines.append(f"rank {rank} has other parameters than rank 0: {names}")
-        elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
-            lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
-        elif {**other, "number": 0, "node": ""} != {**said[0], "number": 0, "node": ""}:
-            lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
-    return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

@@ -65,12 +65,30 @@ class DisagreementError(GraceError, RuntimeError):
         super().__init__(message)
 
 
+class CheckpointError(GraceError, RuntimeError):
+    """A checkpoint that could not be written, is not there, is damaged, or is of another exchange."""
+
+
 class RankLeftError(GraceError, RuntimeError):
     """Ranks that are waited for have left, have not come in time, or are at another step. `ranks` are those."""
 
     def __init__(self, message: str, ranks: Sequence[int] = ()):
         self.ranks = tuple(ranks)
         super().__init__(message)
+
+
+class CollectiveError(GraceError, RuntimeError):
+    """The engine could not end a collective: a peer died, the network failed, or somebody did not come in time. `name` is the collective's,
+    `parameters` those whose gradients it carried, `rank` the rank that says so (an engine seldom knows whose fault it was)."""
+
+    def __init__(self, reason: str, name: str, parameters: Sequence[str], rank: int):
+        self.reason, self.name, self.parameters, self.rank = reason, name, tuple(parameters), rank
+        shown = ", ".join(self.parameters[:3]) + (f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else "")
+        super().__init__(
+            f"rank {rank}: collective {name!r}{f' of {shown}' if shown else ''} failed: {reason}. Look at the other ranks' output for the "
+            "one that ended or stopped first; the memory is that of the last whole step. Training can go on from a checkpoint, or "
+            "by itself as an elastic job; a peer that is only slow may need a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
+        )
 
 
 class PayloadError(GraceError, RuntimeError):

@@ -69,6 +69,7 @@ class Collective(NamedTuple):
     'alltoall'    uint8, `sizes` of the pieces for each rank; the result is a list by rank; `received`: the sizes of what arrives, by rank,
                   where that is not this rank's own entry of `sizes` from everyone, and () where it is not known, and then the pieces are
                   messages of payload.py
+    `limits`: where sizes are not known, the most bytes that each rank can rightly send to this one.
     `label` tells a bucket's collectives of one round apart. `group`: 'all' ranks; those 'inside' this rank's node; 'between' the nodes, of
     their first ranks; or 'idle', in which this rank takes no part, and whose result is None (levels.py)."""
 
@@ -80,6 +81,7 @@ class Collective(NamedTuple):
     dtype: str = "uint8"
     received: tuple[int, ...] | None = None
     group: str = "all"
+    limits: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -302,9 +304,10 @@ def _fused_scatter(ops, group, specs, info, digest, flag, label, carry):
         data.append(message(ops, pieces, digest=digest, step=info.step, finite=not flag[0]))
     sizes = tuple(len(piece) for piece in data)
     variable = any(field.variable for _, request in group for fields in request.fields for field in fields)
-    collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None)
-    received = yield from carry(collective)
     mine = [request.fields[info.rank] for _, request in group]
+    limits = (_most(mine),) * info.size
+    collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None, limits=limits)
+    received = yield from carry(collective)
     return _opened(ops, group, [mine] * info.size, specs, info, digest, received)
 
 
@@ -313,12 +316,16 @@ def _fused_gather(ops, kind, group, specs, info, digest, flag, label, carry):
     finite = not flag[0] and all(request.finite for _, request in group)
     data = message(ops, pieces, digest=digest, step=info.step, finite=finite)
     by_rank = [[request.by_rank[rank] if request.by_rank else request.fields for _, request in group] for rank in range(info.size)]
-    sizes: Any = tuple(HEADER.size + sum(field.max_bytes for fields in one for field in fields) for one in by_rank)
-    if any(field.variable for one in by_rank for fields in one for field in fields):
-        sizes = None
+    limits = tuple(_most(one) for one in by_rank)
+    sizes = None if any(field.variable for one in by_rank for fields in one for field in fields) else limits
     collective = "broadcast" if kind == "broadcast" else "allgather"
-    received = yield from carry(Collective(collective, data, label, sizes=sizes))
+    received = yield from carry(Collective(collective, data, label, sizes=sizes, limits=limits))
     return _opened(ops, group, by_rank, specs, info, digest, received)
+
+
+def _most(fields_of_all: Sequence[Sequence[Field]]) -> int:
+    """Bytes of the longest message with these fields."""
+    return HEADER.size + sum(field.max_bytes for fields in fields_of_all for field in fields)
 
 
 def _opened(ops, group, fields_by_rank, specs, info, digest, received):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError
@@ -124,6 +125,14 @@ class Part:
     kind: ClassVar[str] = ""
     #: Keys of its state that are equal on all ranks; the others belong to one rank.
     shared_state: ClassVar[tuple[str, ...]] = ()
+    #: Keys that a rank may go on with another's: settings that it learnt, no part of what is to be sent.
+    borrowed_state: ClassVar[tuple[str, ...]] = ()
+    #: Keys of which each rank has its shard of the tensor: one after the other, in rank order, they are whole.
+    sharded_state: ClassVar[tuple[str, ...]] = ()
+    #: Keys whose arrays add up to zero over the ranks.
+    zero_sum_state: ClassVar[tuple[str, ...]] = ()
+    #: Keys that are, on all ranks, the mean (or, for a sum, the sum) over the ranks of another key, which is each rank's own.
+    mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({})
     #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
     uses_lr: ClassVar[bool] = False
 

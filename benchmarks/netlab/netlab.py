@@ -141,6 +141,14 @@ class Netlab:
         self.rate = rate
         self._remember(self.state)
 
+    def cut(self, host: str) -> None:
+        """Takes a host's link down: nothing arrives, and nobody is told."""
+        sh("ip", "link", "set", self._hosts[host].port, "down")
+
+    def mend(self, host: str) -> None:
+        """Brings the link up again."""
+        sh("ip", "link", "set", self._hosts[host].port, "up")
+
     def command(self, command: Command, host: str = "h1") -> list[str]:
         """The command line, for this machine, that runs a command on a host."""
         if host not in self._hosts:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..compressors.base import Exchanged
 from ..errors import IncompatiblePartsError, ParameterError
@@ -34,6 +35,8 @@ class ReduceScatter(Communicator):
     Source: Zheng, Huang, Kwok 2019; Bernstein et al. 2018 (votes).
     """
 
+    shared_state: ClassVar[tuple[str, ...]] = ("shard_rate",)
+    sharded_state: ClassVar[tuple[str, ...]] = ("shard_residual",)
     feedback: bool | None = knob(None, "remember what the second compression loses; None: where the compressor is biased", kind=bool)
     follow_rate: bool = knob(False, "multiply the second residual by lr_before / lr at every step, as memory 'dist_ef_block' does")
 

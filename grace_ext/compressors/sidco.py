@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -57,6 +58,7 @@ class SIDCo(Selecting):
     controller for all tensors.
     """
 
+    borrowed_state: ClassVar[tuple[str, ...]] = ("sidco_stages",)
     ratio: float = ratio_knob()
     distribution: str = knob("exponential", "the law of the magnitudes", choices=("exponential", "pareto", "gamma"), headline=True)
     stages: int = knob(3, "stages at the first step; the controller changes them", low=1, high=64)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import IncompatiblePartsError, UnsupportedError
+from ..errors import CollectiveError, IncompatiblePartsError, PayloadError, UnsupportedError
 from ..exchange import Collective
 from ..ops import Array, Ops
 from ..parts import HALVES, INTEGERS, ITEMSIZE
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Carried = Generator[Collective, Any, Any]
 #: Hyperparameters that only optimizers with moments or scales of their own have, as torch and Keras call them.
 ADAPTIVE = ("betas", "eps", "etas", "rho", "beta_1", "beta_2_decay", "epsilon", "learning_rate_power", "history_size")
+#: The most bytes of a message whose parts do not say how long it can be: what ranks tell each other in an agreement.
+LONGEST = 2**28
 
 
 def rate_of(groups: Sequence[Mapping[str, Any]]) -> float | None:
@@ -44,6 +46,8 @@ class Transport(ABC):
     gathers_uneven: bool = False
     #: The engine's all-to-all finds out by itself how much arrives; else every rank's sizes are exchanged.
     scatters_uneven: bool = False
+    #: What is raised where the engine could not end a collective.
+    failure: type[CollectiveError] = CollectiveError
     #: It has groups of ranks: `group`, for exchanges in two levels.
     splits: bool = False
     _groups: Mapping[str, Transport | None] = MappingProxyType({})
@@ -90,6 +94,7 @@ class Transport(ABC):
             own = self.ops.upload(np.array(collective.sizes, np.int64).view(np.uint8))
             said = yield Collective("allgather", own, collective.label + ".size", sizes=(8 * self.size,) * self.size)
             received = tuple(int(_int64(self.ops, sizes)[self.rank]) for sizes in said)
+            _check_announced(received, collective.limits)
             return (yield collective._replace(received=received))
         if collective.kind == "broadcast" and collective.sizes is None:
             sizes = yield from _lengths(self, collective)
@@ -185,7 +190,16 @@ def _lengths(transport: Transport, collective: Collective) -> Carried:
     ops = transport.ops
     own = ops.upload(np.array([len(collective.array)], np.int64).view(np.uint8))
     lengths = yield Collective("allgather", own, collective.label + ".size", sizes=(8,) * transport.size)
-    return tuple(int(_int64(ops, length)[0]) for length in lengths)
+    announced = tuple(int(_int64(ops, length)[0]) for length in lengths)
+    _check_announced(announced, collective.limits)
+    return announced
+
+
+def _check_announced(sizes: Sequence[int], limits: Sequence[int] | None) -> None:
+    """Raises PayloadError, before any memory is taken for it, where a rank announces more than it can rightly send."""
+    for rank, (size, limit) in enumerate(zip(sizes, limits or (LONGEST,) * len(sizes), strict=True)):
+        if not 0 <= size <= limit:
+            raise PayloadError(f"its announced size is {size} bytes; it can be of at most {limit}", rank)
 
 
 def _int64(ops: Ops, data: Array) -> np.ndarray:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..driver import Driver, agree, perform, tell
+from ..agreement import agree, tell
+from ..checkpoint import Kept, kept_by
+from ..driver import Driver, perform
 from ..errors import DisagreementError, GraceError
 from ..frameworks.base import Transport
 from ..ops import Ops
@@ -154,12 +156,22 @@ class Worker:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit, with the parameters that were saved with it. Raises GraceError where it does not fit."""
-        self.model.read_state(saved["model"])  # all are checked before any is changed
-        self.for_gradients.read_state(saved["gradients"])
-        self.for_models.read_state(saved["models"])
+        self.check_state(saved)
         self.model.load_state_dict(saved["model"])
         self.for_gradients.load_state_dict(saved["gradients"])
         self.for_models.load_state_dict(saved["models"])
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raises GraceError where `load_state_dict` would; changes nothing."""
+        if "model" not in saved:
+            raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD")
+        self.model.read_state(saved["model"])
+        self.for_gradients.read_state(saved["gradients"])
+        self.for_models.read_state(saved["models"])
+
+    def kept(self) -> Kept:
+        """For grace_ext.save and load."""
+        return kept_by(self.transport, self.state_dict, self.check_state, self.load_state_dict)
 
 
 def forget_errors(driver: Driver) -> None:

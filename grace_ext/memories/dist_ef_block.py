@@ -24,6 +24,7 @@ class DistEFBlock(Memory):
 
     feeds_back: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
+    shared_state: ClassVar[tuple[str, ...]] = ("residual_rate",)
     momentum: float = knob(0.0, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
     nesterov: bool = knob(False, "look one step ahead")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from ..parts import knob
@@ -12,6 +14,7 @@ class _Estimates(Memory):
     """Every rank compresses the difference between what it has and what the others believe it has."""
 
     resumes_alone: ClassVar[bool] = False
+    mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({"ef21_mean": "ef21_estimate"})
 
     def check(self, compressor):
         self._needs_contraction(compressor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
@@ -26,6 +28,7 @@ class Diana(Memory):
     """
 
     resumes_alone: ClassVar[bool] = False
+    mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({"diana_mean": "diana_shift"})
     alpha: float | None = knob(None, "how fast shifts learn; None: 1 / (1 + omega)", above=0, high=1, kind=float)
 
     def check(self, compressor):
@@ -81,6 +84,7 @@ class EFStar(Memory):
 
     feeds_back: ClassVar[bool] = True
     resumes_alone: ClassVar[bool] = False
+    zero_sum_state: ClassVar[tuple[str, ...]] = ("shift",)
 
     def check(self, compressor):
         self._needs_magnitudes(compressor)

@@ -45,11 +45,11 @@ def run(command: list[str], timeout: float = 240) -> str:
 
 def launcher(engine: str, ranks: int) -> list[str]:
     """The command that starts a Python file on this many ranks; skips the test, with the reason, where the engine is not installed.
-    engine: 'torchrun', 'horovodrun', 'horovodrun --mpi', 'mpirun' or 'python' (one rank)."""
+    engine: 'torchrun' (and its options), 'horovodrun', 'horovodrun --mpi', 'mpirun' or 'python' (one rank)."""
     if engine == "python":
         return [sys.executable]
-    if engine == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    if engine.startswith("torchrun"):
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *engine.split()[1:]]
     if engine == "mpirun":
         mpirun = tool("mpirun")
         if mpirun is None or importlib.util.find_spec("mpi4py") is None:

@@ -4,21 +4,27 @@
 
 Start it with `-m mpi4py` as above: an error that one rank does not catch then aborts the whole job. Without it that rank waits in
 MPI_Finalize for the others, and they wait for it. A rank that dies by a signal, or leaves by os._exit, is noticed by mpirun either way,
-which aborts all ranks. MPI has no timeouts: a rank that stays alive and never calls `step` again is waited for.
+which aborts all ranks. MPI has no timeouts: `step` waits for a rank that stays alive and does not come for GRACE_EXT_TIMEOUT seconds, and
+raises CollectiveError.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by
 from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange import Collective
 from ...spec import TensorSpec
+from ...timeouts import timeout
 from ..base import Carried, Transport, _lengths, arriving, cut
 from .compiled import host_ops
 from .ops import NumpyOps
@@ -53,7 +59,7 @@ class MpiTransport(Transport):
 
     def __init__(self, ops: NumpyOps, comm: Any):
         self.ops, self.comm, self._mpi = ops, comm, load_mpi()
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.rank, self.size, self._timeout = comm.Get_rank(), comm.Get_size(), timeout()
 
     def group(self, ranks: Sequence[int]) -> MpiTransport | None:
         mine = self.rank in ranks
@@ -89,7 +95,11 @@ class MpiTransport(Transport):
 
     def wait(self, handle: Any) -> Any:
         collective, result, requests = handle
-        self._mpi.Request.Waitall(requests)
+        deadline = time.monotonic() + self._timeout
+        while not self._mpi.Request.Testall(requests):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the other ranks did not come in {self._timeout:g} s")
+            os.sched_yield()
         return np.divide(result, collective.divisor, out=result) if collective.kind == "allreduce" else result
 
 
@@ -181,17 +191,28 @@ class Exchange:
         for name, tensor in gradients.items():
             driver.check(name, tensor)
 
+    def check_agreement(self, parameters: Mapping[str, Any] | None = None) -> None:
+        """Raises DisagreementError on every rank alike, naming ranks and parameters, where the ranks' specs, names, shapes, versions or
+        steps differ, or the bits of these `parameters` (arrays by name). Collective: every rank calls it, between steps."""
+        if self._over:
+            raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
+        if self._transport.size > 1:
+            digests = {name: digest_of(np.asarray(array)) for name, array in (parameters or {}).items()}
+            perform(self._driver.compare(digests), self._transport, {})
+
     def state_dict(self) -> dict[str, Any]:
         """Copies of this rank's state, as Driver.state_dict; every rank's is needed to resume."""
         return self._driver.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` gave on the same rank of as many. Raises GraceError, and changes nothing, if it does
-        not fit."""
-        ours = (self._transport.rank, self._transport.size)
-        if (saved.get("rank"), saved.get("size")) != ours:
-            raise GraceError(f"this state is of rank {saved.get('rank')} of {saved.get('size')}, this is rank {ours[0]} of {ours[1]}")
+        """Resumes bit for bit from what `state_dict` gave on the same rank of as many; from rank 0's alone as Driver.load_state_dict says.
+        Raises GraceError, and changes nothing, if it does not fit."""
         self._driver.load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        if self._over:
+            raise GraceError(f"this Exchange {self._over}; its state_dict() is that of the last whole step")
+        return kept_by(self._transport, self.state_dict, self._driver.read_state, self._driver.load_state_dict)
 
     def close(self) -> None:
         """Frees the duplicated communicator. Collective: every rank calls it, or none does (MPI then frees it when the process ends)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from ...errors import UnsupportedError
+from ...timeouts import tell_horovod
 
 if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
     # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
@@ -18,6 +19,8 @@ if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER",
             "torchrun started this process, and TensorFlow's collectives come from Horovod, for which it would be alone: it would train on "
             "its share and reduce nothing. Use horovodrun or mpirun"
         )
+
+tell_horovod()
 
 try:
     from horovod.tensorflow import *  # noqa: F403
@@ -31,9 +34,12 @@ except ImportError as error:
         )
 else:
     from ...local import post_local as post_local
+    del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import callbacks as callbacks
+    from . import elastic as elastic
     from .callbacks import broadcast_variables as broadcast_variables
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
+    from .optimizer import check_agreement as check_agreement
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape

@@ -18,6 +18,7 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
+from ...checkpoint import Kept, kept_by
 from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
@@ -132,11 +133,22 @@ class BoundCompression:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit; before the first step it is kept until the variables' exchanges are made."""
-        unknown = set(saved) - {spec.name for spec in self._specs}
-        if unknown:
-            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}")
+        self._check(saved)
         self._saved = dict(saved)
         for name, exchange in self._exchanges.items():
             if name in saved:
                 exchange.driver.load_state_dict(saved[name])
         self._settled = max((int(state["step"]) for state in saved.values()), default=0)
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        unknown = set(saved) - {spec.name for spec in self._specs}
+        if unknown:
+            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}")
+        transport = HorovodTransport(self._process_set)
+        for name, state in saved.items():
+            driver = Driver(self.grace, transport.ops, transport)
+            driver.register([spec for spec in self._specs if spec.name == name])
+            driver.read_state(state)
+
+    def _kept(self) -> Kept:
+        return kept_by(HorovodTransport(self._process_set), self.state_dict, self._check, self.load_state_dict)

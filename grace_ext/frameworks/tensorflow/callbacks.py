@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from .optimizer import without_xla
+from ...errors import ParameterError
+from .optimizer import check_agreement, without_xla
 
 
 def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
@@ -141,3 +142,22 @@ class CompressionMetricsCallback(keras.callbacks.Callback):
         dense = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in self.model.trainable_variables)
         if logs is not None and sent:
             logs["wire_bytes"], logs["compression_ratio"] = sent, dense / sent
+
+
+class AgreementCallback(keras.callbacks.Callback):
+    """Every `every` batches, and at the end of training: raises DisagreementError on all ranks alike where their specs, steps or trained
+    variables differ (see check_agreement)."""
+
+    def __init__(self, every: int = 100):
+        super().__init__()
+        if every < 1:
+            raise ParameterError(f"every must be at least 1 batch, got {every}")
+        self.every, self._batches = every, 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._batches += 1
+        if self._batches % self.every == 0:
+            check_agreement(self.model.optimizer)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        check_agreement(self.model.optimizer)

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from ...composition import Grace
 from ...driver import Driver, Start, perform
+from ...elastic import STALE
 from ...errors import GraceError
 from ...exchange import Collective
 from ...spec import TensorSpec
@@ -122,6 +123,7 @@ class GraphExchange:
         rehearsed: int = 0,
     ):
         self._before_step = before_step
+        self.ended = False  # the ranks have changed since
         self.transport = self.transport_type(process_set)
         self._lr: float | None = None
         divisor = self.transport.size if average else 1
@@ -202,6 +204,8 @@ class GraphExchange:
 
         def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
             if first:
+                if self.ended or self.transport.size != self.transport.process_set.size():
+                    raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
                 self._abandon()
                 self.transport.ops.take_back()
                 self._before_step(self.driver.step)

@@ -9,6 +9,7 @@ import horovod.tensorflow as api
 import numpy as np
 import tensorflow as tf
 
+from ...checkpoint import Kept, nothing_kept
 from ...errors import NamesError, UnsupportedError
 from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
@@ -60,6 +61,7 @@ class _Local:
         self.idle = not process_set.included() or (process_set.size() == 1 and not simulate)
         transport = HorovodTransport(process_set)
         self.worker = Worker(plan, transport.ops, transport)
+        self._takes_part = process_set.included()
         self._by_gradients: list[GraphExchange] = []  # in usual steps, and in CSER's resets
         self._by_models: GraphExchange | None = None
 
@@ -82,6 +84,9 @@ class _Local:
         ]
         if not self.plan.asynchronous:
             self._by_models = GraphExchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
+
+    def _kept(self) -> Kept:
+        return nothing_kept(self._takes_part) if self.idle else self.worker.kept()
 
     # --- operations -------------------------------------------------------------------------------------------------
     def gradients(self, gradients: list[Any], variables: Sequence[Any], lr: Any) -> list[Any]:
@@ -196,6 +201,9 @@ class _LocalSGD:
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit on the same rank, with the model that was saved with it."""
         self._grace.worker.load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        return self._grace._kept()
 
 
 def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as api
 import keras
+import numpy as np
 import tensorflow as tf
 
+from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by, nothing_kept
 from ...composition import Grace, grace
-from ...errors import NamesError, ParameterError, UnsupportedError
+from ...driver import Driver, perform
+from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
 from ...spec import TensorSpec
 from ..base import check_optimizer
-from .graph import GraphExchange
+from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
 
 XLA = (
@@ -95,7 +99,7 @@ class Exchanges:
     def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
         if self.dense is None:
             self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
-            if self._saved is not None:
+            if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs
         if {spec.name: spec for spec in specs} != known:
@@ -105,6 +109,16 @@ class Exchanges:
                 "make a new optimizer for a changed model"
             )
         return self.dense
+
+    def compare(self, variables: Sequence[Any]) -> None:
+        """See Driver.compare; of these variables. Every rank calls it between steps, after the first."""
+        if self.idle or self.process_set.size() == 1:
+            return
+        if self.dense is None:
+            raise GraceError("ranks compare their parameters after the first step: nothing has been exchanged yet")
+        arrays = [np.asarray(v.numpy()) for v in variables]
+        digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
+        perform(self.dense.driver.compare(digests), self.dense.transport, {})
 
     @property
     def wire_bytes(self) -> int:
@@ -117,9 +131,32 @@ class Exchanges:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes; before the first step it is kept until the variables are known."""
-        self._saved = saved
         if self.dense:
             self.dense.driver.load_state_dict(saved)
+        elif saved:
+            self._check(saved)
+        self._saved = saved
+
+    def move(self, carried_over: Callable[[Any], Any]) -> None:
+        """After the ranks have changed: the next call exchanges among those that there are now. `carried_over` gives this rank's state for
+        them from that of before (None on a rank that had none); collective. Functions that were traced before are of no use any more."""
+        own = self.state_dict()
+        self._saved = carried_over(own if own.get("step") else None)
+        if self.dense:
+            self.dense.ended = True
+        self.dense = None
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        if self.dense:
+            self.dense.driver.read_state(saved)
+        else:
+            transport = HorovodTransport(self.process_set)
+            Driver(self.grace, transport.ops, transport).read_state(saved)
+
+    def _kept(self) -> Kept:
+        if self.idle:
+            return nothing_kept(self.process_set.included())
+        return kept_by(HorovodTransport(self.process_set), self.state_dict, self._check, self.load_state_dict)
 
 
 def DistributedOptimizer(  # noqa: N802 (Horovod's name)
@@ -273,6 +310,22 @@ class _Distributed:
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit on the same rank."""
         self._grace.load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        return self._grace._kept()
+
+
+def check_agreement(optimizer: Any, model: Any = None) -> None:
+    """Raises DisagreementError on every rank alike, naming ranks and variables, where the ranks' specs, variables' names, shapes, versions
+    or steps differ, or the bits of the variables: those that this DistributedOptimizer trains, or with `model` all of the model's
+    (moving averages of BatchNormalization are each rank's own).
+
+    Every rank of its process set calls it between steps, after the first (else GraceError), outside of tf.function. It waits for the
+    slowest, reads every variable once and gathers some 30 bytes for each. At world size 1 it does nothing. For `fit`, see
+    callbacks.AgreementCallback."""
+    if not isinstance(optimizer, _Distributed):
+        raise UnsupportedError(f"check_agreement takes grace_ext's DistributedOptimizer, not {type(optimizer).__name__}")
+    optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)  # type: ignore[attr-defined]
 
 
 def refuse_xla(optimizer: Any) -> None:

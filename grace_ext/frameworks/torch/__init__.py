@@ -10,10 +10,14 @@ from .engine import ENGINE as ENGINE
 
 if ENGINE == "horovod":
     from horovod.torch import *  # noqa: F403
+
+    del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
+    from . import elastic as elastic
 else:
     from .dist_api import *  # noqa: F403
 
 from ...local import post_local as post_local
+from .agreement import check_agreement as check_agreement
 from .ddp import ddp_comm_hook as ddp_comm_hook
 from .local import LocalSGD as LocalSGD
 from .optimizer import DistributedOptimizer as DistributedOptimizer

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ...checkpoint import Kept
 from ...composition import Grace
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ..base import rate_of
@@ -91,6 +92,9 @@ class BoundCompression:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         self._get_session().load_state_dict(saved)
+
+    def _kept(self) -> Kept:
+        return self._get_session().kept()
 
     def _get_session(self) -> Session:
         if self._session is None:  # at the first use: Horovod may be initialised after bind

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from ...checkpoint import Kept
 from ...composition import Grace, grace
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...spec import TensorSpec
@@ -96,6 +97,9 @@ class DDPState:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         self._session().load_state_dict(dict(saved))
+
+    def _kept(self) -> Kept:
+        return self._session().kept()
 
     def _session(self) -> Session:
         """Made at first use: a module may be handed over before there is a process group, or before it is on its device."""

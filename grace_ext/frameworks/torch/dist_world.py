@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import datetime
 import itertools
 import os
 import socket
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import GraceError, UnsupportedError
+from ...timeouts import timeout
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NO_TIMELINE = "timelines are written by Horovod's core (torch.profiler can record collectives)"
@@ -160,7 +162,7 @@ def _connect() -> None:
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"grace_ext/{next(_generations)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout()))
 
 
 def _places(rank: int, size: int, connected: bool) -> tuple[int, int, int, int]:

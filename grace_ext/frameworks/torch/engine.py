@@ -13,6 +13,7 @@ import os
 from typing import Any
 
 from ...errors import UnsupportedError
+from ...timeouts import tell_horovod
 from .ops import HostOps, TorchOps
 from .transports import DistTransport, HorovodTransport, SingleTransport
 
@@ -40,6 +41,8 @@ ENGINE = choose()
 
 if ENGINE == "horovod":
     import horovod.torch as api
+
+    tell_horovod()
 else:
     from . import dist_api as api  # type: ignore[no-redef]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...checkpoint import Kept, nothing_kept
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
@@ -72,6 +73,7 @@ class _LocalSGD(torch.optim.Optimizer):
 
     def _begin(self, plan: Plan, named_parameters: Any, process_set: Any, simulate: bool) -> None:
         self._worker: Worker | None = None
+        self._takes_part = process_set.included()
         if not process_set.included() or (process_set.size() == 1 and not simulate):
             return
         own = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
@@ -147,6 +149,9 @@ class _LocalSGD(torch.optim.Optimizer):
                 raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD; leave out its 'grace_ext' entry to start anew")
             device = next(iter(self._parameters.values())).device
             self._worker.load_state_dict(_mapped(own, lambda tensor: self._ops.from_torch(tensor.to(device))))
+
+    def _kept(self) -> Kept:
+        return self._worker.kept() if self._worker else nothing_kept(self._takes_part)
 
 
 def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:

@@ -8,16 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...agreement import agree
+from ...checkpoint import Kept, nothing_kept
 from ...composition import Grace, grace
-from ...driver import agree, perform
-from ...errors import NamesError, ParameterError, UnsupportedError
+from ...driver import perform
+from ...elastic import STALE
+from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
 from ..base import rate_of
 from . import engine
 from .ops import ops_for
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 
 api = engine.api
+_hooks: Any = WeakTensorKeyDictionary()  # the hook that this module has on a parameter
 
 
 def DistributedOptimizer(  # noqa: N802 (Horovod's name)
@@ -136,7 +141,6 @@ class _Distributed(torch.optim.Optimizer):
         self._session: Session | None = None
         self._delay: dict[str, int] = {}
         self._sparse: set[str] = set()
-        self._hooks: list[Any] = []
         self._synchronized, self._should_synchronize = False, True
         self._pending = False
         self._wire_bytes_sparse = 0
@@ -168,7 +172,9 @@ class _Distributed(torch.optim.Optimizer):
             read_lr=lambda: rate_of(self.param_groups),
         )
         for name, parameter in self._parameters.items():
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._make_hook(name)))
+            if parameter in _hooks:
+                _hooks[parameter].remove()  # of an optimizer that this one takes the place of
+            _hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._make_hook(name))
 
     def _make_hook(self, name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -188,6 +194,8 @@ class _Distributed(torch.optim.Optimizer):
         assert self._session is not None
         if gradient.is_sparse:
             if not self.sparse_as_dense:
+                if name in self._session.driver.specs:
+                    raise TensorChangedError(f"the gradient of {name!r} was dense at first and is sparse now; pass sparse_as_dense=True")
                 self._sparse.add(name)
                 return
             gradient = gradient.to_dense()
@@ -202,14 +210,19 @@ class _Distributed(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Ends the exchange: every gradient becomes the aggregate of all ranks. Waits."""
         if self._session is not None:
+            self._check_world()
             for name, parameter in self._parameters.items():
                 if self._delay[name] > 0 and parameter.grad is not None:
                     self._put(name, parameter.grad)
             self._wire_bytes_sparse = 0
-            handles = [(name, self._start_sparse(name)) for name in self._parameters if name in self._sparse]
             dense = [name for name in self._parameters if name not in self._sparse]
+            first, handles = not self._session.driver.agreed, []
             try:
+                if not first:  # before that, ranks may not know alike which gradients are sparse
+                    handles = self._start_all_sparse()
                 results = self._session.finish(dense) if dense else {}
+                if first:
+                    handles = self._start_all_sparse()
             finally:
                 self._delay = dict.fromkeys(self._parameters, self.backward_passes_per_step)
                 self._pending = False
@@ -221,6 +234,18 @@ class _Distributed(torch.optim.Optimizer):
                 gradient.zero_().add_(handle())
         self._synchronized = True
 
+    def _check_world(self) -> None:
+        size = self._session.driver.transport.size  # type: ignore[union-attr]
+        if size != self.process_set.size():
+            raise GraceError(STALE.format(size, self.process_set.size()))
+        known = {id(p) for p in self._parameters.values()}
+        new = [p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+        if new:
+            raise UnsupportedError(
+                f"{len(new)} parameters (shapes {[list(p.shape) for p in new[:3]]}) train now that did not when the optimizer was wrapped, "
+                "so nobody would exchange their gradients: wrap the optimizer again on every rank after layers are unfrozen or added"
+            )
+
     @staticmethod
     def _set_gradient(parameter: torch.nn.Parameter, result: torch.Tensor) -> None:
         if parameter.grad is None or parameter.grad is result:
@@ -229,6 +254,9 @@ class _Distributed(torch.optim.Optimizer):
             parameter.grad.zero_().add_(result.to_sparse(parameter.grad.sparse_dim()))
         else:
             parameter.grad.set_(result)
+
+    def _start_all_sparse(self) -> list[tuple[str, Any]]:
+        return [(name, self._start_sparse(name)) for name in self._parameters if name in self._sparse]
 
     def _start_sparse(self, name: str) -> Any:
         """A sparse gradient goes uncompressed through the engine's own sparse all-reduce."""
@@ -272,6 +300,18 @@ class _Distributed(torch.optim.Optimizer):
             )
         super().zero_grad(*args, **kwargs)
 
+    def move(self, carried_over: Callable[[Any], Any]) -> None:
+        """After the ranks have changed: exchanges among those that there are now. `carried_over` gives this rank's state for them, from
+        that of before; collective."""
+        if self.process_set is not api.global_process_set:
+            raise UnsupportedError("process sets do not survive a change of ranks: in an elastic job leave process_set out")
+        if self._session is None:
+            self._connect()
+        if self._session is not None:
+            self._session.move(carried_over, lambda ops: engine.transport(ops, self.process_set), self._average)
+        self.set_backward_passes_per_step(self.backward_passes_per_step)
+        self._synchronized, self._pending = False, False
+
     # --- state ------------------------------------------------------------------------------------------------------
     @property
     def wire_bytes(self) -> int:
@@ -292,13 +332,24 @@ class _Distributed(torch.optim.Optimizer):
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._synchronized, self._should_synchronize, self._pending = False, True, False
 
+    def _kept(self) -> Kept:
+        return self._session.kept() if self._session else nothing_kept(self.process_set.included())
 
-def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None) -> None:
-    """As Horovod's: every rank gets the root's optimizer state. The memory of compression is each rank's own and stays."""
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None, *, memory: bool = True) -> None:
+    """As Horovod's: every rank gets the root's optimizer state. The memory of compression is each rank's own and stays; but where the
+    root is at another step (it alone has loaded a checkpoint), a rank takes from it what all ranks share, and its own memory starts at
+    zero, with a warning. memory=False leaves it alone."""
     args = (optimizer, root_rank) + (() if model is None else (model,))
-    if isinstance(optimizer, _Distributed):
-        # Horovod fills an empty state by a step on zero gradients, which must not start an exchange.
-        with optimizer.skip_synchronize():
-            api.broadcast_optimizer_state(*args)
-    else:
+    if not isinstance(optimizer, _Distributed):
         api.broadcast_optimizer_state(*args)
+        return
+    # Horovod fills an empty state by a step on zero gradients, which must not start an exchange.
+    with optimizer.skip_synchronize():
+        api.broadcast_optimizer_state(*args)
+    session = optimizer._session
+    steps = api.allgather_object(session and session.driver.step, name="grace.step") if memory else []
+    if len({step for step in steps if step is not None}) > 1:
+        saved = api.broadcast_object(session and session.state_dict(), root_rank, name="grace.state")
+        if session is not None and session.driver.step != saved["step"]:
+            session.load_state_dict(saved)

@@ -6,14 +6,16 @@ Shared by the wrapper (optimizer.py) and by the `compression=` object for unmodi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ...agreement import digest_of
+from ...checkpoint import Kept, kept_by
 from ...composition import Grace
 from ...driver import Driver, perform
-from ...errors import NamesError, UnsupportedError
+from ...errors import GraceError, NamesError, UnsupportedError
 from ...spec import TensorSpec
 from ..base import Transport, check_optimizer
 from .ops import HostOps, TorchOps, describe, ops_for
@@ -98,6 +100,27 @@ class Session:
     def _spec(self, name: str) -> TensorSpec:
         return TensorSpec(name, *describe(self._first.get(name, self.parameters[name])))
 
+    def compare(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See Driver.compare; of these tensors, by name."""
+        with self._lock:
+            if self._first:
+                raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
+            perform(self.driver.compare(digests_of(tensors)), self.driver.transport, {})
+
+    def move(self, carried_over: Callable[[Any], Any], make_transport: Callable[[Any], Transport], average: bool) -> None:
+        """Goes on among other ranks, see Driver.move; `carried_over` maps this rank's state (numpy arrays, None where there is none) to
+        that of the new world."""
+        driver = self.driver
+        saved = driver.state_dict()
+        own = {**saved, "state": {key: self.ops.host(array) for key, array in saved["state"].items()}}
+        moved = carried_over(own if driver.step else None)
+        self._first.clear()
+        self._handles.clear()
+        transport = make_transport(self.ops)
+        driver.move(transport, transport.size if average else 1)
+        if moved is not None:
+            driver.load_state_dict({**moved, "state": {key: self.ops.upload(array) for key, array in moved["state"].items()}})
+
     def state_dict(self) -> dict[str, Any]:
         """The driver's state, as torch tensors (so that `torch.load` reads them without pickle)."""
         saved = self.driver.state_dict()
@@ -106,8 +129,22 @@ class Session:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         device = next(iter(self.parameters.values())).device
-        state = {key: self.ops.from_torch(tensor.to(device)) for key, tensor in saved["state"].items()}
+        state = {key: self.ops.from_torch(torch.as_tensor(array).to(device)) for key, array in saved["state"].items()}
         self.driver.load_state_dict({**saved, "state": state})
+
+    def kept(self) -> Kept:
+        """For grace_ext.save and load."""
+        driver = self.driver
+        return kept_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
+
+
+def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """agreement.digest_of, by name: of bits, whatever the dtype."""
+    found = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous()
+        found[name] = f"{data.dtype}{list(data.shape)}:" + digest_of(data.reshape(-1).view(torch.uint8).numpy())
+    return found
 
 
 def require_sum_or_mean(op: Any, api: Any) -> bool:

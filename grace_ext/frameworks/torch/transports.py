@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ...errors import UnsupportedError
+from ...errors import CollectiveError, UnsupportedError
 from ...exchange import Collective
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from .ops import HostOps, TorchOps
@@ -43,6 +44,7 @@ class HorovodTransport(Transport):
 
     def __init__(self, ops: DeviceOps, hvd: Any, process_set: Any):
         self.ops, self.hvd, self.process_set = ops, hvd, process_set
+        self.failure = _failure(hvd.HorovodInternalError)
         self.rank, self.size = process_set.rank(), process_set.size()
 
     def start(self, collective: Collective, name: str) -> Any:
@@ -97,6 +99,12 @@ class HorovodTransport(Transport):
         if words is not None:
             return by_sum(self, collective, self.ops.from_torch(_less(results[0], words)))
         return gathered(self, collective, self.ops.from_torch(results[0]))
+
+
+@cache
+def _failure(kind: type[Exception]) -> type[CollectiveError]:
+    """A CollectiveError that is an engine's own error, too: elastic jobs and Horovod's users catch that."""
+    return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
 
 
 _process_sets: dict[tuple[int, ...], Any] = {}

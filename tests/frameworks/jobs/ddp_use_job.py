@@ -153,6 +153,16 @@ def case_disagreement():
     raises(DisagreementError, "seed 1", lambda: train(ddp, layers_loss, range(1)))
 
 
+def case_agreement_between_steps():
+    ddp, state, _ = wrap(Layers(), TOPK)
+    train(ddp, layers_loss, range(2))
+    hvd.check_agreement(state)
+    if hvd.rank() == 1:
+        with torch.no_grad():
+            next(ddp.parameters()).mul_(1.001)
+    raises(DisagreementError, "rank 1: 1 of", lambda: hvd.check_agreement(state))
+
+
 def case_ranks_with_different_bucket_sizes():
     """Where DDP rebuilds its buckets, all ranks get rank 0's; where it keeps the first ones, the agreement of the first step raises."""
     expected, _ = in_cluster(Layers, layers_loss, range(4))

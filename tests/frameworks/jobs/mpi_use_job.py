@@ -49,6 +49,19 @@ def case_disagreement():
     raises(DisagreementError, "'sum'", lambda: exchange(TOPK, op="sum" if other else "mean"))
 
 
+def case_agreement_between_steps():
+    weights = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(3, np.float32)}
+    with exchange(TOPK) as ours:
+        for step in range(2):
+            ours.step(gradients(RANK, step))
+            ours.check_agreement()
+            ours.check_agreement(weights)
+        if SIZE > 1:
+            weights["b"] = weights["b"] + np.float32(RANK == 1)
+            raises(DisagreementError, "rank 1: 1 of 2 parameters differ: b", lambda: ours.check_agreement(weights))
+        ours.step(gradients(RANK, 2))
+
+
 def case_names_and_dtypes():
     with exchange() as ours:
         raises(UnsupportedDtypeError, "int64", lambda: ours.step({"a": np.ones(3), "b": np.arange(3)}))

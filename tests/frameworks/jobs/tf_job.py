@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
-from grace_ext.errors import DisagreementError, NamesError, UnsupportedError
+from grace_ext.errors import DisagreementError, GraceError, NamesError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tf_training as problem  # noqa: E402
@@ -249,6 +249,21 @@ def case_refusals():
     gradients = problem.gradients_of([v.value for v in variables], hvd.rank(), 0)
     optimizer.apply(gradients, variables)
     raises(NamesError, "scalar", lambda: optimizer.apply([*gradients[:3], None], variables))
+
+
+def case_agreement():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile(sgd(TOPK), "mse", jit_compile=False)
+    hvd.broadcast_variables(model.variables, root_rank=0)
+    raises(GraceError, "after the first step", lambda: hvd.check_agreement(model.optimizer))
+    x, y = np.ones((16, 4), np.float32) * (hvd.rank() + 1), np.zeros((16, 2), np.float32)
+    model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[hvd.callbacks.AgreementCallback(every=2)])
+    hvd.check_agreement(model.optimizer, model)
+    if hvd.rank() == 1:
+        model.layers[0].bias.assign_add([0.0, 1e-6])
+    raises(DisagreementError, "rank 1: 1 of 2 parameters differ: sequential", lambda: hvd.check_agreement(model.optimizer, model))
+    fit = lambda: model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[hvd.callbacks.AgreementCallback(every=2)])  # noqa: E731
+    raises(DisagreementError, "rank 1", fit)
 
 
 def case_disagreement():

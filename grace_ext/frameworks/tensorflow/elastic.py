@@ -1,0 +1,114 @@
+"""Elastic Horovod (`hvd.elastic`) with compression, for Keras 3: `run`, `TensorFlowKerasState`, callbacks; and Horovod's TensorFlowState.
+
+Each rank's memory is its own: it is committed and rolled back with the model, and when ranks leave or join it is brought to the new ones
+before training goes on. (Horovod 0.28's own Keras state calls `optimizer.variables()`, which is no method in Keras 3.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import horovod.tensorflow as api
+import horovod.tensorflow.elastic as horovod_elastic
+import keras
+import tensorflow as tf
+from horovod.common.elastic import ObjectState
+from horovod.common.exceptions import HorovodInternalError
+from horovod.tensorflow.elastic import TensorFlowState as TensorFlowState
+
+from ...elastic import carried_over, check_how
+from ...errors import GraceError
+from .callbacks import broadcast_variables
+from .optimizer import _Distributed
+
+
+class TensorFlowKerasState(ObjectState):
+    """A Keras model, its optimizer, and attributes that all ranks share. If the optimizer is a DistributedOptimizer of grace_ext, also each
+    rank's memory.
+
+    model: built already. optimizer: by default the model's. resize: what becomes of the memory when the number of ranks changes, see
+    hvd.elastic.TorchState of grace_ext.frameworks.torch.
+    """
+
+    def __init__(self, model: Any, optimizer: Any = None, *, resize: str = "mean", **attributes: Any):
+        if not model.built:
+            raise GraceError("the model must be built first: call model.build(input_shape)")
+        self.model, self.optimizer, self._resize = model, optimizer or model.optimizer, check_how(resize)
+        if not self.optimizer.built:
+            self.optimizer.build(model.trainable_variables)
+        self._save_model()
+        super().__init__(bcast_object=api.broadcast_object, get_rank=api.rank, **attributes)
+
+    def _variables(self) -> list[Any]:
+        return [*self.model.variables, *self.optimizer.variables]
+
+    def _save_model(self) -> None:
+        self._saved_values = [v.numpy().copy() for v in self._variables()]
+        ours = isinstance(self.optimizer, _Distributed)
+        self._saved_memory = self.optimizer.grace_state_dict() if ours else None  # copies
+
+    def save(self) -> None:
+        """Keeps all of it, for `restore`."""
+        self._save_model()
+        super().save()
+
+    def restore(self) -> None:
+        """Goes back to what was saved last."""
+        for variable, value in zip(self._variables(), self._saved_values, strict=True):
+            variable.assign(value)
+        if self._saved_memory is not None:
+            self.optimizer.load_grace_state_dict(self._saved_memory)
+        super().restore()
+
+    def sync(self) -> None:
+        """Rank 0's variables and attributes to all ranks; the memory follows in `settle`."""
+        broadcast_variables(self._variables(), root_rank=0)
+        super().sync()
+
+    def settle(self) -> None:
+        """Brings the memory of compression to the ranks that there are now, and commits. Collective; `run` calls it on all ranks before the
+        function begins, each time. Keras makes its training step anew."""
+        if isinstance(self.optimizer, _Distributed):
+            gather = functools.partial(api.allgather_object, name="grace.elastic")
+            how = {"rank": api.rank(), "size": api.size(), "how": self._resize}
+            self.optimizer._grace.move(functools.partial(carried_over, gather, **how))  # type: ignore[attr-defined]
+            self.model.train_function = None
+        self.save()
+
+
+class CommitStateCallback(keras.callbacks.Callback):
+    """Commits the state after every `batches_per_commit` batches, and after each epoch."""
+
+    def __init__(self, state: Any, batches_per_commit: int = 1):
+        super().__init__()
+        self.state, self.batches_per_commit, self._batches = state, batches_per_commit, 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._batches = 0  # ranks count alike from here
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._batches += 1
+        if self._batches % self.batches_per_commit == 0:
+            self.state.commit()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.state.commit()
+
+
+def run(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As Horovod's: runs `function(state, ...)`, and again from the last commit after ranks have failed, left or joined."""
+
+    @functools.wraps(function)
+    def settled(state: Any, *args: Any, **options: Any) -> Any:
+        try:
+            if isinstance(state, TensorFlowKerasState):
+                state.settle()
+            return function(state, *args, **options)
+        except (tf.errors.UnknownError, tf.errors.InternalError, tf.errors.AbortedError) as error:
+            if "Horovod" not in str(error):
+                raise
+            raise HorovodInternalError(str(error)) from error
+
+    return horovod_elastic.run(settled)

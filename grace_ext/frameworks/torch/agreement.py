@@ -1,0 +1,59 @@
+"""`check_agreement`: whether all ranks still train the same model in the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...agreement import compare
+from ...driver import perform
+from ...errors import UnsupportedError
+from . import engine
+from .adapter import BoundCompression
+from .ddp import DDPState
+from .ops import ops_for
+from .optimizer import _Distributed
+from .session import Session, digests_of
+
+
+def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
+    """Raises DisagreementError on every rank alike, naming ranks and parameters, where the ranks' specs, parameter names, shapes, versions
+    or steps differ, or the bits of their parameters: those that `of` exchanges gradients for, or with `model` its whole state_dict,
+    buffers included (running statistics of BatchNorm are each rank's own, unless it is a SyncBatchNorm).
+
+    of: a DistributedOptimizer, the state of `ddp_comm_hook`, a bound Grace, or Horovod's own DistributedOptimizer.
+    Every rank of its process set calls it, between steps: after `step()`, before the next `backward()` (else GraceError). It waits for
+    the slowest, reads every parameter once and gathers some 30 bytes for each, so call it every hundred steps or so. At world size 1 it
+    does nothing.
+    """
+    session = _session_of(of)
+    tensors = _tensors_of(of) if model is None else {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    if session is not None:
+        if session.driver.transport.size > 1:
+            session.compare(tensors)
+        return
+    process_set = getattr(of, "process_set", None) or engine.api.global_process_set
+    if tensors and process_set.included() and process_set.size() > 1:
+        transport = engine.transport(ops_for(next(iter(tensors.values())).device), process_set)
+        mine = {"spec": f"{type(of).__name__} without compression", "seed": 0, "parameters": []}
+        perform(compare(transport.ops, transport, mine, digests_of(tensors)), transport, {})
+
+
+def _session_of(of: Any) -> Session | None:
+    """None where there is nothing of ours."""
+    if isinstance(of, DDPState):
+        return of._session()
+    if isinstance(of, BoundCompression):
+        return of._get_session()
+    if isinstance(of, _Distributed):
+        return of._session
+    if isinstance(of, torch.optim.Optimizer):
+        return None
+    raise UnsupportedError(f"check_agreement takes a DistributedOptimizer, ddp_comm_hook's state or a bound Grace, not {type(of).__name__}")
+
+
+def _tensors_of(of: Any) -> dict[str, torch.Tensor]:
+    if isinstance(of, (DDPState, BoundCompression, _Distributed)):
+        return of._parameters
+    return {f"parameter {i}.{j}": p for i, group in enumerate(of.param_groups) for j, p in enumerate(group["params"])}
