@@ -43,11 +43,14 @@ from .policies.base import as_state, is_own, own_state
 from .spec import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from .composition import Grace
+    from .composition import Grace, Parts
     from .frameworks.base import Transport
+    from .metrics import Recorder
 
 LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20
+#: What ranks say of themselves in the agreement and need not have in common.
+OWN = {"number": 0, "node": "", "judges": False}
 
 
 class Start(NamedTuple):
@@ -133,6 +136,8 @@ class Driver:
         self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only where `roll_back` may be called
         #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
+        #: Where metrics are on.
+        self.recorder: Recorder | None = None
         self.abandon()
 
     @property
@@ -228,6 +233,16 @@ class Driver:
             part.rate(dataclasses.replace(self._step_info(), lr=lr))
 
     # --- one step -----------------------------------------------------------------------------------------------------
+    @property
+    def under_way(self) -> bool:
+        """A step has begun, and has not ended."""
+        return bool(self._arrived) or self._info is not None
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """What each tensor goes through at the step that is under way, or was the last."""
+        return self._choices.parts
+
     def put(self, name: str, tensor: Any) -> Effects:
         """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
         self.check(name, tensor)
@@ -237,7 +252,8 @@ class Driver:
         self._bucket_of[name].missing -= 1
         try:
             if self.agreed:
-                yield from self._start_ready()
+                ready = self._start_ready()
+                yield from self.recorder.effects(ready) if self.recorder else ready
         except BaseException:
             self.abandon()  # nothing can be known of what was started
             raise
@@ -245,6 +261,12 @@ class Driver:
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
         self._compute = time.perf_counter() - self._ended
+        outputs = yield from self.recorder.effects(self._finish()) if self.recorder else self._finish()
+        if self.recorder:
+            self.recorder.finished()
+        return outputs
+
+    def _finish(self) -> Effects:
         try:
             self.check_rate(self.read_lr())
             if not self.agreed:
@@ -273,9 +295,12 @@ class Driver:
             if self._info is None:
                 self._info = self._step_info()
                 self._choose()
+                if self.recorder:
+                    self.recorder.begin(self._info)
             jobs = [self._job(spec) for spec in bucket.specs]
             how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
-            bucket.running = how(jobs, self._info, bucket.digest, self.transport.carry)
+            exchange = how(jobs, self._info, bucket.digest, self.transport.carry)
+            bucket.running = self.recorder.bucket(exchange) if self.recorder else exchange
             yield from self._advance(bucket, None)
 
     def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
@@ -343,6 +368,8 @@ class Driver:
                 self._before = old
         self.step += 1
         self.wire_bytes = self._bytes
+        if self.recorder:
+            self.recorder.ended(self.buckets)
         return {name: outputs[name] for name in self.specs}
 
     def _recycle(self, old: dict[str, dict[str, Array]]) -> None:
@@ -378,7 +405,8 @@ class Driver:
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
         compressor, memory, communicator = self._choices.parts[spec.name]
         state = self._choices.measure(self.ops, spec, grad, state, self._info)
-        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
+        watch = self.recorder.watches[spec.name] if self.recorder else None
+        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out, watch)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def agree(self) -> Effects:
@@ -396,6 +424,7 @@ class Driver:
             "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
             "number": Driver._next_number,
             "node": self.transport.node if self.grace.two_level else "",
+            "judges": bool(self.recorder and self.recorder.advice.judges_times),
         }
         said = yield from agree(self.ops, self.transport, mine)
         if self.grace.two_level:
@@ -405,6 +434,8 @@ class Driver:
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
+        if self.recorder and all(other["judges"] for other in said):
+            yield from self.recorder.advice.probe(self.transport)
         self.agreed = True
 
     def join_agreement(self, prefix: str) -> None:
@@ -495,10 +526,9 @@ class Driver:
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
-    alike, where anything but the number and the node differs."""
+    alike, where anything else differs than what is each rank's OWN."""
     said = yield from tell(ops, transport, {**mine, "version": VERSION})
-    own = {"number": 0, "node": ""}
-    if any({**other, **own} != {**said[0], **own} for other in said):
+    if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
 
@@ -569,6 +599,6 @@ def _difference(said: list[dict]) -> str:
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")
         elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
             lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
-        elif {**other, "number": 0, "node": ""} != {**said[0], "number": 0, "node": ""}:
+        elif {**other, **OWN} != {**said[0], **OWN}:
             lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)

@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """One tensor of a bucket at one step: its parts, the gradient as a flat float array, and where the result may be written: the
-    gradient's own memory, once it is compressed."""
+    gradient's own memory, once it is compressed. `watch`: what measures its exchange (metrics.Watch)."""
 
     spec: TensorSpec
     compressor: Any
@@ -106,6 +106,7 @@ class Job:
     grad: Array
     state: dict[str, Array]
     out: Array | None = None
+    watch: Any = None
 
 
 def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Generator[Any, Any, Outcome]:
@@ -115,6 +116,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
+    closely = job.watch is not None and job.watch.closely
     running = compiled(ops, job, info, state) if ops.kernels else None
     if running:
         return (yield from running)
@@ -127,6 +129,8 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
             flag[0] = True
             x = ops.zeros(spec.size)
         done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
+        if closely:
+            job.watch.sent(ops, x, done.values())
         kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
         changed = {**done.state, **kept}
         current.update(changed)
@@ -141,11 +145,17 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Gen
     feedback = job.memory.feedback(state)
     if not feedback:
         return None
+    closely = job.watch is not None and job.watch.closely
     if one_pass(job.compressor, job.communicator):
+        if closely:
+            return None  # the plain form has the same bits, and shows what was compressed
         fused = job.compressor.fused(ops, job.grad, feedback, job.spec, info, state)
         return _exchange_fused(ops, job, info, state, fused) if fused else None
     rounds = job.compressor.fused_rounds(ops, job.grad, feedback, job.spec, info, state, job.out)
-    return _exchange_rounds(state, rounds) if rounds else None
+    if not rounds:
+        return None
+    looked_at = (job.watch, ops.sum_up(feedback, job.grad) if feedback.residual is not None else ops.copy(job.grad)) if closely else None
+    return _exchange_rounds(ops, state, rounds, looked_at)
 
 
 def one_pass(compressor: Any, communicator: Any) -> bool:
@@ -163,8 +173,11 @@ def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array],
     return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
 
 
-def _exchange_rounds(state: dict[str, Array], rounds: Any) -> Generator[Any, Any, Outcome]:
+def _exchange_rounds(ops: Ops, state: dict[str, Array], rounds: Any, looked_at: tuple[Any, Array] | None) -> Generator[Any, Any, Outcome]:
     aggregate, unsent, changed = yield from rounds
+    if looked_at:  # ranks must not go through different forms: sums of products may have other last bits
+        watch, x = looked_at
+        watch.sent(ops, x, x - unsent)
     return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
 
 
@@ -202,7 +215,7 @@ def exchange_bucket(
 ) -> Generator[list[Collective], list[Any], tuple[list[Outcome], bool]]:
     """All tensors of a bucket. Returns their outcomes, and whether every rank was finite (if not, the outputs mean nothing)."""
     flag = [False]
-    tensors = lockstep([exchange_tensor(ops, job, info, flag) for job in jobs])
+    tensors = lockstep([_watched(ops, job, exchange_tensor(ops, job, info, flag)) for job in jobs])
     answers: Any = None
     all_finite, turn = True, 0
     while True:
@@ -228,6 +241,10 @@ def exchange_bucket(
             answers.update(group_answers)
             all_finite = all_finite and finite
         turn += 1
+
+
+def _watched(ops: Ops, job: Job, exchange: Generator) -> Generator:
+    return exchange if job.watch is None else job.watch.through(ops, job, exchange)
 
 
 def _next_requests(tensors: Generator, answers: Any) -> list[tuple[int, Any]]:

@@ -16,5 +16,6 @@ else:
 from ...local import post_local as post_local
 from .ddp import ddp_comm_hook as ddp_comm_hook
 from .local import LocalSGD as LocalSGD
+from .metrics import MetricsHook as MetricsHook
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state
