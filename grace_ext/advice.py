@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .driver import Effects
     from .frameworks.base import Transport
-    from .metrics import Recorder, Watch
     from .probe import MeasuredNetwork
+    from .recorder import Recorder, Watch
 
 LOG = logging.getLogger("grace_ext")
 #: A residual is called exploding above this many times what is allowed: the largest gradient between two looks is not known.

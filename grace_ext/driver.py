@@ -45,7 +45,7 @@ from .spec import DTYPES, StepInfo, TensorSpec
 if TYPE_CHECKING:
     from .composition import Grace, Parts
     from .frameworks.base import Transport
-    from .metrics import Recorder
+    from .recorder import Recorder
 
 LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20

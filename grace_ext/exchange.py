@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .compressors.base import Compressor
-from .ops import Array, Ops
+from .ops import Array, Feedback, Ops
 from .parts import HALVES, INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
@@ -97,7 +97,7 @@ class Outcome(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """One tensor of a bucket at one step: its parts, the gradient as a flat float array, and where the result may be written: the
-    gradient's own memory, once it is compressed. `watch`: what measures its exchange (metrics.Watch)."""
+    gradient's own memory, once it is compressed. `watch`: what measures its exchange (recorder.Watch)."""
 
     spec: TensorSpec
     compressor: Any
@@ -130,7 +130,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
             x = ops.zeros(spec.size)
         done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
         if closely:
-            job.watch.sent(ops, x, done.values())
+            job.watch.sent(ops.norm(x), ops.norm(x - done.values()))
         kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
         changed = {**done.state, **kept}
         current.update(changed)
@@ -145,17 +145,26 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Gen
     feedback = job.memory.feedback(state)
     if not feedback:
         return None
-    closely = job.watch is not None and job.watch.closely
+    x = compensated(ops, job.grad, feedback) if job.watch is not None and job.watch.closely else None
     if one_pass(job.compressor, job.communicator):
-        if closely:
-            return None  # the plain form has the same bits, and shows what was compressed
         fused = job.compressor.fused(ops, job.grad, feedback, job.spec, info, state)
+        if fused and x is not None:
+            job.watch.sent(ops.norm(x), ops.norm(_unsent(ops, job, x, fused.payload, info) if fused.unsent is None else fused.unsent))
         return _exchange_fused(ops, job, info, state, fused) if fused else None
     rounds = job.compressor.fused_rounds(ops, job.grad, feedback, job.spec, info, state, job.out)
-    if not rounds:
-        return None
-    looked_at = (job.watch, ops.sum_up(feedback, job.grad) if feedback.residual is not None else ops.copy(job.grad)) if closely else None
-    return _exchange_rounds(ops, state, rounds, looked_at)
+    return _exchange_rounds(ops, job, state, rounds, x) if rounds else None
+
+
+def _unsent(ops: Ops, job: Job, x: Array, payload: Any, info: StepInfo) -> Array:
+    decoded = ops.empty(job.spec.size)
+    if not job.compressor.add_compiled(ops, decoded, payload, job.spec, True, 1):
+        decoded = job.compressor.decompress(ops, payload, job.spec, info)
+    return x - decoded
+
+
+def compensated(ops: Ops, grad: Array, feedback: Feedback) -> Array:
+    """What is compressed: the gradient itself where nothing is added."""
+    return grad if feedback.residual is None else ops.sum_up(feedback, grad)
 
 
 def one_pass(compressor: Any, communicator: Any) -> bool:
@@ -173,11 +182,11 @@ def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array],
     return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
 
 
-def _exchange_rounds(ops: Ops, state: dict[str, Array], rounds: Any, looked_at: tuple[Any, Array] | None) -> Generator[Any, Any, Outcome]:
+def _exchange_rounds(ops: Ops, job: Job, state: dict[str, Array], rounds: Any, x: Array | None) -> Generator[Any, Any, Outcome]:
+    before = None if x is None else ops.norm(x)  # the result may be written over the gradient
     aggregate, unsent, changed = yield from rounds
-    if looked_at:  # ranks must not go through different forms: sums of products may have other last bits
-        watch, x = looked_at
-        watch.sent(ops, x, x - unsent)
+    if before is not None:
+        job.watch.sent(before, ops.norm(unsent))
     return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
 
 

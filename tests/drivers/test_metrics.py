@@ -221,10 +221,10 @@ class Line(Transport):
         return handle.array / handle.divisor if handle.kind == "allreduce" else [handle.array] * 2
 
 
-@pytest.mark.parametrize(("seconds", "slower"), [(0.0, True), (2e-7, False)])
-def test_compression_that_costs_more_than_it_saves(caplog, seconds, slower):
+@pytest.mark.parametrize(("spec", "seconds", "slower"), [("atomo(rank=2)", 0.0, True), ("topk(ratio=0.01)", 5e-7, False)])
+def test_compression_that_costs_more_than_it_saves(caplog, spec, seconds, slower):
     transport = Line(seconds)
-    driver = Driver(grace_ext.grace("atomo(rank=2) + none @ allgather"), NUMPY.ops, transport, bucket_bytes=100_000)
+    driver = Driver(grace_ext.grace(f"{spec} + none @ allgather"), NUMPY.ops, transport, bucket_bytes=100_000)
     specs = [TensorSpec(f"w{i}", (n, n)) for i, n in enumerate((40, 100, 160))]
     driver.register(specs)
     assert len(driver.buckets) > 1
