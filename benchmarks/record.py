@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -58,3 +59,10 @@ def stamp() -> dict[str, Any]:
     """All of it, as the head of a JSON document."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(), "commit": commit()}
+
+
+def reliability(topic: str, table: dict[str, Any]) -> None:
+    """Writes a table of docs/reliability.md (title, text, columns, rows, commands) where tools/reliability.py finds it."""
+    file = Path(__file__).parent / "results" / "reliability" / f"{topic}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**stamp(), **table}, indent=1) + "\n")

@@ -17,6 +17,7 @@ from ...checkpoint import Kept, kept_by, nothing_kept
 from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...metrics import Measured, Metrics, Report
 from ...spec import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange, HorovodTransport
@@ -67,7 +68,7 @@ def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set:
     return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
 
 
-class Exchanges:
+class Exchanges(Measured):
     """The exchange of one optimizer or tape: made at the first call, when the variables and their gradients' kinds are known."""
 
     def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
@@ -99,6 +100,7 @@ class Exchanges:
     def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
         if self.dense is None:
             self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
+            self._attach(self.dense.driver)
             if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs
@@ -119,6 +121,9 @@ class Exchanges:
         arrays = [np.asarray(v.numpy()) for v in variables]
         digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
         perform(self.dense.driver.compare(digests), self.dense.transport, {})
+
+    def _drivers(self) -> list[Driver]:
+        return [self.dense.driver] if self.dense else []
 
     @property
     def wire_bytes(self) -> int:
@@ -302,6 +307,14 @@ class _Distributed:
     def wire_bytes(self) -> int:
         """Bytes this rank handed to collectives in the last step."""
         return self._grace.wire_bytes
+
+    def measure(self, every: int = 100, **options: Any) -> Metrics:
+        """Turns metrics on, as Measured.measure. (CompressionMetricsCallback does it for `fit`.)"""
+        return self._grace.measure(every, **options)
+
+    def metrics(self) -> Report:
+        """This rank's latest report; {} where `measure` was not called."""
+        return self._grace.metrics()
 
     def grace_state_dict(self) -> dict[str, Any]:
         """This rank's memory and compressor state, as numpy arrays by name. It differs by rank: save every rank's."""

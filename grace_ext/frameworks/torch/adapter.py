@@ -17,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...checkpoint import Kept
 from ...composition import Grace
+from ...driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
+from ...metrics import Measured
 from ..base import rate_of
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
@@ -45,7 +47,7 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
     return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate)
 
 
-class BoundCompression:
+class BoundCompression(Measured):
     """One model's compression. Compared and hashed by identity: it holds that model's memory."""
 
     def __init__(self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool):
@@ -106,7 +108,11 @@ class BoundCompression:
                 average=self._average,
                 read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
             )
+            self._attach(self._session.driver)
         return self._session
+
+    def _drivers(self) -> list[Driver]:
+        return [self._session.driver] if self._session else []
 
     # --- which parameter is it? -------------------------------------------------------------------------------------
     def _remember(self, name: str) -> Any:

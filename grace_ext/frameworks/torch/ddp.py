@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...checkpoint import Kept
 from ...composition import Grace, grace
+from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
+from ...metrics import Measured
 from ...spec import TensorSpec
 from ..base import rate_of
 from .ops import HostOps, TorchOps, describe
@@ -65,7 +67,7 @@ class _Taken(NamedTuple):
     future: Future[torch.Tensor]
 
 
-class DDPState:
+class DDPState(Measured):
     """The exchange of one DDP module on this rank.
 
     `state_dict()` and `load_state_dict()` hold the memory and compressor state; it differs by rank: save every rank's.
@@ -108,7 +110,11 @@ class DDPState:
                 raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
             named(self._parameters.items())  # it may be on several devices now
             self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr)
+            self._attach(self._made.driver)
         return self._made
+
+    def _drivers(self) -> list[Driver]:
+        return [self._made.driver] if self._made else []
 
     def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
         return SingleTransport(ops) if dist.get_world_size(self._group) == 1 else DistTransport(ops, self._group)

@@ -13,9 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...agreement import agree
 from ...checkpoint import Kept, nothing_kept
 from ...composition import Grace, grace
-from ...driver import perform
+from ...driver import Driver, perform
 from ...elastic import STALE
 from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
+from ...metrics import Measured
 from ..base import rate_of
 from . import engine
 from .ops import ops_for
@@ -126,7 +127,7 @@ def _check_groups(groups: Any) -> None:
         raise ValueError("A parameter can only appear once in groups.")
 
 
-class _Distributed(torch.optim.Optimizer):
+class _Distributed(Measured, torch.optim.Optimizer):
     """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
 
     backward_passes_per_step: int
@@ -317,6 +318,9 @@ class _Distributed(torch.optim.Optimizer):
     def wire_bytes(self) -> int:
         """Bytes this rank handed to collectives in the last step: payloads, headers, all rounds, sparse gradients."""
         return (self._session.wire_bytes if self._session else 0) + self._wire_bytes_sparse
+
+    def _drivers(self) -> list[Driver]:
+        return [self._session.driver] if self._session else []
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and under 'grace_ext' this rank's memory and compressor state. It differs by rank: save every rank's."""
