@@ -22,6 +22,7 @@ from ...spec import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
+from .trackable import Memory
 
 XLA = (
     "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
@@ -158,6 +159,10 @@ class Exchanges(Measured):
             transport = HorovodTransport(self.process_set)
             Driver(self.grace, transport.ops, transport).read_state(saved)
 
+    def trackable(self) -> Memory:
+        """For tf.train.Checkpoint(memory=...)."""
+        return Memory(self)
+
     def _kept(self) -> Kept:
         if self.idle:
             return nothing_kept(self.process_set.included())
@@ -192,7 +197,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
     device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes` and
-    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory.
+    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory. tf.train.Checkpoint(optimizer=...) holds that memory, too, of the
+    rank that writes it; model.save and save_weights do not: see grace_ext.save.
     """
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
@@ -232,6 +238,7 @@ def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
     wrapped = cls.from_config(optimizer.get_config())
     for name, value in attributes.items():  # outside of Keras's tracking: neither a layer nor a variable
         object.__setattr__(wrapped, name, value)
+    wrapped._track_trackable(Memory(wrapped._grace), "grace_ext")
     if optimizer.built:
         wrapped.build(list(optimizer._trainable_variables))
         for new, old in zip(wrapped.variables, optimizer.variables, strict=True):

@@ -72,19 +72,25 @@ class _Tape:
         self._local.add(id(source))
 
     @tf.autograph.experimental.do_not_convert
+    def memory(self, sources: Any) -> Exchanges:
+        """What all tapes with this compression and these settings share for these variables: for grace_ext.save and load, and by
+        `trackable()` for tf.train.Checkpoint. It may be had before the first step."""
+        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
+        return _exchanges_for(
+            self._compression,
+            [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
+            settings,
+            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
+        )
+
+    @tf.autograph.experimental.do_not_convert
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
         """The tape's gradients, exchanged: in the structure of `sources` (tf.Variables or Keras 3 variables)."""
         flat = tf.nest.flatten(sources)
         inner = [v.value if hasattr(v, "path") and hasattr(v, "value") and not isinstance(v, tf.Variable) else v for v in flat]
         gradients = self._tape.gradient(target, inner, output_gradients)
         shared = [i for i, v in enumerate(flat) if id(v) not in self._local]
-        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
-        exchange = _exchanges_for(
-            self._compression,
-            [flat[i] for i in shared],
-            settings,
-            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
-        )
+        exchange = self.memory(sources)
         if self._metrics is not None:
             exchange.measure_by(self._metrics)
         if not exchange.idle:
