@@ -1,4 +1,4 @@
-"""Mixed precision with torch on 2 ranks, under whatever launcher started this file. Prints 'CASE name ok' for each case that holds on all."""
+"""Mixed precision with torch on 2 ranks, under whatever launcher started it. Prints 'CASE name ok' for each case that holds on all."""
 
 from __future__ import annotations
 
