@@ -30,6 +30,13 @@ XLA = (
 )
 
 
+SCALING = (
+    "this optimizer is inside of a LossScaleOptimizer, which leaves out the step of a rank whose own gradients are not finite: the other "
+    "ranks would wait for it for ever. Put it inside: hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
+    "(model.compile makes one by itself under the policy 'mixed_float16', unless the optimizer is one.)"
+)
+
+
 def chosen_compression(compression: Any) -> Grace | None:
     """The Grace to use; None where the user gave one of Horovod's own compressions other than none."""
     if isinstance(compression, Grace):
@@ -256,6 +263,7 @@ class _Distributed:
         super().build(variables)  # type: ignore[misc]
         if not self._grace.idle:
             refuse_xla(self)
+            refuse_inside_scaling(self)
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
@@ -279,9 +287,12 @@ class _Distributed:
         results = list(grads)
         if scale and len(shared) < len(grads):
             results = [g if g is None or i in shared else g / self._grace.process_set.size() for i, g in enumerate(grads)]
-        exchanged = self._grace([grads[i] for i in shared], [variables[i] for i in shared], self.learning_rate)
+        # Of a LossScaleOptimizer: compressed as if the loss were not scaled, so that a change of scale does not change the memory.
+        scale = getattr(self, "dynamic_scale", None)
+        own = [_times(grads[i], scale, -1) for i in shared]
+        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate)
         for i, result in zip(shared, exchanged, strict=True):
-            results[i] = result
+            results[i] = _times(result, scale, 1)
         return results
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[Any], passes: int, average: bool) -> None:
@@ -346,6 +357,26 @@ def check_agreement(optimizer: Any, model: Any = None) -> None:
     if not isinstance(optimizer, _Distributed):
         raise UnsupportedError(f"check_agreement takes grace_ext's DistributedOptimizer, not {type(optimizer).__name__}")
     optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)  # type: ignore[attr-defined]
+
+
+def _times(gradient: Any, scale: Any, sign: int) -> Any:
+    """The gradient multiplied (1) or divided (-1) by the scale of the loss, where there are both. By a power of two it is exact."""
+    if gradient is None or scale is None:
+        return gradient
+    factor = tf.convert_to_tensor(scale.value) if sign > 0 else 1.0 / tf.convert_to_tensor(scale.value)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
+def refuse_inside_scaling(optimizer: Any) -> None:
+    """Raises where this optimizer is the inner one of a LossScaleOptimizer, which is found on the stack: it builds the inner one."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        outer = frame.f_locals.get("self")
+        if isinstance(outer, keras.optimizers.LossScaleOptimizer) and outer is not optimizer and outer.inner_optimizer is optimizer:
+            raise UnsupportedError(SCALING)
+        frame = frame.f_back
 
 
 def refuse_xla(optimizer: Any) -> None:

@@ -39,8 +39,8 @@ def digest(arrays: Mapping[str, Any]) -> str:
 
 
 def run(make: Callable[[str], Any], rank: int, size: int) -> None:
-    """make(kind): an object with `holder` (for grace_ext), `step(i)`, `arrays()`, `save(path)` and `load(path)`, the last two for what is the
-    user's own to save."""
+    """make(kind): an object with `holder` (for grace_ext), `step(i)`, `arrays()`, and `save(path)` and `load(path)` of what is the user's
+    own to save."""
     what, folder, kinds = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     warnings.simplefilter("ignore")
     said = {}
