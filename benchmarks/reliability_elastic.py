@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 RESULT = Path(__file__).parent / "results" / "reliability" / "elastic.json"
 TEXT = (
-    "Three workers train under `horovodrun --min-np 2 --max-np 3` with a host discovery script. One is killed with SIGKILL; the other two go "
-    "back to the last commit and on as two; then the script names another host, and a third worker joins. The loss is the mean of the first "
-    "and of the last 12 steps of all ranks. torchrun: rank 1 kills itself in step 7 of 12, all ranks are started again and go on from the "
-    "checkpoint of step 4; the weights are compared with those of a run without a death, bit for bit."
+    "Three workers train under `horovodrun --min-np 2 --max-np 3` with a host discovery script. One is killed with SIGKILL; the other two "
+    "go back to the last commit and on as two; then the script names another host, and a third worker joins. The loss is the mean of the "
+    "first and of the last 12 steps of all ranks. torchrun: rank 1 kills itself in step 7 of 12, all ranks are started again and go on "
+    "from the checkpoint of step 4; the weights are compared with those of a run without a death, bit for bit."
 )
 SPECS = ("topk(ratio=0.1) + residual", "powersgd(rank=2) + residual", "efsignsgd + residual @ reduce_scatter")
 

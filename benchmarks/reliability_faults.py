@@ -1,5 +1,5 @@
-"""Faults on a real network, two hosts of benchmarks/netlab (needs root): a rank is killed in the middle of a collective, its link is cut and
-mended, its process is stopped and goes on; and a full disk at a checkpoint. Writes benchmarks/results/reliability/faults.json.
+"""Faults on a real network, two hosts of benchmarks/netlab (needs root): a rank is killed in the middle of a collective, its link is cut
+and mended, its process is stopped and goes on; and a full disk at a checkpoint. Writes benchmarks/results/reliability/faults.json.
 
     python benchmarks/reliability_faults.py            # a process is stopped, and a link cut, for 60 s
     python benchmarks/reliability_faults.py --short    # for seconds; writes nothing, prints the rows
@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "netlab")]
 RESULT = Path(__file__).parent / "results" / "reliability" / "faults.json"
 TEXT = (
-    "Two hosts, a link of 100 Mbit/s each, exchange 4 MB of dense gradient a step. In the middle of a collective rank 1 is killed (SIGKILL), "
-    "its host's link is cut and mended, or it is stopped (SIGSTOP) and continued, for longer and for shorter than GRACE_EXT_TIMEOUT. 'after' "
-    "is the time from the fault to the error on rank 0, or to the end of the job. A rank whose launcher ends it first says nothing itself. "
-    "The disk is a tmpfs that the second checkpoint does not fit on."
+    "Two hosts, a link of 100 Mbit/s each, exchange 4 MB of dense gradient a step. In the middle of a collective rank 1 is killed "
+    "(SIGKILL), its host's link is cut and mended, or it is stopped (SIGSTOP) and continued, for longer and for shorter than "
+    "GRACE_EXT_TIMEOUT. 'after' is the time from the fault to the error on rank 0, or to the end of the job. A rank whose "
+    "launcher ends it first says nothing itself. The disk is a tmpfs that the second checkpoint does not fit on."
 )
 
 

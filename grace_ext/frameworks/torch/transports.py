@@ -12,9 +12,16 @@ import torch.distributed as dist
 from ...errors import CollectiveError, UnsupportedError
 from ...exchange import Collective
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
+from .dist_world import HorovodInternalError
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
+
+
+@cache
+def _failure(kind: type[Exception]) -> type[CollectiveError]:
+    """A CollectiveError that is an engine's own error, too: elastic jobs and Horovod's users catch that."""
+    return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
 
 
 class SingleTransport(Transport):
@@ -101,12 +108,6 @@ class HorovodTransport(Transport):
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
-@cache
-def _failure(kind: type[Exception]) -> type[CollectiveError]:
-    """A CollectiveError that is an engine's own error, too: elastic jobs and Horovod's users catch that."""
-    return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
-
-
 _process_sets: dict[tuple[int, ...], Any] = {}
 
 
@@ -131,6 +132,7 @@ class DistTransport(Transport):
     """torch.distributed's collectives of one process group, matched by the order in which they start."""
 
     splits = True
+    failure = _failure(HorovodInternalError)
 
     def __init__(self, ops: DeviceOps, group: Any = None):
         self.ops, self._group = ops, group
