@@ -253,10 +253,10 @@ def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
     return wrapped
 
 
-class _Distributed:
-    """What is put in front of a Keras optimizer's class."""
+class InFront:
+    """What is put in front of a Keras optimizer's class; a subclass says what a step of it is."""
 
-    _grace: Exchanges
+    _grace: Any
 
     @tf.autograph.experimental.do_not_convert
     def build(self, variables: Any) -> None:
@@ -267,17 +267,32 @@ class _Distributed:
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
         grads = list(grads)
         if not grads or self._grace.idle:
-            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+            return self._apply_wrapped(grads, trainable_variables)
         if trainable_variables is not None and not self.built:  # type: ignore[has-type]
             self.build(list(trainable_variables))
             self.built = True
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        self._apply_exchanged(grads, self._trainable_variables if trainable_variables is None else list(trainable_variables))
+
+    def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
+        """A step with this rank's gradients of these variables."""
+        raise NotImplementedError
+
+    def _apply_wrapped(self, grads: list[Any], variables: list[Any] | None) -> None:
+        """A step as the wrapped class makes it."""
+        super().apply(grads, variables)  # type: ignore[misc]
+
+
+class _Distributed(InFront):
+    """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
+
+    _grace: Exchanges
+
+    def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         passes, average = self._grace_passes
         if passes == 1:
-            super().apply(self._exchanged(grads, variables), variables)  # type: ignore[misc]
+            self._apply_wrapped(self._exchanged(grads, variables), variables)
         else:
             self._accumulate_and_apply(grads, variables, passes, average)
 
@@ -310,7 +325,7 @@ class _Distributed:
             summed: list[Any] = [None] * len(grads)
             for total, i in zip(sums, present, strict=True):
                 summed[i] = total / passes if average else total.read_value()
-            super(_Distributed, self).apply(self._exchanged(summed, variables), variables)  # type: ignore[misc]
+            self._apply_wrapped(self._exchanged(summed, variables), variables)
             for total in sums:
                 total.assign(tf.zeros_like(total))
             count.assign(0)
