@@ -1,6 +1,7 @@
 """Mixed precision in real jobs of 2 ranks: what held. Writes benchmarks/results/reliability/amp.json.
 
-    python benchmarks/reliability_amp.py
+    python benchmarks/reliability_amp.py              # all jobs
+    python benchmarks/reliability_amp.py torchrun     # those with this in 'engine file'; the rows of the others stay as they are
 """
 
 from __future__ import annotations
@@ -23,35 +24,49 @@ TEXT = (
 JOBS = (("torchrun", "amp_job.py"), ("horovodrun", "amp_job.py"), ("horovodrun", "amp_tf_job.py"))
 
 
-def rows() -> list[list[str]]:
+def of_job(engine: str, file: str) -> list[list[str]]:
+    """A row for each case of this job."""
     from tests.frameworks.launch import JOBS as FOLDER
     from tests.frameworks.launch import job
 
-    found = []
+    return rows(engine, file, (FOLDER / file).read_text(), job(engine, 2, file, timeout=1200))
+
+
+def rows(engine: str, file: str, source: str, said: str) -> list[list[str]]:
+    """What a job said, by the cases that it has."""
+    held = set(re.findall(r"CASE case_(\w+) ok", said))
+    test, framework = ("test_keras", "Keras") if "tf" in file else ("test_torch", "torch")
+    return [
+        [
+            f"{engine}, {framework}: {case.replace('_', ' ')}",
+            "ok" if case in held else "failed",
+            f"pytest tests/frameworks/test_amp.py -k '{test} and {case}'",
+        ]
+        for case in re.findall(r"^def case_(\w+)", source, re.MULTILINE)
+    ]
+
+
+def main(only: str = "") -> None:
+    found = {row[0]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
     for engine, file in JOBS:
-        cases = re.findall(r"^def case_(\w+)", (FOLDER / file).read_text(), re.MULTILINE)
-        held = set(re.findall(r"CASE case_(\w+) ok", job(engine, 2, file, timeout=1200)))
-        test = "test_keras" if "tf" in file else "test_torch"
-        for case in cases:
-            title = f"{engine}, {'Keras' if 'tf' in file else 'torch'}: {case.replace('_', ' ')}"
-            command = f"pytest tests/frameworks/test_amp.py -k '{test} and {case}'"
-            found.append([title, "ok" if case in held else "failed", command])
-    return found
+        if only in f"{engine} {file}":
+            found.update({row[0]: row for row in of_job(engine, file)})
+            write(list(found.values()))
+    print(json.dumps(list(found.values()), indent=1))
 
 
-def main() -> None:
+def write(found: list[list[str]]) -> None:
     document = {
         "title": "Mixed precision",
         "machine": record.machine(),
         "text": TEXT,
         "columns": ["case", "outcome", "command"],
-        "rows": rows(),
+        "rows": found,
         "commands": ["python benchmarks/reliability_amp.py"],
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document["rows"], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

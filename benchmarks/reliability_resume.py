@@ -2,7 +2,7 @@
 benchmarks/results/reliability/resume.json.
 
     python benchmarks/reliability_resume.py            # all of it: every compressor with every memory, and the jobs of all frameworks
-    python benchmarks/reliability_resume.py --jobs     # the jobs alone; the rows of the rest stay as they are
+    python benchmarks/reliability_resume.py mpirun     # the rows with this in their first column; the others stay as they are
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import json
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 RESULT = Path(__file__).parent / "results" / "reliability" / "resume.json"
+MATRIX = "LocalCluster, every mix"
 TEXT = (
     "Training of 10 steps is compared with 5 steps, grace_ext.save, new processes, grace_ext.load and 5 steps: the last result and all "
     "ranks' memory must be the same bits. The first row walks every compressor (with the knobs of the test catalogue) and every memory "
@@ -38,36 +41,43 @@ def matrix() -> list[str]:
     for spec, outcome in found.items():
         if outcome != "equal":
             print(f"{spec}: {outcome}", file=sys.stderr)
-    return ["LocalCluster, every mix", f"{counts['equal']} equal, {counts['different']} not", f"{refused} pairs refused when composed"]
+    return [MATRIX, f"{counts['equal']} equal, {counts['different']} not", f"{refused} pairs refused when composed"]
 
 
-def jobs() -> list[list[str]]:
-    """A row for each framework's job."""
+def of_job(case: Any) -> list[str]:
+    """The row of a framework's job."""
     from tests.frameworks import resume_cases
 
-    rows = []
-    for case in resume_cases.CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = resume_cases.outcomes(case, Path(folder))
-        good = sum(outcome == "equal" for outcome in outcomes.values())
-        rows.append([case.title, f"{good} equal, {len(outcomes) - good} not", ", ".join(outcomes)])
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = resume_cases.outcomes(case, Path(folder))
+    good = sum(outcome == "equal" for outcome in outcomes.values())
+    return [case.title, f"{good} equal, {len(outcomes) - good} not", ", ".join(outcomes)]
 
 
-def main() -> None:
-    before = json.loads(RESULT.read_text())["rows"][:1] if "--jobs" in sys.argv else [matrix()]
+def main(only: str = "") -> None:
+    from tests.frameworks import resume_cases
+
+    wanted = {MATRIX: matrix, **{case.title: partial(of_job, case) for case in resume_cases.CASES}}
+    rows = {row[0]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    for title, run in wanted.items():
+        if only in title:
+            rows[title] = run()
+            print(rows[title], flush=True)
+            write([rows[title] for title in wanted if title in rows])
+
+
+def write(rows: list[list[str]]) -> None:
     document = {
         "title": "Resume matrix",
         "machine": record.machine(),
         "text": TEXT,
         "columns": ["case", "outcome", "of"],
-        "rows": before + jobs(),
+        "rows": rows,
         "commands": ["python benchmarks/reliability_resume.py"],
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document["rows"], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

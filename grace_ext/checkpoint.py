@@ -155,7 +155,7 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
 
     said = _all(kept, "load", read)
     if any(other != said[0] for other in said):
-        raise CheckpointError(f"{place}: the ranks see different checkpoints; all hosts must share the folder")
+        raise CheckpointError("cannot load: the ranks see different checkpoints; they must name one folder, which all hosts share")
     _all(kept, "load", lambda: found["write"](found["states"]) or {} if "write" in found else {})
     if "resized" in found and 0 in kept.ranks:
         for sentence in found["resized"]:

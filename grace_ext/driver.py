@@ -456,7 +456,8 @@ class Driver:
 
     # --- state --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """{'version', 'spec', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies, of this rank."""
+        """{'version', 'spec', 'op', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies, of this rank; with
+        'hierarchical' also 'node', which tells the ranks' nodes apart."""
         flat = {f"{key}/{name}": self.ops.copy(array) for name, state in self.state.items() for key, array in state.items()}
         return {
             "version": 1, "spec": str(self.grace), "op": self._op, "rank": self.transport.rank, "size": self.transport.size,

@@ -389,7 +389,7 @@ def refuse_inside_scaling(optimizer: Any) -> None:
     frame = inspect.currentframe()
     while frame is not None:
         outer = frame.f_locals.get("self")
-        if isinstance(outer, keras.optimizers.LossScaleOptimizer) and outer is not optimizer and outer.inner_optimizer is optimizer:
+        if isinstance(outer, keras.optimizers.LossScaleOptimizer) and getattr(outer, "inner_optimizer", None) is optimizer:
             raise UnsupportedError(SCALING)
         frame = frame.f_back
 

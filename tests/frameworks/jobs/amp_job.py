@@ -116,7 +116,7 @@ def case_autocast():
             for i in range(30):
                 amp.step(i % 2, autocast=dtype)
                 losses.append(training.loss_of(amp.model, hvd.rank(), i % 2).item())
-            assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6]), (dtype, losses)
+            assert np.mean(losses[-6:]) < np.mean(losses[:6]), (dtype, losses)
             assert same_on_all_ranks({name: w.tobytes() for name, w in amp.weights().items()})
 
 
