@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from grace_ext.bench import processor
 
 PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
 
@@ -20,10 +23,11 @@ def cores() -> int:
 
 def machine() -> str:
     """Processor, cores, memory and system, in words."""
-    model = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    kilobytes = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    memory = f", {kilobytes / 2**20:.0f} GiB" if kilobytes else ""
-    return f"{model}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (OSError, ValueError):
+        memory = ""
+    return f"{processor()}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
 
 
 def versions() -> dict[str, str]:
@@ -57,8 +61,8 @@ def stamp() -> dict[str, Any]:
     return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(), "commit": commit()}
 
 
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []
+def reliability(topic: str, table: dict[str, Any]) -> None:
+    """Writes a table of docs/reliability.md (title, text, columns, rows, commands) where tools/reliability.py finds it."""
+    file = Path(__file__).parent / "results" / "reliability" / f"{topic}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**stamp(), **table}, indent=1) + "\n")

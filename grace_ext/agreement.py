@@ -27,7 +27,8 @@ from .payload import VERSION, message, open_message
 if TYPE_CHECKING:
     from .frameworks.base import Transport
 
-OWN = {"number": 0, "node": ""}  # what each rank may say differently
+#: What ranks say of themselves and need not have in common.
+OWN = {"number": 0, "node": "", "judges": False}
 FIX = (
     "Give every rank the same start (hvd.broadcast_parameters and hvd.broadcast_optimizer_state, or the checkpoint of one step), and let "
     "no rank change parameters by itself"
@@ -36,7 +37,7 @@ FIX = (
 
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
-    alike, where anything but the number and the node differs."""
+    alike, where anything else differs than what is each rank's OWN."""
     said = yield from tell(ops, transport, {**mine, "version": VERSION})
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(difference(said), said)

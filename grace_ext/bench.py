@@ -45,16 +45,19 @@ class Row:
     times: int
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on, without names."""
-    processor = platform.processor() or platform.machine()
+def processor() -> str:
+    """The processor's name as the system has it, else its kind."""
     try:
         with open("/proc/cpuinfo") as file:
-            processor = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass
+        return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without names."""
     return {
-        "processor": processor, "threads": 1, "python": platform.python_version(), "numpy": np.__version__,
+        "processor": processor(), "threads": 1, "python": platform.python_version(), "numpy": np.__version__,
         "grace_ext": __version__, "kernels": kernels.enabled(),
     }  # fmt: skip
 

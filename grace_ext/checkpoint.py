@@ -169,7 +169,8 @@ def _of(opt: Any) -> Kept:
     if not hasattr(opt, "_kept"):
         raise GraceError(
             f"{type(opt).__module__}.{type(opt).__name__} keeps no memory of compression; pass what grace_ext made: the "
-            "DistributedOptimizer or LocalSGD optimizer, the state of ddp_comm_hook, what bind gave, tape.memory(variables), an Exchange or a LocalCluster"
+            "DistributedOptimizer or LocalSGD optimizer, the state of ddp_comm_hook, what bind gave, tape.memory(variables), an Exchange "
+            "or a LocalCluster"
         )
     return opt._kept()
 

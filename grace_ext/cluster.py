@@ -10,6 +10,7 @@ from .driver import Driver, Effects, Start, Wait
 from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
 from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
+from .metrics import Metrics, Report
 from .ops import Ops
 from .parts import HALVES, INTEGERS
 from .spec import TensorSpec
@@ -59,11 +60,23 @@ class LocalCluster:
             for rank in range(size)
         ]
         self._lr: float | None = None
+        self._metrics: list[Metrics] = []
 
     @property
     def wire_bytes(self) -> list[int]:
         """Bytes of each rank's own input buffers to all collectives of the last step; the start-up agreement excluded."""
         return [driver.wire_bytes for driver in self.drivers]
+
+    def measure(self, every: int = 100, **options: Any) -> list[Metrics]:
+        """Turns metrics on, on every rank (see metrics.py; a file of every rank has '{rank}' in its name)."""
+        self._metrics = [Metrics(every, **options) for _ in self.drivers]
+        for driver, metrics in zip(self.drivers, self._metrics, strict=True):
+            metrics.attach(driver, network=False)
+        return self._metrics
+
+    def metrics(self) -> list[Report]:
+        """Each rank's latest report; [] where `measure` was not called."""
+        return [metrics.report() for metrics in self._metrics]
 
     def step(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> Any:
         """One exchange: a mapping name -> gradient for each rank in, the aggregated mapping (the same on all ranks) out, in the

@@ -178,13 +178,16 @@ class Grace:
         """A JSON-safe dictionary; `grace(g.to_config()) == g`."""
         return {**(self.plan.to_config() if self.policy is None else {"policy": self.policy.to_config()}), "seed": self.seed}
 
-    def bind(self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False) -> Any:
+    def bind(
+        self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False,
+        scaler: Any = None,
+    ) -> Any:  # fmt: skip
         """A `compression=` object for unmodified Horovod: `horovod.torch.DistributedOptimizer` of this model, given
         model.named_parameters(), or `horovod.tensorflow.DistributedGradientTape` over these tf.Variables.
 
         `op` and `process_set` must be the ones given to Horovod, which does not pass them on; `optimizer` (torch) gives the learning rate
         to memories that use it; `simulate` (torch) compresses at world size 1 too (there Horovod itself never calls the object, so it
-        needs `optimizer`). One bound object serves one optimizer or tape."""
+        needs `optimizer`); `scaler` (torch) is the GradScaler that scales the loss. One bound object serves one optimizer or tape."""
         items = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
         if not items:
             raise UnboundError("bind got no parameters; a generator can be used once, so call model.named_parameters() again")
@@ -192,7 +195,7 @@ class Grace:
         if "torch" in packages:
             from .frameworks.torch.adapter import bind
 
-            return bind(self, items, optimizer=optimizer, op=op, process_set=process_set, simulate=simulate)
+            return bind(self, items, optimizer=optimizer, op=op, process_set=process_set, simulate=simulate, scaler=scaler)
         if packages & {"tensorflow", "keras"}:
             from .frameworks.tensorflow.adapter import bind as bind_tensorflow
 

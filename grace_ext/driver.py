@@ -46,8 +46,9 @@ from .policies.base import as_state, is_own, own_state
 from .spec import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from .composition import Grace
+    from .composition import Grace, Parts
     from .frameworks.base import Transport
+    from .recorder import Recorder
 
 LOG = logging.getLogger("grace_ext")
 BUCKET_BYTES = 25 * 2**20
@@ -118,6 +119,8 @@ class Driver:
         self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only where `roll_back` may be called
         #: Bytes this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
+        #: Where metrics are on.
+        self.recorder: Recorder | None = None
         self.abandon()
 
     @property
@@ -213,6 +216,16 @@ class Driver:
             part.rate(dataclasses.replace(self._step_info(), lr=lr))
 
     # --- one step -----------------------------------------------------------------------------------------------------
+    @property
+    def under_way(self) -> bool:
+        """A step has begun, and has not ended."""
+        return bool(self._arrived) or self._info is not None
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """What each tensor goes through at the step that is under way, or was the last."""
+        return self._choices.parts
+
     def put(self, name: str, tensor: Any) -> Effects:
         """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
         self.check(name, tensor)
@@ -222,7 +235,8 @@ class Driver:
         self._bucket_of[name].missing -= 1
         try:
             if self.agreed:
-                yield from self._start_ready()
+                ready = self._start_ready()
+                yield from self.recorder.effects(ready) if self.recorder else ready
         except BaseException:
             self.abandon()  # nothing can be known of what was started
             raise
@@ -230,6 +244,12 @@ class Driver:
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
         self._compute = time.perf_counter() - self._ended
+        outputs = yield from self.recorder.effects(self._finish()) if self.recorder else self._finish()
+        if self.recorder:
+            self.recorder.finished()
+        return outputs
+
+    def _finish(self) -> Effects:
         try:
             self.check_rate(self.read_lr())
             if not self.agreed:
@@ -258,9 +278,12 @@ class Driver:
             if self._info is None:
                 self._info = self._step_info()
                 self._choose()
+                if self.recorder:
+                    self.recorder.begin(self._info)
             jobs = [self._job(spec) for spec in bucket.specs]
             how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
-            bucket.running = how(jobs, self._info, bucket.digest, self.transport.carry)
+            exchange = how(jobs, self._info, bucket.digest, self.transport.carry)
+            bucket.running = self.recorder.bucket(exchange) if self.recorder else exchange
             yield from self._advance(bucket, None)
 
     def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
@@ -328,6 +351,8 @@ class Driver:
                 self._before = old
         self.step += 1
         self.wire_bytes = self._bytes
+        if self.recorder:
+            self.recorder.ended(self.buckets)
         return {name: outputs[name] for name in self.specs}
 
     def _recycle(self, old: dict[str, dict[str, Array]]) -> None:
@@ -363,7 +388,8 @@ class Driver:
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
         compressor, memory, communicator = self._choices.parts[spec.name]
         state = self._choices.measure(self.ops, spec, grad, state, self._info)
-        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out)
+        watch = self.recorder.watches[spec.name] if self.recorder else None
+        return Job(spec, compressor, memory, communicator.inner(compressor), grad, state, out, watch)
 
     # --- agreement ----------------------------------------------------------------------------------------------------
     def agree(self) -> Effects:
@@ -379,6 +405,8 @@ class Driver:
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"
+        if self.recorder and all(other["judges"] for other in said):
+            yield from self.recorder.advice.probe(self.transport)
         self.agreed = True
 
     def compare(self, digests: Mapping[str, str]) -> Effects:
@@ -401,6 +429,7 @@ class Driver:
             "step": self.step,
             "number": Driver._next_number,
             "node": self.transport.node if self.grace.two_level else "",
+            "judges": bool(self.recorder and self.recorder.advice.judges_times),
         }
 
     def move(self, transport: Transport, divisor: int) -> None:

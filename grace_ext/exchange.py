@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .compressors.base import Compressor
-from .ops import Array, Ops
+from .ops import Array, Feedback, Ops
 from .parts import HALVES, INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
@@ -99,7 +99,7 @@ class Outcome(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """One tensor of a bucket at one step: its parts, the gradient as a flat float array, and where the result may be written: the
-    gradient's own memory, once it is compressed."""
+    gradient's own memory, once it is compressed. `watch`: what measures its exchange (recorder.Watch)."""
 
     spec: TensorSpec
     compressor: Any
@@ -108,6 +108,7 @@ class Job:
     grad: Array
     state: dict[str, Array]
     out: Array | None = None
+    watch: Any = None
 
 
 def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Generator[Any, Any, Outcome]:
@@ -117,6 +118,7 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
+    closely = job.watch is not None and job.watch.closely
     running = compiled(ops, job, info, state) if ops.kernels else None
     if running:
         return (yield from running)
@@ -129,6 +131,8 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Gen
             flag[0] = True
             x = ops.zeros(spec.size)
         done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
+        if closely:
+            job.watch.sent(ops.norm(x), ops.norm(x - done.values()))
         kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
         changed = {**done.state, **kept}
         current.update(changed)
@@ -143,11 +147,26 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Gen
     feedback = job.memory.feedback(state)
     if not feedback:
         return None
+    x = compensated(ops, job.grad, feedback) if job.watch is not None and job.watch.closely else None
     if one_pass(job.compressor, job.communicator):
         fused = job.compressor.fused(ops, job.grad, feedback, job.spec, info, state)
+        if fused and x is not None:
+            job.watch.sent(ops.norm(x), ops.norm(_unsent(ops, job, x, fused.payload, info) if fused.unsent is None else fused.unsent))
         return _exchange_fused(ops, job, info, state, fused) if fused else None
     rounds = job.compressor.fused_rounds(ops, job.grad, feedback, job.spec, info, state, job.out)
-    return _exchange_rounds(state, rounds) if rounds else None
+    return _exchange_rounds(ops, job, state, rounds, x) if rounds else None
+
+
+def _unsent(ops: Ops, job: Job, x: Array, payload: Any, info: StepInfo) -> Array:
+    decoded = ops.empty(job.spec.size)
+    if not job.compressor.add_compiled(ops, decoded, payload, job.spec, True, 1):
+        decoded = job.compressor.decompress(ops, payload, job.spec, info)
+    return x - decoded
+
+
+def compensated(ops: Ops, grad: Array, feedback: Feedback) -> Array:
+    """What is compressed: the gradient itself where nothing is added."""
+    return grad if feedback.residual is None else ops.sum_up(feedback, grad)
 
 
 def one_pass(compressor: Any, communicator: Any) -> bool:
@@ -165,8 +184,11 @@ def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array],
     return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
 
 
-def _exchange_rounds(state: dict[str, Array], rounds: Any) -> Generator[Any, Any, Outcome]:
+def _exchange_rounds(ops: Ops, job: Job, state: dict[str, Array], rounds: Any, x: Array | None) -> Generator[Any, Any, Outcome]:
+    before = None if x is None else ops.norm(x)  # the result may be written over the gradient
     aggregate, unsent, changed = yield from rounds
+    if before is not None:
+        job.watch.sent(before, ops.norm(unsent))
     return Outcome(aggregate, _updated(state, changed, {"residual": unsent}))
 
 
@@ -204,7 +226,7 @@ def exchange_bucket(
 ) -> Generator[list[Collective], list[Any], tuple[list[Outcome], bool]]:
     """All tensors of a bucket. Returns their outcomes, and whether every rank was finite (if not, the outputs mean nothing)."""
     flag = [False]
-    tensors = lockstep([exchange_tensor(ops, job, info, flag) for job in jobs])
+    tensors = lockstep([_watched(ops, job, exchange_tensor(ops, job, info, flag)) for job in jobs])
     answers: Any = None
     all_finite, turn = True, 0
     while True:
@@ -230,6 +252,10 @@ def exchange_bucket(
             answers.update(group_answers)
             all_finite = all_finite and finite
         turn += 1
+
+
+def _watched(ops: Ops, job: Job, exchange: Generator) -> Generator:
+    return exchange if job.watch is None else job.watch.through(ops, job, exchange)
 
 
 def _next_requests(tensors: Generator, answers: Any) -> list[tuple[int, Any]]:

@@ -220,6 +220,10 @@ class Ops(ABC):
         residual = feedback.residual if feedback.beta == 1 else feedback.residual * feedback.beta
         return residual + (grad if feedback.gamma == 1 else grad * feedback.gamma)
 
+    def norm(self, x: Array) -> float:
+        """||x||, summed in float64; 0 where x is empty."""
+        return float(self.block_norms(x, len(x), 2)[0]) if len(x) else 0.0
+
     # --- bits -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def pack(self, codes: Array, width: int) -> Array:

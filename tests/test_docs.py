@@ -31,6 +31,33 @@ def test_the_performance_page_is_what_the_results_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_reliability_page_is_what_the_results_say():
+    done = run([sys.executable, "tools/reliability.py", "--check"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_reliability_page_is_made_of_the_topics_that_there_are(tmp_path):
+    """Each with its title, paragraph, command and rows, in the page's order; --check sees a change of one cell."""
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    results.mkdir()
+
+    def tool(*more: str) -> subprocess.CompletedProcess:
+        return run([sys.executable, "tools/reliability.py", "--results", str(results), "--page", str(page), *more])
+
+    assert tool().returncode == 1 and tool("--check").returncode == 0
+    made = {"title": "Soak", "machine": "m", "text": "What was done.", "columns": ["case", "held", "command"],
+            "rows": [["a|b", True, "pytest x"], ["c", False, "pytest y"]], "commands": ["python z.py"]}  # fmt: skip
+    (results / "soak.json").write_text(json.dumps(made))
+    (results / "resume.json").write_text(json.dumps({**made, "title": "Resume", "commands": []}))
+    assert tool().returncode == 0 and tool("--check").returncode == 0
+    text = page.read_text()
+    assert text.index("## Resume") < text.index("## Soak") and "By `python z.py`: m." in text
+    assert "| a\\|b | yes | `pytest x` |" in text and "| c | **no** | `pytest y` |" in text
+    made["rows"][1][1] = True
+    (results / "soak.json").write_text(json.dumps(made))
+    assert tool("--check").returncode == 1
+
+
 def test_the_readme_counts_and_names_the_shelf():
     """Every part is named in the README's table, and their numbers are right."""
     import grace_ext

@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..compressors.base import Exchanged
-from ..errors import IncompatiblePartsError, ParameterError
+from ..compressors.base import Exchanged, sent_by
+from ..errors import IncompatiblePartsError, ParameterError, PayloadError
 from ..exchange import Gather, Scatter
 from ..parts import knob
 from ..spec import TensorSpec
@@ -110,7 +110,10 @@ class ReduceScatter(Communicator):
         payload = ()
         finite = True
         if mine.size:
-            mean = compressor.combine(ops, received, specs[info.rank], info)
+            try:
+                mean = compressor.combine(ops, received, specs[info.rank], info)
+            except PayloadError as error:  # it speaks of the shard
+                raise error.at(error.rank, spec.name) from None
             if self.keeps_state(compressor):
                 mean = ops.cast(mean + self._residual(state, info), "float32")
             if not (finite := ops.all_finite(mean)):  # a sum beyond float32: every rank skips the step
@@ -122,7 +125,8 @@ class ReduceScatter(Communicator):
             changed["shard_rate"] = ops.zeros(1) + self.rate(info)
         by_rank = [second.fields(s) if s.size else () for s in means]
         gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)
-        result = ops.concat([second.decompress(ops, p, s, info) for p, s in zip(gathered, means, strict=True) if s.size])
+        shares = enumerate(zip(gathered, means, strict=True))
+        result = ops.concat([_opened(ops, second, p, s, info, rank, spec.name) for rank, (p, s) in shares if s.size])
 
         def values():
             return ops.concat([compressor.decompress(ops, p, s, info) for p, s in zip(payloads, specs, strict=True) if s.size])
@@ -153,6 +157,15 @@ class ReduceScatter(Communicator):
 
     def bytes_sent(self, n, payload, dense):
         return 2 * (n - 1) / n * payload
+
+
+def _opened(ops, compressor, payload, shard, info, rank, parameter):
+    """One rank's shard of the result. Raises PayloadError, naming both."""
+    with sent_by(rank, parameter):
+        values = compressor.decompress(ops, payload, shard, info)
+        if not ops.all_finite(values):
+            raise PayloadError("stands for values that are not finite, and does not say so")
+    return values
 
 
 def _wire(spec: TensorSpec) -> str:

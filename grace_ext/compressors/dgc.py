@@ -72,23 +72,29 @@ class DGC(Selecting):
     def candidates(self, ops, grad, feedback, spec, info):
         threshold = self._suggested(ops, ops.sample(feedback, grad, self._sampled(ops, spec, info)))
         swept = ops.sweep(feedback, grad, threshold)
-        return swept and (swept[0], (threshold, swept[1]))
+        return swept and (swept[0], (threshold, *swept[1]))
 
     def select(self, ops, x, spec, info, state):
         threshold = self._suggested(ops, ops.copy(x[self._sampled(ops, spec, info)]))
-        return self.chosen(ops, x, (threshold, ops.at_least(x, threshold)), spec, info, state)
+        found = ops.at_least(x, threshold)
+        positions, _, state = self.chosen(ops, x, (threshold, found, x[found]), spec, info, state)
+        return positions, state
 
     def chosen(self, ops, x, candidates, spec, info, state):
         k, least, most = kept(self.ratio, spec.size), self._least(spec.size), self.most(spec.size)
-        threshold, found = candidates
+        threshold, found, values = candidates
         for _ in range(self.max_iters):
             many, few = len(found) > most, len(found) < least
             if not threshold or not (few or many) or (many and self.resample):
                 break
             threshold = float(np.float32(min(threshold * (self.lower if few else self.upper), 3e38)))
             found = ops.at_least(x, threshold)
+            values = x[found]
         if len(found) < least:
             found = ops.top_k(x, k)
+            values = x[found]
         elif len(found) > most:
-            found = found[ops.top_k(x[found], k)]
-        return found[x[found] != 0], state
+            largest = ops.top_k(values, k)
+            found, values = found[largest], values[largest]
+        sent = values != 0
+        return found[sent], values[sent], state

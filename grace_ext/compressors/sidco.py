@@ -92,7 +92,7 @@ class SIDCo(Selecting):
 
     def chosen(self, ops, x, candidates, spec, info, state):
         if candidates is None or candidates[1] <= (k := kept(self.ratio, spec.size)):
-            return self.select(ops, x, spec, info, state)
+            return super().chosen(ops, x, candidates, spec, info, state)
         total, count, largest = candidates
         control, ratio = ops.host(state["sidco_stages"]), k / count
         shares = self._shares(ratio, int(control[0]))
@@ -104,7 +104,7 @@ class SIDCo(Selecting):
                 threshold = float(np.float32(min(threshold + tail, largest)))
                 rest, least = ops.magnitudes_above(rest, threshold)
         found = ops.at_least(x, threshold)
-        return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
+        return found, x[found], {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
 
     def _shares(self, ratio: float, stages: int) -> list[float]:
         """What each stage leaves of what the one before left."""

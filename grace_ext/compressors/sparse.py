@@ -155,34 +155,35 @@ class Selecting(AtPositions):
 
     def compress(self, ops, x, spec, info, state):
         positions, state = self.select(ops, x, spec, info, state)
-        return self.payload(ops, x, positions, spec), state
+        return self.payload(ops, x, positions, x[positions], spec), state
 
     def candidates(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo) -> tuple[Array, Any] | None:
         """For `fused`: what is to be compressed, x, and what `chosen` wants to know of it; None where x is not finite."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
-    def chosen(self, ops: Ops, x: Array, candidates: Any, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
-        """`select`, given the candidates."""
-        return self.select(ops, x, spec, info, state)
+    def chosen(self, ops: Ops, x: Array, candidates: Any, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, Array, State]:
+        """`select`, given the candidates: (positions, x there, new state)."""
+        positions, state = self.select(ops, x, spec, info, state)
+        return positions, x[positions], state
 
     def fused(self, ops, grad, feedback, spec, info, state):
         if grad.dtype != np.float32 or (found := self.candidates(ops, grad, feedback, spec, info)) is None:
             return None
         x, candidates = found
-        positions, state = self.chosen(ops, x, candidates, spec, info, state)
-        payload = self.payload(ops, x, positions, spec)
+        positions, values, state = self.chosen(ops, x, candidates, spec, info, state)
+        payload = self.payload(ops, x, positions, values, spec)
         if len(payload[0]) != len(positions) * ITEMSIZE[VALUES[self.values]]:  # all were sent, without positions
             positions = ops.arange(spec.size)
         sent = None if self.values == "fp32" else ops.from_bytes(payload[0], VALUES[self.values])
         return Fused(payload, without(ops, x, feedback, positions, sent), state)
 
-    def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec):
-        """The wire form of x at these positions."""
+    def payload(self, ops: Ops, x: Array, positions: Array, values: Array, spec: TensorSpec):
+        """The wire form of x at these positions, where it has these values."""
         d, item = spec.size, ITEMSIZE[VALUES[self.values]]
         if not self.exactly and item * len(positions) + index_bytes(len(positions), d, self.index) >= item * d and self.most(d) == d:
-            positions = ops.arange(d)
-        return ops.to_bytes(x[positions], VALUES[self.values]), encode_indices(ops, positions, d, self.index)
+            positions, values = ops.arange(d), ops.copy(x)  # x becomes what is left
+        return ops.to_bytes(values, VALUES[self.values]), encode_indices(ops, positions, d, self.index)
 
     def decoded(self, ops, payload, spec, info):
         values = finite(ops, ops.from_bytes(payload[0], VALUES[self.values]))

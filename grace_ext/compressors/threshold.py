@@ -34,7 +34,7 @@ class Threshold(Selecting):
         return ops.sweep(feedback, grad, self.threshold)
 
     def chosen(self, ops, x, candidates, spec, info, state):
-        return candidates, state
+        return *candidates, state
 
     def select(self, ops, x, spec, info, state):
         return ops.at_least(x, self.threshold), state

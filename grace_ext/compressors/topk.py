@@ -33,7 +33,7 @@ class TopK(Selecting):
         return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
 
     def chosen(self, ops, x, candidates, spec, info, state):
-        return ops.top_k_among(x, kept(self.ratio, spec.size), candidates), state
+        return *ops.top_k_among(x, kept(self.ratio, spec.size), candidates), state
 
     def select(self, ops, x, spec, info, state):
         return ops.top_k(x, kept(self.ratio, spec.size)), state

@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 #: The bits of an infinite float32: those of finite magnitudes are below.
 INFINITY = 0x7F800000
+#: Elements that stay in the first-level cache while kernels look at them again.
+PIECE = 2048
 
 
 def enabled() -> bool:

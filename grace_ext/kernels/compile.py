@@ -46,6 +46,11 @@ def converts_halves() -> bool:
     return platform.machine().lower() in ("arm64", "aarch64") or bool(binding.get_host_cpu_features().get("f16c"))
 
 
+def compresses() -> bool:
+    """Whether this processor stores chosen elements of a vector in one instruction."""
+    return bool(binding.get_host_cpu_features().get("avx512f"))
+
+
 #: For small functions that kernels call.
 inlined = njit(inline="always", error_model="numpy")
 
@@ -106,6 +111,25 @@ def reach(context, x, at, threshold):
         return _as_bits(builder, builder.icmp_unsigned(">=", magnitudes, _every(builder, arguments[2])))
 
     return types.uint64(x, types.int64, types.uint32), generate
+
+
+@intrinsic
+def keep(context, x, at, threshold, places, found):
+    """int64: how many |x[at + i]| >= threshold there are, given by its bits, for i < LANES. Their at + i go to `places`, int32[], from
+    `found` on. Only for processors that compress."""
+
+    def generate(context, builder, signature, arguments):
+        x, at, threshold, places, found = arguments
+        values = builder.load(_lanes(context, builder, signature, [x, at], ir.IntType(32)), align=4)
+        magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
+        mask = builder.icmp_unsigned(">=", magnitudes, _every(builder, threshold))
+        here = builder.add(_every(builder, builder.trunc(at, ir.IntType(32))), ir.Constant(values.type, list(range(LANES))))
+        into = builder.gep(context.make_array(signature.args[3])(context, builder, places).data, [found])
+        kind = ir.FunctionType(ir.VoidType(), [here.type, into.type, mask.type])
+        builder.call(builder.module.declare_intrinsic(f"llvm.masked.compressstore.v{LANES}i32", (), kind), [here, into, mask])
+        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), ir.IntType(64))
+
+    return types.int64(x, types.int64, types.uint32, places, types.int64), generate
 
 
 @intrinsic

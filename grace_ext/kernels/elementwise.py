@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import PIECE
 from .compile import bits_of, f32, f64, float_of, i64, inlined, kernel, read, write
 
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-PIECE = 2048  # elements that stay in the first-level cache while they are looked at again
 
 
 @inlined

@@ -5,59 +5,72 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import bit_positions
-from .compile import LANES, f32, i64, kernel, lowest_one, reach, read, u8, u32, write
+from .compile import LANES, compresses, f32, i32, i64, inlined, keep, kernel, lowest_one, reach, read, u8, u32, write
 from .elementwise import INFINITY, PIECE, magnitude
 
 ONE = np.uint64(1)
 NOT_FINITE = -1
+COMPRESSES = compresses()
 
 
-@kernel(read(f32), u32, write(i64))
-def collect(x, threshold, out):
-    """Positions with |x_j| >= threshold (given by its bits, above zero), ascending, into `out`. Stops where `out` could overflow. Returns
-    (how many were found, or NOT_FINITE; the position it came to)."""
+@kernel(read(f32), u32, write(i32))
+def reaching(x, threshold, places):
+    """Where |x_j| >= threshold (given by its bits, above zero), in order, into `places`, which has room for all. Returns how many."""
     found, whole = 0, len(x) // LANES * LANES
     for at in range(0, whole, LANES):
-        over = reach(x, at, threshold)
-        if over and found + LANES > len(out):
-            return found, at
-        while over:
-            j = at + lowest_one(over)
-            over &= over - ONE
-            if magnitude(x[j]) >= INFINITY:
-                return NOT_FINITE, j
-            out[found] = j
-            found += 1
+        if COMPRESSES:
+            found += keep(x, at, threshold, places, found)
+        else:
+            over = reach(x, at, threshold)
+            while over:
+                places[found] = at + lowest_one(over)
+                over &= over - ONE
+                found += 1
     for j in range(whole, len(x)):
         if magnitude(x[j]) >= threshold:
-            if magnitude(x[j]) >= INFINITY:
-                return NOT_FINITE, j
-            if found == len(out):
-                return found, j
-            out[found] = j
+            places[found] = j
             found += 1
+    return found
+
+
+@inlined
+def take(x, start, threshold, places, positions, values):
+    """What reaches the threshold of a piece that starts there, into `positions` and `values`. Returns how many, or NOT_FINITE."""
+    found, most = reaching(x, threshold, places), np.uint32(0)
+    for j in range(found):
+        positions[j], values[j] = start + places[j], x[places[j]]
+        most = max(most, magnitude(values[j]))
+    return found if most < INFINITY else NOT_FINITE
+
+
+@kernel(read(f32), u32, write(i64), write(f32))
+def collect(x, threshold, positions, values):
+    """The x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops where there might not be room for a PIECE. Returns
+    (how many were found, or NOT_FINITE; the position it came to)."""
+    found, places = 0, np.empty(PIECE, np.int32)
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        if found + len(piece) > len(values):
+            return found, start
+        here = take(piece, start, threshold, places, positions[found:], values[found:])
+        if here < 0:
+            return here, start
+        found += here
     return found, len(x)
 
 
 @kernel(read(f32), u32, write(f32))
 def gather_above(x, threshold, out):
-    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops where that could overflow. Returns (how many, the position it
-    came to)."""
-    found, whole = 0, len(x) // LANES * LANES
-    for at in range(0, whole, LANES):
-        over = reach(x, at, threshold)
-        if over and found + LANES > len(out):
-            return found, at
-        while over:
-            out[found] = abs(x[at + lowest_one(over)])
-            over &= over - ONE
-            found += 1
-    for j in range(whole, len(x)):
-        if magnitude(x[j]) >= threshold:
-            if found == len(out):
-                return found, j
-            out[found] = abs(x[j])
-            found += 1
+    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to)."""
+    found, places = 0, np.empty(PIECE, np.int32)
+    for start in range(0, len(x), PIECE):
+        piece, into = x[start : start + PIECE], out[found:]
+        if len(into) < len(piece):
+            return found, start
+        here = reaching(piece, threshold, places)
+        for j in range(here):
+            into[j] = abs(piece[places[j]])
+        found += here
     return found, len(x)
 
 
@@ -70,24 +83,22 @@ def total_above(x, least):
     return total
 
 
-@kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64))
-def sweep(residual, grad, beta, gamma, threshold, total, out):
-    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and where its magnitude reaches the threshold. Returns
-    as collect."""
-    found = 0
+@kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64), write(f32))
+def sweep(residual, grad, beta, gamma, threshold, total, positions, values):
+    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and those whose magnitude reaches the threshold. Stops
+    and returns as collect."""
+    found, places = 0, np.empty(PIECE, np.int32)
     for start in range(0, len(total), PIECE):
         piece = total[start : start + PIECE]
+        if found + len(piece) > len(values):
+            return found, start
         before, new = residual[start : start + PIECE], grad[start : start + PIECE]
         for j in range(len(piece)):
             piece[j] = beta * before[j] + gamma * new[j]
-        here, came_to = collect(piece, threshold, out[found:])
+        here = take(piece, start, threshold, places, positions[found:], values[found:])
         if here < 0:
-            return here, start + came_to
-        for j in range(found, found + here):
-            out[j] += start
+            return here, start
         found += here
-        if came_to < len(piece):
-            return found, start + came_to
     return found, len(total)
 
 
@@ -122,13 +133,6 @@ def add_sparse(total, positions, values, ends, divisor):
         if touched and divisor != 1:
             for j in range(len(piece)):
                 piece[j] /= divisor
-
-
-@kernel(read(f32), read(i64), write(f32))
-def take(x, positions, out):
-    """out_j = x[p_j]."""
-    for j in range(len(positions)):
-        out[j] = x[positions[j]]
 
 
 @kernel(read(i64), i64, write(u8))

@@ -11,7 +11,7 @@ import pytest
 
 import grace_ext
 from grace_ext import compressors, kernels
-from grace_ext.frameworks.numpy.compiled import SMALL, CompiledOps, host_ops
+from grace_ext.frameworks.numpy.compiled import SMALL, CompiledOps, host_ops, sample_step
 from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.frameworks.numpy.quantizing import STRETCH
 from grace_ext.ops import Feedback
@@ -106,14 +106,16 @@ def test_only_what_was_handed_out_is_taken_back():
 def test_top_k_is_exact_however_the_sample_misleads():
     """All large values between the sampled ones, and none there."""
     ops, plain = host_ops(NumpyOps), NumpyOps()
-    for pattern in (np.arange(200_000) % 25 != 0, np.arange(200_000) % 25 == 0, np.arange(200_000) < 300, np.zeros(200_000, bool)):
+    sampled = np.arange(200_000) % sample_step(200_000) == 0
+    for pattern in (~sampled, sampled, np.arange(200_000) < 300, np.zeros(200_000, bool)):
         x = np.where(pattern, 5.0, 0.001).astype(np.float32) * np.random.default_rng(1).choice([-1, 1], 200_000)
         x = x.astype(np.float32)
         for k in (1, 400, 2000, 199_999):
             assert (ops.top_k(x, k) == plain.top_k(x, k)).all()
             if kernels.enabled():
-                swept, candidates = ops.sweep_for(Feedback(np.zeros_like(x)), x, k)
-                assert (ops.top_k_among(swept, k, candidates) == plain.top_k(x, k)).all()
+                swept, found = ops.sweep_for(Feedback(np.zeros_like(x)), x, k)
+                positions, values = ops.top_k_among(swept, k, found)
+                assert (positions == plain.top_k(x, k)).all() and (values == x[positions]).all()
 
 
 SCRIPT = """
@@ -131,9 +133,28 @@ print(kernels.enabled(), digest.hexdigest())
 """
 
 
-def run(**environment: str) -> subprocess.CompletedProcess[str]:
+WITHOUT_COMPRESSION = """
+import numpy as np
+from grace_ext.kernels import compile
+compile.compresses = lambda: False  # as on processors that cannot
+from grace_ext.kernels import select
+x = np.random.default_rng(0).standard_normal(10_001).astype(np.float32)
+for threshold in (0.01, 1.0, 9.0):
+    positions, values = np.empty(20_000, np.int64), np.empty(20_000, np.float32)
+    found, came_to = select.collect(x, np.float32(threshold).view(np.uint32), positions, values)
+    expected = np.flatnonzero(abs(x) >= threshold)
+    assert came_to == len(x) and (positions[:found] == expected).all() and (values[:found] == x[expected]).all()
+print("equal")
+"""
+
+
+def test_selection_without_the_instruction_that_compresses(tmp_path):
+    assert run(WITHOUT_COMPRESSION, GRACE_EXT_CACHE=str(tmp_path)).stdout == "equal\n"
+
+
+def run(script: str = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=True
     )
 
 

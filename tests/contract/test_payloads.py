@@ -36,15 +36,14 @@ def tampering(change, kind: str = "allgather"):
     return tapped(apply)
 
 
-def rejected(world, spec: str, change, *, parameter: str | None = None, match: str | None = None) -> None:
+def rejected(world, spec: str, change, *, parameter: str | None = None, match: str | None = None, kind: str = "") -> None:
     """The step raises, naming the sender; the step after it works, as if the bad one had not been."""
     g = grace_ext.grace(spec)
     cluster, clean = world.cluster(g, 3), world.cluster(g, 3)
     steps = [inputs.ranks(3, step, shapes=SHAPES) for step in range(2)]
     world.step(cluster, steps[0])
     world.step(clean, steps[0])
-    kind = g.communicator.name
-    with tampering(change, kind), np.errstate(all="ignore"), pytest.raises(PayloadError, match=match) as caught:
+    with tampering(change, kind or g.communicator.name), np.errstate(all="ignore"), pytest.raises(PayloadError, match=match) as caught:
         world.step(cluster, steps[1])
     assert caught.value.rank == SENDER and f"rank {SENDER}" in str(caught.value)
     assert caught.value.parameter == parameter
@@ -132,6 +131,22 @@ def test_qsgd_levels(world):
     """A code above the highest level would decode to more than the norm."""
     at, _ = fields_of("qsgd(levels=100)", "second")["codes"]
     rejected(world, "qsgd(levels=100) + none", written(at, "B", 0x7F), parameter="second", match="100")
+
+
+@pytest.mark.parametrize("spec", ["topk(ratio=0.1) + residual", "fp16 + none", "efsignsgd + residual", "onebit + none"])
+def test_shards_there_and_back(world, spec):
+    """A shard that a peer sends, and its share of the result: named by the parameter, and never NaN that nobody flags."""
+
+    def all_ones(data):  # of every rank's message in what a rank scatters
+        at = 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at + 16)
+            data[at + HEADER.size : at + HEADER.size + length] = b"\xff" * length
+            at += HEADER.size + length
+        return data
+
+    for kind in ("alltoall", "allgather"):
+        rejected(world, f"{spec} @ reduce_scatter", all_ones, parameter="second", kind=kind)
 
 
 THRESHOLD = "threshold(threshold=1.5) + residual"

@@ -18,13 +18,18 @@ from .quantizing import QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
 SMALL = 16384
-#: Elements of a sample; the threshold that it gives is meant to leave this many standard deviations more than is wanted.
-SAMPLE, MARGIN = 8192, 4.0
+#: Most elements of a sample, and the least distance between two of them: each is a cache miss. The threshold that it gives is meant to
+#: leave this many standard deviations more than is wanted.
+SAMPLE, SAMPLE_STEP, MARGIN = 8192, 64, 4.0
 #: Elements above which the buffers of collectives are kept for the next step.
 LARGE = 1 << 18
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
+NOTHING = np.zeros(0, np.int64)
+
+#: (int64[m]: positions, ascending; float32[m]: the values there)
+Found = tuple[np.ndarray, np.ndarray]
 Host = TypeVar("Host", bound=NumpyOps)
 
 
@@ -125,15 +130,14 @@ class CompiledOps(QuantizingOps):
         finite = self.kernels.compensate(feedback.residual, grad, np.float32(feedback.beta), np.float32(feedback.gamma), total)
         return total if finite else None
 
-    def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray] | None:
-        """(what is compressed, as `compensate`; int64: where its magnitude reaches the threshold) in one pass."""
-        bits = max(np.float32(threshold).view(np.uint32), TINY)
+    def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
+        """(what is compressed, as `compensate`; where its magnitude reaches the threshold, and the values there) in one pass."""
         if feedback.residual is None:
-            found = self._collected(grad.size, lambda at, out: self.kernels.collect(grad[at:], bits, out))
+            found = self._above(grad, threshold)
             return None if found is None else (grad, found)
         residual, total = feedback.residual, self.empty(grad.size)
-        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-        found = self._collected(grad.size, lambda at, out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], out))
+        bits, factors = max(np.float32(threshold).view(np.uint32), TINY), (np.float32(feedback.beta), np.float32(feedback.gamma))
+        found = self._collected(grad.size, lambda at, *out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], *out))
         return None if found is None else (total, found)
 
     def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
@@ -151,7 +155,7 @@ class CompiledOps(QuantizingOps):
         """The magnitudes that reach a threshold above zero, in order, and the least of them."""
         at, pieces, bits = 0, [], max(np.float32(threshold).view(np.uint32), TINY)
         while at < x.size:
-            out = np.empty(max(x.size // 3, 1024), np.float32)
+            out = np.empty(x.size // 3 + kernels.PIECE, np.float32)
             found, came_to = self.kernels.gather_above(x[at:], bits, out)
             pieces.append(out[:found])
             at += came_to
@@ -162,24 +166,28 @@ class CompiledOps(QuantizingOps):
         """The sum of x_j - least, each in float32, in float64."""
         return self.kernels.total_above(x, np.float32(least))
 
-    def _collected(self, size: int, run: Any) -> np.ndarray | None:
-        """The positions that `run(start, out)` finds, called again with more room until it came to the end; None where it found NaN."""
-        pieces, at, room = [], 0, size // 64 + 64
+    def _collected(self, size: int, run: Any) -> Found | None:
+        """What `run(start, positions, values)` finds, called again with more room until it came to the end; None where it found NaN."""
+        pieces, at, room = [], 0, size // 32 + kernels.PIECE
         while at < size:
-            out = np.empty(room, np.int64)
-            found, came_to = run(at, out)
+            positions, values = np.empty(room, np.int64), np.empty(room, np.float32)
+            found, came_to = run(at, positions, values)
             if found < 0:
                 return None
-            pieces.append(out[:found] + at if at else out[:found])
+            pieces.append((positions[:found] + at if at else positions[:found], values[:found]))
             at, room = at + came_to, 2 * room
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else (np.concatenate([p for p, _ in pieces]), np.concatenate([v for _, v in pieces]))
 
     def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
         if not _float32(x) or not x.size or threshold < 0:
             return super().at_least(x, threshold)
+        found = self._above(x, threshold)
+        return super().at_least(x, threshold) if found is None else found[0]
+
+    def _above(self, x: np.ndarray, threshold: float) -> Found | None:
+        """Where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None where they are not finite."""
         bits = max(np.float32(threshold).view(np.uint32), TINY)
-        found = self._collected(x.size, lambda at, out: self.kernels.collect(x[at:], bits, out))
-        return super().at_least(x, threshold) if found is None else found
+        return self._collected(x.size, lambda at, *out: self.kernels.collect(x[at:], bits, *out))
 
     def threshold_for(self, k: int, sample: np.ndarray, size: int) -> float:
         """A magnitude that a few more than k of `size` elements reach, by a sample of their magnitudes."""
@@ -190,20 +198,23 @@ class CompiledOps(QuantizingOps):
     def top_k(self, x: np.ndarray, k: int) -> np.ndarray:
         if x.size < SMALL or k >= x.size or not _float32(x):
             return super().top_k(x, k)
-        threshold = self.threshold_for(k, np.abs(x[:: sample_step(x.size)]), x.size)
-        return self.top_k_among(x, k, self.at_least(x, threshold))
+        found = self._above(x, self.threshold_for(k, np.abs(x[:: sample_step(x.size)]), x.size))
+        return super().top_k(x, k) if found is None else self.top_k_among(x, k, found)[0]
 
-    def top_k_among(self, x: np.ndarray, k: int, candidates: np.ndarray) -> np.ndarray:
-        """top_k(x, k), given all positions above some threshold; where those are fewer than k, they are of no use."""
-        if len(candidates) < k:
-            return super().top_k(x, k)
-        return candidates[super().top_k(x[candidates], k)]
+    def top_k_among(self, x: np.ndarray, k: int, found: Found) -> Found:
+        """top_k(x, k) and the values there, given all that reach some threshold; where those are fewer than k, they are of no use."""
+        positions, values = found
+        if len(positions) < k:
+            chosen = super().top_k(x, k)
+            return chosen, x[chosen]
+        chosen = super().top_k(values, k)
+        return positions[chosen], values[chosen]
 
-    def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, Found] | None:
         """As `sweep`, with a threshold that a few more than k elements are likely to reach."""
         if grad.size < SMALL or k >= grad.size:
             total = self.compensate(feedback, grad)
-            return None if total is None else (total, total[:0])
+            return None if total is None else (total, (NOTHING, total[:0]))
         sample = self.sample(feedback, grad, slice(0, None, sample_step(grad.size)))
         return self.sweep(feedback, grad, self.threshold_for(k, np.abs(sample), grad.size))
 
@@ -306,7 +317,7 @@ class CompiledOps(QuantizingOps):
 
 def sample_step(size: int) -> int:
     """Every how many elements a sample takes one: an odd number, so that it walks along no row or column."""
-    return max(1, size // SAMPLE) | 1
+    return max(SAMPLE_STEP, size // SAMPLE) | 1
 
 
 def _float32(x: Any) -> bool:

@@ -23,6 +23,7 @@ from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange import Collective
+from ...metrics import Measured
 from ...spec import TensorSpec
 from ...timeouts import timeout
 from ..base import Carried, Transport, _lengths, arriving, cut
@@ -114,7 +115,7 @@ def duplicated(comm: Any) -> Any:
     return comm.Dup()
 
 
-class Exchange:
+class Exchange(Measured):
     """The compressed mean (or sum) of gradients over the ranks of an MPI communicator.
 
         import grace_ext.frameworks.numpy as gnp          # before mpi4py, if it is to run without mpirun too
@@ -179,6 +180,9 @@ class Exchange:
             _abandoned.append(handles)
             self._over = "was stopped by an error in the middle of a step"
             raise
+
+    def _drivers(self) -> list[Driver]:
+        return [] if self._dense else [self._driver]
 
     def _check(self, gradients: Mapping[str, Any]) -> None:
         """Registers the parameters at the first step, and raises where those of a later one are not the same."""

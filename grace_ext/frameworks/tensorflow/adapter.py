@@ -22,6 +22,7 @@ from ...checkpoint import Kept, kept_by
 from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
+from ...metrics import Measured
 from ...spec import TensorSpec
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
@@ -47,7 +48,7 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
     return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set)
 
 
-class BoundCompression:
+class BoundCompression(Measured):
     """One tape's compression: make it once, for the tape's sources in their order. Compared and hashed by identity."""
 
     def __init__(self, g: Grace, variables: Sequence[tf.Variable], average: bool, process_set: Any):
@@ -103,10 +104,14 @@ class BoundCompression:
         if spec.name not in self._exchanges:
             exchange = exchange_of(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
             exchange.driver.join_agreement(f"{self._prefix}/{self._specs.index(spec)}")
+            self._attach(exchange.driver)
             if spec.name in self._saved:
                 exchange.driver.load_state_dict(self._saved[spec.name])
             self._exchanges[spec.name] = exchange
         return self._exchanges[spec.name]
+
+    def _drivers(self) -> list[Driver]:
+        return [exchange.driver for exchange in self._exchanges.values()]
 
     def _agree(self) -> None:
         """One agreement for all variables."""

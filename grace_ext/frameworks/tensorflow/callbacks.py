@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import horovod.tensorflow as api
@@ -11,7 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from ...errors import ParameterError
+from ...metrics import TIMES, Report, scalars
 from .optimizer import check_agreement, without_xla
+
+MEASURED = ("relative_error", "residual_norm", "gradient_norm", *TIMES)
 
 
 def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
@@ -135,13 +139,46 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
 
 class CompressionMetricsCallback(keras.callbacks.Callback):
-    """Adds to each epoch's logs: `wire_bytes` (a rank's bytes a step) and `compression_ratio` (dense bytes / sent bytes)."""
+    """Adds to each epoch's logs: `wire_bytes` (a rank's bytes a step) and `compression_ratio` (dense bytes / sent bytes).
+
+    every: measures (grace_ext/metrics.py), with a report every so many steps, and adds what is measured of the whole model, too:
+      `relative_error`, `residual_norm`, `gradient_norm`, `encode_seconds`, `communicate_seconds`, `decode_seconds`.
+    jsonl: a file for the reports, as lines of JSON; tensorboard: a folder for their numbers, by rank 0. Either means every=100."""
+
+    def __init__(self, every: int | None = None, *, jsonl: str | Path | None = None, tensorboard: str | Path | None = None, **options: Any):
+        super().__init__()
+        self.every = 100 if every is None and (jsonl or tensorboard) else every
+        # Reports are made inside of the training step, and written outside of it.
+        self._reports: list[Report] = []
+        self.options = {**options, "jsonl": jsonl, "sinks": [*options.get("sinks", ()), *([self._reports.append] if tensorboard else ())]}
+        self._folder, self._writer, self._on = tensorboard, None, False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.every is not None and not self._on:  # a second fit goes on
+            self.model.optimizer.measure(self.every, **self.options)
+            self._on = True
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        while self._reports:
+            report = self._reports.pop(0)
+            if report["rank"] == 0:
+                self._write(report)
+
+    def _write(self, report: Report) -> None:
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(str(self._folder))
+        with self._writer.as_default():
+            for tag, value in scalars(report):
+                tf.summary.scalar(tag, value, step=report["step"])
+        self._writer.flush()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         sent = self.model.optimizer.wire_bytes
         dense = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in self.model.trainable_variables)
         if logs is not None and sent:
             logs["wire_bytes"], logs["compression_ratio"] = sent, dense / sent
+            total = self.model.optimizer.metrics().get("total", {})
+            logs.update({key: total[key] for key in MEASURED if total.get(key) is not None})
 
 
 class AgreementCallback(keras.callbacks.Callback):

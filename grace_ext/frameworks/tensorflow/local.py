@@ -15,7 +15,7 @@ from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
 from ...spec import TensorSpec
 from .graph import GraphExchange, HorovodTransport
-from .optimizer import check_keras_optimizer, in_front_of, names_of, refuse_xla
+from .optimizer import InFront, check_keras_optimizer, in_front_of, names_of
 
 NOTHING, SYNCHRONIZE, REBASE = range(3)
 
@@ -151,32 +151,18 @@ class _Local:
         return [by_name[name] for name in self.worker.model.specs]
 
 
-class _LocalSGD:
-    """What is put in front of a Keras optimizer's class."""
+class _LocalSGD(InFront):
+    """Applies this rank's gradients as the wrapped class does, and synchronizes where it is due."""
 
     _grace: _Local
     _trainable_variables: list[Any]
     learning_rate: Any
 
-    @tf.autograph.experimental.do_not_convert
-    def build(self, variables: Any) -> None:
-        super().build(variables)  # type: ignore[misc]
-        if not self._grace.idle:
-            refuse_xla(self)
-
-    @tf.autograph.experimental.do_not_convert
-    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Applies this rank's gradients as the wrapped class does, and synchronizes where it is due."""
-        grads, local = list(grads), self._grace
-        if not grads or local.idle:
-            return super().apply(grads, trainable_variables)  # type: ignore[misc]
-        if trainable_variables is not None and not self.built:  # type: ignore[has-type]
-            self.build(list(trainable_variables))
-            self.built = True
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+    def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
+        local = self._grace
         with tf.init_scope():  # once for every trace, before the first step of all
             local.begin(variables)
-        super().apply(local.gradients(grads, variables, self.learning_rate), variables)  # type: ignore[misc]
+        self._apply_wrapped(local.gradients(grads, variables, self.learning_rate), variables)
         local.end_step(variables)
 
     def sync(self) -> None:

@@ -17,14 +17,23 @@ from ...checkpoint import Kept, kept_by, nothing_kept
 from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...metrics import Measured, Metrics, Report
 from ...spec import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
+from .trackable import Memory
 
 XLA = (
     "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
     "use model.compile(..., jit_compile=False). (Keras's default 'auto' is turned off by hvd.callbacks.BroadcastGlobalVariablesCallback.)"
+)
+
+
+SCALING = (
+    "this optimizer is inside of a LossScaleOptimizer, which leaves out the step of a rank whose own gradients are not finite: the other "
+    "ranks would wait for it for ever. Put it inside: hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
+    "(model.compile makes one by itself under the policy 'mixed_float16', unless the optimizer is one.)"
 )
 
 
@@ -67,7 +76,7 @@ def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set:
     return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
 
 
-class Exchanges:
+class Exchanges(Measured):
     """The exchange of one optimizer or tape: made at the first call, when the variables and their gradients' kinds are known."""
 
     def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
@@ -99,6 +108,7 @@ class Exchanges:
     def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
         if self.dense is None:
             self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
+            self._attach(self.dense.driver)
             if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs
@@ -119,6 +129,9 @@ class Exchanges:
         arrays = [np.asarray(v.numpy()) for v in variables]
         digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
         perform(self.dense.driver.compare(digests), self.dense.transport, {})
+
+    def _drivers(self) -> list[Driver]:
+        return [self.dense.driver] if self.dense else []
 
     @property
     def wire_bytes(self) -> int:
@@ -152,6 +165,10 @@ class Exchanges:
         else:
             transport = HorovodTransport(self.process_set)
             Driver(self.grace, transport.ops, transport).read_state(saved)
+
+    def trackable(self) -> Memory:
+        """For tf.train.Checkpoint(memory=...)."""
+        return Memory(self)
 
     def _kept(self) -> Kept:
         if self.idle:
@@ -187,7 +204,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
     device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes` and
-    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory.
+    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory. tf.train.Checkpoint(optimizer=...) holds that memory, too, of the
+    rank that writes it; model.save and save_weights do not: see grace_ext.save.
     """
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
@@ -227,6 +245,7 @@ def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
     wrapped = cls.from_config(optimizer.get_config())
     for name, value in attributes.items():  # outside of Keras's tracking: neither a layer nor a variable
         object.__setattr__(wrapped, name, value)
+    wrapped._track_trackable(Memory(wrapped._grace), "grace_ext")
     if optimizer.built:
         wrapped.build(list(optimizer._trainable_variables))
         for new, old in zip(wrapped.variables, optimizer.variables, strict=True):
@@ -234,30 +253,46 @@ def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
     return wrapped
 
 
-class _Distributed:
-    """What is put in front of a Keras optimizer's class."""
+class InFront:
+    """What is put in front of a Keras optimizer's class; a subclass says what a step of it is."""
 
-    _grace: Exchanges
+    _grace: Any
 
     @tf.autograph.experimental.do_not_convert
     def build(self, variables: Any) -> None:
         super().build(variables)  # type: ignore[misc]
         if not self._grace.idle:
             refuse_xla(self)
+            refuse_inside_scaling(self)
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Any, trainable_variables: Any = None) -> None:
-        """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
         grads = list(grads)
         if not grads or self._grace.idle:
-            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+            return self._apply_wrapped(grads, trainable_variables)
         if trainable_variables is not None and not self.built:  # type: ignore[has-type]
             self.build(list(trainable_variables))
             self.built = True
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        self._apply_exchanged(grads, self._trainable_variables if trainable_variables is None else list(trainable_variables))
+
+    def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
+        """A step with this rank's gradients of these variables."""
+        raise NotImplementedError
+
+    def _apply_wrapped(self, grads: list[Any], variables: list[Any] | None) -> None:
+        """A step as the wrapped class makes it."""
+        super().apply(grads, variables)  # type: ignore[misc]
+
+
+class _Distributed(InFront):
+    """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
+
+    _grace: Exchanges
+
+    def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         passes, average = self._grace_passes
         if passes == 1:
-            super().apply(self._exchanged(grads, variables), variables)  # type: ignore[misc]
+            self._apply_wrapped(self._exchanged(grads, variables), variables)
         else:
             self._accumulate_and_apply(grads, variables, passes, average)
 
@@ -267,9 +302,12 @@ class _Distributed:
         results = list(grads)
         if scale and len(shared) < len(grads):
             results = [g if g is None or i in shared else g / self._grace.process_set.size() for i, g in enumerate(grads)]
-        exchanged = self._grace([grads[i] for i in shared], [variables[i] for i in shared], self.learning_rate)
+        # Of a LossScaleOptimizer: compressed as if the loss were not scaled, so that a change of scale does not change the memory.
+        scale = getattr(self, "dynamic_scale", None)
+        own = [_times(grads[i], scale, -1) for i in shared]
+        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate)
         for i, result in zip(shared, exchanged, strict=True):
-            results[i] = result
+            results[i] = _times(result, scale, 1)
         return results
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[Any], passes: int, average: bool) -> None:
@@ -287,7 +325,7 @@ class _Distributed:
             summed: list[Any] = [None] * len(grads)
             for total, i in zip(sums, present, strict=True):
                 summed[i] = total / passes if average else total.read_value()
-            super(_Distributed, self).apply(self._exchanged(summed, variables), variables)  # type: ignore[misc]
+            self._apply_wrapped(self._exchanged(summed, variables), variables)
             for total in sums:
                 total.assign(tf.zeros_like(total))
             count.assign(0)
@@ -302,6 +340,14 @@ class _Distributed:
     def wire_bytes(self) -> int:
         """Bytes this rank handed to collectives in the last step."""
         return self._grace.wire_bytes
+
+    def measure(self, every: int = 100, **options: Any) -> Metrics:
+        """Turns metrics on, as Measured.measure. (CompressionMetricsCallback does it for `fit`.)"""
+        return self._grace.measure(every, **options)
+
+    def metrics(self) -> Report:
+        """This rank's latest report; {} where `measure` was not called."""
+        return self._grace.metrics()
 
     def grace_state_dict(self) -> dict[str, Any]:
         """This rank's memory and compressor state, as numpy arrays by name. It differs by rank: save every rank's."""
@@ -326,6 +372,26 @@ def check_agreement(optimizer: Any, model: Any = None) -> None:
     if not isinstance(optimizer, _Distributed):
         raise UnsupportedError(f"check_agreement takes grace_ext's DistributedOptimizer, not {type(optimizer).__name__}")
     optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)  # type: ignore[attr-defined]
+
+
+def _times(gradient: Any, scale: Any, sign: int) -> Any:
+    """The gradient multiplied (1) or divided (-1) by the scale of the loss, where there are both. By a power of two it is exact."""
+    if gradient is None or scale is None:
+        return gradient
+    factor = tf.convert_to_tensor(scale.value) if sign > 0 else 1.0 / tf.convert_to_tensor(scale.value)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
+def refuse_inside_scaling(optimizer: Any) -> None:
+    """Raises where this optimizer is the inner one of a LossScaleOptimizer, which is found on the stack: it builds the inner one."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        outer = frame.f_locals.get("self")
+        if isinstance(outer, keras.optimizers.LossScaleOptimizer) and outer is not optimizer and outer.inner_optimizer is optimizer:
+            raise UnsupportedError(SCALING)
+        frame = frame.f_back
 
 
 def refuse_xla(optimizer: Any) -> None:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from ...composition import Grace
 from ...errors import UnsupportedError
+from ...metrics import Metrics, Report
 from .optimizer import Exchanges, chosen_compression
 
 # Tapes come and go with every step; the memory must not. It belongs to the Grace that the user made once, and to the variables.
@@ -44,11 +45,12 @@ class _Tape:
     """Wraps a tf.GradientTape. Everything but `gradient` is the tape's own."""
 
     def __init__(
-        self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool
-    ):
+        self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool,
+        metrics: Metrics | None,
+    ):  # fmt: skip
         self._tape, self._compression = tape, compression
         self._op, self._process_set, self._sparse_as_dense = op, process_set, sparse_as_dense
-        self._scale, self._simulate = scale, simulate
+        self._scale, self._simulate, self._metrics = scale, simulate, metrics
         self._local: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -61,9 +63,25 @@ class _Tape:
     def __exit__(self, *error: Any) -> None:
         self._tape.__exit__(*error)
 
+    def metrics(self) -> Report:
+        """This rank's latest report of the metrics that the tape was given; {} without any."""
+        return self._metrics.report() if self._metrics else {}
+
     def register_local_source(self, source: Any) -> None:
         """Gradients of this variable stay this rank's own (divided by the world size, with scale_local_gradients)."""
         self._local.add(id(source))
+
+    @tf.autograph.experimental.do_not_convert
+    def memory(self, sources: Any) -> Exchanges:
+        """What all tapes with this compression and these settings share for these variables: for grace_ext.save and load, and by
+        `trackable()` for tf.train.Checkpoint. It may be had before the first step."""
+        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
+        return _exchanges_for(
+            self._compression,
+            [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
+            settings,
+            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
+        )
 
     @tf.autograph.experimental.do_not_convert
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
@@ -72,13 +90,9 @@ class _Tape:
         inner = [v.value if hasattr(v, "path") and hasattr(v, "value") and not isinstance(v, tf.Variable) else v for v in flat]
         gradients = self._tape.gradient(target, inner, output_gradients)
         shared = [i for i, v in enumerate(flat) if id(v) not in self._local]
-        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
-        exchange = _exchanges_for(
-            self._compression,
-            [flat[i] for i in shared],
-            settings,
-            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
-        )
+        exchange = self.memory(sources)
+        if self._metrics is not None:
+            exchange.measure_by(self._metrics)
         if not exchange.idle:
             if self._scale:
                 size = self._process_set.size()
@@ -102,15 +116,17 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     scale_local_gradients: bool = True,
     *,
     simulate: bool = False,
+    metrics: Metrics | None = None,
 ) -> Any:
     """A tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, eager and in tf.function.
 
     compression: a Grace, made once outside of the step (its memory is kept for it and the variables; one made anew each step is refused), a
-    spec string, None or hvd.Compression. The other arguments: as for DistributedOptimizer.
+    spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. The other arguments: as for
+    DistributedOptimizer.
     """
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate)
+    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate, metrics)
 
 
 def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **options: Any) -> Any:  # noqa: N802

@@ -20,5 +20,6 @@ from ...local import post_local as post_local
 from .agreement import check_agreement as check_agreement
 from .ddp import ddp_comm_hook as ddp_comm_hook
 from .local import LocalSGD as LocalSGD
+from .metrics import MetricsHook as MetricsHook
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

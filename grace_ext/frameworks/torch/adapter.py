@@ -17,13 +17,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...checkpoint import Kept
 from ...composition import Grace
+from ...driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
+from ...metrics import Measured
 from ..base import rate_of
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
 
-def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool) -> BoundCompression:
+def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool, scaler: Any) -> BoundCompression:
     """See Grace.bind."""
     try:
         import horovod.torch as hvd
@@ -42,16 +44,18 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
     if simulate and optimizer is None:
         raise UnboundError("simulate=True needs optimizer=: at world size 1 Horovod never calls a compression object")
     average = require_sum_or_mean(op, hvd)
-    return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate)
+    return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate, scaler)
 
 
-class BoundCompression:
+class BoundCompression(Measured):
     """One model's compression. Compared and hashed by identity: it holds that model's memory."""
 
-    def __init__(self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool):
+    def __init__(
+        self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool, scaler: Any
+    ):  # fmt: skip
         self.grace = g
         self._parameters, self._hvd, self._process_set, self._average = parameters, hvd, process_set, average
-        self._optimizer = optimizer
+        self._optimizer, self._scaler = optimizer, scaler
         self._session: Session | None = None
         self._results: dict[str, torch.Tensor] | None = None
         self._put: set[str] = set()
@@ -105,8 +109,13 @@ class BoundCompression:
                 lambda ops: SingleTransport(ops) if alone else HorovodTransport(ops, self._hvd, self._process_set),
                 average=self._average,
                 read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
+                scaler=self._scaler,
             )
+            self._attach(self._session.driver)
         return self._session
+
+    def _drivers(self) -> list[Driver]:
+        return [self._session.driver] if self._session else []
 
     # --- which parameter is it? -------------------------------------------------------------------------------------
     def _remember(self, name: str) -> Any:

@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...checkpoint import Kept
 from ...composition import Grace, grace
+from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
+from ...metrics import Measured
 from ...spec import TensorSpec
 from ..base import rate_of
 from .ops import HostOps, TorchOps, describe
@@ -40,17 +42,20 @@ def ddp_comm_hook(
     *,
     simulate: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    scaler: Any = None,
 ) -> tuple["DDPState", Any]:
     """(state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp))`. The gradients become the mean over the ranks.
 
     ddp: the DistributedDataParallel; or, for libraries that wrap it later (Lightning), the module that it will wrap.
     optimizer: gives the learning rate to memories that use it.
     simulate: compress at world size 1 too, to see the effect of compression without a cluster.
+    scaler: the torch.amp.GradScaler that scales the loss, so that the memory is in units of the gradient and not of its scale. The step is
+      torch's own: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update().
     process_group: with a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     """
     chosen = grace(g) if isinstance(g, str) else g
     check_torch_optimizer(chosen, optimizer)
-    return DDPState(chosen, ddp, optimizer, simulate, process_group), _hook
+    return DDPState(chosen, ddp, optimizer, simulate, process_group, scaler), _hook
 
 
 def _hook(state: "DDPState", bucket: dist.GradBucket) -> Future[torch.Tensor]:
@@ -65,17 +70,17 @@ class _Taken(NamedTuple):
     future: Future[torch.Tensor]
 
 
-class DDPState:
+class DDPState(Measured):
     """The exchange of one DDP module on this rank.
 
     `state_dict()` and `load_state_dict()` hold the memory and compressor state; it differs by rank: save every rank's.
     """
 
-    def __init__(self, g: Grace, ddp: torch.nn.Module, optimizer: Any, simulate: bool, process_group: Any):
+    def __init__(self, g: Grace, ddp: torch.nn.Module, optimizer: Any, simulate: bool, process_group: Any, scaler: Any):
         wrapped = isinstance(ddp, DistributedDataParallel)
         if wrapped and process_group not in (None, ddp.process_group):
             raise UnsupportedError("process_group is for modules that are not wrapped yet; gradients travel in the DDP's own group")
-        self._grace, self._optimizer, self._simulate = g, optimizer, simulate
+        self._grace, self._optimizer, self._simulate, self._scaler = g, optimizer, simulate, scaler
         self._group = ddp.process_group if wrapped else process_group
         # The reducer owns this object, so holding the module here would keep both for ever.
         self._ddp = weakref.ref(ddp) if wrapped else lambda: None
@@ -107,8 +112,12 @@ class DDPState:
             if not dist.is_initialized():
                 raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
             named(self._parameters.items())  # it may be on several devices now
-            self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr)
+            self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr, scaler=self._scaler)
+            self._attach(self._made.driver)
         return self._made
+
+    def _drivers(self) -> list[Driver]:
+        return [self._made.driver] if self._made else []
 
     def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
         return SingleTransport(ops) if dist.get_world_size(self._group) == 1 else DistTransport(ops, self._group)

@@ -13,9 +13,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...agreement import agree
 from ...checkpoint import Kept, nothing_kept
 from ...composition import Grace, grace
-from ...driver import perform
+from ...driver import Driver, perform
 from ...elastic import STALE
 from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
+from ...metrics import Measured
 from ..base import rate_of
 from . import engine
 from .ops import ops_for
@@ -23,6 +24,12 @@ from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 
 api = engine.api
 _hooks: Any = WeakTensorKeyDictionary()  # the hook that this module has on a parameter
+
+
+UNSCALED = (
+    "with scaler= the gradients of all ranks must be there before they are unscaled: call optimizer.synchronize(), "
+    "scaler.unscale_(optimizer), and scaler.step(optimizer) inside `with optimizer.skip_synchronize():`"
+)
 
 
 def DistributedOptimizer(  # noqa: N802 (Horovod's name)
@@ -38,6 +45,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     process_set: Any = api.global_process_set,
     *,
     simulate: bool = False,
+    scaler: Any = None,
 ) -> torch.optim.Optimizer:
     """Wraps an optimizer so that `step()` applies the gradients of all ranks, as `horovod.torch.DistributedOptimizer` does.
 
@@ -50,6 +58,12 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     sparse_as_dense: sparse gradients are compressed as dense ones; otherwise they are exchanged exactly, uncompressed, as in Horovod.
     process_set: only these ranks take part.
     simulate: compress at world size 1 too, to see the effect of compression without a cluster.
+    scaler: the torch.amp.GradScaler that scales the loss. Gradients are compressed as if it were not there, so that a change of scale does
+      not change what the memory means. The step is then Horovod's recipe, and `step()` by itself is refused:
+        optimizer.synchronize(); scaler.unscale_(optimizer)
+        with optimizer.skip_synchronize(): scaler.step(optimizer)
+        scaler.update()
+      An Inf on one rank is one on all: all skip the step, lower the scale, and keep their memory as it was.
     Attributes beyond Horovod's: `wire_bytes`, the bytes this rank handed to collectives in the last step; `state_dict()` holds the
     memory of this rank under 'grace_ext'.
     """
@@ -75,7 +89,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
     average = require_sum_or_mean(op, api)
-    wrapped._begin(chosen, named_parameters, average, sparse_as_dense, simulate)
+    wrapped._begin(chosen, named_parameters, average, sparse_as_dense, simulate, scaler)
     wrapped.backward_passes_per_step, wrapped.op, wrapped.process_set = backward_passes_per_step, op, process_set
     wrapped.gradient_predivide_factor, wrapped.sparse_as_dense = gradient_predivide_factor, sparse_as_dense
     wrapped._connect()
@@ -126,7 +140,7 @@ def _check_groups(groups: Any) -> None:
         raise ValueError("A parameter can only appear once in groups.")
 
 
-class _Distributed(torch.optim.Optimizer):
+class _Distributed(Measured, torch.optim.Optimizer):
     """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
 
     backward_passes_per_step: int
@@ -135,8 +149,8 @@ class _Distributed(torch.optim.Optimizer):
     gradient_predivide_factor: float
     sparse_as_dense: bool
 
-    def _begin(self, chosen: Grace, named_parameters: Any, average: bool, sparse_as_dense: bool, simulate: bool) -> None:
-        self._grace, self._average, self._simulate = chosen, average, simulate
+    def _begin(self, chosen: Grace, named_parameters: Any, average: bool, sparse_as_dense: bool, simulate: bool, scaler: Any) -> None:
+        self._grace, self._average, self._simulate, self._scaler = chosen, average, simulate, scaler
         self._parameters = self._named(named_parameters)
         self._session: Session | None = None
         self._delay: dict[str, int] = {}
@@ -170,6 +184,7 @@ class _Distributed(torch.optim.Optimizer):
             lambda ops: engine.transport(ops, self.process_set),
             average=self._average,
             read_lr=lambda: rate_of(self.param_groups),
+            scaler=self._scaler,
         )
         for name, parameter in self._parameters.items():
             if parameter in _hooks:
@@ -281,6 +296,8 @@ class _Distributed(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Synchronizes, unless inside `skip_synchronize`, and lets the wrapped optimizer step."""
         if self._should_synchronize:
+            if self._scaler is not None and self._scaler.is_enabled() and self._session is not None:
+                raise UnsupportedError(UNSCALED)
             if self._synchronized:
                 warnings.warn(
                     "optimizer.step() called after optimizer.synchronize() without optimizer.skip_synchronize(): gradients are "
@@ -317,6 +334,9 @@ class _Distributed(torch.optim.Optimizer):
     def wire_bytes(self) -> int:
         """Bytes this rank handed to collectives in the last step: payloads, headers, all rounds, sparse gradients."""
         return (self._session.wire_bytes if self._session else 0) + self._wire_bytes_sparse
+
+    def _drivers(self) -> list[Driver]:
+        return [self._session.driver] if self._session else []
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and under 'grace_ext' this rank's memory and compressor state. It differs by rank: save every rank's."""

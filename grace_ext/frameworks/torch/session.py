@@ -51,7 +51,11 @@ def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None)
 
 
 class Session:
-    """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients."""
+    """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients.
+
+    scaler: a GradScaler, where gradients come multiplied by its scale. They are divided by it before they are compressed, and the
+    results are multiplied by it again: the memory is in units of the gradient, whatever the scale becomes. By a power of two both are
+    exact."""
 
     def __init__(
         self,
@@ -61,11 +65,13 @@ class Session:
         *,
         average: bool,
         read_lr: Callable[[], float | None],
+        scaler: Any = None,
     ):
         self.parameters = parameters
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
         self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr, in_place=True)
+        self._scaler, self._scale = scaler, None  # the scale of the step under way, once it is asked for
         self._handles: dict[str, Any] = {}
         self._first: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()  # backward hooks of different devices may run at the same time
@@ -75,9 +81,19 @@ class Session:
         """Bytes this rank handed to collectives in the last step."""
         return self.driver.wire_bytes
 
+    @property
+    def scale(self) -> float:
+        """What this step's gradients are multiplied by; 1 without a scaler."""
+        if self._scale is None:  # once a step: on a GPU it waits for the device
+            self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        return self._scale
+
     def put(self, name: str, gradient: torch.Tensor) -> None:
         """Takes a gradient; never waits."""
         with self._lock:
+            if self.scale != 1:
+                with torch.no_grad():
+                    gradient.div_(self.scale)
             if self.driver.specs:
                 perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
             else:
@@ -92,8 +108,10 @@ class Session:
                     self.driver.register(self._spec(name) for name in names)
                     for name, gradient in self._first.items():
                         perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
-                return perform(self.driver.finish(), self.driver.transport, self._handles)
+                results = perform(self.driver.finish(), self.driver.transport, self._handles)
+                return {name: x.mul_(self.scale) for name, x in results.items()} if self.scale != 1 else results
             finally:
+                self._scale = None
                 self._first.clear()
                 self._handles.clear()
 

@@ -59,16 +59,17 @@ class HorovodTransport(Transport):
         if collective.kind == "allreduce":
             # With Average the engine divides, as it does for dense gradients: the same bits as plain Horovod's.
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
-            return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)]  # in place: it is ours
+            return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)], None  # in place: it is ours
         if collective.kind == "allgather":
-            mine = to_sum(self, collective)
-            if mine is not None:
-                return collective, [hvd.allreduce_async(_words(self.ops.as_torch(mine)), name=name, op=hvd.Sum, process_set=among)]
-            return collective, [hvd.allgather_async(tensor, name=name, process_set=among)]
+            summand = to_sum(self, collective)
+            if summand is not None:
+                words = _words(self.ops.as_torch(summand))
+                return collective, [hvd.allreduce_async(words, name=name, op=hvd.Sum, process_set=among)], words
+            return collective, [hvd.allgather_async(tensor, name=name, process_set=among)], None
         if collective.kind == "alltoall":
             splits = torch.tensor(collective.sizes, dtype=torch.int32)
-            return collective, [hvd.alltoall_async(tensor, splits=splits, name=name, process_set=among)]
-        return collective, self._broadcasts(collective, tensor, name)
+            return collective, [hvd.alltoall_async(tensor, splits=splits, name=name, process_set=among)], None
+        return collective, self._broadcasts(collective, tensor, name), None
 
     def group(self, ranks: Sequence[int]) -> HorovodTransport | SingleTransport | None:
         mine = self.rank in ranks
@@ -92,7 +93,7 @@ class HorovodTransport(Transport):
         return handles
 
     def wait(self, handle: Any) -> Any:
-        collective, handles = handle
+        collective, handles, words = handle  # words: what this rank gave to a sum in place of a gather
         results = [h if isinstance(h, torch.Tensor) else self.hvd.synchronize(h) for h in handles]
         if collective.kind == "allreduce":
             total = self.ops.from_torch(results[0])
@@ -102,9 +103,8 @@ class HorovodTransport(Transport):
         if collective.kind == "alltoall":
             data, received = results[0]
             return cut(self.ops.from_torch(data), received.tolist())
-        mine = to_sum(self, collective)
-        if mine is not None:
-            return by_sum(self, collective, self.ops.from_torch(_less(results[0], self.ops.as_torch(mine))))
+        if words is not None:
+            return by_sum(self, collective, self.ops.from_torch(_less(results[0], words)))
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
 
@@ -151,35 +151,35 @@ class DistTransport(Transport):
     def start(self, collective: Collective, name: str) -> Any:
         tensor = self.ops.as_torch(collective.array)
         if collective.kind == "allreduce":
-            return collective, tensor, [dist.all_reduce(tensor, group=self._group, async_op=True)]
+            return collective, tensor, [dist.all_reduce(tensor, group=self._group, async_op=True)], None
         if collective.kind == "alltoall":
             assert collective.sizes is not None
             mine = arriving(collective, self.rank)
             out = tensor.new_empty(sum(mine))
             work = dist.all_to_all_single(out, tensor, mine, list(collective.sizes), group=self._group, async_op=True)
-            return collective, list(out.split(mine)), [work]
+            return collective, list(out.split(mine)), [work], None
         assert collective.sizes is not None
-        mine = to_sum(self, collective) if self.by_gloo else None
-        if mine is not None:
-            total = _words(self.ops.as_torch(mine)).clone()
-            return collective, total, [dist.all_reduce(total, group=self._group, async_op=True)]
+        summand = to_sum(self, collective) if self.by_gloo else None
+        if summand is not None:
+            words = _words(self.ops.as_torch(summand))
+            total = words.clone()
+            return collective, total, [dist.all_reduce(total, group=self._group, async_op=True)], words
         outs = [tensor.new_empty(length) for length in collective.sizes]
         if collective.kind == "allgather":
-            return collective, outs, [dist.all_gather(outs, tensor, group=self._group, async_op=True)]
+            return collective, outs, [dist.all_gather(outs, tensor, group=self._group, async_op=True)], None
         outs[self.rank] = tensor
         roots = [r if self._group is None else dist.get_global_rank(self._group, r) for r in range(self.size)]
         pairs = [(out, root) for out, root in zip(outs, roots, strict=True) if len(out)]
-        return collective, outs, [dist.broadcast(out, src=root, group=self._group, async_op=True) for out, root in pairs]
+        return collective, outs, [dist.broadcast(out, src=root, group=self._group, async_op=True) for out, root in pairs], None
 
     def wait(self, handle: Any) -> Any:
-        collective, result, works = handle
+        collective, result, works, words = handle  # as above
         for work in works:
             work.wait()
         if collective.kind == "allreduce":
             return self.ops.from_torch(result) / collective.divisor
-        mine = to_sum(self, collective) if self.by_gloo else None
-        if mine is not None:
-            return by_sum(self, collective, self.ops.from_torch(_less(result, self.ops.as_torch(mine))))
+        if words is not None:
+            return by_sum(self, collective, self.ops.from_torch(_less(result, words)))
         return [self.ops.from_torch(data) for data in result]
 
 
@@ -188,6 +188,6 @@ def _words(data: torch.Tensor) -> torch.Tensor:
     return data.view(torch.int32) if data.data_ptr() % 4 == 0 else data.clone().view(torch.int32)
 
 
-def _less(total: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
-    """The bytes of total - data, in place."""
-    return total.sub_(_words(data)).view(torch.uint8)
+def _less(total: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The bytes of total - own, both int32[], in place."""
+    return total.sub_(own).view(torch.uint8)

@@ -48,6 +48,19 @@ def case_average():
     both_ways()
 
 
+def case_metrics():
+    model = training.make_model()
+    optimizer = plain(model)
+    bound = optimizer._compression
+    wrapper.MetricsHook(bound, every=2)
+    got = train(model, optimizer)
+    other = training.make_model()
+    assert_same(got, train(other, wrapped(other)))
+    report = bound.metrics()
+    assert report["step"] == 3 and report["measured_at"] == 2 and report["total"]["bytes"] == bound.wire_bytes > 0
+    assert 0 < report["total"]["relative_error"] < 1
+
+
 def case_sum():
     both_ways(bind_options={"op": hvd.Sum}, op=hvd.Sum)
 

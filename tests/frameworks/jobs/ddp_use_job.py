@@ -46,6 +46,17 @@ def case_bytes():
     assert state.wire_bytes == expected[hvd.rank()], (state.wire_bytes, expected)
 
 
+def case_metrics():
+    ddp, state, _ = wrap(Layers())
+    assert state.metrics() == {}
+    hvd.MetricsHook(state, every=2)
+    got = train(ddp, layers_loss, range(4))
+    assert_same(got, in_cluster(Layers, layers_loss, range(4))[0])
+    report = state.metrics()
+    assert report["step"] == 3 and report["measured_at"] == 2 and report["total"]["bytes"] == state.wire_bytes
+    assert len(report["parameters"]) == 8 and 0 < report["total"]["relative_error"] < 1
+
+
 def case_module_given_before_it_is_wrapped():
     model = Layers()
     state, hook = hvd.ddp_comm_hook(TOPK, model)

@@ -62,6 +62,18 @@ def case_agreement_between_steps():
         ours.step(gradients(RANK, 2))
 
 
+def case_metrics():
+    """On every rank, with a probe of the network before the first step; a single rank has none."""
+    with exchange() as plain, exchange() as ours:
+        metrics = ours.measure(every=2)
+        for step in range(4):
+            assert_same(ours.step(gradients(RANK, step)), plain.step(gradients(RANK, step)))
+        report = ours.metrics()
+        assert (report["step"], report["rank"], report["size"], report["measured_at"]) == (3, RANK, SIZE, 2)
+        assert report["total"]["bytes"] == ours.wire_bytes == plain.wire_bytes and report["total"]["relative_error"] > 0
+        assert (metrics._recorders[0].advice._network is None) == (SIZE == 1) and plain.metrics() == {}
+
+
 def case_names_and_dtypes():
     with exchange() as ours:
         raises(UnsupportedDtypeError, "int64", lambda: ours.step({"a": np.ones(3), "b": np.arange(3)}))

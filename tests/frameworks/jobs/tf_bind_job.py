@@ -51,6 +51,19 @@ def case_graph():
         check(spec, graph=True)
 
 
+def case_metrics():
+    """Each variable has an exchange of its own; a report is of all of them."""
+    variables, lines = problem.tf_variables(), []
+    bound = grace_ext.grace(TOPK).bind(variables)
+    bound.measure(every=2, sinks=[lines.append])
+    train(variables, bound, graph=True)
+    report = bound.metrics()
+    assert len(report["parameters"]) == len(variables) and report["total"]["bytes"] == bound.wire_bytes
+    assert 0 < report["total"]["relative_error"] < 1
+    assert [line["step"] for line in lines] == list(range(0, problem.STEPS, 2)), [line["step"] for line in lines]
+    assert all(len(line["parameters"]) == len(variables) for line in lines)
+
+
 def case_groups():
     check(TOPK, graph=True, groups=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import DisagreementError, GraceError, NamesError, UnsupportedError
+from grace_ext.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tf_training as problem  # noqa: E402
@@ -120,6 +122,49 @@ def case_fit():
             assert_ranks_equal([np.array(history["loss"]), np.array(history["accuracy"])])
             assert history["loss"][-1] < history["loss"][0]
             assert history["compression_ratio"][-1] > 2 and history["wire_bytes"][-1] > 0
+
+
+def case_metrics_of_fit():
+    """The callback turns them on; logs, lines of JSON and TensorBoard have them; weights are those without."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = []
+        for options in ({}, {"every": 4, "jsonl": f"{folder}/lines", "tensorboard": folder}):
+            model = tiny_model()
+            optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=grace_ext.grace(TOPK))
+            ours = hvd.callbacks.CompressionMetricsCallback(**options)
+            history = fit(model, optimizer, 2, [hvd.callbacks.BroadcastGlobalVariablesCallback(0), ours]).history
+            weights.append(model.get_weights())
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(*weights, strict=True))
+        assert 0 < history["relative_error"][-1] < 1 and history["residual_norm"][-1] > 0 and history["encode_seconds"][-1] > 0
+        report = optimizer.metrics()
+        assert report["step"] == 11 and report["measured_at"] == 8 and report["total"]["bytes"] == optimizer.wire_bytes
+        if hvd.rank() == 0:
+            assert [json.loads(line)["step"] for line in Path(folder, "lines").read_text().splitlines()] == [0, 4, 8]
+            (file,) = Path(folder).glob("events*")
+            tags = [(e.step, v.tag) for e in tf.compat.v1.train.summary_iterator(str(file)) for v in e.summary.value]
+            assert [step for step, tag in tags if tag == "grace/total/relative_error"] == [0, 4, 8]
+
+
+def gradients_with(metrics, g, variables):
+    def one_step():
+        with tf.GradientTape() as tape:
+            tape = hvd.DistributedGradientTape(tape, compression=g, metrics=metrics)
+            loss = problem.loss_of(variables, hvd.rank(), 0)
+        return tape.gradient(loss, variables)
+
+    return one_step
+
+
+def case_metrics_of_a_tape():
+    """One Metrics serves the tapes of all steps, in eager code and in a graph that is traced once."""
+    for graph in (False, True):
+        metrics = Metrics(every=2)
+        run = gradients_with(metrics, grace_ext.grace(TOPK), problem.tf_variables())
+        run = tf.function(run) if graph else run
+        for _ in range(4):
+            run()
+        report = metrics.report()
+        assert report["step"] == 3 and report["measured_at"] == 2 and 0 < report["total"]["relative_error"] < 1
 
 
 def case_plain_horovod_drifts_apart_under_keras_3():

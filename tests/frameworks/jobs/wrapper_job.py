@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -55,6 +57,34 @@ def case_backward_passes():
             dict(twin.named_parameters())[name].grad = mean
         optimizer.step()
     assert_same(got, training.weights_of(twin))
+
+
+def case_metrics():
+    """Rank 0 alone measures, to files; both do, and then the network is probed. Neither changes a bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        for both in (False, True):
+            model = training.make_model()
+            optimizer = wrap(model)
+            assert optimizer.metrics() == {}
+            if both or hvd.rank() == 0:
+                metrics = hvd.MetricsHook(optimizer, every=2, jsonl=f"{folder}/lines", tensorboard=folder)
+            assert_same(train(model, optimizer), plain_run())
+            if both:
+                assert metrics._recorders[0].advice._network is not None
+            if both or hvd.rank() == 0:
+                report = optimizer.metrics()
+                assert (report["step"], report["rank"], report["measured_at"]) == (3, hvd.rank(), 2), report
+                assert report["total"]["bytes"] == optimizer.wire_bytes and report["total"]["ratio"] > 1
+                assert 0 < report["total"]["relative_error"] < 1 and report["total"]["residual_norm"] > 0
+                assert report["total"]["communicate_seconds"] > 0
+        if hvd.rank() == 0:
+            lines = [json.loads(line) for line in Path(folder, "lines").read_text().splitlines()]
+            assert [line["step"] for line in lines] == [0, 2, 0, 2] and {line["rank"] for line in lines} == {0}
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+            events = EventAccumulator(folder)
+            events.Reload()
+            assert [e.value for e in events.Scalars("grace/total/bytes")][-1] == optimizer.wire_bytes
 
 
 def case_too_many_backwards():

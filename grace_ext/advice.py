@@ -1,0 +1,127 @@
+"""What metrics warn of, once each, with what to do: a residual that explodes, a dead layer, compression that costs more than it saves.
+
+Told in the log by rank 0, of what rank 0 sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .driver import Effects
+    from .frameworks.base import Transport
+    from .probe import MeasuredNetwork
+    from .recorder import Recorder, Watch
+
+LOG = logging.getLogger("grace_ext")
+#: A residual is called exploding above this many times what is allowed: the largest gradient between two looks is not known.
+SLACK = 2.0
+#: Looks in a row at which a residual must have grown to be called so; steps that a judgement of times needs; judgements in a row.
+LOOKS, STEPS, TIMES = 3, 8, 2
+#: Where nothing is promised: a residual of so many gradients.
+WITHOUT_PROMISE = 10.0
+#: Of a gradient: what a compressor that loses nothing may leave behind.
+ROUNDING = 1e-3
+#: Bytes of the collectives that are timed at the first step; larger ones are on the line through these.
+PROBED = (64, 1 << 18)
+DEAD = (
+    "the gradient of {!r} has been zero since step {}: a dead layer, which learns nothing. If it is not used, freeze it "
+    "(requires_grad=False, trainable=False) before the optimizer is wrapped; else look for a saturated activation, a learning rate that "
+    "is too high, or an initialization at zero"
+)
+
+
+def allowed_residual(compressor: Any, memory: Any, d: int, gradient: float, lr: float | None, error: float | None = None) -> float:
+    """The largest norm of a residual that theory allows while no gradient is larger than `gradient`.
+
+    For a delta-contraction ||e||^2 <= 4 (1 - delta) / delta^2 G^2 (Karimireddy et al. 2019, lemma 3), for an absolute compressor ||e|| <=
+    kappa, where G bounds what a step adds: the gradient, times the learning rate, gamma, and 1 / (1 - momentum), for a memory that has
+    these. Where the compressor promises neither, delta is 1 - error^2 of the largest relative error seen, and if that is no contraction,
+    WITHOUT_PROMISE G are allowed."""
+    added = gradient * (lr if memory.in_updates and lr is not None else 1) * getattr(memory, "gamma", 1) / _rest(memory)
+    kappa, delta = compressor.kappa(d), compressor.delta(d)
+    if delta is None and kappa is not None:
+        return kappa
+    if delta is None:
+        delta = 1 - error**2 if error is not None and error < 1 else None
+    factor = WITHOUT_PROMISE if delta is None else max(ROUNDING, 2 * math.sqrt(max(0.0, 1 - delta)) / delta)
+    return factor * added
+
+
+def _rest(memory: Any) -> float:
+    momentum = getattr(memory, "momentum", 0)
+    return 1 - momentum if isinstance(momentum, float) and momentum < 1 else 1.0
+
+
+class Advice:
+    """Of one driver, looked for at the end of its steps. network: there is one, and all of it is between the ranks."""
+
+    def __init__(self, recorder: Recorder, dead_after: int, network: bool):
+        self._recorder, self._dead_after, self.judges_times = recorder, dead_after, network
+        self._network: MeasuredNetwork | None = None
+        self._told: set[tuple[str, str]] = set()
+        #: By name: the largest gradient and relative error, the last residual, and at how many looks in a row it had grown.
+        self._seen: dict[str, tuple[float, float, float, int]] = {}
+        self._slow = 0
+
+    def probe(self, transport: Transport) -> Effects:
+        """Measures plain collectives on the job's own network, by all ranks alike: part of the first step's agreement, where all ranks
+        have metrics on."""
+        from .probe import Probe  # it imports the driver
+
+        if transport.size > 1:
+            self._network = yield from Probe(transport).collectives(PROBED)
+
+    def give(self) -> None:
+        """At the end of a step."""
+        recorder = self._recorder
+        for name, watch in recorder.watches.items():
+            if watch.zero_since is not None and recorder.step - watch.zero_since + 1 >= self._dead_after:
+                self._tell("dead", name, DEAD.format(name, watch.zero_since))
+            if recorder.closely and watch.residual is not None and recorder.driver.committed:
+                self._judge_residual(name, watch)
+        if not recorder.closely and recorder.steps == max(STEPS, recorder.metrics.every - 1):
+            self._judge_times()
+
+    def _tell(self, kind: str, about: str, sentence: str) -> None:
+        if self._recorder.info.rank == 0 and (kind, about) not in self._told:
+            LOG.warning(sentence)
+        self._told.add((kind, about))
+
+    def _judge_residual(self, name: str, watch: Watch) -> None:
+        error = math.sqrt(watch.error / watch.input) if watch.input > 0 else 0.0
+        assert watch.residual is not None
+        gradient, worst, last, growing = self._seen.get(name, (0.0, 0.0, 0.0, 0))
+        gradient, worst = max(gradient, watch.gradient or 0.0), max(worst, error)
+        growing = 0 if watch.residual <= last else growing + 1
+        self._seen[name] = gradient, worst, watch.residual, growing
+        compressor, memory, _ = self._recorder.driver.parts[name]
+        allowed = allowed_residual(compressor, memory, watch.spec.size, gradient, self._recorder.info.lr, worst)
+        if gradient and growing >= LOOKS and not watch.residual <= SLACK * allowed:
+            self._tell("residual", name, (
+                f"the residual of {name!r} has a norm of {watch.residual:.3g}, and its gradients one of at most {gradient:.3g}: more than "
+                f"{allowed:.3g}, which error feedback with {compressor} should stay below, so it explodes. Use a contraction ('topk', "
+                f"'efsignsgd', '{compressor.name}' after 'topk >'), memory 'none' or 'diana' for an unbiased compressor, a leak "
+                "(residual(beta=0.9)), or clip the gradients"
+            ))  # fmt: skip
+
+    def _judge_times(self) -> None:
+        """Compares two exchanges on the network as it was measured. Ours: encoding and decoding as they are, and our collectives; the
+        other: an all-reduce of every bucket's gradients. (What was waited for would have other ranks' delays in it.)"""
+        if self._network is None:
+            return
+        size, (encode, _, decode) = self._recorder.info.size, self._recorder.means()
+        network = sum(self._network(kind, size, nbytes) for kind, nbytes in self._recorder.collectives)
+        buckets = self._recorder.driver.buckets
+        dense = sum(self._network("allreduce", size, sum(spec.nbytes for spec in bucket.specs)) for bucket in buckets)
+        ours = encode + network + decode
+        self._slow = self._slow + 1 if ours > dense else 0
+        if self._slow >= TIMES:
+            self._tell("slow", "", (
+                f"compression is slower than none here: {1e3 * ours:.3g} ms a step ({1e3 * encode:.3g} to encode, {1e3 * network:.3g} to "
+                f"communicate, {1e3 * decode:.3g} to decode), and dense gradients would take about {1e3 * dense:.3g} ms on this network, "
+                "as it was measured at the first step. Use 'none' or 'fp16', a cheaper compressor, or policy 'auto', which measures; "
+                "`grace-ext plan` compares"
+            ))  # fmt: skip

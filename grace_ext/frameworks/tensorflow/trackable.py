@@ -1,0 +1,26 @@
+"""The memory of compression as a part of TensorFlow's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from ...statefile import decode, encode, exchanges
+
+
+class Memory(tf.train.experimental.PythonState):
+    """What tf.train.Checkpoint writes of an optimizer's or tape's exchange: this rank's state, in the bytes of a safetensors file. It is
+    restored where the optimizer is, also before the first step."""
+
+    def __init__(self, exchange: Any):
+        self._exchange = exchange
+
+    def serialize(self) -> bytes:
+        return encode(self._exchange._kept().read()[0])
+
+    def deserialize(self, string_value: bytes) -> None:
+        kept, state = self._exchange._kept(), decode(string_value)
+        if any(exchanges(state)):
+            kept.check([state])
+            kept.write([state])

@@ -1,0 +1,145 @@
+"""Mixed precision with torch on 2 ranks, under whatever launcher started it. Prints 'CASE name ok' for each case that holds on all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grace_ext
+import grace_ext.frameworks.torch as hvd
+from grace_ext.errors import UnsupportedError
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+from tests.frameworks import training  # noqa: E402
+from tests.frameworks.cases import assert_same, raises, run_cases  # noqa: E402
+
+TOPK = "topk(ratio=0.05) + residual"
+#: Memories of one array and of two, shared momentum, shards, a norm of the whole model, the learning rate.
+MEMORIES = (
+    TOPK, "topk(ratio=0.05) + dgc(clipping=1)", "topk(ratio=0.1) + ef21", "topk(ratio=0.1) + ef21_sgdm", "qsgd(bits=4) + diana",
+    "topk(ratio=0.05) + gradient_compression", "topk(ratio=0.05) + update_compression", "topk(ratio=0.05) + efsignsgd",
+    "efsignsgd(block=16) + dist_ef_block(momentum=0.5) @ reduce_scatter(follow_rate=True)", "powersgd(rank=2) + powersgd",
+)  # fmt: skip
+
+
+class Amp:
+    """One model with a scaler, by the wrapper or the DDP hook. scale=None: without."""
+
+    def __init__(self, spec: str = TOPK, scale: float | None = 2.0**10, ddp: bool = False):
+        g, self.model = grace_ext.grace(spec), training.make_model()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=2, enabled=scale is not None)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+        self.ddp, self.forward = ddp, self.model
+        if ddp:
+            del self.model._parameters["unused"]
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
+            self.state, hook = hvd.ddp_comm_hook(g, self.forward, self.optimizer, scaler=self.scaler)
+            self.forward.register_comm_hook(self.state, hook)
+        else:
+            self.optimizer = hvd.DistributedOptimizer(
+                self.optimizer, self.model.named_parameters(), compression=g, scaler=None if scale is None else self.scaler
+            )
+
+    def step(self, i: int, factor: float = 1.0, autocast: torch.dtype | None = None) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = training.loss_of(self.forward, hvd.rank(), i) * factor
+        self.scaler.scale(loss).backward()
+        if self.ddp:
+            self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.synchronize()
+            self.scaler.unscale_(self.optimizer)
+            with self.optimizer.skip_synchronize():
+                self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def memory(self) -> dict[str, bytes]:
+        saved = self.state.state_dict() if self.ddp else self.optimizer.state_dict()["grace_ext"]
+        return {key: x.numpy().tobytes() for key, x in saved["state"].items()}
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return training.weights_of(self.model)
+
+
+def same_on_all_ranks(value) -> bool:
+    return len({repr(other) for other in hvd.allgather_object(value)}) == 1
+
+
+def forms() -> tuple[bool, ...]:
+    """The wrapper, and where there is torch.distributed the DDP hook."""
+    return (False, True) if torch.distributed.is_initialized() else (False,)
+
+
+def case_growing_scale_changes_no_bit():
+    """Powers of two: weights and memory are those of training without a scaler, while the scale goes from 2**10 to 2**15."""
+    for ddp in forms():
+        for spec in (TOPK, "qsgd(bits=4) + residual", "powersgd(rank=2) + residual"):
+            scaled, plain = Amp(spec, ddp=ddp), Amp(spec, None, ddp=ddp)
+            for i in range(10):
+                scaled.step(i)
+                plain.step(i)
+            assert scaled.scaler.get_scale() == 2.0**15
+            assert_same(scaled.weights(), plain.weights())
+            assert scaled.memory() == plain.memory(), spec
+
+
+def case_one_ranks_inf_is_skipped_by_all():
+    """No weight and no memory changes, every scaler sees it and halves its scale, and training goes on as without that step."""
+    for ddp in forms():
+        for spec in MEMORIES[:1] if ddp else MEMORIES:
+            amp, plain = Amp(spec, ddp=ddp), Amp(spec, None, ddp=ddp)
+            for i in (0, 1, 2):
+                amp.step(i)
+                plain.step(i)
+            scale, memory, weights = amp.scaler.get_scale(), amp.memory(), amp.weights()
+            amp.step(3, factor=float("inf") if hvd.rank() == 1 else 1.0)
+            assert amp.memory() == memory and memory, spec
+            assert_same(amp.weights(), weights)
+            assert amp.scaler.get_scale() == scale / 2 and same_on_all_ranks(amp.scaler.get_scale())
+            amp.step(4)
+            assert any((amp.weights()[name] != weights[name]).any() for name in weights), spec
+            assert same_on_all_ranks({name: w.tobytes() for name, w in amp.weights().items()})
+            if spec == TOPK:  # nothing drawn by the number of the step
+                plain.step(4)
+                assert_same(amp.weights(), plain.weights())
+
+
+def case_autocast():
+    """16-bit autocast, with and without a scaler: the same model on all ranks, and a loss that falls."""
+    for dtype, scale in ((torch.float16, 2.0**10), (torch.bfloat16, None), (torch.bfloat16, 2.0**4)):
+        for ddp in forms():
+            amp, losses = Amp(scale=scale, ddp=ddp), []
+            for i in range(30):
+                amp.step(i % 2, autocast=dtype)
+                losses.append(training.loss_of(amp.model, hvd.rank(), i % 2).item())
+            assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6]), (dtype, losses)
+            assert same_on_all_ranks({name: w.tobytes() for name, w in amp.weights().items()})
+
+
+def case_the_recipe_is_asked_for():
+    amp = Amp()
+    amp.scaler.scale(training.loss_of(amp.model, hvd.rank(), 0)).backward()
+    before = amp.weights()
+    raises(UnsupportedError, "optimizer.skip_synchronize()", amp.optimizer.step)
+    assert_same(amp.weights(), before)
+    amp.optimizer.synchronize()
+
+
+def case_what_happens_without_scaler():
+    """The reason for scaler=: a residual in units of an old scale counts for too much where the scale was halved."""
+    told, untold = Amp(), Amp()
+    untold.optimizer._session._scaler = None
+    for i in range(6):
+        told.step(i)
+        untold.step(i)
+    assert any((told.weights()[name] != untold.weights()[name]).any() for name in told.weights())
+
+
+if __name__ == "__main__":
+    hvd.init()
+    run_cases(hvd, globals())
+    hvd.shutdown()

@@ -1,0 +1,44 @@
+"""Resuming with an Exchange over MPI. See resume_steps.py; KIND is mpi:<spec>."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import resume_steps as steps  # noqa: E402
+
+import grace_ext.frameworks.numpy as gnp  # noqa: E402
+
+from mpi4py import MPI  # isort: skip # noqa: E402
+
+SHAPES = {"a": (40,), "matrix": (24, 18), "empty": (0, 3), "scalar": ()}
+
+
+class Job:
+    """Descent on a quadratic function of each rank's own, with noise."""
+
+    def __init__(self, kind: str):
+        self.holder = gnp.Exchange(steps.SPECS[kind.split(":")[1]])
+        self.weights = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+
+    def step(self, i: int) -> None:
+        made = np.random.default_rng([MPI.COMM_WORLD.rank, i])
+        gradients = {name: np.float32(w - made.standard_normal(w.shape)) for name, w in self.weights.items()}
+        for name, mean in self.holder.step(gradients).items():
+            self.weights[name] = np.float32(self.weights[name] - np.float32(0.1) * mean)
+
+    def arrays(self):
+        return self.weights
+
+    def save(self, path: Path) -> None:
+        np.savez(str(path) + ".npz", **self.weights)
+        path.touch()
+
+    def load(self, path: Path) -> None:
+        self.weights = dict(np.load(str(path) + ".npz"))
+
+
+steps.run(Job, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)

@@ -1,0 +1,62 @@
+"""Resuming with torch: the wrapper, bind with unmodified Horovod, the DDP hook, LocalSGD. See resume_steps.py; KIND is <api>:<spec>."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import resume_steps as steps  # noqa: E402
+
+import grace_ext  # noqa: E402
+import grace_ext.frameworks.torch as hvd  # noqa: E402
+from tests.frameworks import training  # noqa: E402
+
+
+class Job:
+    def __init__(self, kind: str):
+        api, name = kind.split(":")
+        g = grace_ext.grace(steps.SPECS[name])
+        self.model = self.forward = training.make_model()
+        if api == "ddp":
+            del self.model._parameters["unused"]
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.plain = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.optimizer = self.plain
+        if api == "wrapper":
+            self.optimizer = self.holder = hvd.DistributedOptimizer(self.plain, self.model.named_parameters(), compression=g)
+        elif api == "local":
+            self.optimizer = self.holder = hvd.LocalSGD(self.plain, self.model.named_parameters(), compression=g, every=5)
+        elif api == "bind":
+            import horovod.torch as plain_hvd
+
+            self.holder = g.bind(self.model.named_parameters(), optimizer=self.plain)
+            self.optimizer = plain_hvd.DistributedOptimizer(self.plain, self.model.named_parameters(), compression=self.holder)
+        else:
+            self.holder, hook = hvd.ddp_comm_hook(g, self.forward, self.plain)
+            self.forward.register_comm_hook(self.holder, hook)
+
+    def step(self, i: int) -> None:
+        self.optimizer.zero_grad()
+        training.loss_of(self.forward, hvd.rank(), i).backward()
+        self.optimizer.step()
+
+    def arrays(self):
+        return training.weights_of(self.model)
+
+    def save(self, path: Path) -> None:
+        torch.save({"model": self.model.state_dict(), "optimizer": self.plain.state_dict()}, path)
+
+    def load(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.plain.load_state_dict(saved["optimizer"])
+        if self.optimizer is not self.plain:
+            self.optimizer.param_groups, self.optimizer.state = self.plain.param_groups, self.plain.state
+
+
+hvd.init()
+steps.run(Job, hvd.rank(), hvd.size())
+hvd.shutdown()

@@ -1,0 +1,29 @@
+"""Real jobs that stop, and go on in new processes; benchmarks/reliability_resume.py runs all of resume_cases.CASES."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import resume_cases
+from .resume_cases import MPI, TENSORFLOW, TORCH, Case
+
+#: A part of them: every API once, and both ways of changing the number of ranks.
+CASES = (
+    Case("one rank more", "torchrun", TORCH, 2, (2, 3), ("wrapper:topk", "wrapper:ef21", "wrapper:shards", "ddp:topk", "local:topk")),
+    Case("bits", "horovodrun", TORCH, 2, (2,), ("wrapper:policy", "bind:topk")),
+    Case("bits", "horovodrun", TENSORFLOW, 2, (2,), ("keras:powersgd", "checkpoint:topk", "tape:topk", "bind:topk", "local:topk")),
+    Case("one rank fewer", "mpirun", MPI, 3, (3, 2), ("mpi:topk", "mpi:ef21", "mpi:shards")),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_prefix(monkeypatch):
+    # Importing the numpy package set it in this process; jobs must find Open MPI for themselves.
+    monkeypatch.delenv("OPAL_PREFIX", raising=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.engine}-{case.script[7:-7]}" for case in CASES])
+def test_a_job_goes_on_in_new_processes(case, tmp_path):
+    outcomes = resume_cases.outcomes(case, tmp_path)
+    assert len(outcomes) == len(case.kinds) * len(case.then)
+    assert {name: outcome for name, outcome in outcomes.items() if outcome != "equal"} == {}

@@ -1,0 +1,171 @@
+"""What a rank decodes in an exchange: every compressor, memory and communicator, fed with damaged messages of its peer.
+
+The exchange of one bucket is run as the driver runs it, for rank 0 of two; every reply of its collectives was recorded in an honest
+exchange of both ranks, and one message of rank 1, or one sum, is replaced.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import grace_ext
+from grace_ext import exchange
+from grace_ext.choices import Choices
+from grace_ext.cluster import execute
+from grace_ext.errors import PayloadError
+from grace_ext.exchange import Job, exchange_bucket, initial_state
+from grace_ext.payload import HEADER
+from grace_ext.spec import StepInfo, TensorSpec
+
+from .mutate import mutated
+
+SMALL = {"first": (600,), "second": (24, 18)}
+#: Beyond the sizes where kernels take other ways.
+LARGE = {"large": (70_001,)}
+DIGEST, STEP = 0x1234_5678_9ABC_DEF0, 3
+#: Reasons of a PayloadError that are of the whole message, and name no parameter.
+OF_THE_MESSAGE = re.compile(r"header|does not start|payload version|another spec|is of step|unknown flags|truncated|belong to no tensor")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A reply that can be replaced: in which round, of which collective, and the honest bytes. A gathered message, or a sum."""
+
+    turn: int
+    place: int
+    gathered: bool
+    honest: bytes
+    edges: tuple[int, ...]
+
+
+class ExchangeTarget:
+    """One composition on one tensor library."""
+
+    def __init__(self, ops: Any, text: str, shapes: dict[str, tuple[int, ...]] = SMALL):
+        self.name, self.ops, self.size = text, ops, 2
+        grace = grace_ext.grace(text)
+        self.specs = [TensorSpec(name, shape) for name, shape in shapes.items()]
+        choices = Choices(grace, self.specs)
+        choices.choose(STEP, {})
+        self._infos = [StepInfo(STEP, rank, self.size, self.size, 0, 0.1) for rank in range(self.size)]
+        self._jobs = [self._made(choices, info) for info in self._infos]
+        self.slots: list[Slot] = []
+        self._replies = self._honest()
+
+    def _made(self, choices: Choices, info: StepInfo) -> list[Job]:
+        rng, made = np.random.default_rng(info.rank), []
+        for spec in self.specs:
+            compressor, memory, communicator = choices.parts[spec.name]
+            inner = communicator.inner(compressor)
+            grad = self.ops.upload(rng.standard_normal(spec.size).astype(np.float32))
+            state = initial_state(self.ops, spec, (compressor, memory, inner), info)
+            made.append(Job(spec, compressor, memory, inner, grad, state))
+        return made
+
+    def _run(self, rank: int) -> Any:
+        return exchange_bucket(self.ops, self._jobs[rank], self._infos[rank], DIGEST, _carry)
+
+    def _honest(self) -> list[list[Any]]:
+        """Rank 0's replies by round, and the slots."""
+        layouts: list[Any] = []
+        plain = exchange.unpack
+
+        def unpack(ops, body, tensors, rank):
+            layouts.append((rank, [field for _, fields in tensors for field in fields]))
+            return plain(ops, body, tensors, rank)
+
+        replies, ranks, asked = [], [self._run(0), self._run(1)], []
+        with mock.patch.object(exchange, "unpack", unpack):
+            answers: list[Any] = [None, None]
+            while True:
+                found = [_next(rank, answer) for rank, answer in zip(ranks, answers, strict=True)]
+                if found[0] is None:
+                    break
+                asked.append(found[0])
+                answers = [list(x) for x in zip(*(execute(pair, self.ops) for pair in zip(*found, strict=True)), strict=True)]
+                replies.append(answers[0])
+        fields = iter([its for rank, its in layouts[: len(layouts) // 2] if rank == 1] + [[]] * 99)
+        for turn, collectives in enumerate(asked):
+            for place, collective in enumerate(collectives):
+                reply = replies[turn][place]
+                gathered = isinstance(reply, list)
+                data = np.asarray(self.ops.host(reply[1] if gathered else reply)).tobytes()
+                edges = _edges(data, next(fields)) if gathered else (0, len(data) - 4, len(data))
+                self.slots.append(Slot(turn, place, gathered, data, edges))
+                del collective
+        return replies
+
+    def inputs(self, rng: random.Random) -> Iterator[tuple[int, bytes]]:
+        """Damaged messages without end: (slot, bytes)."""
+        while True:
+            number = rng.randrange(len(self.slots))
+            yield number, mutated(self.slots[number].honest, self.slots[number].edges, rng)
+
+    def feed(self, number: int, data: bytes) -> str:
+        """'refused' or 'accepted'; raises where an error is not a PayloadError that says whose and what, or a result is wrong."""
+        slot = self.slots[number]
+        running, result = self._run(0), None
+        try:
+            running.send(None)
+            for turn, replies in enumerate(self._replies):
+                running.send(self._replaced(slot, replies, data) if turn == slot.turn else list(replies))
+        except StopIteration as stop:
+            result = stop.value
+        except PayloadError as error:
+            assert error.rank == 1, error
+            assert error.parameter in [spec.name for spec in self.specs] or OF_THE_MESSAGE.search(error.reason), error
+            return "refused"
+        assert result is not None, "the exchange asks for more than an honest one"
+        self._check(slot, data, *result)
+        return "accepted"
+
+    def _replaced(self, slot: Slot, replies: list[Any], data: bytes) -> list[Any]:
+        replies = list(replies)
+        if slot.gathered:
+            replies[slot.place] = [replies[slot.place][0], self.ops.upload(np.frombuffer(data, np.uint8).copy())]
+        else:
+            before = np.asarray(self.ops.host(replies[slot.place]))
+            whole = (data + slot.honest[len(data) :])[: len(slot.honest)]  # an engine's sum has the length that was asked for
+            replies[slot.place] = self.ops.upload(np.frombuffer(whole, before.dtype).copy())
+        return replies
+
+    def _check(self, slot: Slot, data: bytes, outcomes: list[Any], finite: bool) -> None:
+        for job, (output, state) in zip(self._jobs[0], outcomes, strict=True):
+            host = np.asarray(self.ops.host(output))
+            assert host.shape == (job.spec.size,) and host.dtype == np.float32, (host.shape, host.dtype)
+            lengths = {key: len(array) for key, array in state.items()}
+            assert lengths == {key: len(array) for key, array in job.state.items()}, lengths
+            if finite and slot.gathered:
+                # Finite numbers whose sum is not: every rank sees the same Inf. A NaN has no such excuse.
+                assert not np.isnan(host).any(), "NaN, and not flagged"
+
+
+def _carry(collective: Any) -> Any:
+    return (yield collective)
+
+
+def _next(running: Any, answer: Any) -> Any:
+    try:
+        return running.send(answer)
+    except StopIteration:
+        return None
+
+
+def _edges(data: bytes, fields: list[Any]) -> tuple[int, ...]:
+    """Where the fields of a message begin and end, counts included, and those of the header."""
+    at, found = HEADER.size, [0, 2, 3, 4, 8, 16, HEADER.size]
+    for field in fields:
+        size = field.max_bytes
+        if field.variable:
+            found.append(at + 4)
+            size = 4 + int.from_bytes(data[at : at + 4], "little") * (field.max_bytes - 4) // max(1, field.count)
+        at += size
+        found += [at, at - 4]
+    return tuple(found)
