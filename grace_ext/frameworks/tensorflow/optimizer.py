@@ -84,6 +84,7 @@ class Exchanges(Measured):
         self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
         self.dense: GraphExchange | None = None
         self._saved: Any = None
+        self._sizes: dict[str, int] = {}  # of the variables, where they were known before the ranks changed
 
     @property
     def idle(self) -> bool:
@@ -154,7 +155,9 @@ class Exchanges(Measured):
         """After the ranks have changed: the next call exchanges among those that there are now. `carried_over` gives this rank's state for
         them from that of before (None on a rank that had none); collective. Functions that were traced before are of no use any more."""
         own = self.state_dict()
-        self._saved = carried_over(own if own.get("step") else None)
+        if self.dense:
+            self._sizes = {spec.name: spec.size for spec in self.dense.driver.specs.values()}
+        self._saved = carried_over({**own, "sizes": self._sizes} if own.get("step") else None)
         if self.dense:
             self.dense.ended = True
         self.dense = None

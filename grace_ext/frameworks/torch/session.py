@@ -74,6 +74,7 @@ class Session:
         self._scaler, self._scale = scaler, None  # the scale of the step under way, once it is asked for
         self._handles: dict[str, Any] = {}
         self._first: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()  # backward hooks of different devices may run at the same time
 
     @property
@@ -130,7 +131,10 @@ class Session:
         that of the new world."""
         driver = self.driver
         saved = driver.state_dict()
-        own = {**saved, "state": {key: self.ops.host(array) for key, array in saved["state"].items()}}
+        state = {key: self.ops.host(array) for key, array in saved["state"].items()}
+        if driver.specs:  # else the ranks have changed again before the first step
+            self._sizes = {spec.name: spec.size for spec in driver.specs.values()}
+        own = {**saved, "state": state, "sizes": self._sizes}
         moved = carried_over(own if driver.step else None)
         self._first.clear()
         self._handles.clear()
