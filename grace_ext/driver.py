@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .choices import Choices
-from .errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+from .errors import DisagreementError, GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .levels import Levels
 from .ops import Array, Ops
-from .payload import VERSION, message, open_message
+from .payload import VERSION, message, open_message, open_text
 from .policies.base import as_state, is_own, own_state
 from .spec import DTYPES, StepInfo, TensorSpec
 
@@ -350,6 +350,9 @@ class Driver:
             received = yield from _at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
             self._bytes += len(mine)
             bodies = [open_message(self.ops, data, digest=0, step=self.step, rank=rank)[0] for rank, data in enumerate(received)]
+            for rank, body in enumerate(bodies):
+                if len(body) != len(report):
+                    raise PayloadError(f"is a policy's report of {len(body)} bytes, this rank's has {len(report)}", rank)
             reports = [np.frombuffer(self.ops.host(body).tobytes(), np.float32) for body in bodies]
             changes, said = policy.settle(self.ops, reports, states, found)
             self._tell(said)
@@ -528,9 +531,22 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
     alike, where anything else differs than what is each rank's OWN."""
     said = yield from tell(ops, transport, {**mine, "version": VERSION})
+    for rank, other in enumerate(said):
+        if not _says_all(other):
+            raise PayloadError("is not what a rank says of itself before the first step", rank)
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(_difference(said), said)
     return said
+
+
+def _says_all(other: dict[str, Any]) -> bool:
+    """Whether a rank said, in the right types, what is used of it here."""
+    number, parameters = other.get("number"), other.get("parameters")
+    return (
+        {"spec", "seed", "version"} <= set(other)
+        and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)
+        and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
+    )  # fmt: skip
 
 
 def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
@@ -539,7 +555,7 @@ def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
     received = yield from _at_once(transport, collective, "grace/agree")
     bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-    return [json.loads(ops.host(body).tobytes()) for body in bodies]
+    return [open_text(ops, body, rank) for rank, body in enumerate(bodies)]
 
 
 def _at_once(transport: Transport, wanted: Collective, name: str) -> Effects:
