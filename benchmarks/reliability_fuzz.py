@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 PARTS = {"compiled": 0.4, "checked": 0.2, "plain": 0.25, "torch": 0.05, "coverage": 0.1}
 #: Beyond what the process has when it begins; for one input.
 BYTES, SECONDS = 1 << 30, 60
-BATCH = 50
+#: Inputs of one target in a row, and the seconds that they may take.
+BATCH, BATCH_SECONDS = 50, 0.1
 
 
 class Hang(BaseException):
@@ -130,13 +131,16 @@ def work(part: str, count: int, file: Path, seed: int) -> None:
     chosen, counts = targets(part), Counts(file, count)
     streams = [target.inputs(random.Random(f"{seed} {part} {i} {target.name}")) for i, target in enumerate(chosen)]
     limited()
-    order = random.Random(seed)
+    order, turn = random.Random(seed), 0
+    numbers = list(range(len(chosen)))
     while counts.seen["inputs"] < count:
-        number = order.randrange(len(chosen))
-        # Large tensors take longer by as much as they have more elements.
-        large = len(getattr(chosen[number], "specs", ())) == 1
-        for _ in range(1 if large else min(BATCH, count - counts.seen["inputs"])):
+        if turn % len(numbers) == 0:
+            order.shuffle(numbers)  # each has its turn as often as the others
+        number, until, turn = numbers[turn % len(numbers)], time.monotonic() + BATCH_SECONDS, turn + 1
+        for _ in range(min(BATCH, count - counts.seen["inputs"])):
             counts.feed(chosen[number], *next(streams[number]))
+            if time.monotonic() > until:  # large tensors, and solvers
+                break
         counts.write()
     return None
 
@@ -211,11 +215,11 @@ def main() -> int:
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(kinds) + 2))])
     record.reliability("fuzz", {
         "title": "Hostile and damaged payloads",
-        "text": "Honest messages, damaged: bits, counts, positions, scales that are NaN or infinite, lengths, headers, pieces moved about, and "
-        "noise; fed to every mix of compressor, memory and communicator, and to every other decoder. Refused: a PayloadError that names "
-        "the peer, and the parameter where it is one's. Accepted: a result of the right shape and type, without NaN that is not flagged "
-        "(a value that is another valid value cannot be told). The other columns must be 0: the process died; an input took over "
-        f"{SECONDS} s; it took over {BYTES >> 30} GiB; another error, or a wrong result. 'checked' are kernels with bounds checks, "
+        "text": "Honest messages, damaged: bits, counts, positions, scales that are NaN or infinite, lengths, headers, pieces moved about, "
+        "and noise; fed to every mix of compressor, memory and communicator, and to every other decoder. Refused: a PayloadError that "
+        "names the peer, and the parameter where it is one's. Accepted: a result of the right shape and type, without NaN that is not "
+        "flagged (a value that is another valid value cannot be told). The other columns must be 0: the process died; an input took "
+        f"over {SECONDS} s; it took over {BYTES >> 30} GiB; another error, or a wrong result. 'checked' are kernels with bounds checks, "
         "'coverage' a coverage-guided fuzzer.",
         "columns": ["decoders", *kinds, "seconds"], "rows": rows, "commands": ["python benchmarks/reliability_fuzz.py"],
     })  # fmt: skip

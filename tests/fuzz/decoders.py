@@ -243,8 +243,7 @@ class Requests(Target):
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
             meeting._serve(ours, 0)
-            theirs.settimeout(1.0)
-            answered = theirs.recv(1 << 16)
+            answered = _rest(theirs)
         assert meeting._left, "the line was closed, and nobody was told"
         return "accepted" if answered else "refused"
 
