@@ -38,7 +38,7 @@ def test_exchanges(world, part):
     """Every mix of parts; damage that is found is refused, and some of it (a value that is another value) cannot be found."""
     total = {"refused": 0, "accepted": 0}
     for spec in SPECS[part::8]:
-        for outcome, count in run(ExchangeTarget(BY_NAME[world].ops, spec), 12).items():
+        for outcome, count in run(ExchangeTarget(BY_NAME[world].ops, spec), 12 if world == "numpy" else 6).items():
             total[outcome] += count
     assert min(total.values()) > 50, total
 
