@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .effects import Effects, at_once
-from .errors import DisagreementError
+from .errors import DisagreementError, PayloadError
 from .exchange import Collective
 from .ops import Ops
-from .payload import VERSION, message, open_message
+from .payload import VERSION, message, open_message, open_text
 
 if TYPE_CHECKING:
     from .frameworks.base import Transport
 
 #: What ranks say of themselves and need not have in common.
 OWN = {"number": 0, "node": "", "judges": False}
+DIGESTS = "digests of parameters"
 FIX = (
     "Give every rank the same start (hvd.broadcast_parameters and hvd.broadcast_optimizer_state, or the checkpoint of one step), and let "
     "no rank change parameters by itself"
@@ -38,17 +39,32 @@ FIX = (
 def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     """What every rank says of itself ('spec', 'seed', 'parameters', 'number', ...), by rank. Raises DisagreementError, on every rank
     alike, where anything else differs than what is each rank's OWN."""
-    said = yield from tell(ops, transport, {**mine, "version": VERSION})
+    said = yield from _told_by_all(ops, transport, {**mine, "version": VERSION})
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(difference(said), said)
+    return said
+
+
+def _told_by_all(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
+    """`tell`, where what is used of it here has the right types. Raises PayloadError naming the rank."""
+    said = yield from tell(ops, transport, mine)
+    for rank, other in enumerate(said):
+        number, parameters = other.get("number"), other.get("parameters")
+        if not (
+            set(mine) <= set(other)
+            and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)
+            and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
+            and isinstance(other.get(DIGESTS, {}), dict)
+        ):  # fmt: skip
+            raise PayloadError("is not what a rank says of itself", rank)
     return said
 
 
 def compare(ops: Ops, transport: Transport, mine: dict[str, Any], digests: Mapping[str, str]) -> Effects:
     """`agree` again, and whether the ranks' parameters are the same bits, by their digests (see `digest_of`). Raises DisagreementError, on
     every rank alike, naming the ranks and the parameters."""
-    said = yield from tell(ops, transport, {**mine, "version": VERSION, "digests of parameters": dict(digests)})
-    found = [other.pop("digests of parameters") for other in said]
+    said = yield from _told_by_all(ops, transport, {**mine, "version": VERSION, DIGESTS: dict(digests)})
+    found = [other.pop(DIGESTS) for other in said]
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(difference(said), said)
     if any(digests != found[0] for digests in found):
@@ -69,7 +85,7 @@ def tell(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     collective = Collective("allgather", message(ops, [text], digest=0, step=0, finite=True), "agree")
     received = yield from at_once(transport, collective, "grace/agree")
     bodies = [open_message(ops, data, digest=0, step=0, rank=rank)[0] for rank, data in enumerate(received)]
-    return [json.loads(ops.host(body).tobytes()) for body in bodies]
+    return [open_text(ops, body, rank) for rank, body in enumerate(bodies)]
 
 
 def few(names: Iterable[str]) -> str:

@@ -37,7 +37,7 @@ import numpy as np
 from .agreement import agree, compare, few
 from .choices import Choices
 from .effects import Effects, Split, Start, Wait, at_once
-from .errors import GraceError, NamesError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
+from .errors import GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
 from .levels import Levels
 from .ops import Array, Ops
@@ -333,6 +333,9 @@ class Driver:
             received = yield from at_once(self.transport, wanted, f"{self.prefix}/settle/{path}")
             self._bytes += len(mine)
             bodies = [open_message(self.ops, data, digest=0, step=self.step, rank=rank)[0] for rank, data in enumerate(received)]
+            for rank, body in enumerate(bodies):
+                if len(body) != len(report):
+                    raise PayloadError(f"is a policy's report of {len(body)} bytes, this rank's has {len(report)}", rank)
             reports = [np.frombuffer(self.ops.host(body).tobytes(), np.float32) for body in bodies]
             changes, said = policy.settle(self.ops, reports, states, found)
             self._tell(said)

@@ -10,8 +10,10 @@ bytes are read. Everything about sizes is checked here; what the bytes mean (ran
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +65,17 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
     if len(body) != length:
         raise PayloadError(f"is truncated or too long: {len(body)} bytes after the header, which says {length}", rank)
     return body, not flags & NOT_FINITE
+
+
+def open_text(ops: Ops, body: Array, rank: int) -> dict[str, Any]:
+    """A JSON object that a rank said of itself. Raises PayloadError naming the rank."""
+    try:
+        said = json.loads(ops.host(body).tobytes())
+    except (ValueError, RecursionError):  # no text, no JSON, or nested without end
+        said = None
+    if not isinstance(said, dict):
+        raise PayloadError("is not what a rank says of itself", rank)
+    return said
 
 
 def split_messages(ops: Ops, data: Array, size: int) -> list[Array]:

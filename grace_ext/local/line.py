@@ -13,10 +13,11 @@ import struct
 import weakref
 from typing import Any, NamedTuple
 
-from ..errors import RankLeftError
+from ..errors import GraceError, PayloadError, RankLeftError
 
 REQUEST, ENTRY, LENGTH, HELLO = struct.Struct("<BQQ"), struct.Struct("<IIQ"), struct.Struct("<Q"), struct.Struct("<32sI")
 MEET, POST, GATHER = range(3)
+PIECE = 1 << 20
 SECONDS = 10.0  # seconds that a rank waits for the server's answer beyond the time limit, and for a connection
 
 
@@ -46,12 +47,16 @@ class Line:
 
     def post(self, number: int, step: int, message: bytes, gather: bool = False) -> list[Entry]:
         """Puts a message into the log and returns what came before it, since the last time, in order. With `gather` all ranks are
-        waited for, and all messages come. Raises RankLeftError."""
+        waited for, and all messages come. Raises RankLeftError, and PayloadError for an answer that is none."""
         body = self._ask(GATHER if gather else POST, number, step, message)
         entries, at = [], 0
         while at < len(body):
+            if at + ENTRY.size > len(body):
+                raise PayloadError("ends inside the head of an entry of the log", 0)
             rank, its_number, length = ENTRY.unpack_from(body, at)
             at += ENTRY.size
+            if length > len(body) - at:
+                raise PayloadError(f"has an entry of {length} bytes in its log, of which {len(body) - at} are there", 0)
             data = message if (rank, its_number) == (self.rank, number) else body[at : at + length]
             entries.append(Entry(rank, its_number, data))
             at += length
@@ -65,10 +70,20 @@ class Line:
             reply = receive_one(self._socket)
         except (OSError, EOFError) as error:
             raise RankLeftError(f"rank {self.rank}: rank 0, where ranks meet, has left or does not answer ({error})", (0,)) from None
-        if reply[:1] == b"\1":
-            ranks, text = json.loads(reply[1:])
-            raise RankLeftError(text, ranks)
-        return reply[1:]
+        if reply[:1] == b"\0":
+            return reply[1:]
+        raise _error(reply)
+
+
+def _error(reply: bytes) -> GraceError:
+    """What the meeting says in place of an answer."""
+    try:
+        ranks, text = json.loads(reply[1:])
+        if reply[:1] == b"\1" and isinstance(text, str) and all(isinstance(rank, int) for rank in ranks):
+            return RankLeftError(text, ranks)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return PayloadError("is neither an answer of the meeting nor an error", 0)
 
 
 def _connect(hosts: list[str], port: int) -> socket.socket:
@@ -94,11 +109,10 @@ def receive_one(line: socket.socket) -> bytes:
 
 
 def receive(line: socket.socket, count: int) -> bytes:
-    data = bytearray(count)
-    view, at = memoryview(data), 0
-    while at < count:
-        got = line.recv_into(view[at:])
-        if not got:
+    data = bytearray()  # grows with what has come: a length is only what a peer says
+    while len(data) < count:
+        piece = line.recv(min(count - len(data), PIECE))
+        if not piece:
             raise EOFError("the connection was closed")
-        at += got
+        data += piece
     return bytes(data)

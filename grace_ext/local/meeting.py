@@ -92,6 +92,8 @@ class Meeting:
                 self._changed.notify_all()
 
     def _answer(self, rank: int, request: bytes) -> bytes:
+        if len(request) < REQUEST.size or request[0] not in (MEET, POST, GATHER):
+            raise EOFError("no request")  # its line is closed: whoever sends this is no rank any more
         kind, number, step = REQUEST.unpack_from(request)
         with self._changed:
             self._asked[rank] = (kind, number, step)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..compressors.base import sent_by
 from ..driver import Driver, perform
 from ..errors import PayloadError
 from ..exchange import Collective
@@ -68,14 +69,25 @@ class Messages:
     def apply(self, entries: Iterable[Entry]) -> dict[str, Any]:
         """The model from here on, in the user's tensors. Raises PayloadError for a message that cannot be decoded."""
         for entry in entries:
+            if not 0 <= entry.rank < self.size:
+                raise PayloadError(f"an entry of the log is of rank {entry.rank}, there are {self.size}", 0)
             if entry.data:
-                self._apply(entry)
+                for name, change in self._decoded(entry).items():
+                    self.model.master[name] = self.model.master[name] - change / self.size
         self.model.last = self.model.step
         return self.model.values()
 
-    def _apply(self, entry: Entry) -> None:
+    def _decoded(self, entry: Entry) -> dict[str, Any]:
+        """What a message stands for, by name; nothing of it is applied where some of it is damaged."""
+        try:
+            return self._opened(entry)
+        except PayloadError as error:
+            raise error.at(entry.rank, error.parameter) from None
+
+    def _opened(self, entry: Entry) -> dict[str, Any]:
         data = self.ops.upload(np.frombuffer(entry.data, np.uint8).copy())
         info = StepInfo(entry.number, entry.rank, 1, 1, self.driver.grace.seed)
+        changes = {}
         buckets = [bucket for bucket in self.driver.buckets if any(spec.size for spec in bucket.specs)]
         for bucket, message in zip(buckets, split_messages(self.ops, data, len(buckets)), strict=True):
             body, finite = open_message(self.ops, message, digest=bucket.digest, step=entry.number, rank=entry.rank)
@@ -85,8 +97,8 @@ class Messages:
             parts = [self.driver.grace.parts_for(spec)[0] for spec in specs]
             layout = [(spec.name, compressor.fields(spec)) for spec, compressor in zip(specs, parts, strict=True)]
             for spec, compressor, payload in zip(specs, parts, unpack(self.ops, body, layout, entry.rank), strict=True):
-                try:
-                    c = compressor.decompress(self.ops, payload, spec, info)
-                except PayloadError as error:
-                    raise error.at(entry.rank, spec.name) from None
-                self.model.master[spec.name] = self.model.master[spec.name] - c / self.size
+                with sent_by(entry.rank, spec.name):
+                    changes[spec.name] = compressor.decompress(self.ops, payload, spec, info)
+                    if not self.ops.all_finite(changes[spec.name]):
+                        raise PayloadError("stands for values that are not finite, and does not say so")
+        return changes

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..errors import PayloadError
 from ..parts import knob, made_knob
 from . import register
 from .base import Policy
@@ -105,7 +106,9 @@ class Auto(Policy):
         return [str(leaf) for leaf in self.leaves].index(found.spec)
 
     def settle(self, ops, reports, states, found):
-        number = int(reports[0][0])
+        number = int(reports[0][0]) if 0 <= reports[0][0] < len(self.leaves) else -1
+        if number < 0:
+            raise PayloadError(f"is a choice of {reports[0][0]}, there are {len(self.leaves)}", 0)
         told = "auto: one rank alone exchanges nothing, and stays dense"
         if found is not None:
             told = f"auto: {found.spec} from the next step on; {found.reason}"

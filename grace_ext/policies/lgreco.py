@@ -126,6 +126,7 @@ class LGreCo(Policy):
 
     def settle(self, ops, reports, states, found):
         errors = np.mean([np.asarray(report, np.float64).reshape(len(states), -1) for report in reports], axis=0)
+        errors[~(errors >= 0)] = np.nan  # what no rank measures
         solved = self.solve({spec: row.tolist() for spec, row in zip(states, errors, strict=True)})
         if solved is None:
             told = [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]

@@ -1,0 +1,88 @@
+"""A short run of the fuzzers, the same every time: every decoder, compiled and plain. The long one is benchmarks/reliability_fuzz.py."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from grace_ext.testing.worlds import WORLDS
+
+from .. import catalog
+from .decoders import greeted, others
+from .exchanges import LARGE, ExchangeTarget
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SPECS = catalog.NATURAL + [spec for spec in catalog.MIXES if spec not in catalog.NATURAL]
+FIRST = ("numpy", "numpy-plain")
+BY_NAME = {world.name: world for world in WORLDS}
+OTHERS = {(name, target.name): target for name in FIRST for target in others(BY_NAME[name].ops)}
+
+
+def run(target, count: int, seed: int = 0) -> dict[str, int]:
+    """How many of so many damaged inputs were refused and accepted."""
+    seen = {"refused": 0, "accepted": 0}
+    inputs = target.inputs(random.Random(f"{target.name} {seed}"))
+    with np.errstate(all="ignore"):
+        for _, (slot, data) in zip(range(count), inputs, strict=False):
+            seen[target.feed(slot, data)] += 1
+    return seen
+
+
+@pytest.mark.parametrize("world", FIRST)
+@pytest.mark.parametrize("part", range(8))
+def test_exchanges(world, part):
+    """Every mix of parts; damage that is found is refused, and some of it (a value that is another value) cannot be found."""
+    total = {"refused": 0, "accepted": 0}
+    for spec in SPECS[part::8]:
+        for outcome, count in run(ExchangeTarget(BY_NAME[world].ops, spec), 12 if world == "numpy" else 6).items():
+            total[outcome] += count
+    assert min(total.values()) > 50, total
+
+
+@pytest.mark.parametrize("spec", [spec for spec in catalog.PLAIN if "(" not in spec])
+def test_exchanges_of_large_tensors(spec):
+    """Sizes at which kernels go stretch by stretch."""
+    run(ExchangeTarget(BY_NAME["numpy"].ops, spec, LARGE), 4)
+
+
+@pytest.mark.parametrize(("world", "name"), OTHERS)
+def test_others(world, name):
+    seen = run(OTHERS[world, name], 60 if "report" in name or "agreement" in name else 200)
+    assert seen["refused"] > 20, seen
+
+
+def test_devices():
+    """Torch operations, as for another device: one spec of each compressor."""
+    if "torch-device" in BY_NAME:
+        for spec in [spec for spec in catalog.PLAIN if "(" not in spec]:
+            run(ExchangeTarget(BY_NAME["torch-device"].ops, spec), 4)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=200), place=st.integers(0, 10**6), cut=st.integers(0, 10**6), spec=st.sampled_from(catalog.PLAIN))
+def test_any_bytes_anywhere(data, place, cut, spec):
+    """Hypothesis chooses what is written where in an honest message, and shrinks what fails."""
+    target = _made(spec)
+    slot = place % len(target.slots)
+    honest = target.slots[slot].honest
+    at = cut % (len(honest) + 1)
+    with np.errstate(all="ignore"):
+        target.feed(slot, honest[:at] + data + honest[at + len(data) :])
+
+
+_known: dict[str, ExchangeTarget] = {}
+
+
+def _made(spec: str) -> ExchangeTarget:
+    if spec not in _known:
+        _known[spec] = ExchangeTarget(BY_NAME["numpy"].ops, spec)
+    return _known[spec]
+
+
+@pytest.mark.parametrize("hello", [b"", b"\0" * 36, b"x" * 35, b"y" * 4000])
+def test_a_stranger_does_not_keep_ranks_from_meeting(hello):
+    assert not greeted(hello)
