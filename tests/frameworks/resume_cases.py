@@ -69,7 +69,8 @@ def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
     before, after = _unsent(folder / kind), _unsent(folder / f"{kind}.loaded.{new}")
     if set(before) != set(after) or not before:
         return f"arrays are {sorted(after)}, were {sorted(before)}"
-    off = [key for key in before if not np.allclose(before[key], after[key], rtol=1e-5, atol=1e-8)]
+    # Of its largest element: ef21's mean is made anew from the estimates, without the rounding of all steps that it had in it.
+    off = [key for key, x in before.items() if not np.allclose(x, after[key], rtol=0, atol=1e-6 * np.abs(x).max(initial=0))]
     if off:
         return f"the mean over the ranks changed: {off}"
     models = set(_said(folder, "second", new, kind))
