@@ -238,11 +238,14 @@ class Requests(Target):
     def feed(self, number, data):
         meeting = Meeting.__new__(Meeting)
         _without_socket(meeting)
-        ours, theirs = socket.socketpair()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            theirs = socket.create_connection(server.getsockname())
+            ours, _ = server.accept()
         with ours, theirs:
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
             meeting._serve(ours, 0)
+            theirs.settimeout(5.0)
             answered = _rest(theirs)
         assert meeting._left, "the line was closed, and nobody was told"
         return "accepted" if answered else "refused"
