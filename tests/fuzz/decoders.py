@@ -287,7 +287,7 @@ def others(ops: Any) -> list[Any]:
     """All targets here, on this library's arrays."""
     said = [
         Said(ops, "agreement", "topk(ratio=0.1) + residual", "agree", 0),
-        Said(ops, "agreement of a policy", "by_name({'w': 'topk'}, default='none')", "agree", 0),
+        Said(ops, "agreement of a policy", "by_name({'w': 'topk + residual'}, default='none')", "agree", 0),
         Said(ops, "report of lgreco", "lgreco(topk(ratio=0.1) + residual, every=2, window=1)", "settle", 1),
     ]
     logs = [Asynchronous(ops, spec) for spec in ("topk(ratio=0.1) + residual", "threshold(threshold=0.5) + residual", "qsgd")]
