@@ -95,6 +95,8 @@ class Meeting:
         if len(request) < REQUEST.size or request[0] not in (MEET, POST, GATHER):
             raise EOFError("no request")  # its line is closed: whoever sends this is no rank any more
         kind, number, step = REQUEST.unpack_from(request)
+        if number >= 1 << 32:
+            raise EOFError("no request")  # no entry of the log can hold such a number
         with self._changed:
             self._asked[rank] = (kind, number, step)
             self._step[rank] = step

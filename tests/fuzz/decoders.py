@@ -238,11 +238,14 @@ class Requests(Target):
     def feed(self, number, data):
         meeting = Meeting.__new__(Meeting)
         _without_socket(meeting)
-        ours, theirs = socket.socketpair()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            theirs = socket.create_connection(server.getsockname())
+            ours, _ = server.accept()
         with ours, theirs:
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
             meeting._serve(ours, 0)
+            theirs.settimeout(5.0)
             answered = _rest(theirs)
         assert meeting._left, "the line was closed, and nobody was told"
         return "accepted" if answered else "refused"
@@ -284,7 +287,7 @@ def others(ops: Any) -> list[Any]:
     """All targets here, on this library's arrays."""
     said = [
         Said(ops, "agreement", "topk(ratio=0.1) + residual", "agree", 0),
-        Said(ops, "agreement of a policy", "by_name({'w': 'topk'}, default='none')", "agree", 0),
+        Said(ops, "agreement of a policy", "by_name({'w': 'topk + residual'}, default='none')", "agree", 0),
         Said(ops, "report of lgreco", "lgreco(topk(ratio=0.1) + residual, every=2, window=1)", "settle", 1),
     ]
     logs = [Asynchronous(ops, spec) for spec in ("topk(ratio=0.1) + residual", "threshold(threshold=0.5) + residual", "qsgd")]

@@ -131,7 +131,7 @@ def test_a_long_message_arrives_whole():
         assert receive_one(ours) == data
 
 
-@pytest.mark.parametrize("request_", [b"", b"\0" * 5, REQUEST.pack(9, 1, 1), REQUEST.pack(255, 1, 1) + b"x"])
+@pytest.mark.parametrize("request_", [b"", b"\0" * 5, REQUEST.pack(9, 1, 1), REQUEST.pack(255, 1, 1) + b"x", REQUEST.pack(1, 1 << 32, 1)])
 def test_a_request_that_is_none_closes_the_line(request_):
     """No thread dies of it, and the others are told that this rank has left."""
     target = Requests()
