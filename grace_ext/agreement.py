@@ -49,7 +49,7 @@ def _told_by_all(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effect
     """`tell`, where what is used of it here has the right types. Raises PayloadError naming the rank."""
     said = yield from tell(ops, transport, mine)
     for rank, other in enumerate(said):
-        number, parameters = other.get("number"), other.get("parameters")
+        number, parameters = other.get("number", 0), other.get("parameters", [])
         if not (
             {"spec", "seed", "version", DIGESTS} & set(mine) <= set(other)
             and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)

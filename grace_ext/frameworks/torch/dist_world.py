@@ -157,10 +157,11 @@ def _launched() -> bool:
 
 
 def _connect() -> None:
-    """init_process_group from the environment, under a prefix of its own: torchrun's store outlives a shutdown(), and the
-    addresses of the previous group in it would be taken for those of the new one."""
+    """init_process_group from the environment, under a prefix of its own: torchrun's store outlives a shutdown() and a restart of the
+    ranks, and the addresses of the previous group in it would be taken for those of the new one."""
     store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"grace_ext/{next(_generations)}", store)
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"grace_ext/{life}/{next(_generations)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout()))
 
