@@ -109,8 +109,9 @@ class Counts:
         beside = self.file.with_suffix(".new")  # a crash must not leave half of it
         beside.write_text(json.dumps({**self.seen, "failures": self.failures}))
         beside.replace(self.file)
-        done = self.seen["inputs"] / max(1, self.total)
-        print(f"\r  [{'#' * int(40 * done):<40}] {self.seen['inputs']:,} of {self.total:,}", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            done = self.seen["inputs"] / max(1, self.total)
+            print(f"\r  [{'#' * int(40 * done):<40}] {self.seen['inputs']:,} of {self.total:,}", end="", file=sys.stderr, flush=True)
 
 
 def limited() -> None:
