@@ -63,6 +63,16 @@ def stamp() -> dict[str, Any]:
 
 def reliability(topic: str, table: dict[str, Any]) -> None:
     """Writes a table of docs/reliability.md (title, text, columns, rows, commands) where tools/reliability.py finds it."""
-    file = Path(__file__).parent / "results" / "reliability" / f"{topic}.json"
+    file = _reliability(topic)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**stamp(), **table}, indent=1) + "\n")
+
+
+def reliability_rows(topic: str) -> list[list[Any]]:
+    """Those that are written already, for what is run in pieces."""
+    file = _reliability(topic)
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def _reliability(topic: str) -> Path:
+    return Path(__file__).parent / "results" / "reliability" / f"{topic}.json"

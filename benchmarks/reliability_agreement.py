@@ -6,7 +6,6 @@ benchmarks/results/reliability/agreement.json.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-RESULT = Path(__file__).parent / "results" / "reliability" / "agreement.json"
 TEXT = (
     "Each case is a function of a job that runs on 2 or 3 real processes; it holds where what it asserts is so on every rank: the ranks "
     "end with the same bits, or all of them get an error that names the rank and what differs. Every case of the wrapper is tried with "
@@ -54,12 +52,10 @@ def main() -> None:
             words = case.removeprefix("case_").replace("_", " ")
             rows.append([words, f"{engine}, {ranks} ranks", file.removesuffix("_job.py"), "held" if good else "did not hold"])
             print(*rows[-1], sep="; ", flush=True)
-    document = {
-        "title": "Agreement", **record.stamp(), "text": TEXT,
+    record.reliability("agreement", {
+        "title": "Agreement", "text": TEXT,
         "columns": ["case", "launcher", "job", "outcome"], "rows": rows, "commands": ["python benchmarks/reliability_agreement.py"],
-    }  # fmt: skip
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from pathlib import Path
 import record
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-RESULT = Path(__file__).parent / "results" / "reliability" / "amp.json"
 TEXT = (
     "Jobs of 2 ranks with torch's GradScaler (by torchrun: the wrapper and the DDP hook; by horovodrun: the wrapper), 16-bit autocast, and "
     "Keras's LossScaleOptimizer. While the scale grows by powers of two, weights and memory must be the bits of training without a "
@@ -47,7 +46,7 @@ def rows(engine: str, file: str, source: str, said: str) -> list[list[str]]:
 
 
 def main(only: str = "") -> None:
-    found = {row[0]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    found = {row[0]: row for row in record.reliability_rows("amp")}
     for engine, file in JOBS:
         if only in f"{engine} {file}":
             found.update({row[0]: row for row in of_job(engine, file)})
@@ -56,16 +55,13 @@ def main(only: str = "") -> None:
 
 
 def write(found: list[list[str]]) -> None:
-    document = {
+    record.reliability("amp", {
         "title": "Mixed precision",
-        "machine": record.machine(),
         "text": TEXT,
         "columns": ["case", "outcome", "command"],
         "rows": found,
         "commands": ["python benchmarks/reliability_amp.py"],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ benchmarks/results/reliability/elastic.json.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-RESULT = Path(__file__).parent / "results" / "reliability" / "elastic.json"
 TEXT = (
     "Three workers train under `horovodrun --min-np 2 --max-np 3` with a host discovery script. One is killed with SIGKILL; the other two "
     "go back to the last commit and on as two; then the script names another host, and a third worker joins. The loss is the mean of the "
@@ -57,13 +55,11 @@ def torchruns(spec: str) -> list[str]:
 def main() -> None:
     rows = [torchruns(spec) for spec in SPECS]
     rows += [horovods(file, spec) for file, specs in (("elastic_job.py", SPECS), ("elastic_tf_job.py", SPECS[:1])) for spec in specs]
-    document = {
-        "title": "Elastic jobs", **record.stamp(), "text": TEXT,
+    record.reliability("elastic", {
+        "title": "Elastic jobs", "text": TEXT,
         "columns": ["launcher", "parts", "ranks", "loss", "weights at the end", "outcome"], "rows": rows,
         "commands": ["python benchmarks/reliability_elastic.py"],
-    }  # fmt: skip
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and mended, its process is stopped and goes on; and a full disk at a checkpoint.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,6 @@ import record
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "netlab")]
-RESULT = Path(__file__).parent / "results" / "reliability" / "faults.json"
 TEXT = (
     "Two hosts, a link of 100 Mbit/s each, exchange 4 MB of dense gradient a step. In the middle of a collective rank 1 is killed "
     "(SIGKILL), its host's link is cut and mended, or it is stopped (SIGSTOP) and continued, for longer and for shorter than "
@@ -76,13 +74,11 @@ def main() -> None:
     network(rows, short)
     if short:
         return
-    document = {
-        "title": "Faults", **record.stamp(), "text": TEXT,
+    record.reliability("faults", {
+        "title": "Faults", "text": TEXT,
         "columns": ["launcher", "fault of rank 1", "GRACE_EXT_TIMEOUT", "what the ranks did", "after", "exit of the launchers"],
         "rows": rows, "commands": ["python benchmarks/reliability_faults.py"],
-    }  # fmt: skip
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

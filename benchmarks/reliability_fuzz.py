@@ -211,9 +211,8 @@ def main() -> int:
         failed |= any(rows[-1][4:8])
         for error, (name, slot, data, where) in seen.get("failures", {}).items():
             print(f"{part}: {name}, slot {slot}: {error}\n  {data}\n  " + "\n  ".join(where), file=sys.stderr)
-    written = ROOT / "benchmarks" / "results" / "reliability" / "fuzz.json"
-    if options.merge and written.exists():
-        rows += [row for row in json.loads(written.read_text())["rows"] if row[0] not in (*options.parts, "all")]
+    if options.merge:
+        rows += [row for row in record.reliability_rows("fuzz") if row[0] not in (*options.parts, "all")]
         rows.sort(key=lambda row: list(PARTS).index(row[0]))
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(kinds) + 2))])
     record.reliability("fuzz", {

@@ -7,7 +7,6 @@ benchmarks/results/reliability/resume.json.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -19,7 +18,6 @@ import record
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-RESULT = Path(__file__).parent / "results" / "reliability" / "resume.json"
 MATRIX = "LocalCluster, every mix"
 TEXT = (
     "Training of 10 steps is compared with 5 steps, grace_ext.save, new processes, grace_ext.load and 5 steps: the last result and all "
@@ -58,7 +56,7 @@ def main(only: str = "") -> None:
     from tests.frameworks import resume_cases
 
     wanted = {MATRIX: matrix, **{case.title: partial(of_job, case) for case in resume_cases.CASES}}
-    rows = {row[0]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    rows = {row[0]: row for row in record.reliability_rows("resume")}
     for title, run in wanted.items():
         if only in title:
             rows[title] = run()
@@ -67,16 +65,13 @@ def main(only: str = "") -> None:
 
 
 def write(rows: list[list[str]]) -> None:
-    document = {
+    record.reliability("resume", {
         "title": "Resume matrix",
-        "machine": record.machine(),
         "text": TEXT,
         "columns": ["case", "outcome", "of"],
         "rows": rows,
         "commands": ["python benchmarks/reliability_resume.py"],
-    }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(document, indent=1) + "\n")
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
