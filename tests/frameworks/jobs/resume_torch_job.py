@@ -33,7 +33,10 @@ class Job:
             import horovod.torch as plain_hvd
 
             self.holder = g.bind(self.model.named_parameters(), optimizer=self.plain)
-            self.optimizer = plain_hvd.DistributedOptimizer(self.plain, self.model.named_parameters(), compression=self.holder)
+            # Horovod's optimizer has a state of its own; ours shares that of the optimizer it was given.
+            self.plain = self.optimizer = plain_hvd.DistributedOptimizer(
+                self.plain, self.model.named_parameters(), compression=self.holder
+            )
         else:
             self.holder, hook = hvd.ddp_comm_hook(g, self.forward, self.plain)
             self.forward.register_comm_hook(self.holder, hook)
