@@ -104,8 +104,8 @@ def difference(said: list[dict]) -> str:
     for rank, other in enumerate(said):
         if what(other) != what(said[0]):
             lines.append(f"rank {rank} {what(other)}")
-        elif other["parameters"] != said[0]["parameters"]:
-            first, its = ({p[0]: p[1:] for p in x["parameters"]} for x in (said[0], other))
+        elif other.get("parameters") != said[0].get("parameters"):
+            first, its = ({p[0]: p[1:] for p in x.get("parameters", [])} for x in (said[0], other))
             differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
             names = few(differing) if differing else "the order of the parameters"
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")

@@ -43,7 +43,9 @@ class Elastic:
         command = [horovodrun, "--gloo", "--disable-cache", "-np", "3", "--min-np", "2", "--max-np", "3", "--elastic-timeout", "120"]
         command += ["--host-discovery-script", str(discover), sys.executable, str(JOBS / job), str(folder), *arguments]
         self._out = (folder / "log").open("w")
-        self.process = subprocess.Popen(command, env=environment(), stdout=self._out, stderr=self._out, start_new_session=True)
+        # In some kills Horovod loses an operation that was just handed over: our wait for it must have an end.
+        limits = {**environment(), "GRACE_EXT_TIMEOUT": "30"}
+        self.process = subprocess.Popen(command, env=limits, stdout=self._out, stderr=self._out, start_new_session=True)
 
     def __enter__(self) -> Elastic:
         return self

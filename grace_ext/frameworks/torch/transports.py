@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -11,11 +12,14 @@ import torch.distributed as dist
 
 from ...errors import CollectiveError, UnsupportedError
 from ...exchange import Collective
+from ...timeouts import timeout
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from .dist_world import HorovodInternalError
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
+#: Seconds that Horovod's own limits, which say more, come before ours.
+GRACE = 10.0
 
 
 @cache
@@ -94,7 +98,7 @@ class HorovodTransport(Transport):
 
     def wait(self, handle: Any) -> Any:
         collective, handles, words = handle  # words: what this rank gave to a sum in place of a gather
-        results = [h if isinstance(h, torch.Tensor) else self.hvd.synchronize(h) for h in handles]
+        results = [h if isinstance(h, torch.Tensor) else self._finished(h) for h in handles]
         if collective.kind == "allreduce":
             total = self.ops.from_torch(results[0])
             return total if collective.divisor in (1, self.size) else total / collective.divisor
@@ -106,6 +110,18 @@ class HorovodTransport(Transport):
         if words is not None:
             return by_sum(self, collective, self.ops.from_torch(_less(results[0], words)))
         return gathered(self, collective, self.ops.from_torch(results[0]))
+
+
+    def _finished(self, handle: int) -> Any:
+        """Horovod's `synchronize`, which looks once in a millisecond, and for ever: an operation that is handed over just as a peer's death
+        ends Horovod's own thread never ends. Ours looks more often at first, and until GRACE_EXT_TIMEOUT."""
+        began = time.monotonic()
+        while not self.hvd.poll(handle):
+            waited = time.monotonic() - began
+            if waited > timeout() + GRACE:
+                raise RuntimeError(f"Horovod has not finished it in {waited:.0f} s")
+            time.sleep(min(1e-3, 5e-5 + waited / 10))
+        return self.hvd.synchronize(handle)
 
 
 _process_sets: dict[tuple[int, ...], Any] = {}
