@@ -304,7 +304,7 @@ class Driver:
             bucket.waiting.append(name)
             self._bytes += collective.nbytes
             bucket.buffers.append(collective.array)
-            yield Start(name, collective)
+            yield Start(name, collective, bucket.specs)
 
     def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:
         """What a bucket's exchange gave: tensors of the user's at once, the state for later. Empties the list."""
@@ -562,7 +562,7 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
             answer = None
             if isinstance(effect, Start):
                 among = transport.among(effect.collective.group)
-                with telling(transport, effect.name):
+                with telling(transport, effect.name, effect.parameters):
                     handles[effect.name] = among, among and among.start(effect.collective, effect.name)
             elif isinstance(effect, Split):
                 transport.split(effect.groups)

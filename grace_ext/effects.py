@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 
 class Start(NamedTuple):
+    """`parameters`: whose gradients the collective carries, for what an error says."""
+
     name: str
     collective: Collective
+    parameters: Sequence[TensorSpec] = ()
 
 
 class Wait(NamedTuple):
-    """`parameters`: whose gradients the collective carries, for what an error says."""
+    """For what was started under this name; parameters as there."""
 
     name: str
     parameters: Sequence[TensorSpec] = ()

@@ -27,16 +27,16 @@ MPIRUN += [word for name in ("PYTHONPATH", "OMP_NUM_THREADS", "GRACE_EXT_TIMEOUT
 def started(lab: Any, engine: str, folder: Path, steps: int, timeout: float) -> list[subprocess.Popen[Any]]:
     """The launchers of a job of one rank on each host."""
     by = [JOB, "exchange" if engine == "mpirun" else "wrapper", str(folder), str(steps)]
-    log = (folder / "log").open("w")
-    options = {"env": {**environment(), "GRACE_EXT_TIMEOUT": str(timeout)}, "stdout": log, "stderr": log, "start_new_session": True}
-    if engine == "torchrun":
-        nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", lab.addresses["h1"], "--master-port", "29517"]
-        command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--node-rank"]
-        return [lab.start([*command, str(rank), *by], host, **options) for rank, host in enumerate(lab.addresses)]
-    if engine == "horovodrun":
-        options_of = [str(tool("horovodrun")), "--gloo", "--disable-cache", *HOSTS, "--network-interfaces", "eth0"]
-        return [lab.start([*options_of, sys.executable, *by], **options)]
-    return [lab.start([str(tool("mpirun")), *MPIRUN, sys.executable, "-m", "mpi4py", *by], **options)]
+    with (folder / "log").open("w") as log:
+        options = {"env": {**environment(), "GRACE_EXT_TIMEOUT": str(timeout)}, "stdout": log, "stderr": log, "start_new_session": True}
+        if engine == "torchrun":
+            nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", lab.addresses["h1"], "--master-port", "29517"]
+            command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--node-rank"]
+            return [lab.start([*command, str(rank), *by], host, **options) for rank, host in enumerate(lab.addresses)]
+        if engine == "horovodrun":
+            options_of = [str(tool("horovodrun")), "--gloo", "--disable-cache", *HOSTS, "--network-interfaces", "eth0"]
+            return [lab.start([*options_of, sys.executable, *by], **options)]
+        return [lab.start([str(tool("mpirun")), *MPIRUN, sys.executable, "-m", "mpi4py", *by], **options)]
 
 
 def said(folder: Path, rank: int, kind: str) -> list[str]:
