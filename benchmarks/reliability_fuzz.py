@@ -172,7 +172,7 @@ def guided(count: int, file: Path, seed: int) -> None:
             if counts.seen["inputs"] % 500 == 0 or counts.seen["inputs"] == count:
                 counts.write()
 
-    atheris.Setup([sys.argv[0], f"-runs={count}", f"-seed={seed + 1}", "-max_len=4096", "-verbosity=0", str(corpus)], one)
+    atheris.Setup([sys.argv[0], f"-runs={count + count // 20}", f"-seed={seed + 1}", "-max_len=4096", "-verbosity=0", str(corpus)], one)
     atheris.Fuzz()
 
 
