@@ -51,7 +51,7 @@ def _told_by_all(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effect
     for rank, other in enumerate(said):
         number, parameters = other.get("number", 0), other.get("parameters", [])
         if not (
-            {"spec", "seed", "version", DIGESTS} & set(mine) <= set(other)
+            {"spec", "seed", "version", DIGESTS, *OWN} & set(mine) <= set(other)
             and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)
             and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
             and isinstance(other.get(DIGESTS, {}), dict)

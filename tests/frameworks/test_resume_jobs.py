@@ -11,7 +11,8 @@ from .resume_cases import MPI, TENSORFLOW, TORCH, Case
 CASES = (
     Case("one rank more", "torchrun", TORCH, 2, (2, 3), ("wrapper:topk", "wrapper:ef21", "wrapper:shards", "ddp:topk", "local:topk")),
     Case("bits", "horovodrun", TORCH, 2, (2,), ("wrapper:policy", "bind:topk")),
-    Case("bits", "horovodrun", TENSORFLOW, 2, (2,), ("keras:powersgd", "checkpoint:topk", "tape:topk", "bind:topk", "local:topk")),
+    Case("bits", "horovodrun", TENSORFLOW, 2, (2,), ("keras:powersgd", "checkpoint:topk", "tape:topk", "local:topk")),
+    Case("one rank more", "horovodrun", TENSORFLOW, 2, (2, 3), ("bind:topk",)),
     Case("one rank fewer", "mpirun", MPI, 3, (3, 2), ("mpi:topk", "mpi:ef21", "mpi:shards")),
 )  # fmt: skip
 

@@ -28,7 +28,8 @@ def spoken(text: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "change", [None, b"", b"\xff\xfe", b"{", b"[]", b"7", b"[" * 100_000, {"number": "9"}, {"number": -1}, {"number": 10**400},
-               {"parameters": 3}, {"parameters": [[]]}, {"parameters": [["w"], 0]}, {"node": 1}, {"spec": ...}, {"seed": ...}],
+               {"parameters": 3}, {"parameters": [[]]}, {"parameters": [["w"], 0]}, {"node": 1}, {"spec": ...}, {"seed": ...},
+               {"number": ...}, {"node": ...}, {"judges": ...}],
     ids=lambda change: str(change)[:24],
 )  # fmt: skip
 def test_what_a_rank_says_before_the_first_step(change):

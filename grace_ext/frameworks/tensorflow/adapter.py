@@ -134,7 +134,8 @@ class BoundCompression(Measured):
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, by variable: save it on every rank."""
         self._settle(max((exchange.driver.step for exchange in self._exchanges.values()), default=0))
-        return {name: exchange.driver.state_dict() for name, exchange in self._exchanges.items()}
+        own = {name: exchange.driver.state_dict() for name, exchange in self._exchanges.items()}
+        return {**self._saved, **own}  # what was loaded before the first step is this rank's, too
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Resumes bit for bit; before the first step it is kept until the variables' exchanges are made."""
