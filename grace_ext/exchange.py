@@ -147,13 +147,16 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Gen
     feedback = job.memory.feedback(state)
     if not feedback:
         return None
-    x = compensated(ops, job.grad, feedback) if job.watch is not None and job.watch.closely else None
+    absorbed = job.memory.absorb(ops, job.grad, job.spec, info, state)
+    state = {**state, **absorbed}
+    grad = job.memory.incoming(job.grad, state)
+    x = compensated(ops, grad, feedback) if job.watch is not None and job.watch.closely else None
     if one_pass(job.compressor, job.communicator):
-        fused = job.compressor.fused(ops, job.grad, feedback, job.spec, info, state)
+        fused = job.compressor.fused(ops, grad, feedback, job.spec, info, state)
         if fused and x is not None:
             job.watch.sent(ops.norm(x), ops.norm(_unsent(ops, job, x, fused.payload, info) if fused.unsent is None else fused.unsent))
         return _exchange_fused(ops, job, info, state, fused) if fused else None
-    rounds = job.compressor.fused_rounds(ops, job.grad, feedback, job.spec, info, state, job.out)
+    rounds = job.compressor.fused_rounds(ops, grad, feedback, job.spec, info, state, job.out)
     return _exchange_rounds(ops, job, state, rounds, x) if rounds else None
 
 
@@ -181,7 +184,7 @@ def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array],
     done = yield from job.communicator.carry(ops, job.compressor, fused.payload, job.spec, info, fused.state, job.out)
     kept = job.compressor.on_aggregate(ops, done.aggregate, job.spec, info, before)
     unsent = {} if fused.unsent is None else {"residual": fused.unsent}
-    return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent))
+    return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent, job.memory.marked(ops, done, before)))
 
 
 def _exchange_rounds(ops: Ops, job: Job, state: dict[str, Array], rounds: Any, x: Array | None) -> Generator[Any, Any, Outcome]:

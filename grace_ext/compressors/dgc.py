@@ -10,6 +10,9 @@ from ..parts import knob
 from . import register
 from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 
+#: A sample holds so many elements at most for each that it is to place above the threshold, which is then off by 1 / sqrt(400).
+MOST_PER_KEPT = 400
+
 
 def stride(d: int, samples: int) -> int:
     """The step that takes at least `samples` of d elements: odd, and where it is large a multiple of 32 plus 1, so that it does not walk
@@ -23,11 +26,12 @@ def stride(d: int, samples: int) -> int:
 class DGC(Selecting):
     """Sends about the k elements of largest magnitude, found by a threshold that is estimated on a sample.
 
-    k = max(1, ceil(ratio * d)). Every s-th element from a random start is sampled, at least max(sample_ratio d, 2 / ratio) of them (all,
-    where there are no more); the threshold t is the smallest magnitude among the top `ratio` of the sample; C(x)_j = x_j where
-    |x_j| >= t, else 0. Where more than upper * k elements reach t, the k LARGEST of them are sent (resample=True), or t is multiplied by
-    `upper` (resample=False); where fewer than lower * k do, t is multiplied by `lower`; at most `max_iters` times. What is still outside
-    [lower k, upper k] then, and a t of zero (most of the sample is zero), gives way to the k largest elements that are not zero.
+    k = max(1, ceil(ratio * d)). Every s-th element from a random start is sampled, at least sample_ratio d of them, but no fewer than
+    2 / ratio (all, where there are no more) and no more than 400 / ratio, which place the threshold within 5%; the threshold t is the
+    smallest magnitude among the top `ratio` of the sample; C(x)_j = x_j where |x_j| >= t, else 0. Where more than upper * k elements
+    reach t, the k LARGEST of them are sent (resample=True), or t is multiplied by `upper` (resample=False); where fewer than lower * k do,
+    t is multiplied by `lower`; at most `max_iters` times. What is still outside [lower k, upper k] then, and a t of zero (most of the
+    sample is zero), gives way to the k largest elements that are not zero.
     x: float[d] -> values float32[m] (or 16 bits) and their positions, lower k <= m <= upper k, less only where no more are non-zero.
     Wire: as topk with k = m, and 8 bytes of counts. Contraction: delta = lower k / d. Biased: pair with 'residual' or memory 'dgc'.
     Cheaper than topk, which looks at every element twice. A larger sample finds a better threshold and costs more; a tight [lower, upper]
@@ -61,7 +65,8 @@ class DGC(Selecting):
 
     def _sampled(self, ops, spec, info) -> slice:
         """The elements of the sample."""
-        step = stride(spec.size, max(math.ceil(self.sample_ratio * spec.size), math.ceil(2 / self.ratio)))
+        wanted = max(self.sample_ratio * spec.size, 2 / self.ratio)
+        step = stride(spec.size, math.ceil(min(wanted, MOST_PER_KEPT / self.ratio)))
         key = (info.private_key if self.sampling == "private" else info.shared_key)(spec.name, "dgc")
         return slice(int(rng.words(key, 1)[0]) * step >> 32, None, step)
 

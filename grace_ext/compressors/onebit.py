@@ -51,7 +51,7 @@ class OneBit(Compressor):
         whole = blocks(spec.size, self.block)[1] == 1
         if feedback.residual is None or not whole or grad.dtype != np.float32:
             return None
-        done = ops.compensate_signs(feedback, grad, ops.side_sums)
+        done = ops.compensate_signs(feedback, grad, sides=True)
         if done is None:
             return None
         x, signs, (below, above, number) = done

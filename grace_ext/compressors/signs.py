@@ -180,7 +180,7 @@ class EFSignSGD(Compressor):
         whole = blocks(spec.size, self.block)[1] == 1
         if feedback.residual is None or not whole or grad.dtype != np.float32:
             return None
-        done = ops.compensate_signs(feedback, grad, lambda x: ops.block_norms(x, len(x), 1))
+        done = ops.compensate_signs(feedback, grad, sides=False)
         if done is None:
             return None
         x, signs, total = done

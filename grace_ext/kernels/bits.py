@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import LANES, add_either, f32, flag, i64, inlined, kernel, lowest_one, read, signs, u8, write
-from .elementwise import PIECE
+from .compile import LANES, add_either, f32, f64, flag, i64, inlined, kernel, lowest_one, read, signs, u8, write
+from .elementwise import PIECE, block_sums, compensate, side_sums
 
 
 @kernel(read(i64), i64, write(u8))
@@ -132,6 +132,24 @@ def pack_signs(x, out):
         for j in range(at, min(at + 8, len(x))):
             byte |= (x[j] >= 0) << (j - at)
         out[at // 8] = byte
+
+
+@kernel(read(f32), read(f32), f32, f32, write(f32), write(u8), write(f64))
+def compensate_signs(residual, grad, beta, gamma, total, bits, sums):
+    """compensate and pack_signs in one pass. Adds to `sums`, which has one element, the sum of all |total_j|, or to its three what
+    side_sums finds. Returns whether all of total is finite; stops early where it is not."""
+    here = np.empty(1)
+    for start in range(0, len(total), PIECE):
+        x = total[start : start + PIECE]
+        if not compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, x):
+            return False
+        pack_signs(x, bits[start // 8 :])
+        if len(sums) == 3:
+            side_sums(x, sums)
+        else:
+            block_sums(x, len(x), here)
+            sums[0] += here[0]
+    return True
 
 
 @kernel(write(f32), f32, f32)

@@ -106,9 +106,7 @@ def reach(context, x, at, threshold):
     """uint64: bit i is set where |x[at + i]| >= threshold, given by its bits, for i < LANES."""
 
     def generate(context, builder, signature, arguments):
-        values = builder.load(_lanes(context, builder, signature, arguments, ir.IntType(32)), align=4)
-        magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
-        return _as_bits(builder, builder.icmp_unsigned(">=", magnitudes, _every(builder, arguments[2])))
+        return _as_bits(builder, _reaching(context, builder, signature, arguments)[1])
 
     return types.uint64(x, types.int64, types.uint32), generate
 
@@ -119,17 +117,38 @@ def keep(context, x, at, threshold, places, found):
     `found` on. Only for processors that compress."""
 
     def generate(context, builder, signature, arguments):
-        x, at, threshold, places, found = arguments
-        values = builder.load(_lanes(context, builder, signature, [x, at], ir.IntType(32)), align=4)
-        magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
-        mask = builder.icmp_unsigned(">=", magnitudes, _every(builder, threshold))
-        here = builder.add(_every(builder, builder.trunc(at, ir.IntType(32))), ir.Constant(values.type, list(range(LANES))))
-        into = builder.gep(context.make_array(signature.args[3])(context, builder, places).data, [found])
-        kind = ir.FunctionType(ir.VoidType(), [here.type, into.type, mask.type])
-        builder.call(builder.module.declare_intrinsic(f"llvm.masked.compressstore.v{LANES}i32", (), kind), [here, into, mask])
-        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), ir.IntType(64))
+        magnitudes, mask = _reaching(context, builder, signature, arguments)
+        here = _every(builder, builder.trunc(arguments[1], ir.IntType(32)))
+        here = builder.add(here, ir.Constant(magnitudes.type, list(range(LANES))))
+        return _compress(context, builder, signature, arguments, here, mask)
 
     return types.int64(x, types.int64, types.uint32, places, types.int64), generate
+
+
+@intrinsic
+def keep_magnitudes(context, x, at, threshold, out, found):
+    """As `keep`, but the |x[at + i]| themselves go to `out`, float32[]."""
+
+    def generate(context, builder, signature, arguments):
+        return _compress(context, builder, signature, arguments, *_reaching(context, builder, signature, arguments))
+
+    return types.int64(x, types.int64, types.uint32, out, types.int64), generate
+
+
+def _reaching(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
+    """The bits of |x[at + i]|, and whether they reach the threshold, of arguments that begin with x, at, threshold."""
+    values = builder.load(_lanes(context, builder, signature, arguments, ir.IntType(32)), align=4)
+    magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
+    return magnitudes, builder.icmp_unsigned(">=", magnitudes, _every(builder, arguments[2]))
+
+
+def _compress(context: Any, builder: Any, signature: Any, arguments: Any, values: Any, mask: Any) -> Any:
+    """Stores the chosen of 32-bit values in arguments[3] from arguments[4] on. Returns how many they are."""
+    into = builder.gep(context.make_array(signature.args[3])(context, builder, arguments[3]).data, [arguments[4]])
+    into = builder.bitcast(into, ir.IntType(32).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [values.type, into.type, mask.type])
+    builder.call(builder.module.declare_intrinsic(f"llvm.masked.compressstore.v{LANES}i32", (), kind), [values, into, mask])
+    return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), ir.IntType(64))
 
 
 @intrinsic

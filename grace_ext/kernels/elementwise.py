@@ -87,26 +87,38 @@ def block_largest(x, block, out):
         out[b] = float_of(found)
 
 
-@kernel(read(f32), write(f64), fastmath={"reassoc"})
+@kernel(read(f32), write(f64), fastmath={"reassoc", "nsz"})
 def side_sums(x, out):
-    """out: the sum of |x_j| where x_j < 0, that of the other x_j, and how many are below zero."""
-    below, above, number = 0.0, 0.0, 0
+    """Adds to out: the sum of |x_j| where x_j < 0, that of the other x_j, and how many are below zero."""
+    below, above, number = 0.0, 0.0, np.uint32(0)
     for j in range(len(x)):
-        value = np.float64(x[j])
-        below += -value if value < 0 else 0.0
-        above += 0.0 if value < 0 else value
-        number += value < 0
-    out[0], out[1], out[2] = below, above, number
+        below += np.float64(x[j] if x[j] < 0 else np.float32(0))
+        above += np.float64(x[j] if x[j] > 0 else np.float32(0))
+        number = np.uint32(number + (np.uint32(1) if x[j] < 0 else np.uint32(0)))
+    out[0] -= below
+    out[1] += above
+    out[2] += number
 
 
 @kernel(read(f32), write(f64), fastmath={"reassoc"})
 def magnitude_stats(x, out):
     """Adds to out[0] the sum of |x_j| and to out[1] how many are not zero; out[2] becomes the largest, Inf for NaN."""
-    total, number, found = 0.0, 0, np.uint32(0)
-    for j in range(len(x)):
-        total += np.float64(abs(x[j]))
-        number += x[j] != 0
-        found = max(found, bits_of(x[j]) & MAGNITUDE)
-    out[0] += total
-    out[1] += number
-    out[2] = max(out[2], np.float64(float_of(min(found, INFINITY))))
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        total, number, found = 0.0, np.uint32(0), np.uint32(0)
+        for j in range(len(piece)):
+            total += np.float64(abs(piece[j]))
+            number = np.uint32(number + (np.uint32(1) if piece[j] != 0 else np.uint32(0)))
+            found = max(found, magnitude(piece[j]))
+        out[0] += total
+        out[1] += number
+        out[2] = max(out[2], np.float64(float_of(min(found, INFINITY))))
+
+
+@kernel(read(f32), read(f32), f32, f32, write(f32), write(f64))
+def compensate_stats(residual, grad, beta, gamma, total, out):
+    """compensate and magnitude_stats in one pass."""
+    for start in range(0, len(total), PIECE):
+        x = total[start : start + PIECE]
+        compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, x)
+        magnitude_stats(x, out)

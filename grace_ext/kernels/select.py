@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import bit_positions
-from .compile import LANES, compresses, f32, i32, i64, inlined, keep, kernel, lowest_one, reach, read, u8, u32, write
+from .compile import LANES, compresses, f32, i32, i64, inlined, keep, keep_magnitudes, kernel, lowest_one, reach, read, u8, u32, write
 from .elementwise import INFINITY, PIECE, magnitude
 
 ONE = np.uint64(1)
@@ -62,14 +62,25 @@ def collect(x, threshold, positions, values):
 @kernel(read(f32), u32, write(f32))
 def gather_above(x, threshold, out):
     """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to)."""
-    found, places = 0, np.empty(PIECE, np.int32)
+    found = 0
     for start in range(0, len(x), PIECE):
         piece, into = x[start : start + PIECE], out[found:]
         if len(into) < len(piece):
             return found, start
-        here = reaching(piece, threshold, places)
-        for j in range(here):
-            into[j] = abs(piece[places[j]])
+        here, whole = 0, len(piece) // LANES * LANES
+        for at in range(0, whole, LANES):
+            if COMPRESSES:
+                here += keep_magnitudes(piece, at, threshold, into, here)
+            else:
+                over = reach(piece, at, threshold)
+                while over:
+                    into[here] = abs(piece[at + lowest_one(over)])
+                    over &= over - ONE
+                    here += 1
+        for j in range(whole, len(piece)):
+            if magnitude(piece[j]) >= threshold:
+                into[here] = abs(piece[j])
+                here += 1
         found += here
     return found, len(x)
 

@@ -63,9 +63,18 @@ class Memory(Part):
         `sent.positions()`, where it sent values at all (None: everywhere)."""
 
     def feedback(self, state: State) -> Feedback | None:
-        """What is added before compression, where what is kept after it is all that was not sent, under the key 'residual', and the
-        result is the aggregate: then memory and compressor may work in one pass (Compressor.fused). None where it is not so simple."""
+        """What is added to `incoming` before compression, where what is kept after it is all that was not sent, under the key 'residual',
+        and what `marked` gives, and the result is the aggregate: then memory and compressor may work in one pass (Compressor.fused). None
+        where it is not so simple."""
         return None
+
+    def incoming(self, grad: Array, state: State) -> Array:
+        """With `feedback`: what stands in the gradient's place, given the state with what `absorb` changed of it."""
+        return grad
+
+    def marked(self, ops: Ops, sent: Exchanged, state: State) -> State:
+        """With `feedback`, and a payload of one round: what of the state follows from where values were sent."""
+        return {}
 
     def on_aggregate(self, ops: Ops, mean: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
         """What the user gets for the aggregate of all ranks, and the state after it."""

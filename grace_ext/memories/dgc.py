@@ -79,5 +79,13 @@ class DGC(Memory):
         return p + grad if self.nesterov else p
 
     def after(self, ops, compensated, sent, spec, info, state):
-        residual = self.unsent(ops, compensated, sent)
-        return {"residual": residual, "momentum": masked(ops, state["momentum"], sent) if self.masking else state["momentum"]}
+        return {"residual": self.unsent(ops, compensated, sent), **self.marked(ops, sent, state)}
+
+    def feedback(self, state):
+        return None if self.nesterov or self.clipping is not None else Feedback(state["residual"])
+
+    def incoming(self, grad, state):
+        return state["momentum"]
+
+    def marked(self, ops, sent, state):
+        return {"momentum": masked(ops, state["momentum"], sent) if self.masking else state["momentum"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,12 +115,6 @@ class CompiledOps(QuantizingOps):
         kernel(x, block, norms)
         return np.sqrt(norms) if order == 2 else norms
 
-    def side_sums(self, x: np.ndarray) -> np.ndarray:
-        """float64[3]: the sum of |x_j| where x_j < 0, that of the others, and how many are below."""
-        sums = np.empty(3)
-        self.kernels.side_sums(x, sums)
-        return sums
-
     # --- selection --------------------------------------------------------------------------------------------------
     def compensate(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray | None:
         """What is compressed, or None where it is not finite. A new array, but the gradient itself where there is no residual."""
@@ -142,13 +136,12 @@ class CompiledOps(QuantizingOps):
 
     def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
         """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite."""
-        total = grad if feedback.residual is None else self.empty(grad.size)
-        sums = np.zeros(3)
-        for piece in stretches(grad.size):
-            if feedback.residual is not None:
-                factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-                self.kernels.compensate(feedback.residual[piece], grad[piece], *factors, total[piece])
-            self.kernels.magnitude_stats(total[piece], sums)
+        total, sums = grad if feedback.residual is None else self.empty(grad.size), np.zeros(3)
+        if feedback.residual is None:
+            self.kernels.magnitude_stats(grad, sums)
+        else:
+            factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+            self.kernels.compensate_stats(feedback.residual, grad, *factors, total, sums)
         return (total, sums[0], int(sums[1]), sums[2]) if np.isfinite(sums[2]) else None
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
@@ -286,18 +279,13 @@ class CompiledOps(QuantizingOps):
         self.kernels.add_signs(total, data, below, plus, block, first, np.float32(divisor))
         return True
 
-    def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sums: Callable[[np.ndarray], np.ndarray]) -> Any:
-        """(what is compressed, its signs packed, `sums` of its pieces added up); None where it is not finite. For a feedback that has a
-        residual."""
-        total, signs, found = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), 0.0
-        for piece in stretches(grad.size):
-            x = total[piece]
-            factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-            if not self.kernels.compensate(feedback.residual[piece], grad[piece], *factors, x):
-                return None
-            self.kernels.pack_signs(x, signs[piece.start // 8 : (piece.stop + 7) // 8])
-            found = found + sums(x)
-        return total, signs, found
+    def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sides: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(what is compressed, its signs packed, float64[1]: the sum of its magnitudes; or, with `sides`, float64[3]: that of what is below
+        zero, that of the rest, and how many are below); None where it is not finite. For a feedback that has a residual."""
+        total, signs, sums = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), np.zeros(3 if sides else 1)
+        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+        finite = self.kernels.compensate_signs(feedback.residual, grad, *factors, total, signs, sums)
+        return (total, signs, sums) if finite else None
 
     def set_bits(self, positions: np.ndarray, bits: int) -> np.ndarray:
         out = np.zeros((bits + 7) // 8, np.uint8)
