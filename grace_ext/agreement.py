@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 #: What ranks say of themselves and need not have in common.
 OWN = {"number": 0, "node": "", "judges": False}
 DIGESTS = "digests of parameters"
+NONSENSE = "is not what a rank says of itself"
 FIX = (
     "Give every rank the same start (hvd.broadcast_parameters and hvd.broadcast_optimizer_state, or the checkpoint of one step), and let "
     "no rank change parameters by itself"
@@ -42,6 +43,9 @@ def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effects:
     said = yield from _told_by_all(ops, transport, {**mine, "version": VERSION})
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(difference(said), said)
+    for rank, other in enumerate(said):
+        if not set(mine) <= set(other):  # one without compression does not say it all, but it differs in what was compared above
+            raise PayloadError(NONSENSE, rank)
     return said
 
 
@@ -51,12 +55,12 @@ def _told_by_all(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effect
     for rank, other in enumerate(said):
         number, parameters = other.get("number", 0), other.get("parameters", [])
         if not (
-            {"spec", "seed", "version", DIGESTS, *OWN} & set(mine) <= set(other)
+            {"spec", "seed", "version", DIGESTS} & set(mine) <= set(other)
             and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)
             and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
             and isinstance(other.get(DIGESTS, {}), dict)
         ):  # fmt: skip
-            raise PayloadError("is not what a rank says of itself", rank)
+            raise PayloadError(NONSENSE, rank)
     return said
 
 

@@ -40,7 +40,7 @@ def run_cases(hvd: Any, names: Mapping[str, Any]) -> None:
                 case()
             held = True
         except Exception:
-            traceback.print_exc()
+            print(f"CASE {name} failed on rank {hvd.rank()}:\n{traceback.format_exc()}", flush=True)
             held = False
         if all(hvd.allgather_object(held)) and hvd.rank() == 0:
             print(f"CASE {name} ok", flush=True)

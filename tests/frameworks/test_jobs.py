@@ -14,10 +14,25 @@ def cases_of(file: str) -> list[str]:
     return re.findall(r"^def (case_\w+)", (JOBS / file).read_text(), re.MULTILINE)
 
 
+class Held(frozenset):
+    """The cases that a job reported as ok. Where one is missing, pytest shows what the job said."""
+
+    said = ""
+
+    def __repr__(self) -> str:
+        return f"{sorted(self)}:\n{self.said[-8000:]}"
+
+
+def held_in(said: str) -> Held:
+    """By what a job said."""
+    cases = Held(re.findall(r"CASE (case_\w+) ok", said))
+    cases.said = said
+    return cases
+
+
 @lru_cache
-def held(engine: str, ranks: int, file: str) -> frozenset[str]:
-    """The cases that this job reported as ok."""
-    return frozenset(re.findall(r"CASE (case_\w+) ok", job(engine, ranks, file)))
+def held(engine: str, ranks: int, file: str) -> Held:
+    return held_in(job(engine, ranks, file))
 
 
 @pytest.mark.parametrize("case", cases_of("wrapper_job.py"))

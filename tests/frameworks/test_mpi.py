@@ -17,7 +17,7 @@ from grace_ext.errors import UnsupportedError
 
 from . import training
 from .launch import JOBS, ROOT, environment, job, launcher, run
-from .test_jobs import cases_of
+from .test_jobs import Held, cases_of, held_in
 
 EXAMPLE = str(ROOT / "examples" / "mpi_logistic.py")
 TRIED = {re.match(r"\w+", spec).group() for spec in training.SPECS}
@@ -32,9 +32,8 @@ def no_prefix(monkeypatch):
 
 
 @lru_cache
-def held(engine: str, ranks: int, file: str) -> frozenset[str]:
-    specs = SPECS if file == "mpi_job.py" else []
-    return frozenset(re.findall(r"CASE (case_\w+) ok", job(engine, ranks, file, *specs)))
+def held(engine: str, ranks: int, file: str) -> Held:
+    return held_in(job(engine, ranks, file, *(SPECS if file == "mpi_job.py" else [])))
 
 
 CASES = [(file, case) for file in ("mpi_job.py", "mpi_use_job.py") for case in cases_of(file)]

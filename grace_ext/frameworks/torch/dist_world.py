@@ -7,6 +7,7 @@ import datetime
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from ...errors import GraceError, UnsupportedError
 from ...timeouts import timeout
 
+#: Seconds that threads get to let go of tensors.
+LET_GO = 0.05
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NO_TIMELINE = "timelines are written by Horovod's core (torch.profiler can record collectives)"
 _NOT_INITIALIZED = "not initialized; call hvd.init() first"
@@ -190,6 +193,10 @@ def shutdown() -> None:
         remove_process_set(process_set)
     if _world.owned and dist.is_initialized():
         dist.destroy_process_group()
+    if _world.connected:
+        # Gloo's threads hold tensors of the last collective a moment longer than its result. One that lets go of them when the interpreter
+        # has ended aborts the process ("terminate called without an active exception").
+        time.sleep(LET_GO)
     global_process_set.ranks, global_process_set._group = [], None
     _world = None
     atexit.unregister(shutdown)
