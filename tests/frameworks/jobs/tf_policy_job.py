@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 import horovod.tensorflow as plain
@@ -14,6 +15,7 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import UnsupportedError
+from grace_ext.frameworks.tensorflow.loop import LoopExchange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import policies  # noqa: E402
@@ -130,6 +132,42 @@ def case_a_pattern_without_a_parameter_is_told_once():
     problem.train_by_tape(hvd, variables, grace_ext.grace("by_name({'nothing*': topk + residual}, default=none)"), True)
     logging.getLogger("grace_ext").removeHandler(handler)
     assert len(told) == (hvd.rank() == 0) and all("'nothing*' matches no parameter" in sentence for sentence in told), told
+
+
+def case_auto_on_a_slow_network():
+    """In one traced graph, by Keras and by a tape: every wait takes as long as its bytes would at 1 MB/s, so that it leaves dense."""
+    at_full_speed = LoopExchange._go_on
+
+    def slowed(self, *arrays):
+        time.sleep(self._queue[0].collective.nbytes / 1e6)
+        return at_full_speed(self, *arrays)
+
+    candidates = ["topk(ratio=0.01) + residual", "efsignsgd + residual", "powersgd + residual", "fp16"]
+    LoopExchange._go_on = slowed
+    try:
+        for spec in ("auto", f"auto(steps=2, candidates={candidates})"):
+            told = []
+            handler = logging.Handler()
+            handler.emit = lambda record, told=told: told.append(record.getMessage())
+            logging.getLogger("grace_ext").addHandler(handler)
+            variables = [keras.Variable(np.ones((200, 150), np.float32), name="w"), keras.Variable(np.zeros(150, np.float32), name="b")]
+            optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
+            optimizer.build(variables)
+            apply, traces = in_a_graph(optimizer, variables)
+            sent = []
+            for step in range(6):
+                rng = np.random.default_rng(10 * step + hvd.rank())
+                apply([tf.constant(rng.standard_normal(v.shape), tf.float32) for v in variables])
+                sent.append(optimizer.wire_bytes)
+            logging.getLogger("grace_ext").removeHandler(handler)
+            assert len(traces) == 1 and sent[-1] < sent[0] / 25, (spec, sent)
+            told = [sentence for sentence in told if sentence.startswith("auto: ")]
+            assert len(told) == (hvd.rank() == 0) and all("gains" in sentence or "against" in sentence for sentence in told), told
+            mine = np.concatenate([v.reshape(-1) for v in values(variables)])
+            both = hvd.allgather(tf.constant(mine[None])).numpy()
+            assert both[0].tobytes() == both[1].tobytes(), spec
+    finally:
+        LoopExchange._go_on = at_full_speed
 
 
 hvd.init()
