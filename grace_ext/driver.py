@@ -95,8 +95,7 @@ class Driver:
             )
         if grace.two_level and not transport.splits:
             raise UnsupportedError(
-                f"{grace} needs groups of ranks for 'hierarchical', which are not available here (TensorFlow's graphs have none); use it "
-                "with torch, MPI or LocalCluster, or what is between the nodes by itself"
+                f"{grace} needs groups of ranks for 'hierarchical', which are not available here; use what is between the nodes by itself"
             )
         self.grace, self.ops, self.transport = grace, ops, transport
         self._levels: Levels | None = None  # known once ranks have agreed

@@ -25,8 +25,8 @@ class Hierarchical(Communicator):
     Sent per rank: inside, 2 (g-1)/g S for g ranks and gradients of S bytes, and what the node received; to other nodes, once a node, what
     `between` sends for N ranks: (N-1) m with allgather, where a flat ring of all ranks takes (n-1) m across every node's link.
     With one rank a node it is `between`; with one node alone nothing is compressed. A node is a host name, or what the environment
-    variable GRACE_EXT_NODE says. In a policy, where one spec is hierarchical all of them go in two levels. For Horovod (torch),
-    torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job. `between`: by default the compressor's natural
+    variable GRACE_EXT_NODE says. In a policy, where one spec is hierarchical all of them go in two levels. For Horovod (not with
+    TensorFlow's LocalSGD or unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job. `between`: by default the compressor's natural
     one; not one that keeps state.
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """

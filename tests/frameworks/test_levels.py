@@ -7,7 +7,7 @@ import re
 import pytest
 
 from .launch import job
-from .test_jobs import cases_of
+from .test_jobs import cases_of, held_in
 
 ENGINES = {"torch.distributed": ("torchrun", "wrapper"), "Horovod": ("horovodrun", "wrapper"), "MPI": ("mpirun", "mpi")}
 
@@ -18,3 +18,9 @@ def test_two_levels(engine, ranks, per_node):
     launcher, mode = ENGINES[engine]
     said = job(launcher, ranks, "levels_job.py", mode, str(per_node))
     assert set(re.findall(r"CASE (case_\w+) ok", said)) == set(cases_of("levels_job.py"))
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 2)], ids=["even", "uneven"])
+def test_two_levels_in_tensorflow(ranks, per_node):
+    said = job("horovodrun", ranks, "levels_tf_job.py", str(per_node))
+    assert held_in(said) == set(cases_of("levels_tf_job.py"))

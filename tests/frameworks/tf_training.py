@@ -85,11 +85,13 @@ def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float
     return {v.name: v.numpy() for v in variables}, losses
 
 
-def steps_in_cluster(spec: str, size: int, names: Sequence[str] | None = None) -> Iterator[tuple[dict[str, np.ndarray], float]]:
+def steps_in_cluster(
+    spec: str, size: int, names: Sequence[str] | None = None, per_node: int = 1
+) -> Iterator[tuple[dict[str, np.ndarray], float]]:
     """The reference, with all ranks in this process: the weights after each step by name, and the ranks' mean loss in it. `names` are those
     that the real job gives the variables; None: `tf_variables`."""
     names = names or [v.name for v in tf_variables()]
-    cluster, weights = grace_ext.LocalCluster(grace_ext.grace(spec), size), initial()
+    cluster, weights = grace_ext.LocalCluster(grace_ext.grace(spec), size, ranks_per_node=per_node), initial()
     for step in range(STEPS):
         by_rank, losses = [], []
         for rank in range(size):
@@ -101,7 +103,7 @@ def steps_in_cluster(spec: str, size: int, names: Sequence[str] | None = None) -
         yield dict(zip(names, weights, strict=True)), sum(losses) / size
 
 
-def train_in_cluster(spec: str, size: int, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+def train_in_cluster(spec: str, size: int, names: Sequence[str] | None = None, per_node: int = 1) -> dict[str, np.ndarray]:
     """The reference's weights at the end."""
-    *_, (weights, _) = steps_in_cluster(spec, size, names)
+    *_, (weights, _) = steps_in_cluster(spec, size, names, per_node)
     return weights

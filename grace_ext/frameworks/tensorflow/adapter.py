@@ -42,6 +42,11 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
             f"{together[0]} decides for all variables at once, and under Horovod's own tape each has an exchange of its own; use the tape "
             "or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
+    if g.two_level:
+        raise UnsupportedError(
+            f"{g}: under Horovod's own tape every variable has an exchange of its own, which knows of no nodes; for 'hierarchical' use the "
+            "tape or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
+        )
     if simulate:
         raise UnboundError("simulate=True: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape")
     op = hvd.Average if op is None else op

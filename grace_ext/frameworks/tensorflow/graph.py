@@ -22,10 +22,11 @@ import tensorflow as tf
 from ...composition import Grace
 from ...driver import Driver, Start, perform
 from ...elastic import STALE
-from ...errors import GraceError
+from ...errors import GraceError, UnsupportedError
 from ...exchange import Collective
 from ...spec import TensorSpec
 from ..base import Transport, by_sum, cut, gathered, to_sum
+from ..process_sets import process_set_of
 from .ops import GraphOps, graph_ops
 
 
@@ -34,6 +35,7 @@ class HorovodTransport(Transport):
 
     gathers_uneven = True
     scatters_uneven = True
+    splits = True
 
     def __init__(self, process_set: Any):
         self.ops, self.process_set = graph_ops(), process_set
@@ -81,6 +83,13 @@ class HorovodTransport(Transport):
         mine = to_sum(self, collective)
         return [collective.array if mine is None else mine.view(np.int32)]
 
+    def group(self, ranks: Sequence[int]) -> HorovodTransport | None:
+        mine = self.rank in ranks
+        if len(ranks) == 1:
+            return Alone(self.ops, False) if mine else None
+        made = process_set_of(hvd, ranks, self.size)
+        return type(self)(made) if mine else None
+
     def start(self, collective: Collective, name: str) -> Any:
         return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)
 
@@ -89,8 +98,8 @@ class HorovodTransport(Transport):
         return self.result(collective, [tensor.numpy() for tensor in tensors])
 
 
-class Rehearsal(HorovodTransport):
-    """A pretended network of this rank alone: other ranks do the same things in the same order."""
+class Alone(HorovodTransport):
+    """A network of one rank; or a pretended one, for a rehearsal: other ranks do the same things in the same order."""
 
     pair = False
 
@@ -110,6 +119,8 @@ class GraphExchange:
     object have."""
 
     transport_type: ClassVar[type[HorovodTransport]] = HorovodTransport
+    #: It has collectives of some of the ranks.
+    two_levels: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -122,6 +133,8 @@ class GraphExchange:
         driver: Driver | None = None,
         rehearsed: int = 0,
     ):
+        if grace.two_level and not self.two_levels:
+            raise UnsupportedError(f"{grace}: TensorFlow's LocalSGD has no 'hierarchical'; use what is between the nodes by itself")
         self._before_step = before_step
         self.ended = False  # the ranks have changed since
         self.transport = self.transport_type(process_set)
@@ -138,7 +151,7 @@ class GraphExchange:
 
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
         """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
-        pretended = Rehearsal(self.transport.ops, self.transport.pair)
+        pretended = Alone(self.transport.ops, self.transport.pair)
         driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
         driver.register(self.driver.specs.values())
         driver.agreed, driver.step = True, step

@@ -1,4 +1,5 @@
-"""One model's exchange where a policy changes from step to step WHICH collectives there are.
+"""One model's exchange where a policy changes from step to step WHICH collectives there are, or where they differ from rank to rank
+('hierarchical').
 
 graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver says, as a tensor, which kind
 comes next and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing left to do.
@@ -26,7 +27,8 @@ from ...errors import GraceError
 from ...exchange import Collective
 from .graph import GraphExchange, HorovodTransport
 
-#: What a collective carries, by its kind and element type: the branches of the switch. An all-to-all has its splits beside it.
+#: What a collective carries, by its kind and element type, which makes a branch of the switch with each group of ranks that there are
+#: (Collective.group). An all-to-all has its splits beside it.
 BRANCHES = (("allreduce", "float32"), ("allreduce", "float64"), ("allgather", "uint8"), ("alltoall", "uint8"))
 ENDED = -1
 #: The arrays that go around: one for each branch, and the splits.
@@ -40,9 +42,10 @@ class _GatheringTransport(HorovodTransport):
 
 
 class LoopExchange(GraphExchange):
-    """A GraphExchange for a policy that changes with the step."""
+    """A GraphExchange whose collectives are known when they are made."""
 
     transport_type = _GatheringTransport
+    two_levels = True
 
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
         return []  # what a step does is found out when it does it
@@ -61,7 +64,8 @@ class LoopExchange(GraphExchange):
             array.set_shape([None])
 
         def one(kind: tf.Tensor, *arrays: tf.Tensor) -> list[tf.Tensor]:
-            results = tf.switch_case(kind, [lambda place=place: self._collective(place, arrays) for place in range(len(BRANCHES))])
+            branches = [(group, place) for group in self._groups for place in range(len(BRANCHES))]
+            results = tf.switch_case(kind, [lambda what=what: self._collective(*what, arrays) for what in branches])
             after = tf.numpy_function(self._go_on, results, types)
             after[0].set_shape([])
             for array in after[1:]:
@@ -76,14 +80,18 @@ class LoopExchange(GraphExchange):
             output.set_shape(spec.shape)
         return list(outputs)
 
-    def _collective(self, place: int, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        return ("all", "inside", "between") if self.driver.grace.two_level else ("all",)
+
+    def _collective(self, group: str, place: int, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """What goes around, with the array of this branch replaced by the collective's result."""
         kind, dtype = BRANCHES[place]
-        name = f"{self.driver.prefix}/loop/{kind}.{dtype}".replace("/", ".")
-        options = {"name": name, "process_set": self.transport.process_set, "ignore_name_scope": True}
-        result = list(arrays)
-        if self.transport.size == 1:
+        among, result = self.transport.among(group), list(arrays)
+        if among is None or among.size == 1:
             return result
+        name = f"{self.driver.prefix}/loop/{group}/{kind}.{dtype}".replace("/", ".")
+        options = {"name": name, "process_set": among.process_set, "ignore_name_scope": True}
         if kind == "allreduce":
             result[place] = hvd.allreduce(arrays[place], op=hvd.Sum, **options)
         elif kind == "allgather":
@@ -120,7 +128,7 @@ class LoopExchange(GraphExchange):
         if collective.kind == "allreduce":
             self._results[made.name] = values[0] / collective.divisor
         else:
-            self._results[made.name] = self.transport.result(collective, values)
+            self._results[made.name] = self.transport.among(collective.group).result(collective, values)
         return self._next()
 
     def _next(self) -> list[np.ndarray]:
@@ -136,22 +144,29 @@ class LoopExchange(GraphExchange):
                 effect = self._steps.send(answer)
             except StopIteration:
                 return self._carried(None)
-            if isinstance(effect, Start):
-                self._queue.append(effect)
-            else:
+            if not isinstance(effect, Start):
                 self._waiting = effect.name
+            elif self.transport.among(effect.collective.group) is None:
+                self._results[effect.name] = None
+            else:
+                self._queue.append(effect._replace(collective=_as_gather(effect.collective)))
 
     def _carried(self, collective: Collective | None) -> list[np.ndarray]:
         arrays = [np.empty(0, dtype) for dtype in TYPES]
         if collective is None:
             return [np.int32(ENDED), *arrays]
-        place = _place(collective)
+        place, group = _place(collective), self._groups.index(collective.group)
         arrays[place], *splits = self.transport.arrays_of(collective)
-        return [np.int32(place), *arrays[:-1], *(splits or arrays[-1:])]
+        return [np.int32(len(BRANCHES) * group + place), *arrays[:-1], *(splits or arrays[-1:])]
 
     def _end_step(self, _: np.ndarray) -> list[np.ndarray]:
         outputs, self._outputs = self._outputs, []
         return outputs
+
+
+def _as_gather(collective: Collective) -> Collective:
+    """See HorovodTransport.carry, through which what goes on inside a node does not come."""
+    return collective._replace(kind="allgather") if collective.kind == "broadcast" else collective
 
 
 def _place(collective: Collective) -> int:
@@ -163,5 +178,5 @@ def _place(collective: Collective) -> int:
 
 
 def exchange_of(grace: Grace, *args: Any, **options: Any) -> GraphExchange:
-    """The exchange for this Grace: traced collective by collective where they are the same at every step, else as a loop."""
-    return (LoopExchange if grace.plan.changes else GraphExchange)(grace, *args, **options)
+    """The exchange for this Grace: traced collective by collective where all steps and ranks have the same ones, else as a loop."""
+    return (LoopExchange if grace.plan.changes or grace.two_level else GraphExchange)(grace, *args, **options)

@@ -14,6 +14,7 @@ from ...errors import CollectiveError, UnsupportedError
 from ...exchange import Collective
 from ...timeouts import timeout
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
+from ..process_sets import process_set_of
 from .dist_world import HorovodInternalError
 from .ops import HostOps, TorchOps
 
@@ -79,9 +80,7 @@ class HorovodTransport(Transport):
         mine = self.rank in ranks
         if len(ranks) == 1:
             return SingleTransport(self.ops) if mine else None
-        if self.size != self.hvd.size():
-            raise UnsupportedError("'hierarchical' works among all ranks of the job; leave process_set out")
-        made = _process_set(self.hvd, ranks)
+        made = process_set_of(self.hvd, ranks, self.size)
         return HorovodTransport(self.ops, self.hvd, made) if mine else None
 
     def _broadcasts(self, collective: Collective, tensor: torch.Tensor, name: str) -> list[Any]:
@@ -111,7 +110,6 @@ class HorovodTransport(Transport):
             return by_sum(self, collective, self.ops.from_torch(_less(results[0], words)))
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
-
     def _finished(self, handle: int) -> Any:
         """Horovod's `synchronize`, which looks once in a millisecond, and for ever: an operation that is handed over just as a peer's death
         ends Horovod's own thread never ends. Ours looks more often at first, and until GRACE_EXT_TIMEOUT."""
@@ -122,26 +120,6 @@ class HorovodTransport(Transport):
                 raise RuntimeError(f"Horovod has not finished it in {waited:.0f} s")
             time.sleep(min(1e-3, 5e-5 + waited / 10))
         return self.hvd.synchronize(handle)
-
-
-_process_sets: dict[tuple[int, ...], Any] = {}
-
-
-def _process_set(hvd: Any, ranks: Sequence[int]) -> Any:
-    """Horovod's set of these ranks: that of all, one made before, or a new one."""
-    key = tuple(ranks)
-    if len(key) == hvd.size():
-        return hvd.global_process_set
-    known = _process_sets.get(key)
-    if known is None or known.process_set_id is None:  # None: Horovod was shut down since
-        try:
-            _process_sets[key] = hvd.add_process_set(list(key))
-        except (RuntimeError, ValueError) as error:
-            raise UnsupportedError(
-                f"'hierarchical' needs a process set of ranks {list(key)}, and Horovod made none ({error}): set "
-                "HOROVOD_DYNAMIC_PROCESS_SETS=1 on every rank, and let no process set of your own have the same ranks"
-            ) from error
-    return _process_sets[key]
 
 
 class DistTransport(Transport):
