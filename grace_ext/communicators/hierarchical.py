@@ -26,8 +26,8 @@ class Hierarchical(Communicator):
     `between` sends for N ranks: (N-1) m with allgather, where a flat ring of all ranks takes (n-1) m across every node's link.
     With one rank a node it is `between`; with one node alone nothing is compressed. A node is a host name, or what the environment
     variable GRACE_EXT_NODE says. In a policy, where one spec is hierarchical all of them go in two levels. For Horovod (not with
-    TensorFlow's LocalSGD or unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job. `between`: by default the compressor's natural
-    one; not one that keeps state.
+    TensorFlow's LocalSGD or its unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job.
+    `between`: by default the compressor's natural one; not one that keeps state.
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """
 

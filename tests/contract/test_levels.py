@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.driver import Driver
 from grace_ext.errors import IncompatiblePartsError, ParameterError, UnsupportedError
+from grace_ext.frameworks.base import Transport
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
 
@@ -173,12 +175,10 @@ def test_bad_values_are_refused():
             grace_ext.LocalCluster(grace_ext.grace("none"), 4, ranks_per_node=wrong)
 
 
-def test_tensorflow_says_that_it_has_no_groups():
-    graph = pytest.importorskip("grace_ext.frameworks.tensorflow.graph")
-    specs = [grace_ext.spec.TensorSpec("w", (8, 8))]
-
-    class Alone:
-        size = staticmethod(lambda: 1)
+def test_an_engine_without_groups_is_refused():
+    class Bare(Transport):
+        rank, size, ops = 0, 2, None
+        start = wait = None
 
     with pytest.raises(UnsupportedError, match="'hierarchical', which are not available here"):
-        graph.GraphExchange(grace_ext.grace("topk + residual @ hierarchical"), specs, Alone(), average=True)
+        Driver(grace_ext.grace("topk + residual @ hierarchical"), None, Bare())
