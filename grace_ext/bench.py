@@ -136,7 +136,8 @@ class _Run:
             spent += time.perf_counter() - start
             answer = self._answer(request)
             decode = self._decode(request, info)
-        self.ops.recycle([array for key in list(old) if (array := old.pop(key)) is not self.state.get(key)])
+        # Without a name for any of them: what is still referred to is not taken back, and fresh memory would be timed.
+        self.ops.recycle([old.pop(key) for key in list(old) if old[key] is not self.state.get(key)])
         return max(spent - decode, 0.0), decode / RANKS if self.parts[2].name != "allreduce" else decode
 
     def _decode(self, request: Any, info: StepInfo) -> float:
