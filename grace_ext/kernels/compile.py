@@ -112,7 +112,7 @@ def reach(context, x, at, threshold):
 
 
 @intrinsic
-def keep(context, x, at, threshold, places, found):
+def keep_at(context, x, at, threshold, places, found):
     """int64: how many |x[at + i]| >= threshold there are, given by its bits, for i < LANES. Their at + i go to `places`, int32[], from
     `found` on. Only for processors that compress."""
 
@@ -126,8 +126,8 @@ def keep(context, x, at, threshold, places, found):
 
 
 @intrinsic
-def keep_magnitudes(context, x, at, threshold, out, found):
-    """As `keep`, but the |x[at + i]| themselves go to `out`, float32[]."""
+def keep_abs(context, x, at, threshold, out, found):
+    """As `keep_at`, but the |x[at + i]| themselves go to `out`, float32[]."""
 
     def generate(context, builder, signature, arguments):
         return _compress(context, builder, signature, arguments, *_reaching(context, builder, signature, arguments))

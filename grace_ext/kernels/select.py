@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import bit_positions
-from .compile import LANES, compresses, f32, i32, i64, inlined, keep, keep_magnitudes, kernel, lowest_one, reach, read, u8, u32, write
+from .compile import LANES, compresses, f32, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
 from .elementwise import INFINITY, PIECE, magnitude
 
 ONE = np.uint64(1)
@@ -13,24 +13,40 @@ NOT_FINITE = -1
 COMPRESSES = compresses()
 
 
+def _selects(keep, of):
+    """The function that puts `of(x, j)` of all |x_j| >= threshold (given by its bits, above zero) in order into `out`, which has room for
+    all, and returns how many. `keep` is its instruction where the processor has one."""
+    of = inlined(of)
+
+    @inlined
+    def select(x, threshold, out):
+        found, whole = 0, len(x) // LANES * LANES
+        for at in range(0, whole, LANES):
+            if COMPRESSES:
+                found += keep(x, at, threshold, out, found)
+            else:
+                over = reach(x, at, threshold)
+                while over:
+                    out[found] = of(x, at + lowest_one(over))
+                    over &= over - ONE
+                    found += 1
+        for j in range(whole, len(x)):
+            if magnitude(x[j]) >= threshold:
+                out[found] = of(x, j)
+                found += 1
+        return found
+
+    return select
+
+
+_places = _selects(keep_at, lambda x, j: j)
+_magnitudes = _selects(keep_abs, lambda x, j: abs(x[j]))
+
+
 @kernel(read(f32), u32, write(i32))
 def reaching(x, threshold, places):
     """Where |x_j| >= threshold (given by its bits, above zero), in order, into `places`, which has room for all. Returns how many."""
-    found, whole = 0, len(x) // LANES * LANES
-    for at in range(0, whole, LANES):
-        if COMPRESSES:
-            found += keep(x, at, threshold, places, found)
-        else:
-            over = reach(x, at, threshold)
-            while over:
-                places[found] = at + lowest_one(over)
-                over &= over - ONE
-                found += 1
-    for j in range(whole, len(x)):
-        if magnitude(x[j]) >= threshold:
-            places[found] = j
-            found += 1
-    return found
+    return _places(x, threshold, places)
 
 
 @inlined
@@ -67,21 +83,7 @@ def gather_above(x, threshold, out):
         piece, into = x[start : start + PIECE], out[found:]
         if len(into) < len(piece):
             return found, start
-        here, whole = 0, len(piece) // LANES * LANES
-        for at in range(0, whole, LANES):
-            if COMPRESSES:
-                here += keep_magnitudes(piece, at, threshold, into, here)
-            else:
-                over = reach(piece, at, threshold)
-                while over:
-                    into[here] = abs(piece[at + lowest_one(over)])
-                    over &= over - ONE
-                    here += 1
-        for j in range(whole, len(piece)):
-            if magnitude(piece[j]) >= threshold:
-                into[here] = abs(piece[j])
-                here += 1
-        found += here
+        found += _magnitudes(piece, threshold, into)
     return found, len(x)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grace_ext
@@ -19,6 +21,19 @@ def raises(kind: type[Exception], text: str, call: Any) -> None:
         assert text in str(error), f"{text!r} is not in {error}"
     else:
         raise AssertionError(f"no {kind.__name__}")
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """What grace_ext logs inside."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("grace_ext").addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("grace_ext").removeHandler(handler)
 
 
 def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -47,6 +48,10 @@ def tf_variables() -> list[tf.Variable]:
     return [tf.Variable(w, name=n) for n, w in zip(SHAPES, initial(), strict=True)]
 
 
+def keras_variables() -> list[keras.Variable]:
+    return [keras.Variable(w, name=n) for n, w in zip(SHAPES, initial(), strict=True)]
+
+
 def loss_of(weights: Sequence[Any], rank: int, step: int) -> tf.Tensor:
     """This rank's loss at this step, on data of its own."""
     x = tf.constant(np.random.default_rng(100 * step + rank).standard_normal((8, 6)).astype(np.float32))
@@ -59,6 +64,18 @@ def gradients_of(weights: Sequence[Any], rank: int, step: int) -> list[tf.Tensor
         tape.watch(weights)
         loss = loss_of(weights, rank, step)
     return tape.gradient(loss, weights)
+
+
+def in_a_graph(optimizer: Any, variables: Sequence[keras.Variable]) -> tuple[Callable, list]:
+    """(the Keras optimizer's step as a function of gradients, a list with an entry for each time that it was traced)."""
+    traces = []
+
+    @tf.function(autograph=False)
+    def apply(gradients: list[tf.Tensor]) -> None:
+        traces.append(1)
+        optimizer.apply(gradients, variables)
+
+    return apply, traces
 
 
 def train_by_tape(

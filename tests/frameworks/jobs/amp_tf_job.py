@@ -28,7 +28,7 @@ MEMORIES = (
 
 class Amp:
     def __init__(self, spec: str = TOPK, scale: float | None = 2.0**10):
-        self.variables = [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+        self.variables = problem.keras_variables()
         plain = keras.optimizers.SGD(problem.LR)
         if scale is not None:
             plain = keras.optimizers.LossScaleOptimizer(plain, initial_scale=scale, dynamic_growth_steps=2)

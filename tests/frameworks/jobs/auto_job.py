@@ -5,10 +5,8 @@ The network is slowed by pretence: every wait for a collective takes as long as 
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,8 @@ import grace_ext.frameworks.torch as hvd
 from grace_ext.frameworks.torch import engine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from cases import heard, run_cases  # noqa: E402
+
 SPECS = ["topk(ratio=0.01) + residual", "efsignsgd + residual"]
 RATE = [0.0]  # bytes a second; 0: as fast as it is
 
@@ -35,42 +35,32 @@ def slowed(kind):
     kind.wait = wait
 
 
-class Heard(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def emit(self, record):
-        self.said.append(record.getMessage())
-
-
 def trained(rate):
     """(the leaf that every rank goes through at the end, bytes of each step, what was told)."""
-    RATE[0], heard = rate, Heard()
-    logging.getLogger("grace_ext").addHandler(heard)
+    RATE[0] = rate
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 10))
     g = grace_ext.grace(f"auto(steps=2, candidates={SPECS})")
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), compression=g)
     sent = []
-    for step in range(5):
-        optimizer.zero_grad()
-        generator = torch.Generator().manual_seed(10 * step + hvd.rank())
-        model(torch.randn(8, 300, generator=generator)).square().mean().backward()
-        optimizer.step()
-        sent.append(optimizer.wire_bytes)
-    logging.getLogger("grace_ext").removeHandler(heard)
+    with heard() as said:
+        for step in range(5):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + hvd.rank())
+            model(torch.randn(8, 300, generator=generator)).square().mean().backward()
+            optimizer.step()
+            sent.append(optimizer.wire_bytes)
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     for other in hvd.allgather(weights[None]):
         assert torch.equal(other, weights)
     (choice,) = {int(state["policy:choice"][0]) for state in optimizer._session.driver.state.values()}
     assert np.ptp([int(x) for x in hvd.allgather(torch.tensor([choice]))]) == 0
-    return choice, sent, heard.said
+    return choice, sent, said
 
 
-def case_slow(rate=2e6):
+def case_slow():
     """240 KB take 0.1 s dense."""
-    choice, sent, said = trained(rate)
+    choice, sent, said = trained(2e6)
     assert choice in (1, 2) and sent[0] > 240_000 and sent[-1] < sent[0] / 25, (choice, sent)
     told = [text for text in said if text.startswith("auto: ")]
     assert len(told) == (hvd.rank() == 0) and all("gains" in text or "against" in text for text in told), said
@@ -86,17 +76,8 @@ def case_dense_where_it_is_best():
         assert hvd.rank() or "a step takes" in said[-1]
 
 
-def main():
-    warnings.simplefilter("ignore")
-    hvd.init()
-    torch.set_num_threads(1)
-    slowed(type(engine.transport(None, hvd.global_process_set)))
-    for name, case in list(globals().items()):
-        if name.startswith("case_"):
-            case()
-            if hvd.rank() == 0:
-                print(f"CASE {name} ok", flush=True)
-    hvd.allgather(torch.zeros(1))  # no rank leaves before the others
-
-
-main()
+hvd.init()
+torch.set_num_threads(1)
+slowed(type(engine.transport(None, hvd.global_process_set)))
+run_cases(hvd, globals())
+hvd.shutdown()

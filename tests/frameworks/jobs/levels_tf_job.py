@@ -44,24 +44,12 @@ def assert_as_in_cluster(variables, spec, names):
     assert all(other.tobytes() == mine.tobytes() for other in everyone), spec
 
 
-def in_a_graph(optimizer, variables):
-    """(the optimizer's step as a function of gradients, a list with an entry for each time that it was traced)."""
-    traces = []
-
-    @tf.function(autograph=False)
-    def apply(gradients):
-        traces.append(1)
-        optimizer.apply(gradients, variables)
-
-    return apply, traces
-
-
 def case_keras_optimizer_in_one_traced_graph():
     for spec in SPECS:
-        variables = [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+        variables = problem.keras_variables()
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
         optimizer.build(variables)
-        apply, traces = in_a_graph(optimizer, variables)
+        apply, traces = problem.in_a_graph(optimizer, variables)
         for step in range(problem.STEPS):
             apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
         assert len(traces) == 1
@@ -80,23 +68,21 @@ def case_not_finite():
     variables = problem.tf_variables()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(TOPK))
     optimizer.build(variables)
-    for step in range(3):
+    for step in range(2):
         before = optimizer.grace_state_dict()
         gradients = [g.numpy() for g in problem.gradients_of(variables, hvd.rank(), step)]
         if step == 1 and hvd.rank() == hvd.size() - 1:
             gradients[0][2, 3] = np.nan
         optimizer.apply([tf.constant(g) for g in gradients], variables)
-        assert np.isnan(variables[0].numpy()).any() == (step >= 1)
-        if step == 1:
-            after = optimizer.grace_state_dict()["state"]
-            assert all(np.array_equal(array, after[key]) for key, array in before["state"].items())
-            break
+        assert np.isnan(variables[0].numpy()).any() == (step == 1)
+    after = optimizer.grace_state_dict()["state"]
+    assert all(np.array_equal(array, after[key]) for key, array in before["state"].items())
 
 
 def case_refused_where_there_are_no_groups():
     raises(UnsupportedError, "knows of no nodes", lambda: grace_ext.grace(TOPK).bind(problem.tf_variables()))
     local = hvd.LocalSGD(keras.optimizers.SGD(problem.LR), compression=TOPK, every=2)
-    variables = [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+    variables = problem.keras_variables()
     local.build(variables)
     given = problem.gradients_of([v.value for v in variables], hvd.rank(), 0)
     raises(UnsupportedError, "LocalSGD has no 'hierarchical'", lambda: local.apply(given, variables))

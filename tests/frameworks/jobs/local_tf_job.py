@@ -22,10 +22,6 @@ QSPARSE = "topk(ratio=0.1) > qsgd(bits=4) + residual"
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
-def keras_variables():
-    return [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
-
-
 def values(variables):
     return [np.asarray(v.numpy()) for v in variables]
 
@@ -39,7 +35,7 @@ def sgd(spec, **options):
 
 
 def trained(spec, steps, graph, variables=None, optimizer=None, **options):
-    variables = variables or keras_variables()
+    variables = variables or problem.keras_variables()
     optimizer = optimizer or sgd(spec, **options)
     optimizer.build(variables)
     apply = tf.function(lambda gradients: optimizer.apply(gradients, variables)) if graph else lambda g: optimizer.apply(g, variables)
@@ -79,18 +75,18 @@ def case_the_clusters_models():
 
 
 def case_every_step_without_loss_is_data_parallel_training():
-    plain, both = keras_variables(), []
+    plain, both = problem.keras_variables(), []
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR, momentum=0.9), compression=grace_ext.grace("none"))
     both.append(trained("", range(6), True, plain, optimizer)[0])
     optimizer = hvd.LocalSGD(keras.optimizers.SGD(problem.LR, momentum=0.9), every=1)
-    both.append(trained("", range(6), True, keras_variables(), optimizer)[0])
+    both.append(trained("", range(6), True, problem.keras_variables(), optimizer)[0])
     for one, other in zip(*map(values, both), strict=True):
         assert one.tobytes() == other.tobytes()
 
 
 def case_bytes_are_sent_when_it_is_due():
     for graph in (False, True):
-        variables, optimizer, sent = keras_variables(), sgd(QSPARSE, every=3), []
+        variables, optimizer, sent = problem.keras_variables(), sgd(QSPARSE, every=3), []
         for step in range(6):
             trained(QSPARSE, range(step, step + 1), graph, variables, optimizer)
             sent.append(optimizer.wire_bytes)

@@ -27,7 +27,7 @@ class Job:
         if self.api in ("tape", "bind"):
             self.variables = problem.tf_variables()
         else:
-            self.variables = [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+            self.variables = problem.keras_variables()
         if self.api == "tape":
             self.holder = hvd.DistributedGradientTape(tf.GradientTape(), compression=self.g).memory(self.variables)
         elif self.api == "bind":

@@ -34,7 +34,7 @@ def keras_weights(spec: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
     import tensorflow as tf
     import tf_training as problem
 
-    variables = [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
+    variables = problem.keras_variables()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
     optimizer.build(variables)
     apply = tf.function(lambda gradients: optimizer.apply(gradients, variables))

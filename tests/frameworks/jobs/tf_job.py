@@ -27,10 +27,6 @@ TOPK = "topk(ratio=0.1) + residual"
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
-def keras_variables():
-    return [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
-
-
 def values(variables):
     return [np.asarray(v.numpy()) for v in variables]
 
@@ -58,7 +54,7 @@ def applied_in_a_graph(optimizer, variables):
 
 def case_keras_optimizer_every_spec():
     for spec in (*problem.SPECS, *problem.WITH_AN_OPTIMIZER):
-        variables, optimizer = keras_variables(), sgd(grace_ext.grace(spec))
+        variables, optimizer = problem.keras_variables(), sgd(grace_ext.grace(spec))
         apply = applied_in_a_graph(optimizer, variables)
         for step in range(problem.STEPS):
             apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
@@ -77,7 +73,7 @@ def case_tape_over_tf_variables():
 
 def case_tape_over_keras_variables():
     for graph in (False, True):
-        variables = keras_variables()
+        variables = problem.keras_variables()
         problem.train_by_tape(hvd, variables, grace_ext.grace(TOPK), graph)
         assert_close(values(variables), problem.train_in_cluster(TOPK, 2, [v.path for v in variables]).values(), TOPK)
 
@@ -183,7 +179,7 @@ def case_plain_horovod_drifts_apart_under_keras_3():
 
 def case_backward_passes():
     for average in (False, True):
-        variables = keras_variables()
+        variables = problem.keras_variables()
         optimizer = sgd(grace_ext.grace(TOPK), backward_passes_per_step=2, average_aggregated_gradients=average)
         apply = applied_in_a_graph(optimizer, variables)
         cluster, weights = grace_ext.LocalCluster(grace_ext.grace(TOPK), 2), problem.initial()
@@ -251,7 +247,7 @@ def case_xla():
 
 
 def case_not_finite():
-    variables, optimizer = keras_variables(), sgd(grace_ext.grace(TOPK))
+    variables, optimizer = problem.keras_variables(), sgd(grace_ext.grace(TOPK))
     optimizer.build(variables)
     for step in range(3):
         gradients = problem.gradients_of([v.value for v in variables], hvd.rank(), step)
@@ -275,9 +271,9 @@ def case_resume():
         for step in which:
             optimizer.apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step), variables)
 
-    straight, one = keras_variables(), sgd(grace_ext.grace(TOPK))
+    straight, one = problem.keras_variables(), sgd(grace_ext.grace(TOPK))
     steps(straight, one, range(5))
-    first, two = keras_variables(), sgd(grace_ext.grace(TOPK))
+    first, two = problem.keras_variables(), sgd(grace_ext.grace(TOPK))
     steps(first, two, range(3))
     three = sgd(grace_ext.grace(TOPK))
     three.load_grace_state_dict({**two.grace_state_dict()})
@@ -290,7 +286,7 @@ def case_refusals():
     legacy = tf.compat.v1.train.GradientDescentOptimizer(0.1)
     raises(UnsupportedError, "Keras 3", lambda: hvd.DistributedOptimizer(legacy, compression=TOPK))
     raises(UnsupportedError, "Adasum", lambda: sgd(TOPK, op=hvd.Adasum))
-    variables, optimizer = keras_variables(), sgd(TOPK)
+    variables, optimizer = problem.keras_variables(), sgd(TOPK)
     gradients = problem.gradients_of([v.value for v in variables], hvd.rank(), 0)
     optimizer.apply(gradients, variables)
     raises(NamesError, "scalar", lambda: optimizer.apply([*gradients[:3], None], variables))
@@ -312,7 +308,7 @@ def case_agreement():
 
 
 def case_disagreement():
-    variables = keras_variables()
+    variables = problem.keras_variables()
     optimizer = sgd([TOPK, "qsgd"][hvd.rank()])
     gradients = problem.gradients_of([v.value for v in variables], hvd.rank(), 0)
     raises(DisagreementError, "rank 1 uses 'qsgd @ allgather'", lambda: optimizer.apply(gradients, variables))

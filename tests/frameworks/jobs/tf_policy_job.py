@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from pathlib import Path
@@ -20,14 +19,10 @@ from grace_ext.frameworks.tensorflow.loop import LoopExchange
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import policies  # noqa: E402
 import tf_training as problem  # noqa: E402
-from cases import raises, run_cases  # noqa: E402
+from cases import heard, raises, run_cases  # noqa: E402
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 EVERY = "every(2, powersgd(rank=2) + residual, topk(ratio=0.1) + residual)"
-
-
-def keras_variables():
-    return [keras.Variable(w, name=n) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
 
 
 def values(variables):
@@ -43,25 +38,13 @@ def assert_as_in_cluster(variables, spec, names):
     assert both[0].tobytes() == both[1].tobytes(), spec
 
 
-def in_a_graph(optimizer, variables):
-    """(the optimizer's step as a function of gradients, a list with an entry for each time that it was traced)."""
-    traces = []
-
-    @tf.function(autograph=False)
-    def apply(gradients):
-        traces.append(1)
-        optimizer.apply(gradients, variables)
-
-    return apply, traces
-
-
 def case_keras_optimizer_in_one_traced_graph():
     """Every policy, in a function that is traced once."""
     for spec in policies.SPECS:
-        variables = keras_variables()
+        variables = problem.keras_variables()
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
         optimizer.build(variables)
-        apply, traces = in_a_graph(optimizer, variables)
+        apply, traces = problem.in_a_graph(optimizer, variables)
         sent = []
         for step in range(problem.STEPS):
             apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
@@ -99,7 +82,7 @@ def case_checkpoint():
     spec = policies.SPECS[7]
 
     def made():
-        variables = keras_variables()
+        variables = problem.keras_variables()
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
         optimizer.build(variables)
         return variables, optimizer
@@ -125,17 +108,13 @@ def case_checkpoint():
 
 def case_a_pattern_without_a_parameter_is_told_once():
     variables = problem.tf_variables()
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("grace_ext").addHandler(handler)
-    problem.train_by_tape(hvd, variables, grace_ext.grace("by_name({'nothing*': topk + residual}, default=none)"), True)
-    logging.getLogger("grace_ext").removeHandler(handler)
+    with heard() as told:
+        problem.train_by_tape(hvd, variables, grace_ext.grace("by_name({'nothing*': topk + residual}, default=none)"), True)
     assert len(told) == (hvd.rank() == 0) and all("'nothing*' matches no parameter" in sentence for sentence in told), told
 
 
 def case_auto_on_a_slow_network():
-    """In one traced graph, by Keras and by a tape: every wait takes as long as its bytes would at 1 MB/s, so that it leaves dense."""
+    """In one traced graph: every wait takes as long as its bytes would at 1 MB/s, so that it leaves dense."""
     at_full_speed = LoopExchange._go_on
 
     def slowed(self, *arrays):
@@ -146,22 +125,18 @@ def case_auto_on_a_slow_network():
     LoopExchange._go_on = slowed
     try:
         for spec in ("auto", f"auto(steps=2, candidates={candidates})"):
-            told = []
-            handler = logging.Handler()
-            handler.emit = lambda record, told=told: told.append(record.getMessage())
-            logging.getLogger("grace_ext").addHandler(handler)
             variables = [keras.Variable(np.ones((200, 150), np.float32), name="w"), keras.Variable(np.zeros(150, np.float32), name="b")]
             optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
             optimizer.build(variables)
-            apply, traces = in_a_graph(optimizer, variables)
+            apply, traces = problem.in_a_graph(optimizer, variables)
             sent = []
-            for step in range(6):
-                rng = np.random.default_rng(10 * step + hvd.rank())
-                apply([tf.constant(rng.standard_normal(v.shape), tf.float32) for v in variables])
-                sent.append(optimizer.wire_bytes)
-            logging.getLogger("grace_ext").removeHandler(handler)
+            with heard() as said:
+                for step in range(6):
+                    rng = np.random.default_rng(10 * step + hvd.rank())
+                    apply([tf.constant(rng.standard_normal(v.shape), tf.float32) for v in variables])
+                    sent.append(optimizer.wire_bytes)
             assert len(traces) == 1 and sent[-1] < sent[0] / 25, (spec, sent)
-            told = [sentence for sentence in told if sentence.startswith("auto: ")]
+            told = [sentence for sentence in said if sentence.startswith("auto: ")]
             assert len(told) == (hvd.rank() == 0) and all("gains" in sentence or "against" in sentence for sentence in told), told
             mine = np.concatenate([v.reshape(-1) for v in values(variables)])
             both = hvd.allgather(tf.constant(mine[None])).numpy()
