@@ -13,7 +13,7 @@ import numpy as np
 
 from . import __version__, compressors, kernels
 from .composition import Grace, grace
-from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, one_pass
+from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, one_pass, replaced
 from .frameworks.numpy.compiled import host_ops
 from .frameworks.numpy.ops import NumpyOps
 from .parts import HALVES
@@ -136,8 +136,7 @@ class _Run:
             spent += time.perf_counter() - start
             answer = self._answer(request)
             decode = self._decode(request, info)
-        # Without a name for any of them: what is still referred to is not taken back, and fresh memory would be timed.
-        self.ops.recycle([old.pop(key) for key in list(old) if old[key] is not self.state.get(key)])
+        self.ops.recycle(replaced(old, self.state))
         return max(spent - decode, 0.0), decode / RANKS if self.parts[2].name != "allreduce" else decode
 
     def _decode(self, request: Any, info: StepInfo) -> float:

@@ -38,7 +38,7 @@ from .agreement import agree, compare, few
 from .choices import Choices
 from .effects import Effects, Split, Start, Wait, at_once
 from .errors import GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
-from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state
+from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state, replaced
 from .levels import Levels
 from .ops import Array, Ops
 from .payload import message, open_message
@@ -360,9 +360,7 @@ class Driver:
     def _recycle(self, old: dict[str, dict[str, Array]]) -> None:
         """Gives back the arrays of a state that is over, where they are not in use any more."""
         for name, arrays in old.items():
-            now = self.state.get(name, {})
-            spare = [arrays.pop(key) for key in list(arrays) if arrays[key] is not now.get(key)]
-            self.ops.recycle(spare)
+            self.ops.recycle(replaced(arrays, self.state.get(name, {})))
 
     def roll_back(self) -> None:
         """Takes the last step's commit back, where there was one. Only after `join_agreement`."""

@@ -201,6 +201,11 @@ def initial_state(ops: Ops, spec: TensorSpec, parts: tuple[Any, Any, Any], info:
     return {**memory.init(ops, spec, info), **compressor.init(ops, spec, info), **communicator.init(ops, compressor, spec, info)}
 
 
+def replaced(old: dict[str, Array], new: Mapping[str, Array]) -> list[Array]:
+    """Takes the arrays of a tensor's state out of it that its successor does not have: `ops.recycle` is to find no other reference."""
+    return [old.pop(key) for key in list(old) if old[key] is not new.get(key)]
+
+
 def _updated(state: Mapping[str, Array], *changes: Mapping[str, Array]) -> dict[str, Array]:
     """The state with what parts changed. A part may hand back all that it was given: what it did not change is not its to overwrite."""
     return {**state, **{key: array for change in changes for key, array in change.items() if array is not state.get(key)}}
