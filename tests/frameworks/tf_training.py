@@ -35,6 +35,7 @@ SPECS = (
 WITH_AN_OPTIMIZER = (
     "topk(ratio=0.1) + efsignsgd",
     "topk(ratio=0.1) + dgc(clipping=0.1)",
+    "every(2, topk(ratio=0.1) + efsignsgd, powersgd(rank=2) + residual)",
     "efsignsgd(block=16) + dist_ef_block(momentum=0.5) @ reduce_scatter(follow_rate=True)",
 )
 

@@ -138,7 +138,6 @@ class GraphExchange:
         self._before_step = before_step
         self.ended = False  # the ranks have changed since
         self.transport = self.transport_type(process_set)
-        self._lr: float | None = None
         divisor = self.transport.size if average else 1
         if driver is None:
             driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor)
@@ -217,13 +216,8 @@ class GraphExchange:
 
         def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
             if first:
-                if self.ended or self.transport.size != self.transport.process_set.size():
-                    raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
-                self._abandon()
+                self._begin_anew(token)
                 self.transport.ops.take_back()
-                self._before_step(self.driver.step)
-                self._lr = None if np.isnan(token) else float(token)
-                self.driver.read_lr = lambda: self._lr
             if isinstance(what, list):
                 for name, value in zip(what, values, strict=True):
                     for effect in self.driver.put(name, value):
@@ -237,6 +231,15 @@ class GraphExchange:
             return [token, *arrays]
 
         return run
+
+    def _begin_anew(self, rate: np.ndarray) -> None:
+        """What comes before a step, at this learning rate (NaN: there is none)."""
+        if self.ended or self.transport.size != self.transport.process_set.size():
+            raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
+        self._abandon()
+        self._before_step(self.driver.step)
+        lr = None if np.isnan(rate) else float(rate)
+        self.driver.read_lr = lambda: lr
 
     def _abandon(self) -> None:
         """Forgets a step that was begun and not ended (an error elsewhere in the graph)."""

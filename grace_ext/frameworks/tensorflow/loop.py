@@ -102,9 +102,7 @@ class LoopExchange(GraphExchange):
 
     # --- what runs between the collectives ----------------------------------------------------------------------------
     def _begin_step(self, rate: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
-        self._abandon()
-        self._before_step(self.driver.step)
-        self._lr = None if np.isnan(rate) else float(rate)
+        self._begin_anew(rate)
         self._steps = self._whole_step(values)
         self._queue: deque[Start] = deque()
         self._results: dict[str, Any] = {}
