@@ -47,7 +47,7 @@ class SparseAllreduce(Communicator):
 
     def exchange(self, ops, compressor, x, spec, info, state):
         positions, state = compressor.select(ops, x, spec, info, state)
-        own = compressor.payload(ops, x, positions, x[positions], spec)  # what these positions travel as, rounding included
+        own = compressor.payload(ops, x, positions, spec)  # what these positions travel as, rounding included
         values = compressor.decompress(ops, own, spec, info)
         parts = _NonZeros(values=compressor.values)
         ranges = shards(spec.size, info.size)

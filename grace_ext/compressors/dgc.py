@@ -8,7 +8,7 @@ import numpy as np
 from .. import rng
 from ..parts import knob
 from . import register
-from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+from .sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
 
 #: A sample holds so many elements at most for each that it is to place above the threshold, which is then off by 1 / sqrt(400).
 MOST_PER_KEPT = 400
@@ -74,32 +74,28 @@ class DGC(Selecting):
         """The threshold that a sample suggests."""
         return float(abs(sample[ops.top_k(sample, kept(self.ratio, len(sample)))]).min())
 
-    def candidates(self, ops, grad, feedback, spec, info):
+    def swept(self, ops, grad, feedback, spec, info, state):
         threshold = self._suggested(ops, ops.sample(feedback, grad, self._sampled(ops, spec, info)))
-        swept = ops.sweep(feedback, grad, threshold)
-        return swept and (swept[0], (threshold, *swept[1]))
+        return ops.sweep(feedback, grad, threshold)
+
+    def among(self, ops, values, spec, info, state):
+        k, most = kept(self.ratio, spec.size), self.most(spec.size)
+        if len(values) < self._least(spec.size) or (len(values) > most and self.max_iters and not self.resample):
+            return None
+        return (np.ones(len(values), bool) if len(values) <= most else largest(ops, values, k)), state
 
     def select(self, ops, x, spec, info, state):
+        k, least, most = kept(self.ratio, spec.size), self._least(spec.size), self.most(spec.size)
         threshold = self._suggested(ops, ops.copy(x[self._sampled(ops, spec, info)]))
         found = ops.at_least(x, threshold)
-        positions, _, state = self.chosen(ops, x, (threshold, found, x[found]), spec, info, state)
-        return positions, state
-
-    def chosen(self, ops, x, candidates, spec, info, state):
-        k, least, most = kept(self.ratio, spec.size), self._least(spec.size), self.most(spec.size)
-        threshold, found, values = candidates
         for _ in range(self.max_iters):
             many, few = len(found) > most, len(found) < least
             if not threshold or not (few or many) or (many and self.resample):
                 break
             threshold = float(np.float32(min(threshold * (self.lower if few else self.upper), 3e38)))
             found = ops.at_least(x, threshold)
-            values = x[found]
         if len(found) < least:
             found = ops.top_k(x, k)
-            values = x[found]
         elif len(found) > most:
-            largest = ops.top_k(values, k)
-            found, values = found[largest], values[largest]
-        sent = values != 0
-        return found[sent], values[sent], state
+            found = found[ops.top_k(x[found], k)]
+        return found[x[found] != 0], state

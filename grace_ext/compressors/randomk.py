@@ -9,7 +9,7 @@ from .. import rng
 from ..parts import knob
 from . import register
 from .base import Compressor, Field, Fused
-from .sparse import VALUES, kept, ratio_knob, scatter, values_knob, without
+from .sparse import VALUES, keep_rest, kept, ratio_knob, scatter, values_knob
 
 
 class _SharedPositions(Compressor):
@@ -57,12 +57,17 @@ class _SharedPositions(Compressor):
         return (ops.to_bytes(values, VALUES[self.values]),), state
 
     def fused(self, ops, grad, feedback, spec, info, state):
-        if self.scale or grad.dtype != np.float32 or (x := ops.compensate(feedback, grad)) is None:
+        if self.scale or grad.dtype != np.float32:
             return None
         positions = self.positions(ops, None, spec, info)
-        payload = ops.to_bytes(x[positions], VALUES[self.values])
-        sent = None if self.values == "fp32" else ops.from_bytes(payload, VALUES[self.values])
-        return Fused((payload,), without(ops, x, feedback, positions, sent))
+        if (taken := ops.compensate_at(feedback, grad, positions)) is None:
+            return None
+        x, values = taken
+        payload = ops.to_bytes(values, VALUES[self.values])
+        if feedback.residual is None:
+            return Fused((payload,), None)
+        keep_rest(ops, x, positions, values, payload, VALUES[self.values])
+        return Fused((payload,), x)
 
     def decompress_into(self, ops, payload, spec, info, out):
         if out is None:

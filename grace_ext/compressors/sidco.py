@@ -84,18 +84,15 @@ class SIDCo(Selecting):
             found = ops.at_least(x, self._threshold(ops, magnitudes, k / len(found), int(control[0])))
         return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
 
-    def candidates(self, ops, grad, feedback, spec, info):
+    def swept(self, ops, grad, feedback, spec, info, state):
         if self.distribution != "exponential":
-            return super().candidates(ops, grad, feedback, spec, info)
-        done = ops.compensate_stats(feedback, grad)
-        return done and (done[0], done[1:])
-
-    def chosen(self, ops, x, candidates, spec, info, state):
-        if candidates is None or candidates[1] <= (k := kept(self.ratio, spec.size)):
-            return super().chosen(ops, x, candidates, spec, info, state)
-        total, count, largest = candidates
-        control, ratio = ops.host(state["sidco_stages"]), k / count
-        shares = self._shares(ratio, int(control[0]))
+            return super().swept(ops, grad, feedback, spec, info, state)
+        if (done := ops.compensate_stats(feedback, grad)) is None:
+            return None
+        x, total, count, largest = done
+        if count <= (k := kept(self.ratio, spec.size)):
+            return x, None
+        shares = self._shares(k / count, int(ops.host(state["sidco_stages"])[0]))
         threshold = float(np.float32(min(exponential(total / count, shares[0]), largest)))
         if len(shares) > 1:
             rest, least = ops.magnitudes_above(x, threshold)
@@ -103,8 +100,11 @@ class SIDCo(Selecting):
                 tail = exponential(ops.total_above(rest, least) / len(rest), share)
                 threshold = float(np.float32(min(threshold + tail, largest)))
                 rest, least = ops.magnitudes_above(rest, threshold)
-        found = ops.at_least(x, threshold)
-        return found, x[found], {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
+        return ops.take_out(feedback, x, threshold)
+
+    def among(self, ops, values, spec, info, state):
+        control, k = ops.host(state["sidco_stages"]), kept(self.ratio, spec.size)
+        return np.ones(len(values), bool), {"sidco_stages": ops.upload(self._adapted(control, len(values) / k))}
 
     def _shares(self, ratio: float, stages: int) -> list[float]:
         """What each stage leaves of what the one before left."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -53,15 +54,17 @@ def finite(ops: Ops, values: Array) -> Array:
     return values
 
 
-def without(ops: Ops, x: Array, feedback: Feedback, positions: Array, sent: Array | None) -> Array | None:
-    """What is left of x, in place, once `sent` is (all of it, where None) at these positions: the new residual, where there is one."""
-    if feedback.residual is None:
-        return None
-    if sent is None:
-        x[positions] = 0.0
-    else:
-        ops.kernels.add_at(x, positions, sent, np.float32(-1))
-    return x
+def largest(ops: Ops, values: Array, k: int) -> Array:
+    """bool[m]: which of the values are the k largest; see `Ops.top_k`."""
+    which = np.zeros(len(values), bool)
+    which[ops.top_k(values, k)] = True
+    return which
+
+
+def keep_rest(ops: Ops, left: Array, positions: Array, values: Array, sent: Array, dtype: str) -> None:
+    """Puts back what these bytes, sent for the values, have lost of them."""
+    if dtype != "float32":
+        left[positions] = values - ops.from_bytes(sent, dtype)
 
 
 def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
@@ -103,7 +106,7 @@ class AtPositions(Compressor):
                 for found, into in zip(self.decoded(ops, payload, spec, info), (positions, values), strict=True):
                     into.append(found)
         total = ops.empty(spec.size) if out is None else out
-        ends = np.cumsum([len(found) for found in positions])
+        ends = np.array(list(accumulate(map(len, positions))))
         ops.kernels.add_sparse(total, ops.concat(positions), ops.concat(values), ends, np.float32(info.divisor))
         return total
 
@@ -155,35 +158,64 @@ class Selecting(AtPositions):
 
     def compress(self, ops, x, spec, info, state):
         positions, state = self.select(ops, x, spec, info, state)
-        return self.payload(ops, x, positions, x[positions], spec), state
+        return self.payload(ops, x, positions, spec), state
 
-    def candidates(self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo) -> tuple[Array, Any] | None:
-        """For `fused`: what is to be compressed, x, and what `chosen` wants to know of it; None where x is not finite."""
+    def swept(
+        self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State
+    ) -> tuple[Array, tuple[Array, Array] | None] | None:
+        """For `fused`, where candidates are found as the residual is added: as `ops.sweep`, (what is compressed, but where there is a
+        residual without the candidates; their positions and values, None where nothing was looked for). None where it is not finite."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
-    def chosen(self, ops: Ops, x: Array, candidates: Any, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, Array, State]:
-        """`select`, given the candidates: (positions, x there, new state)."""
-        positions, state = self.select(ops, x, spec, info, state)
-        return positions, x[positions], state
+    def among(self, ops: Ops, values: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State] | None:
+        """(which of these candidates to send, bool[m]; the new state); None where they are not the right ones."""
+        return None
 
     def fused(self, ops, grad, feedback, spec, info, state):
-        if grad.dtype != np.float32 or (found := self.candidates(ops, grad, feedback, spec, info)) is None:
+        if grad.dtype != np.float32 or (swept := self.swept(ops, grad, feedback, spec, info, state)) is None:
             return None
-        x, candidates = found
-        positions, values, state = self.chosen(ops, x, candidates, spec, info, state)
-        payload = self.payload(ops, x, positions, values, spec)
-        if len(payload[0]) != len(positions) * ITEMSIZE[VALUES[self.values]]:  # all were sent, without positions
-            positions = ops.arange(spec.size)
-        sent = None if self.values == "fp32" else ops.from_bytes(payload[0], VALUES[self.values])
-        return Fused(payload, without(ops, x, feedback, positions, sent), state)
+        x, found = swept
+        left = x if feedback.residual is not None else None  # to be without what is sent; else x is the gradient, which stays as it is
+        chosen = found and self.among(ops, found[1], spec, info, state)
+        if not chosen:
+            if found and left is not None:
+                left[found[0]] = found[1]
+            positions, state = self.select(ops, x, spec, info, state)
+            values = x[positions]
+            if left is not None:
+                left[positions] = 0
+        else:
+            positions, values = found
+            which, state = chosen
+            if not which.all():
+                if left is not None:
+                    left[positions[~which]] = values[~which]
+                positions, values = positions[which], values[which]
+        if self._sends_all(len(positions), spec.size):
+            if left is not None:
+                left[positions] = values
+            positions, values = ops.arange(spec.size), ops.copy(x)
+            if left is not None:
+                left[:] = 0
+        payload = self._wire(ops, positions, values, spec)
+        if left is not None:
+            keep_rest(ops, left, positions, values, payload[0], VALUES[self.values])
+        return Fused(payload, left, state)
 
-    def payload(self, ops: Ops, x: Array, positions: Array, values: Array, spec: TensorSpec):
-        """The wire form of x at these positions, where it has these values."""
-        d, item = spec.size, ITEMSIZE[VALUES[self.values]]
-        if not self.exactly and item * len(positions) + index_bytes(len(positions), d, self.index) >= item * d and self.most(d) == d:
-            positions, values = ops.arange(d), ops.copy(x)  # x becomes what is left
-        return ops.to_bytes(values, VALUES[self.values]), encode_indices(ops, positions, d, self.index)
+    def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec) -> Payload:
+        """The wire form of x at these positions."""
+        if self._sends_all(len(positions), spec.size):
+            positions = ops.arange(spec.size)
+        return self._wire(ops, positions, x[positions], spec)
+
+    def _sends_all(self, count: int, d: int) -> bool:
+        """All values without positions are no larger than so many with theirs."""
+        item = ITEMSIZE[VALUES[self.values]]
+        return not self.exactly and self.most(d) == d and item * count + index_bytes(count, d, self.index) >= item * d
+
+    def _wire(self, ops: Ops, positions: Array, values: Array, spec: TensorSpec) -> Payload:
+        return ops.to_bytes(values, VALUES[self.values]), encode_indices(ops, positions, spec.size, self.index)
 
     def decoded(self, ops, payload, spec, info):
         values = finite(ops, ops.from_bytes(payload[0], VALUES[self.values]))

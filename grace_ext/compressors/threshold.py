@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..parts import knob
 from . import register
 from .sparse import Selecting, index_knob, values_knob
@@ -30,11 +32,11 @@ class Threshold(Selecting):
     def kappa(self, d):
         return self.threshold * d**0.5 if self.values == "fp32" else None
 
-    def candidates(self, ops, grad, feedback, spec, info):
+    def swept(self, ops, grad, feedback, spec, info, state):
         return ops.sweep(feedback, grad, self.threshold)
 
-    def chosen(self, ops, x, candidates, spec, info, state):
-        return *candidates, state
+    def among(self, ops, values, spec, info, state):
+        return np.ones(len(values), bool), state
 
     def select(self, ops, x, spec, info, state):
         return ops.at_least(x, self.threshold), state

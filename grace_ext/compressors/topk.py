@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import register
-from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+from .sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
 
 
 @register("topk")
@@ -29,11 +29,12 @@ class TopK(Selecting):
     def delta(self, d):
         return kept(self.ratio, d) / d if self.values == "fp32" else None
 
-    def candidates(self, ops, grad, feedback, spec, info):
+    def swept(self, ops, grad, feedback, spec, info, state):
         return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
 
-    def chosen(self, ops, x, candidates, spec, info, state):
-        return *ops.top_k_among(x, kept(self.ratio, spec.size), candidates), state
+    def among(self, ops, values, spec, info, state):
+        k = kept(self.ratio, spec.size)
+        return (largest(ops, values, k), state) if len(values) >= k else None
 
     def select(self, ops, x, spec, info, state):
         return ops.top_k(x, kept(self.ratio, spec.size)), state

@@ -6,7 +6,7 @@ import numpy as np
 
 from .bits import bit_positions
 from .compile import LANES, compresses, f32, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
-from .elementwise import INFINITY, PIECE, magnitude
+from .elementwise import INFINITY, PIECE, compensate, magnitude
 
 ONE = np.uint64(1)
 NOT_FINITE = -1
@@ -98,8 +98,8 @@ def total_above(x, least):
 
 @kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64), write(f32))
 def sweep(residual, grad, beta, gamma, threshold, total, positions, values):
-    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, and those whose magnitude reaches the threshold. Stops
-    and returns as collect."""
+    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, but zero where its magnitude reaches the threshold, and
+    those. Stops and returns as collect."""
     found, places = 0, np.empty(PIECE, np.int32)
     for start in range(0, len(total), PIECE):
         piece = total[start : start + PIECE]
@@ -111,8 +111,24 @@ def sweep(residual, grad, beta, gamma, threshold, total, positions, values):
         here = take(piece, start, threshold, places, positions[found:], values[found:])
         if here < 0:
             return here, start
+        for j in range(here):
+            piece[places[j]] = 0
         found += here
     return found, len(total)
+
+
+@kernel(read(f32), read(f32), f32, f32, read(i64), write(f32), write(f32))
+def compensate_at(residual, grad, beta, gamma, positions, total, values):
+    """values = beta residual_j + gamma grad_j at these ascending positions; total_j = the same everywhere else, and zero there. Returns
+    whether all are finite."""
+    at, finite = 0, True
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        finite &= compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, piece)
+        while at < len(positions) and positions[at] < start + len(piece):
+            values[at], piece[positions[at] - start] = piece[positions[at] - start], 0
+            at += 1
+    return finite
 
 
 @kernel(write(f32), read(i64), read(f32), f32)

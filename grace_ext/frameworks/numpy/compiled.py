@@ -26,8 +26,6 @@ LARGE = 1 << 18
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
-NOTHING = np.zeros(0, np.int64)
-
 #: (int64[m]: positions, ascending; float32[m]: the values there)
 Found = tuple[np.ndarray, np.ndarray]
 Host = TypeVar("Host", bound=NumpyOps)
@@ -125,7 +123,8 @@ class CompiledOps(QuantizingOps):
         return total if finite else None
 
     def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
-        """(what is compressed, as `compensate`; where its magnitude reaches the threshold, and the values there) in one pass."""
+        """(what is compressed, as `compensate`, but where there is a residual without what is found; where its magnitude reaches the
+        threshold, and the values there) in one pass."""
         if feedback.residual is None:
             found = self._above(grad, threshold)
             return None if found is None else (grad, found)
@@ -133,6 +132,15 @@ class CompiledOps(QuantizingOps):
         bits, factors = max(np.float32(threshold).view(np.uint32), TINY), (np.float32(feedback.beta), np.float32(feedback.gamma))
         found = self._collected(grad.size, lambda at, *out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], *out))
         return None if found is None else (total, found)
+
+    def compensate_at(self, feedback: Feedback, grad: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """(what is compressed, as `compensate`, but where there is a residual with zeros at these positions; the values there)."""
+        if feedback.residual is None:
+            return (grad, grad[positions]) if self.all_finite(grad) else None
+        total, values = self.empty(grad.size), np.empty(len(positions), np.float32)
+        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+        finite = self.kernels.compensate_at(feedback.residual, grad, *factors, positions, total, values)
+        return (total, values) if finite else None
 
     def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
         """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite."""
@@ -158,6 +166,13 @@ class CompiledOps(QuantizingOps):
     def total_above(self, x: np.ndarray, least: float) -> float:
         """The sum of x_j - least, each in float32, in float64."""
         return self.kernels.total_above(x, np.float32(least))
+
+    def take_out(self, feedback: Feedback, x: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
+        """As `sweep`, of what is compressed, x."""
+        found = self._above(x, threshold)
+        if found is not None and feedback.residual is not None:
+            x[found[0]] = 0
+        return None if found is None else (x, found)
 
     def _collected(self, size: int, run: Any) -> Found | None:
         """What `run(start, positions, values)` finds, called again with more room until it came to the end; None where it found NaN."""
@@ -192,22 +207,15 @@ class CompiledOps(QuantizingOps):
         if x.size < SMALL or k >= x.size or not _float32(x):
             return super().top_k(x, k)
         found = self._above(x, self.threshold_for(k, np.abs(x[:: sample_step(x.size)]), x.size))
-        return super().top_k(x, k) if found is None else self.top_k_among(x, k, found)[0]
+        if found is None or len(found[0]) < k:
+            return super().top_k(x, k)
+        return found[0][super().top_k(found[1], k)]
 
-    def top_k_among(self, x: np.ndarray, k: int, found: Found) -> Found:
-        """top_k(x, k) and the values there, given all that reach some threshold; where those are fewer than k, they are of no use."""
-        positions, values = found
-        if len(positions) < k:
-            chosen = super().top_k(x, k)
-            return chosen, x[chosen]
-        chosen = super().top_k(values, k)
-        return positions[chosen], values[chosen]
-
-    def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, Found] | None:
-        """As `sweep`, with a threshold that a few more than k elements are likely to reach."""
+    def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, Found | None] | None:
+        """As `sweep`, with a threshold that a few more than k elements are likely to reach; looks for nothing where a sort is faster."""
         if grad.size < SMALL or k >= grad.size:
             total = self.compensate(feedback, grad)
-            return None if total is None else (total, (NOTHING, total[:0]))
+            return None if total is None else (total, None)
         sample = self.sample(feedback, grad, slice(0, None, sample_step(grad.size)))
         return self.sweep(feedback, grad, self.threshold_for(k, np.abs(sample), grad.size))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import rng
 from ...ops import Ops
-from ...parts import INTEGERS, ITEMSIZE
+from ...parts import INTEGERS
 from ...spec import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
@@ -74,12 +74,9 @@ class NumpyOps(Ops):
         return np.ascontiguousarray(x, dtype).view(np.uint8)
 
     def from_bytes(self, data: np.ndarray, dtype: str) -> np.ndarray:
-        data = np.ascontiguousarray(data)
-        if data.ctypes.data % ITEMSIZE[dtype]:
-            data = data.copy()  # a slice of a message may start anywhere; typed views want alignment
+        x = typed(data, "uint16" if dtype == "bfloat16" else dtype)
         if dtype == "bfloat16":
-            return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-        x = data.view(dtype)
+            return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if dtype in INTEGERS:
             return x.astype(np.int64)
         return x.astype(np.float32) if dtype == "float16" else x
@@ -225,6 +222,12 @@ class NumpyOps(Ops):
 
     def arange(self, count: int) -> np.ndarray:
         return np.arange(count)
+
+
+def typed(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes as this dtype: a view, but a copy of those that start where the type does not, as slices of a message may."""
+    x = np.ascontiguousarray(data).view(dtype)
+    return x if x.flags.aligned else data.copy().view(dtype)
 
 
 def saturated(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from ... import kernels
 from ...ops import Feedback
 from ...parts import HALVES
-from .ops import NumpyOps
+from .ops import NumpyOps, typed
 
 #: Elements that are worked on at a time where several operations look at them; a multiple of 8.
 STRETCH = 1 << 16
@@ -62,8 +62,7 @@ class QuantizingOps(NumpyOps):
 
     def halves(self, data: np.ndarray) -> np.ndarray:
         """uint16, of bytes that may start anywhere."""
-        data = np.ascontiguousarray(data)
-        return (data.copy() if data.ctypes.data % 2 else data).view(np.uint16)
+        return typed(data, "uint16")
 
     # --- what is compressed -----------------------------------------------------------------------------------------
     def sources(self, feedback: Feedback, grad: np.ndarray) -> Sources:

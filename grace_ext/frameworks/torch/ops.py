@@ -38,7 +38,7 @@ def flat(tensor: Any) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         tensor = torch.from_numpy(np.ascontiguousarray(NumpyOps().ingest(tensor)))
     tensor = tensor.detach()
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).reshape(-1)
+    return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)).reshape(-1)
 
 
 class HostOps(NumpyOps):
