@@ -14,7 +14,6 @@ sees the flag, returns NaN for the bucket, and (driver.py) commits no state of t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .compressors.base import Compressor
@@ -96,8 +95,7 @@ class Outcome(NamedTuple):
     state: dict[str, Array]
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One tensor of a bucket at one step: its parts, the gradient as a flat float array, and where the result may be written: the
     gradient's own memory, once it is compressed. `watch`: what measures its exchange (recorder.Watch)."""
 

@@ -39,7 +39,7 @@ class Levels:
         # A sum over all ranks has divisor 1, and so have those inside and between; else both divide by the nodes, and this by the rest.
         divisor = self.nodes if info.divisor != 1 else 1
         summed = yield from self._inside(jobs, info.divisor / divisor)
-        own = [dataclasses.replace(job, grad=grad) for job, grad in zip(jobs, summed, strict=True)]
+        own = [job._replace(grad=grad) for job, grad in zip(jobs, summed, strict=True)]
         if self.nodes == 1:
             finite = all(self.ops.all_finite(job.grad) for job in own)
             return [Outcome(job.grad, job.state) for job in own], finite

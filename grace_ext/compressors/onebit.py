@@ -7,13 +7,14 @@ import numpy as np
 
 from ..parts import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Field
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
+from .signs import TwoSided
 
 
 @register("onebit")
 @dataclass(frozen=True)
-class OneBit(Compressor):
+class OneBit(TwoSided):
     """Sends signs and two values a block: the mean of the negative elements and the mean of the others (1-bit SGD).
 
     C(x)_j = m- where x_j < 0, else m+, per block of `block` elements (default: the whole tensor); zeros are among the others, and the mean
@@ -26,6 +27,7 @@ class OneBit(Compressor):
     """
 
     wants_memory: ClassVar[bool] = True
+    by_side: ClassVar[bool] = True
     block: int | None = knob(None, "elements that share two means; None: the whole tensor", low=1)
 
     def delta(self, d):
@@ -47,24 +49,10 @@ class OneBit(Compressor):
         means = [total / np.maximum(count, 1) for total, count in zip(sums, (ones, counts(spec.size, self.block) - ones), strict=True)]
         return (floats_to_bytes(ops, 0.0 - means[0]), floats_to_bytes(ops, means[1]), ops.pack_signs(x)), state
 
-    def fused(self, ops, grad, feedback, spec, info, state):
-        whole = blocks(spec.size, self.block)[1] == 1
-        if feedback.residual is None or not whole or grad.dtype != np.float32:
-            return None
-        done = ops.compensate_signs(feedback, grad, sides=True)
-        if done is None:
-            return None
-        x, signs, (below, above, number) = done
-        means = [floats_to_bytes(ops, np.array([m])) for m in (0.0 - below / max(number, 1), above / max(spec.size - number, 1))]
-        below, above = (floats_from_bytes(ops, mean, "mean", signed=True)[0] for mean in means)
-        ops.kernels.subtract_signs(x, below, above)
-        return Fused((*means, signs), x)
+    def sides(self, ops, floats):
+        below, above = (floats_from_bytes(ops, piece, "mean", signed=True) for piece in floats)
+        return below, above
 
-    def add_compiled(self, ops, total, payload, spec, first, divisor):
-        minus, plus = (floats_from_bytes(ops, piece, "mean", signed=True) for piece in payload[:2])
-        return ops.add_signs(total, payload[2], plus, blocks(spec.size, self.block)[0], minus=minus, first=first, divisor=divisor)
-
-    def decompress(self, ops, payload, spec, info):
-        block, _ = blocks(spec.size, self.block)
-        below, above = (ops.spread(floats_from_bytes(ops, p, "mean", signed=True), block, spec.size) for p in payload[:2])
-        return ops.where(ops.unpack_signs(payload[2], spec.size) > 0, above, below)
+    def floats(self, ops, sums, d):
+        below, above, number = sums
+        return tuple(floats_to_bytes(ops, np.array([mean])) for mean in (0.0 - below / max(number, 1), above / max(d - number, 1)))

@@ -31,12 +31,12 @@ def counts(size: int, block: int | None) -> np.ndarray:
 
 def floats_to_bytes(ops: Ops, values: np.ndarray) -> Array:
     """The wire form of floats on the host: float32, finite ones saturated."""
-    return ops.to_bytes(ops.upload(np.clip(values, -LARGEST, LARGEST).astype(np.float32)), "float32")
+    return ops.upload(np.minimum(np.maximum(values, -LARGEST), LARGEST).astype(np.float32).view(np.uint8))
 
 
 def floats_from_bytes(ops: Ops, data: Array, what: str, *, signed: bool = False) -> np.ndarray:
     """The inverse, on the host: all finite, and not negative unless `signed`; else PayloadError."""
     values = ops.host(ops.from_bytes(data, "float32"))
-    if not np.isfinite(values).all() or (not signed and (values < 0).any()):
+    if not ((values >= (-LARGEST if signed else 0)) & (values <= LARGEST)).all():
         raise PayloadError(f"has a {what} that is {'' if signed else 'negative or '}not finite")
     return values

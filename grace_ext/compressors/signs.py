@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -9,8 +10,12 @@ from ..errors import PayloadError
 from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor, Field, Fused, sent_by
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
+
+if TYPE_CHECKING:
+    from ..ops import Ops
+    from .base import Payload
 
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
 TIE_BREAK = 2.0**-13
@@ -30,8 +35,10 @@ class _Vote(Compressor):
 
     def ballot(self, ops, x):
         """The payload: whether this rank votes, and its signs."""
-        votes = np.array([ops.any_nonzero(x)], np.uint8)
-        return ops.upload(votes), ops.pack_signs(x)
+        return self._paper(ops, ops.pack_signs(x), ops.any_nonzero(x))
+
+    def _paper(self, ops, signs, votes):
+        return ops.upload(np.array([votes], np.uint8)), signs
 
     def compress(self, ops, x, spec, info, state):
         return self.ballot(ops, x), state
@@ -113,6 +120,19 @@ class SignSGD(_Vote):
 
     ties: str = ties_knob()
 
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if grad.dtype != np.float32:
+            return None
+        if feedback.residual is None:
+            done = ops.signs_of(grad)
+            return done and Fused(self._paper(ops, *done), None)
+        if (done := ops.compensate_signs(feedback, grad, sides=False)) is None:
+            return None
+        x, signs, (total,) = done
+        if total:
+            ops.kernels.subtract_signs(x, np.float32(-1), np.float32(1))
+        return Fused(self._paper(ops, signs, bool(total)), x)
+
 
 @register("signum")
 @dataclass(frozen=True)
@@ -144,9 +164,54 @@ class Signum(_Vote):
         return done._replace(state={**done.state, "signum_momentum": mean})
 
 
+class TwoSided(Compressor):
+    """Base of compressors whose payload is floats and then signs: what elements below zero stand for, and what the others do, by block."""
+
+    #: `floats` wants the sums of both sides.
+    by_side: ClassVar[bool] = False
+    block: int | None
+
+    @abstractmethod
+    def sides(self, ops: Ops, floats: Payload) -> tuple[np.ndarray, np.ndarray]:
+        """float32[number of blocks], on the host: what elements below zero stand for, and the others. Raises PayloadError."""
+
+    @abstractmethod
+    def floats(self, ops: Ops, sums: np.ndarray, d: int) -> Payload:
+        """The payload's floats for a tensor of one block, from what `ops.compensate_signs` has summed up."""
+
+    def decompress(self, ops, payload, spec, info):
+        block, _ = blocks(spec.size, self.block)
+        below, above = (ops.spread(values, block, spec.size) for values in self.sides(ops, payload[:-1]))
+        return ops.where(ops.unpack_signs(payload[-1], spec.size) > 0, above, below)
+
+    def combine(self, ops, payloads, spec, info, out=None):
+        block, number = blocks(spec.size, self.block)
+        if not ops.kernels or (number > 1 and block % 8):
+            return super().combine(ops, payloads, spec, info, out)
+        sides = []
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                sides.append(self.sides(ops, payload[:-1]))
+        below, above = (np.concatenate(side) for side in zip(*sides, strict=True))
+        total, signs = ops.empty(spec.size) if out is None else out, ops.concat([payload[-1] for payload in payloads])
+        ops.kernels.sum_signs(total, signs, below, above, block, np.float32(info.divisor))
+        return total
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if feedback.residual is None or blocks(spec.size, self.block)[1] > 1 or grad.dtype != np.float32:
+            return None
+        if (done := ops.compensate_signs(feedback, grad, self.by_side)) is None:
+            return None
+        x, signs, sums = done
+        floats = self.floats(ops, sums, spec.size)
+        (below,), (above,) = self.sides(ops, floats)
+        ops.kernels.subtract_signs(x, below, above)
+        return Fused((*floats, signs), x)
+
+
 @register("efsignsgd")
 @dataclass(frozen=True)
-class EFSignSGD(Compressor):
+class EFSignSGD(TwoSided):
     """Sends signs and one scale a block, the mean magnitude.
 
     C(x) = (||x||_1 / d) sign(x), per block of `block` elements (default: the whole tensor); zeros count as +1.
@@ -168,23 +233,9 @@ class EFSignSGD(Compressor):
         scales = ops.block_norms(x, blocks(spec.size, self.block)[0], 1) / counts(spec.size, self.block)
         return (floats_to_bytes(ops, scales), ops.pack_signs(x)), state
 
-    def decompress(self, ops, payload, spec, info):
-        scales = floats_from_bytes(ops, payload[0], "scale")
-        return ops.unpack_signs(payload[1], spec.size) * ops.spread(scales, blocks(spec.size, self.block)[0], spec.size)
+    def sides(self, ops, floats):
+        scales = floats_from_bytes(ops, floats[0], "scale")
+        return -scales, scales
 
-    def add_compiled(self, ops, total, payload, spec, first, divisor):
-        scales = floats_from_bytes(ops, payload[0], "scale")
-        return ops.add_signs(total, payload[1], scales, blocks(spec.size, self.block)[0], first=first, divisor=divisor)
-
-    def fused(self, ops, grad, feedback, spec, info, state):
-        whole = blocks(spec.size, self.block)[1] == 1
-        if feedback.residual is None or not whole or grad.dtype != np.float32:
-            return None
-        done = ops.compensate_signs(feedback, grad, sides=False)
-        if done is None:
-            return None
-        x, signs, total = done
-        scales = floats_to_bytes(ops, total / spec.size)
-        (scale,) = floats_from_bytes(ops, scales, "scale")
-        ops.kernels.subtract_signs(x, -scale, scale)
-        return Fused((scales, signs), x)
+    def floats(self, ops, sums, d):
+        return (floats_to_bytes(ops, sums / d),)

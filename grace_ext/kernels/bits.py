@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import LANES, add_either, f32, f64, flag, i64, inlined, kernel, lowest_one, read, signs, u8, write
-from .elementwise import PIECE, block_sums, compensate, side_sums
+from .compile import LANES, add_either, f32, f64, i64, inlined, kernel, lowest_one, read, signs, u8, write
+from .elementwise import INFINITY, PIECE, block_sums, compensate, most, side_sums
 
 
 @kernel(read(i64), i64, write(u8))
@@ -89,18 +89,20 @@ def add_bits(piece, bits, above, below):
         piece[j] += above if (bits[j >> 3] >> (j & 7)) & 1 else below
 
 
-@kernel(write(f32), read(u8), read(f32), read(f32), i64, flag, f32)
-def add_signs(total, data, minus, plus, block, first, divisor):
-    """total_j += plus[j // block] where bit j is one, else minus[j // block], and divided in the end. With `first`, total is taken for
-    zero. Blocks are a multiple of 8 elements, or one alone."""
-    for b in range(len(plus)):
+@kernel(write(f32), read(u8), read(f32), read(f32), i64, f32)
+def sum_signs(total, data, minus, plus, block, divisor):
+    """total_j = the sum over ranks of plus[j // block] where a rank's bit j is one, else minus[j // block], divided; the ranks' bits follow
+    one another, and so do their plus and minus. Blocks are a multiple of 8 elements, or one alone."""
+    each, blocks = (len(total) + 7) // 8, (len(total) + block - 1) // block
+    for b in range(blocks):
         stop = min((b + 1) * block, len(total))
         for start in range(b * block, stop, PIECE):
             piece = total[start : min(start + PIECE, stop)]
-            if first:
-                for j in range(len(piece)):
-                    piece[j] = 0
-            add_bits(piece, data[start // 8 :], plus[b], minus[b])
+            for j in range(len(piece)):
+                piece[j] = 0
+            for rank in range(len(plus) // blocks):
+                at = rank * blocks + b
+                add_bits(piece, data[rank * each + start // 8 : (rank + 1) * each], plus[at], minus[at])
             if divisor != 1:
                 for j in range(len(piece)):
                     piece[j] /= divisor
@@ -132,6 +134,19 @@ def pack_signs(x, out):
         for j in range(at, min(at + 8, len(x))):
             byte |= (x[j] >= 0) << (j - at)
         out[at // 8] = byte
+
+
+@kernel(read(f32), write(u8))
+def pack_signs_and_most(x, out):
+    """pack_signs and most in one pass; stops early where there is Inf or NaN."""
+    found = np.uint32(0)
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        found = max(found, most(piece))
+        if found >= INFINITY:
+            break
+        pack_signs(piece, out[start // 8 :])
+    return found
 
 
 @kernel(read(f32), read(f32), f32, f32, write(f32), write(u8), write(f64))

@@ -11,7 +11,7 @@ import pytest
 
 import grace_ext
 from grace_ext import compressors, kernels
-from grace_ext.frameworks.numpy.compiled import SMALL, CompiledOps, host_ops, sample_step
+from grace_ext.frameworks.numpy.compiled import LEAST, SMALL, CompiledOps, host_ops, sample_step
 from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.frameworks.numpy.quantizing import STRETCH
 from grace_ext.ops import Feedback
@@ -95,11 +95,11 @@ def test_only_what_was_handed_out_is_taken_back():
         pytest.skip("there are no compiled ops")
     ops = host_ops(NumpyOps)
     assert isinstance(ops, CompiledOps)
-    first, foreign, viewed = ops.empty(100), np.zeros(100, np.float32), ops.empty(100)
+    first, foreign, viewed = ops.empty(LEAST), np.zeros(LEAST, np.float32), ops.empty(LEAST)
     address, view, spare = first.ctypes.data, viewed[3:], [first, foreign, viewed]
     del first, foreign, viewed
     ops.recycle(spare)
-    again, other = ops.empty(100), ops.empty(100)
+    again, other = ops.empty(LEAST), ops.empty(LEAST)
     assert not spare and again.ctypes.data == address
     assert other.ctypes.data not in (address, view.ctypes.data - 12)
 

@@ -23,6 +23,8 @@ SMALL = 16384
 SAMPLE, SAMPLE_STEP, MARGIN = 8192, 64, 4.0
 #: Elements above which the buffers of collectives are kept for the next step.
 LARGE = 1 << 18
+#: Elements below which an array is not kept: to make one costs less than to look for one.
+LEAST = 4096
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
@@ -51,6 +53,8 @@ class CompiledOps(QuantizingOps):
 
     # --- memory -----------------------------------------------------------------------------------------------------
     def empty(self, size: int, dtype: str = "float32") -> np.ndarray:
+        if size < LEAST:
+            return self.new(size, dtype)
         spare = self._spare.get((size, dtype))
         if spare:
             return spare.pop()
@@ -63,14 +67,14 @@ class CompiledOps(QuantizingOps):
         return np.empty(size, dtype)
 
     def owns(self, array: np.ndarray) -> bool:
-        """Whether `empty` handed it out."""
-        return self._own.get(id(array)) is array
+        """Whether `empty` handed it out, and would again."""
+        return array.size >= LEAST and self._own.get(id(array)) is array
 
     def recycle(self, arrays: list[np.ndarray]) -> None:
         while arrays:
             array = arrays.pop()
             # Two references: `array`, and the argument of getrefcount. A view of it would be a third.
-            if sys.getrefcount(array) == 2 and self.owns(array):
+            if self.owns(array) and sys.getrefcount(array) == 2:
                 self._spare.setdefault((array.size, array.dtype.name), []).append(array)
 
     def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
@@ -272,20 +276,17 @@ class CompiledOps(QuantizingOps):
         return out
 
     def unpack_signs(self, data: np.ndarray, count: int) -> np.ndarray:
-        signs = np.empty(count, np.float32)
-        if len(data) * 8 < count:
+        if not 0 < count <= len(data) * 8:
             return super().unpack_signs(data, count)
-        self.add_signs(signs, data, np.array([1], np.float32), count)
+        signs, one = np.empty(count, np.float32), np.ones(1, np.float32)
+        self.kernels.sum_signs(signs, data[: (count + 7) // 8], -one, one, count, np.float32(1))
         return signs
 
-    def add_signs(self, total: np.ndarray, data: np.ndarray, plus: np.ndarray, block: int, *, minus: np.ndarray | None = None,
-                  first: bool = True, divisor: float = 1) -> bool:  # fmt: skip
-        """The kernel of this name, for float32[number of blocks] of values above and below zero; False for blocks that it cannot take."""
-        if len(plus) > 1 and block % 8:
-            return False
-        below = -plus if minus is None else minus
-        self.kernels.add_signs(total, data, below, plus, block, first, np.float32(divisor))
-        return True
+    def signs_of(self, x: np.ndarray) -> tuple[np.ndarray, bool] | None:
+        """(signs, packed; whether any element is not zero); None where x is not finite."""
+        signs = np.empty((x.size + 7) // 8, np.uint8)
+        most = self.kernels.pack_signs_and_most(x, signs)
+        return (signs, most > 0) if most < kernels.INFINITY else None
 
     def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sides: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """(what is compressed, its signs packed, float64[1]: the sum of its magnitudes; or, with `sides`, float64[3]: that of what is below
