@@ -10,14 +10,18 @@ folder's files and of numba's bounds checking, because numba sees neither an edi
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 #: The bits of an infinite float32: those of finite magnitudes are below.
 INFINITY = 0x7F800000
@@ -59,23 +63,53 @@ def folder() -> Path:
 
 @lru_cache(maxsize=1)
 def load() -> SimpleNamespace:
-    """Every kernel, by name. The first time on a machine this compiles them, and says so."""
+    """Every kernel, by name. The first process on a machine compiles them, and says so; others that start meanwhile wait for it."""
     compiled = folder() / "compiled"
-    known = compiled.exists()
-    if not known:
-        print("grace_ext: compiling kernels, once on this machine (up to 20 s) ...", file=sys.stderr, flush=True)
-    start = time.perf_counter()
-    from . import bits, codes, elementwise, levels, lowrank, random, select
-    from .compile import Kernel, converts_halves
+    if not compiled.exists():
+        with _one_at_a_time():
+            if not compiled.exists():
+                _compile()
+                compiled.touch()
+    from .compile import Kernel
 
-    modules = [bits, codes, elementwise, levels, lowrank, random, select]
-    if converts_halves():
-        from . import half
-
-        modules.append(half)
-
-    if not known:
-        compiled.touch()
-        print(f"grace_ext: compiled in {time.perf_counter() - start:.0f} s, kept in {folder()}", file=sys.stderr, flush=True)
-    every = [item for module in modules for item in vars(module).items()]
+    every = [item for part in parts() for module in compiled_part(part) for item in vars(module).items()]
     return SimpleNamespace(**{"narrow": None, **{name: value for name, value in every if isinstance(value, Kernel)}})
+
+
+def parts() -> tuple[Sequence[str], Sequence[str]]:
+    """Names of the modules of kernels, in two parts that take about as long to compile."""
+    from .compile import converts_halves
+
+    return ("bits", "codes", "elementwise", "random", "select"), ("levels", "lowrank", *(["half"] if converts_halves() else []))
+
+
+def compiled_part(names: Sequence[str]) -> list[ModuleType]:
+    """Imports these modules: kernels are compiled, or loaded where they were before."""
+    return [importlib.import_module(f"{__name__}.{name}") for name in names]
+
+
+def _compile() -> None:
+    """All kernels, half of them by a second process, if there is a processor for it."""
+    print("grace_ext: compiling kernels, once on this machine (up to 20 s) ...", file=sys.stderr, flush=True)
+    start, helper = time.perf_counter(), None
+    if (os.cpu_count() or 1) > 1 and folder().is_relative_to(cache()):
+        script = f"from {__name__} import compiled_part, parts; compiled_part(parts()[1])"
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with suppress(OSError):
+            helper = subprocess.Popen([sys.executable, "-c", script], **quiet)  # what it does not get done, we do
+    compiled_part(parts()[0])
+    if helper:
+        helper.wait()
+    compiled_part(parts()[1])
+    print(f"grace_ext: compiled in {time.perf_counter() - start:.0f} s, kept in {folder()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Among this machine's processes; all at once where files cannot be locked."""
+    with (folder() / "lock").open("w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield

@@ -171,6 +171,18 @@ def test_compiled_once_and_off_by_a_setting(tmp_path):
     assert first.stdout.split()[1] == second.stdout.split()[1] == off.stdout.split()[1]
 
 
+def test_ranks_that_start_together_compile_once(tmp_path):
+    """One does, the others wait for it."""
+    if not kernels.enabled():
+        pytest.skip("there are no kernels")
+    environment = {**os.environ, "GRACE_EXT_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", "from grace_ext import kernels; kernels.load()"]
+    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert sorted("compiling kernels" in text for text in said) == [False, False, True]
+    assert not any(process.returncode for process in started)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     """A file where the folder should be: kernels are kept in a temporary folder for this process."""
     blocked = tmp_path / "file"
