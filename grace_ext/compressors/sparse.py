@@ -189,9 +189,8 @@ class Selecting(AtPositions):
             positions, values = found
             which, state = chosen
             if not which.all():
-                if left is not None:
-                    left[positions[~which]] = values[~which]
-                positions, values = positions[which], values[which]
+                count = ops.kernels.put_back(x[:0] if left is None else left, positions, values, which)
+                positions, values = positions[:count], values[:count]
         if self._sends_all(len(positions), spec.size):
             if left is not None:
                 left[positions] = values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .bits import bit_positions
-from .compile import LANES, compresses, f32, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
+from .compile import LANES, compresses, f32, flag, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
 from .elementwise import INFINITY, PIECE, compensate, magnitude
 
 ONE = np.uint64(1)
@@ -129,6 +129,20 @@ def compensate_at(residual, grad, beta, gamma, positions, total, values):
             values[at], piece[positions[at] - start] = piece[positions[at] - start], 0
             at += 1
     return finite
+
+
+@kernel(write(f32), write(i64), write(f32), read(flag))
+def put_back(total, positions, values, which):
+    """Keeps those positions and values that `which` says, in order at the beginning of both, and returns how many; puts the other values
+    back at their positions of `total`, where that is not empty."""
+    kept = 0
+    for j in range(len(which)):
+        if which[j]:
+            positions[kept], values[kept] = positions[j], values[j]
+            kept += 1
+        elif len(total):
+            total[positions[j]] = values[j]
+    return kept
 
 
 @kernel(write(f32), read(i64), read(f32), f32)
