@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from .errors import PayloadError
+from .kernels.sizes import smallest_elias_fano
 from .ops import Array, Ops
 
 CODINGS = ("auto", "elias_fano", "bitmap", "golomb", "packed", "block16")
@@ -34,9 +35,7 @@ def _bytes(bits: int) -> int:
 @lru_cache(maxsize=4096)  # a model asks for the same few sizes at every step
 def _low_bits(k: int, d: int) -> int:
     """The number of low bits that makes the Elias-Fano code smallest."""
-    best = max(0, (d // k).bit_length() - 1)
-    candidates = [b for b in (best - 1, best, best + 1) if 0 <= b <= 31]
-    return min(candidates, key=lambda b: (_elias_fano_bytes(k, d, b), b))
+    return smallest_elias_fano(k, d)[0]
 
 
 def _elias_fano_bytes(k: int, d: int, low: int) -> int:
@@ -107,7 +106,7 @@ def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> A
         low = _low_bits(k, d)
         if ops.kernels:
             data = np.zeros(_elias_fano_bytes(k, d, low), np.uint8)
-            ops.kernels.elias_fano(positions, low, data)
+            ops.kernels.elias_fano(positions, 0, low, data)
             return data
         ones, code, bits = (positions >> low) + ops.arange(k), positions, k + (d - 1 >> low)
     high = ops.set_bits(ones, bits)

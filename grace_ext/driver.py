@@ -36,6 +36,7 @@ import numpy as np
 
 from .agreement import agree, compare, few
 from .choices import Choices
+from .compressors.joined import SMALL
 from .effects import Effects, Split, Start, Wait, at_once
 from .errors import GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state, replaced
@@ -58,7 +59,8 @@ class Bucket:
     """Consecutive parameters that travel in one message, and the exchange under way for them."""
 
     def __init__(self, specs: list[TensorSpec]):
-        self.specs, self.digest, self.number = specs, 0, 0
+        self.specs = sorted(specs, key=lambda spec: spec.size > SMALL)  # neighbours can be joined, see exchange.py
+        self.digest, self.number = 0, 0
         self.running: Generator | None = None
         self.waiting: list[str] = []
         self.turn = 0
@@ -176,7 +178,7 @@ class Driver:
             raise UnsupportedError(self._whole_model)
         if sorted(itertools.chain.from_iterable(lists)) != sorted(self.specs):
             raise NamesError("the buckets must hold every registered parameter once")
-        if any([spec.name for spec in b.specs] != names for b, names in zip(self.buckets[: self._next], lists, strict=False)):
+        if any({spec.name for spec in b.specs} != set(names) for b, names in zip(self.buckets[: self._next], lists, strict=False)):
             raise GraceError("a bucket that has started cannot be regrouped")
         later = [[self.specs[name] for name in names] for names in lists[self._next :]]
         self.buckets = self.buckets[: self._next] + [Bucket(group) for group in later]

@@ -13,10 +13,15 @@ sees the flag, returns NaN for the bucket, and (driver.py) commits no state of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .compressors.base import Compressor
+from .compressors.joined import ROOM, SMALL, joined
 from .ops import Array, Feedback, Ops
 from .parts import HALVES, INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
@@ -232,16 +237,17 @@ def exchange_bucket(
 ) -> Generator[list[Collective], list[Any], tuple[list[Outcome], bool]]:
     """All tensors of a bucket. Returns their outcomes, and whether every rank was finite (if not, the outputs mean nothing)."""
     flag = [False]
-    tensors = lockstep([_watched(ops, job, exchange_tensor(ops, job, info, flag)) for job in jobs])
+    units = list(_units(ops, jobs, info, flag))
+    specs = [spec for spec, _ in units]
+    tensors = lockstep([exchange for _, exchange in units])
     answers: Any = None
     all_finite, turn = True, 0
     while True:
         try:
             requests = _next_requests(tensors, answers)
         except StopIteration as stop:
-            return stop.value, all_finite
+            return [outcome for outcomes in stop.value for outcome in outcomes], all_finite
         groups = _by_kind(requests)
-        specs = [job.spec for job in jobs]
         fused = [_fused(ops, kind, group, specs, info, digest, flag, turn, carry) for kind, group in groups.items()]
         running = lockstep(fused)
         replies: Any = None
@@ -260,8 +266,77 @@ def exchange_bucket(
         turn += 1
 
 
-def _watched(ops: Ops, job: Job, exchange: Generator) -> Generator:
-    return exchange if job.watch is None else job.watch.through(ops, job, exchange)
+def _units(ops: Ops, jobs: Sequence[Job], info: StepInfo, flag: list[bool]) -> Iterator[tuple[TensorSpec, Generator]]:
+    """What is exchanged as one, and how, in order: small tensors that are neighbours and go the same way, and every other by itself."""
+    for joins, group in groupby(jobs, lambda job: _joins(ops, job)):
+        for some in _roomfuls(list(group)) if joins else ([job] for job in group):
+            together = joint(ops, some, info) if len(some) > 1 else None
+            if together:
+                yield together
+            else:
+                yield from ((job.spec, _alone(ops, job, info, flag)) for job in some)
+
+
+def _joins(ops: Ops, job: Job) -> Any:
+    """What neighbours must have in common to be exchanged as one; None for a tensor that is exchanged by itself."""
+    spec, state = job.spec, job.state
+    if not (0 < spec.size <= SMALL and ops.kernels and job.watch is None and job.memory.elementwise and len(state) <= 1):
+        return None
+    if job.grad.dtype != np.float32 or (state and "residual" not in state) or not _stateless(job.compressor, job.communicator):
+        return None
+    return job.compressor, job.memory, job.communicator, spec.dtype, not state
+
+
+@lru_cache(maxsize=256)
+def _stateless(compressor: Any, communicator: Any) -> bool:
+    """Whether an exchange is one pass, and leaves no state but the memory's."""
+    changes = compressor.keeps_state or type(compressor).on_aggregate is not Compressor.on_aggregate
+    return one_pass(compressor, communicator) and not changes and not communicator.keeps_state(compressor)
+
+
+def _roomfuls(jobs: list[Job]) -> Iterator[list[Job]]:
+    """As many neighbours as have room in the cache, and so on."""
+    some, size = [], 0
+    for job in jobs:
+        if size + job.spec.size > ROOM:
+            yield some
+            some, size = [], 0
+        some.append(job)
+        size += job.spec.size
+    yield some
+
+
+def joint(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> tuple[TensorSpec, Generator] | None:
+    """The exchange of several tensors laid end to end; None where they must go one by one: there is no such form, or one is not finite."""
+    first = jobs[0]
+    found = joined(first.compressor, first.communicator, tuple(job.spec for job in jobs))
+    if not found:
+        return None
+    compressor, spec = found
+    grad = ops.concat([job.grad for job in jobs])
+    state = {key: ops.concat([job.state[key] for job in jobs]) for key in first.state} or first.memory.init(ops, spec, info)
+    fused = compressor.fused(ops, grad, first.memory.feedback(state), spec, info, {})
+    job = Job(spec, compressor, first.memory, first.communicator, grad, dict(state))
+    return (spec, _joint(ops, jobs, _exchange_fused(ops, job, info, state, fused))) if fused else None
+
+
+def _joint(ops: Ops, jobs: Sequence[Job], exchange: Generator) -> Generator[Any, Any, list[Outcome]]:
+    whole = yield from exchange
+    outcomes, start = [], 0
+    for job in jobs:
+        end = start + job.spec.size
+        output = whole.output[start:end]
+        if job.out is not None:
+            job.out[:] = output
+            output = job.out
+        outcomes.append(Outcome(output, {**job.state, **{key: array[start:end] for key, array in whole.state.items()}}))
+        start = end
+    return outcomes
+
+
+def _alone(ops: Ops, job: Job, info: StepInfo, flag: list[bool]) -> Generator[Any, Any, list[Outcome]]:
+    exchange = exchange_tensor(ops, job, info, flag)
+    return [(yield from exchange if job.watch is None else job.watch.through(ops, job, exchange))]
 
 
 def _next_requests(tensors: Generator, answers: Any) -> list[tuple[int, Any]]:

@@ -198,16 +198,18 @@ class Part:
 @dataclass(frozen=True)
 class Field:
     """One array of a payload: its name, wire dtype and number of elements; a `variable` one holds at most `count` elements and
-    carries its true count in 4 bytes before it."""
+    carries its true count in 4 bytes before it. Or `joined`: the payloads of several tensors, (name, fields) of each, one after the other;
+    they say themselves how long they are, and `count` is the most that they may be."""
 
     name: str
     dtype: str
     count: int
     variable: bool = False
+    joined: tuple[tuple[str, tuple[Field, ...]], ...] = ()
 
     @property
     def max_bytes(self) -> int:
-        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable else 0)
+        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable and not self.joined else 0)
 
 
 # bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.

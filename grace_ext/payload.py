@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def pack(ops: Ops, fields: Sequence[Field], arrays: Sequence[Array]) -> list[Arr
         count, rest = divmod(len(array), ITEMSIZE[field.dtype])
         if rest or count > field.count or (count < field.count and not field.variable):
             raise ValueError(f"field {field.name!r} holds {len(array)} bytes, declared {field}")  # a bug in a compressor
-        if field.variable:
+        if field.variable and not field.joined:
             pieces.append(ops.upload(np.frombuffer(struct.pack("<I", count), np.uint8).copy()))
         pieces.append(array)
     return pieces
@@ -102,7 +103,9 @@ def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]]
         arrays = []
         for field in fields:
             count = field.count
-            if field.variable:
+            if field.joined:
+                count = _extent(ops, body[at:], field, rank)
+            elif field.variable:
                 if at + 4 > len(body):
                     raise PayloadError(f"ends before the count of {field.name!r}", rank, name)
                 (count,) = struct.unpack("<I", ops.host(body[at : at + 4]).tobytes())
@@ -117,3 +120,19 @@ def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]]
         yield arrays
     if at != len(body):
         raise PayloadError(f"has {len(body) - at} bytes that belong to no tensor", rank)
+
+
+def _extent(ops: Ops, body: Array, field: Field, rank: int) -> int:
+    """How many bytes a joined field takes. Raises PayloadError naming rank and tensor."""
+    taken = ops.kernels.extent(body, *_table(field.joined))
+    if taken < 0:
+        for _ in unpack(ops, body, field.joined, rank):
+            pass  # says what is wrong
+    return taken
+
+
+@lru_cache(maxsize=1024)
+def _table(tensors: tuple[tuple[str, tuple[Field, ...]], ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all their fields: the most elements, their bytes, and whether the number varies."""
+    fields = [field for _, its_fields in tensors for field in its_fields]
+    return np.array([f.count for f in fields]), np.array([ITEMSIZE[f.dtype] for f in fields]), np.array([f.variable for f in fields])

@@ -9,6 +9,7 @@ What is drawn here on the host is small (k indices, a PowerSGD factor); bulk wor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -58,12 +59,30 @@ def sample(key: Key, d: int, k: int) -> np.ndarray:
     return positions
 
 
+def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes laid end to end. By kernels."""
+    import numpy as np
+
+    from . import kernels
+
+    positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
+    words = np.array(keys, np.uint32).reshape(-1)
+    kernels.load().permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
+    positions.sort()  # those of each array are above those of all before it
+    return positions
+
+
+def _half_bits(d: int) -> int:
+    """Of each half of the numbers that the Feistel network takes: at least those below d."""
+    return max(1, ((d - 1).bit_length() + 1) // 2)
+
+
 def _permuted(key: Key, d: int, k: int) -> np.ndarray:
     import numpy as np
 
     from . import kernels
 
-    half_bits = max(1, ((d - 1).bit_length() + 1) // 2)
+    half_bits = _half_bits(d)
     if kernels.enabled():
         out = np.empty(k, np.int64)
         kernels.load().permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)

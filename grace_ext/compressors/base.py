@@ -163,6 +163,11 @@ class Compressor(Part):
         """The state (or what changes of it) once the result is known, which is the same on all ranks."""
         return {}
 
+    def joined(self, specs: tuple[TensorSpec, ...]) -> Compressor | None:
+        """What compresses the concatenation of such small tensors, with the bytes of each by itself, one after the other; None where that
+        is no shorter way. For compressors without a state that have `fused`."""
+        return None
+
     def recompressor(self) -> Compressor:
         """What sends a result that all ranks share the making of (communicator reduce_scatter): by default the compressor itself."""
         return self

@@ -45,6 +45,9 @@ class _Half(Compressor):
             finite = ops.kernels.narrow_sum(residual, grad, beta, gamma, self._brains, out, left)
         return Fused((out.view(np.uint8),), left) if finite else None
 
+    def joined(self, specs):
+        return self
+
     def add_compiled(self, ops, total, payload, spec, first, divisor):
         if not ops.kernels.narrow:
             return False

@@ -27,7 +27,7 @@ class OneBit(TwoSided):
     """
 
     wants_memory: ClassVar[bool] = True
-    by_side: ClassVar[bool] = True
+    number_of_sums: ClassVar[int] = 3
     block: int | None = knob(None, "elements that share two means; None: the whole tensor", low=1)
 
     def delta(self, d):
@@ -55,4 +55,4 @@ class OneBit(TwoSided):
 
     def floats(self, ops, sums, d):
         below, above, number = sums
-        return tuple(floats_to_bytes(ops, np.array([mean])) for mean in (0.0 - below / max(number, 1), above / max(d - number, 1)))
+        return tuple(floats_to_bytes(ops, mean) for mean in (0.0 - below / np.maximum(number, 1), above / np.maximum(d - number, 1)))

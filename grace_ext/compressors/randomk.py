@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .. import rng
 from ..parts import knob
+from ..spec import TensorSpec
 from . import register
 from .base import Compressor, Field, Fused
 from .sparse import VALUES, keep_rest, kept, ratio_knob, scatter, values_knob
@@ -24,6 +26,14 @@ class _SharedPositions(Compressor):
     def _draw(self, spec, info):
         """int64[k] on the host, ascending and distinct."""
         raise NotImplementedError
+
+    def draw_each(self, specs, info):
+        """What `_draw` gives for each of these tensors, as positions in their concatenation."""
+        starts = accumulate((spec.size for spec in specs), initial=0)
+        return np.concatenate([start + self._draw(spec, info) for start, spec in zip(starts, specs, strict=False)])
+
+    def joined(self, specs):
+        return None if self.scale else _Joined(self, specs)
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -84,6 +94,34 @@ class _SharedPositions(Compressor):
         return scatter(ops, self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values]), spec.size)
 
 
+@dataclass(frozen=True)
+class _Joined(_SharedPositions):
+    """Several small tensors as one: see joined.py. Not registered."""
+
+    each: Any
+    specs: tuple[TensorSpec, ...]
+    scale: ClassVar[bool] = False  # type: ignore[misc]
+
+    def __post_init__(self):
+        pass  # no knobs
+
+    @property
+    def values(self):
+        return self.each.values
+
+    def fields(self, spec):
+        every = [self.each.fields(one)[0] for one in self.specs]
+        return (Field("values", every[0].dtype, sum(field.count for field in every)),)
+
+    def positions(self, ops, payload, spec, info):
+        key = info.seed, info.step
+        if self.__dict__.get("_drawn", (None,))[0] != key:  # the decoder wants what the encoder drew
+            drawn = self.each.draw_each(self.specs, info)
+            drawn.flags.writeable = False
+            self.__dict__["_drawn"] = key, drawn
+        return self.__dict__["_drawn"][1]
+
+
 def scale_knob():
     return knob(False, "multiply by d/k: unbiased, for use without a memory")
 
@@ -107,6 +145,10 @@ class RandomK(_SharedPositions):
 
     def _draw(self, spec, info):
         return rng.sample(info.shared_key(spec.name, "randomk"), spec.size, kept(self.ratio, spec.size))
+
+    def draw_each(self, specs, info):
+        sizes = [spec.size for spec in specs]
+        return rng.sample_each([info.shared_key(spec.name, "randomk") for spec in specs], sizes, [kept(self.ratio, d) for d in sizes])
 
 
 @register("randblock")

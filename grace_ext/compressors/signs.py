@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..ops import Feedback
 from ..parts import knob
 from . import register
 from .base import Compressor, Field, Fused, sent_by
+from .joined import Joined
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ class SignSGD(_Vote):
         if feedback.residual is None:
             done = ops.signs_of(grad)
             return done and Fused(self._paper(ops, *done), None)
-        if (done := ops.compensate_signs(feedback, grad, sides=False)) is None:
+        if (done := ops.compensate_signs(feedback, grad, 1)) is None:
             return None
         x, signs, (total,) = done
         if total:
@@ -167,8 +169,8 @@ class Signum(_Vote):
 class TwoSided(Compressor):
     """Base of compressors whose payload is floats and then signs: what elements below zero stand for, and what the others do, by block."""
 
-    #: `floats` wants the sums of both sides.
-    by_side: ClassVar[bool] = False
+    #: How many `floats` wants for each tensor: 1, that of all magnitudes, or 3; see `ops.compensate_signs`.
+    number_of_sums: ClassVar[int] = 1
     block: int | None
 
     @abstractmethod
@@ -176,8 +178,8 @@ class TwoSided(Compressor):
         """float32[number of blocks], on the host: what elements below zero stand for, and the others. Raises PayloadError."""
 
     @abstractmethod
-    def floats(self, ops: Ops, sums: np.ndarray, d: int) -> Payload:
-        """The payload's floats for a tensor of one block, from what `ops.compensate_signs` has summed up."""
+    def floats(self, ops: Ops, sums: np.ndarray, d: np.ndarray) -> Payload:
+        """The payload's floats for tensors of one block, of `d` elements each, from the sums of each."""
 
     def decompress(self, ops, payload, spec, info):
         block, _ = blocks(spec.size, self.block)
@@ -200,13 +202,57 @@ class TwoSided(Compressor):
     def fused(self, ops, grad, feedback, spec, info, state):
         if feedback.residual is None or blocks(spec.size, self.block)[1] > 1 or grad.dtype != np.float32:
             return None
-        if (done := ops.compensate_signs(feedback, grad, self.by_side)) is None:
+        if (done := ops.compensate_signs(feedback, grad, self.number_of_sums)) is None:
             return None
         x, signs, sums = done
-        floats = self.floats(ops, sums, spec.size)
+        floats = self.floats(ops, sums[:, None], np.array([spec.size]))
         (below,), (above,) = self.sides(ops, floats)
         ops.kernels.subtract_signs(x, below, above)
         return Fused((*floats, signs), x)
+
+    def joined(self, specs):
+        return JoinedSigns(self, specs) if all(blocks(spec.size, self.block)[1] == 1 for spec in specs) else None
+
+
+class JoinedSigns(Joined):
+    """Of signs.py's TwoSided, each tensor of one block."""
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where in the payload the bytes are of (the floats: the first of all tensors, then the second of all; the signs)."""
+        number = len(self.each.fields(self.specs[0])) - 1
+        whole = [4 * number + (spec.size + 7) // 8 for spec in self.specs]
+        starts = np.cumsum([0, *whole[:-1]])
+        floats = starts[None, :, None] + 4 * np.arange(number)[:, None, None] + np.arange(4)
+        signs = [np.arange(start + 4 * number, start + size) for start, size in zip(starts, whole, strict=True)]
+        return floats.reshape(number, -1), np.concatenate(signs)
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        if feedback.residual is None:
+            return None
+        floats_at, signs_at = self._places
+        total, signs, sums = ops.empty(spec.size), np.empty(len(signs_at), np.uint8), np.zeros((len(self.specs), self.each.number_of_sums))
+        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
+        if not ops.kernels.compensate_signs_each(feedback.residual, grad, *factors, self.ends, total, signs, sums.reshape(-1)):
+            return None
+        floats = self.each.floats(ops, sums.T, self.sizes)
+        ops.kernels.subtract_signs_each(total, *self.each.sides(ops, floats), self.ends)
+        payload = np.empty(floats_at.size + len(signs), np.uint8)
+        payload[signs_at] = signs
+        for places, piece in zip(floats_at, floats, strict=True):
+            payload[places] = piece
+        return Fused((payload,), total)
+
+    def add_all(self, ops, total, payloads, info):
+        floats_at, signs_at = self._places
+        try:
+            sides = [self.each.sides(ops, [data[places] for places in floats_at]) for (data,) in payloads]
+        except PayloadError:
+            return False
+        below, above = (np.concatenate(side) for side in zip(*sides, strict=True))
+        signs = np.concatenate([data[signs_at] for (data,) in payloads])
+        ops.kernels.sum_signs_each(total, signs, below, above, self.ends, np.float32(info.divisor))
+        return True
 
 
 @register("efsignsgd")
@@ -238,4 +284,4 @@ class EFSignSGD(TwoSided):
         return -scales, scales
 
     def floats(self, ops, sums, d):
-        return (floats_to_bytes(ops, sums / d),)
+        return (floats_to_bytes(ops, sums[0] / d),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,6 +14,7 @@ from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_i
 from ..errors import PayloadError
 from ..parts import ITEMSIZE, knob
 from .base import Compressor, Field, Fused, sent_by
+from .joined import Joined
 
 if TYPE_CHECKING:
     from ..ops import Array, Feedback, Ops
@@ -121,6 +123,8 @@ class Selecting(AtPositions):
     wants_memory: ClassVar[bool] = True
     #: The number of positions depends on the shape alone.
     exactly: ClassVar[bool] = False
+    #: It has `take_each`.
+    joins: ClassVar[bool] = False
     # A subclass has knobs of these names, or keeps these.
     values = "fp32"
     index = "auto"
@@ -137,22 +141,27 @@ class Selecting(AtPositions):
         """About how many positions are sent of d."""
         return self.most(d)
 
+    @property
+    def wire(self) -> str:
+        """The dtype of values on the wire."""
+        return VALUES[self.values]
+
     def fields(self, spec):
         d, most = spec.size, self.most(spec.size)
         return (
-            Field("values", VALUES[self.values], most, variable=not self.exactly),
+            Field("values", self.wire, most, variable=not self.exactly),
             index_field(most, d, self.index, exactly=self.exactly),
         )
 
     def nbytes(self, spec):
-        d, most, item = spec.size, self.most(spec.size), ITEMSIZE[VALUES[self.values]]
+        d, most, item = spec.size, self.most(spec.size), ITEMSIZE[self.wire]
         if self.exactly:
             return super().nbytes(spec)
         # Where any number may be sent, `payload` sends all values without positions if that is not larger.
         return 8 + (item * d if most == d else item * most + max_index_bytes(most, d, self.index))
 
     def mean_nbytes(self, spec):
-        d, count, item = spec.size, self.typical(spec.size), ITEMSIZE[VALUES[self.values]]
+        d, count, item = spec.size, self.typical(spec.size), ITEMSIZE[self.wire]
         bound = self.nbytes(spec)
         return bound if self.exactly else min(bound, item * count + index_bytes(count, d, self.index) + 8)
 
@@ -167,6 +176,16 @@ class Selecting(AtPositions):
         residual without the candidates; their positions and values, None where nothing was looked for). None where it is not finite."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
+
+    def take_each(
+        self, ops: Ops, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray
+    ) -> tuple[Array, Array, Array] | None:
+        """For `JoinedSelecting`: of tensors that end there in `grad`, `swept` and what is chosen: (what is compressed, but where there is a
+        residual without what is sent; positions; values). None where it is not finite. A subclass that has it says so with `joins`."""
+        raise NotImplementedError
+
+    def joined(self, specs):
+        return JoinedSelecting(self, specs) if self.joins and self.index == "auto" else None
 
     def among(self, ops: Ops, values: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State] | None:
         """(which of these candidates to send, bool[m]; the new state); None where they are not the right ones."""
@@ -191,7 +210,7 @@ class Selecting(AtPositions):
             if not which.all():
                 count = ops.kernels.put_back(x[:0] if left is None else left, positions, values, which)
                 positions, values = positions[:count], values[:count]
-        if self._sends_all(len(positions), spec.size):
+        if self.sends_all(len(positions), spec.size):
             if left is not None:
                 left[positions] = values
             positions, values = ops.arange(spec.size), ops.copy(x)
@@ -199,26 +218,89 @@ class Selecting(AtPositions):
                 left[:] = 0
         payload = self._wire(ops, positions, values, spec)
         if left is not None:
-            keep_rest(ops, left, positions, values, payload[0], VALUES[self.values])
+            keep_rest(ops, left, positions, values, payload[0], self.wire)
         return Fused(payload, left, state)
 
     def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec) -> Payload:
         """The wire form of x at these positions."""
-        if self._sends_all(len(positions), spec.size):
+        if self.sends_all(len(positions), spec.size):
             positions = ops.arange(spec.size)
         return self._wire(ops, positions, x[positions], spec)
 
-    def _sends_all(self, count: int, d: int) -> bool:
+    def sends_all(self, count: int, d: int) -> bool:
         """All values without positions are no larger than so many with theirs."""
-        item = ITEMSIZE[VALUES[self.values]]
+        item = ITEMSIZE[self.wire]
         return not self.exactly and self.most(d) == d and item * count + index_bytes(count, d, self.index) >= item * d
 
     def _wire(self, ops: Ops, positions: Array, values: Array, spec: TensorSpec) -> Payload:
-        return ops.to_bytes(values, VALUES[self.values]), encode_indices(ops, positions, spec.size, self.index)
+        return ops.to_bytes(values, self.wire), encode_indices(ops, positions, spec.size, self.index)
 
     def decoded(self, ops, payload, spec, info):
-        values = finite(ops, ops.from_bytes(payload[0], VALUES[self.values]))
+        values = finite(ops, ops.from_bytes(payload[0], self.wire))
         return decode_indices(ops, payload[1], len(values), spec.size, self.index), values
+
+
+class JoinedSelecting(Joined):
+    """Of sparse.py's Selecting, with the index coding 'auto'."""
+
+    @cached_property
+    def most(self) -> np.ndarray:
+        """The largest number of positions of each tensor; where the compressor sends exactly so many, the number."""
+        return np.array([self.each.most(spec.size) for spec in self.specs])
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        taken = self.each.take_each(ops, grad, feedback, self.ends, self.most)
+        if taken is None:
+            return None
+        x, positions, values = taken
+        left, counted = None if feedback.residual is None else x, not self.each.exactly
+        found = np.searchsorted(positions, self.ends)
+        if counted:
+            counts = np.diff(found, prepend=0).tolist()
+            whole = [self.each.sends_all(count, own.size) for count, own in zip(counts, self.specs, strict=True)]
+            if any(whole):
+                positions, values, found = self._with_whole(ops, x, left, positions, values, found, whole)
+        sent = ops.to_bytes(values, self.each.wire)
+        if left is not None:
+            keep_rest(ops, left, positions, values, sent, self.each.wire)
+        counts = np.diff(found, prepend=0).tolist()
+        codes = sum(index_bytes(count, own.size) for count, own in zip(counts, self.specs, strict=True))
+        payload = np.zeros(len(sent) + codes + 8 * counted * len(self.specs), np.uint8)
+        ops.kernels.join_sparse(positions, sent, ITEMSIZE[self.each.wire], found, self.ends, counted, payload)
+        return Fused((payload,), left)
+
+    def _with_whole(self, ops, x, left, positions, values, found, whole):
+        """(positions, values, where each tensor's end) with all elements of those tensors whose every value is no larger without positions;
+        what is left of them is zero."""
+        places, kept, start = [], [], 0
+        for here, end, every in zip(self._slices, found, whole, strict=True):
+            places.append(positions[start:end])
+            kept.append(values[start:end])
+            if every:
+                full = ops.copy(x[here])
+                full[places[-1] - here.start] = kept[-1]
+                if left is not None:
+                    left[here] = 0
+                places[-1], kept[-1] = np.arange(here.start, here.stop), full
+            start = end
+        return ops.concat(places), ops.concat(kept), np.array(list(accumulate(map(len, places))))
+
+    def add_all(self, ops, total, payloads, info):
+        item, places, values = ITEMSIZE[self.each.wire], [], []
+        for (data,) in payloads:
+            room = min(len(data) // item, len(total))
+            positions, sent = np.empty(room, np.int64), np.empty(item * room, np.uint8)
+            found = ops.kernels.open_sparse(data, item, self.most, self.ends, not self.each.exactly, positions, sent)
+            if found < 0:
+                return False
+            places.append(positions[:found])
+            values.append(ops.from_bytes(sent[: item * found], self.each.wire))
+        every = ops.concat(values)
+        if not ops.all_finite(every):
+            return False
+        ends = np.array(list(accumulate(map(len, places))))
+        ops.kernels.add_sparse(total, ops.concat(places), every, ends, np.float32(info.divisor))
+        return True
 
 
 def count_field() -> Field:

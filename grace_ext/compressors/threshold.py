@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Threshold(Selecting):
     Source: Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization); Strom 2015.
     """
 
+    joins: ClassVar[bool] = True
     threshold: float = knob(0.01, "smallest magnitude that is sent, in units of the gradient", low=0, headline=True)
     values: str = values_knob()
     index: str = index_knob()
@@ -34,6 +36,10 @@ class Threshold(Selecting):
 
     def swept(self, ops, grad, feedback, spec, info, state):
         return ops.sweep(feedback, grad, self.threshold)
+
+    def take_each(self, ops, grad, feedback, ends, most):
+        swept = ops.sweep(feedback, grad, self.threshold)
+        return swept and (swept[0], *swept[1])
 
     def among(self, ops, values, spec, info, state):
         return np.ones(len(values), bool), state

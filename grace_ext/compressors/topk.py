@@ -19,6 +19,7 @@ class TopK(Selecting):
     """
 
     exactly: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     ratio: float = ratio_knob()
     values: str = values_knob()
     index: str = index_knob()
@@ -31,6 +32,15 @@ class TopK(Selecting):
 
     def swept(self, ops, grad, feedback, spec, info, state):
         return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
+
+    def take_each(self, ops, grad, feedback, ends, most):
+        if (x := ops.compensate(feedback, grad)) is None:
+            return None
+        positions = ops.largest_each(x, ends, most)
+        values = x[positions]
+        if feedback.residual is not None:
+            x[positions] = 0
+        return x, positions, values
 
     def among(self, ops, values, spec, info, state):
         k = kept(self.ratio, spec.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
-from .compile import i64, inlined, kernel, u32, write
+from .compile import i64, inlined, kernel, read, u32, write
 from .elementwise import PIECE
 
 M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(15), np.uint32(16)
@@ -75,3 +75,15 @@ def permuted(k0, k1, half, d, out):
                 outside[left] = outside[j]
                 left += again[j] >= d
             count = left
+
+
+@kernel(read(u32), read(i64), read(i64), read(i64), write(i64))
+def permuted_each(keys, halves, sizes, counts, out):
+    """permuted for each size, with two words of the keys and so many images each, as positions in arrays of these sizes laid end to end."""
+    at, start = 0, 0
+    for t in range(len(sizes)):
+        mine = out[at : at + counts[t]]
+        permuted(keys[2 * t], keys[2 * t + 1], halves[t], sizes[t], mine)
+        for j in range(len(mine)):
+            mine[j] += start
+        at, start = at + counts[t], start + sizes[t]

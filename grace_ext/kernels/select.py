@@ -178,20 +178,22 @@ def add_sparse(total, positions, values, ends, divisor):
                 piece[j] /= divisor
 
 
-@kernel(read(i64), i64, write(u8))
-def elias_fano(positions, low, out):
-    """The code of ascending positions into `out`, zeros at first: the low bits of each, packed, then the rest in unary."""
+@kernel(read(i64), i64, i64, write(u8))
+def elias_fano(positions, start, low, out):
+    """The code of ascending positions, counted from `start`, into `out`, zeros at first: the low bits of each, packed, then the rest in
+    unary."""
     acc, bits, at, mask = np.uint64(0), 0, 0, (1 << low) - 1
     high = (len(positions) * low + 7) // 8
     for j in range(len(positions)):
-        acc |= np.uint64(positions[j] & mask) << np.uint64(bits)
+        position = positions[j] - start
+        acc |= np.uint64(position & mask) << np.uint64(bits)
         bits += low
         while bits >= 8:
             out[at] = acc & np.uint64(255)
             acc >>= np.uint64(8)
             bits -= 8
             at += 1
-        one = (positions[j] >> low) + j
+        one = (position >> low) + j
         out[high + (one >> 3)] |= np.uint8(1 << (one & 7))
     if bits:
         out[at] = acc

@@ -39,6 +39,8 @@ class Memory(Part):
     resumes_alone: ClassVar[bool] = True
     #: The result differs from rank to rank: only for wrappers that average models, and for LocalCluster.
     diverges: ClassVar[bool] = False
+    #: Tensors laid end to end may go through it as one: it has `feedback`, keeps nothing but 'residual', and asks for no more than that.
+    elementwise: ClassVar[bool] = False
     #: How often it sends a tensor in one step, at most.
     sends: ClassVar[int] = 1
     #: It looks at all tensors of the model at once, so they travel in one bucket.

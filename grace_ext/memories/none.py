@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..ops import Feedback
 from . import register
@@ -11,6 +12,8 @@ from .base import Memory
 @dataclass(frozen=True)
 class NoMemory(Memory):
     """Remembers nothing: what compression loses is lost. Right for unbiased compressors. State: none."""
+
+    elementwise: ClassVar[bool] = True
 
     def init(self, ops, spec, info):
         return {}

@@ -21,6 +21,7 @@ class Residual(Memory):
     """
 
     feeds_back: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     beta: float = knob(1.0, "how much of the residual is kept; under 1 old error fades", low=0, high=1)
     gamma: float = knob(1.0, "factor of the gradient", above=0, high=1e6)
 

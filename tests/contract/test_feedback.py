@@ -147,11 +147,11 @@ class Recorder:
             self.calls.append(Sent(spec.name, info.rank, *arrays, positions, aggregate, sent.compressor.omega(spec.size)))
             return original(part, ops_, compensated, sent, spec, info, state)
 
-        self._patches = mock.patch.object(type(memory), "after", after), mock.patch.object(exchange, "compiled", lambda *_: None)
+        self._after = mock.patch.object(type(memory), "after", after)
 
     @contextmanager
     def watching(self):
-        with self._patches[0], self._patches[1]:
+        with self._after, mock.patch.multiple(exchange, compiled=lambda *_: None, joint=lambda *_: None):
             yield
 
 

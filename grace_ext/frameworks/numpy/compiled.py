@@ -215,6 +215,12 @@ class CompiledOps(QuantizingOps):
             return super().top_k(x, k)
         return found[0][super().top_k(found[1], k)]
 
+    def largest_each(self, x: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The positions that `top_k` finds of each of the tensors that end there."""
+        positions = np.empty(counts.sum(), np.int64)
+        self.kernels.largest_each(x, ends, counts, positions)
+        return positions
+
     def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, Found | None] | None:
         """As `sweep`, with a threshold that a few more than k elements are likely to reach; looks for nothing where a sort is faster."""
         if grad.size < SMALL or k >= grad.size:
@@ -288,10 +294,10 @@ class CompiledOps(QuantizingOps):
         most = self.kernels.pack_signs_and_most(x, signs)
         return (signs, most > 0) if most < kernels.INFINITY else None
 
-    def compensate_signs(self, feedback: Feedback, grad: np.ndarray, sides: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """(what is compressed, its signs packed, float64[1]: the sum of its magnitudes; or, with `sides`, float64[3]: that of what is below
-        zero, that of the rest, and how many are below); None where it is not finite. For a feedback that has a residual."""
-        total, signs, sums = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), np.zeros(3 if sides else 1)
+    def compensate_signs(self, feedback: Feedback, grad: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(what is compressed, its signs packed, float64[number]: with 1 the sum of its magnitudes, with 3 that of what is below zero, that
+        of the rest, and how many are below); None where it is not finite. For a feedback that has a residual."""
+        total, signs, sums = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), np.zeros(number)
         factors = np.float32(feedback.beta), np.float32(feedback.gamma)
         finite = self.kernels.compensate_signs(feedback.residual, grad, *factors, total, signs, sums)
         return (total, signs, sums) if finite else None

@@ -1,0 +1,107 @@
+"""Small tensors of one bucket, laid end to end, as one: what is done for each of a hundred biases costs more than the work on them.
+
+The bytes are those of each tensor by itself, one after the other, so that it does not matter which rank joins what.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import IncompatiblePartsError
+from ..ops import Array, Ops
+from ..parts import Field
+from ..payload import pack, unpack
+from ..spec import StepInfo, TensorSpec
+from .base import Compressor, Payload
+
+if TYPE_CHECKING:
+    from ..communicators.base import Communicator
+
+#: Elements of a tensor that may be joined, and of those that are joined to one: they stay in the cache.
+SMALL, ROOM = 1 << 14, 1 << 17
+
+
+@lru_cache(maxsize=1024)  # of each bucket of a model, at every step
+def joined(compressor: Compressor, communicator: Communicator, specs: tuple[TensorSpec, ...]) -> tuple[Compressor, TensorSpec] | None:
+    """What compresses the concatenation of such tensors, of one dtype, and what that is. None where the communicator cannot carry it."""
+    one = compressor.joined(specs)
+    try:
+        if one is None or communicator.check(one):
+            return None
+    except IncompatiblePartsError:
+        return None
+    return one, TensorSpec(", ".join(spec.name for spec in specs), (sum(spec.size for spec in specs),), specs[0].dtype)
+
+
+@dataclass(frozen=True)
+class Joined(Compressor):
+    """Several tensors as one, each compressed by itself. Not registered. Subclasses say how that is done at once: `fused`, `add_all`."""
+
+    each: Any
+    specs: tuple[TensorSpec, ...]
+
+    def __post_init__(self):
+        pass  # no knobs
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        return np.array([spec.size for spec in self.specs])
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        return np.cumsum(self.sizes)
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        ends = [int(end) for end in self.ends]
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    @cached_property
+    def _fields(self) -> tuple[Field, ...]:
+        tensors = tuple((spec.name, self.each.fields(spec)) for spec in self.specs)
+        every = [field for _, fields in tensors for field in fields]
+        variable = any(field.variable for field in every)
+        return (Field("payloads", "uint8", sum(field.max_bytes for field in every), variable, tensors if variable else ()),)
+
+    def fields(self, spec):
+        return self._fields
+
+    def _apart(self, ops: Ops, payload: Payload, rank: int) -> list[Payload]:
+        """Each tensor's own payload. Raises PayloadError."""
+        tensors = [(spec.name, self.each.fields(spec)) for spec in self.specs]
+        return list(unpack(ops, payload[0], tensors, rank))
+
+    def _whole(self, ops: Ops, payloads: Iterator[Payload]) -> Payload:
+        """The inverse."""
+        pieces = [piece for spec, payload in zip(self.specs, payloads, strict=True) for piece in pack(ops, self.each.fields(spec), payload)]
+        return (ops.concat(pieces),)
+
+    def compress(self, ops, x, spec, info, state):
+        compressed = (self.each.compress(ops, x[here], own, info, {})[0] for here, own in zip(self._slices, self.specs, strict=True))
+        return self._whole(ops, compressed), state
+
+    def decompress(self, ops, payload, spec, info):
+        apart = zip(self._apart(ops, payload, info.rank), self.specs, strict=True)
+        return ops.concat([self.each.decompress(ops, own, one, info) for own, one in apart])
+
+    def combine(self, ops, payloads, spec, info, out=None):
+        out = ops.empty(spec.size) if out is None else out
+        if self.add_all(ops, out, payloads, info):
+            return out
+        # Something is wrong with a payload, and its own compressor says what.
+        apart = [self._apart(ops, payload, rank) for rank, payload in enumerate(payloads)]
+        for here, own, its in zip(self._slices, self.specs, zip(*apart, strict=True), strict=True):
+            result = self.each.combine(ops, its, own, info, out[here])
+            if result.base is not out:
+                out[here] = result
+        return out
+
+    @abstractmethod
+    def add_all(self, ops: Ops, total: Array, payloads: Sequence[Payload], info: StepInfo) -> bool:
+        """`combine`, into `total`; False where something is wrong with a payload."""

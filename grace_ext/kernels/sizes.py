@@ -1,0 +1,17 @@
+"""The size of codes of positions: plain arithmetic, for kernels and for all else."""
+
+from __future__ import annotations
+
+
+def smallest_elias_fano(k: int, d: int) -> tuple[int, int]:
+    """For k positions of d, 0 < k < d: (the number of low bits that makes the Elias-Fano code smallest, the lowest of such; its bytes)."""
+    quotient, about = d // k, 0
+    while quotient > 1:
+        quotient >>= 1
+        about += 1
+    best, least = 0, 1 << 62
+    for low in range(max(0, about - 1), min(31, about + 1) + 1):
+        size = (k * low + 7) // 8 + (k + (d - 1 >> low) + 7) // 8
+        if size < least:
+            best, least = low, size
+    return best, least
