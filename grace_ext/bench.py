@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import statistics
 import time
@@ -13,7 +14,7 @@ import numpy as np
 
 from . import __version__, compressors, kernels
 from .composition import Grace, grace
-from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, one_pass, replaced
+from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, replaced
 from .frameworks.numpy.compiled import host_ops
 from .frameworks.numpy.ops import NumpyOps
 from .parts import HALVES
@@ -115,16 +116,35 @@ class _Run:
 
     def __init__(self, g: Grace, ops: Any, spec: TensorSpec):
         self.ops, self.spec, self.state = ops, spec, {}
-        self.parts = g.parts_for(spec)
-        self.nbytes, self.result = 0, np.empty(0)
-        self.room = np.zeros(spec.size, np.float32)  # decoded into, as training decodes into the gradient's memory
+        compressor, memory, communicator = g.parts_for(spec)
+        self.parts = self._decoding_timed(compressor), memory, communicator
+        self.nbytes, self.decoding, self.result = 0, 0.0, np.empty(0)
+
+    def _decoding_timed(self, compressor: Any) -> Any:
+        """A copy that adds to `decoding` the seconds of what gives the result of a payload, or of all ranks'; none where there is no such
+        call (votes that the network counts, rounds of their own)."""
+        timed = copy.copy(compressor)
+
+        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                start = time.perf_counter()
+                try:
+                    return method(*args)
+                finally:
+                    self.decoding += time.perf_counter() - start
+
+            return run
+
+        for name in ("combine", "decompress_into"):
+            object.__setattr__(timed, name, watched(getattr(timed, name)))
+        return timed
 
     def step(self, gradient: np.ndarray, number: int) -> tuple[float, float]:
         """(seconds of encoding, of decoding per rank)"""
         info = StepInfo(number, 0, RANKS, RANKS)
         self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
         running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info, [False])
-        spent, answer, self.nbytes, decode = 0.0, None, 0, 0.0
+        spent, answer, self.nbytes, self.decoding = 0.0, None, 0, 0.0
         while True:
             start = time.perf_counter()
             try:
@@ -135,21 +155,8 @@ class _Run:
                 break
             spent += time.perf_counter() - start
             answer = self._answer(request)
-            decode = self._decode(request, info)
         self.ops.recycle(replaced(old, self.state))
-        return max(spent - decode, 0.0), decode / RANKS if self.parts[2].name != "allreduce" else decode
-
-    def _decode(self, request: Any, info: StepInfo) -> float:
-        """Seconds of decoding what was asked for, once more; 0 where it is not decoded by one call."""
-        (compressor, _, communicator), out = self.parts, self.room
-        if not one_pass(compressor, communicator) or (compressor.votes and communicator.name == "allreduce"):
-            return 0.0
-        if isinstance(request, Gather):
-            return _timed(lambda: compressor.combine(self.ops, [request.payload] * RANKS, self.spec, info, out))
-        if isinstance(request, AllReduce):
-            mean = request.array if request.dtype in HALVES else self.ops.to_bytes(request.array, request.dtype)
-            return _timed(lambda: compressor.decompress_into(self.ops, (mean,), self.spec, info, out))
-        return 0.0
+        return spent - self.decoding, self.decoding / RANKS if self.parts[2].name != "allreduce" else self.decoding
 
     def _answer(self, request: Any) -> Any:
         if isinstance(request, Together):

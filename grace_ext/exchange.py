@@ -22,7 +22,7 @@ import numpy as np
 
 from .compressors.base import Compressor
 from .compressors.joined import ROOM, SMALL, joined
-from .ops import Array, Feedback, Ops
+from .ops import Array, Feedback, Ops, Zeros
 from .parts import HALVES, INTEGERS, ITEMSIZE, Field
 from .payload import HEADER, message, open_message, pack, unpack
 from .spec import StepInfo, TensorSpec
@@ -153,6 +153,8 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array]) -> Gen
     absorbed = job.memory.absorb(ops, job.grad, job.spec, info, state)
     state = {**state, **absorbed}
     grad = job.memory.incoming(job.grad, state)
+    if grad is job.out:
+        feedback = feedback._replace(spent=True)
     x = compensated(ops, grad, feedback) if job.watch is not None and job.watch.closely else None
     if one_pass(job.compressor, job.communicator):
         fused = job.compressor.fused(ops, grad, feedback, job.spec, info, state)
@@ -184,7 +186,8 @@ def one_pass(compressor: Any, communicator: Any) -> bool:
 def _exchange_fused(ops: Ops, job: Job, info: StepInfo, state: dict[str, Array], fused: Any) -> Generator[Any, Any, Outcome]:
     """The rest of exchange_tensor, where memory and compressor are done."""
     before = {**state, **fused.state}
-    done = yield from job.communicator.carry(ops, job.compressor, fused.payload, job.spec, info, fused.state, job.out)
+    out = Zeros(job.out) if fused.zeroed else job.out
+    done = yield from job.communicator.carry(ops, job.compressor, fused.payload, job.spec, info, fused.state, out)
     kept = job.compressor.on_aggregate(ops, done.aggregate, job.spec, info, before)
     unsent = {} if fused.unsent is None else {"residual": fused.unsent}
     return Outcome(done.aggregate, _updated(state, fused.state, done.state, kept, unsent, job.memory.marked(ops, done, before)))

@@ -23,11 +23,19 @@ Array = Any
 
 
 class Feedback(NamedTuple):
-    """What a memory adds before compression: p = beta residual + gamma grad; or p = grad, where the residual is None."""
+    """What a memory adds before compression: p = beta residual + gamma grad; or p = grad, where the residual is None. `spent`: where there
+    is a residual, the gradient may be left as zeros, while it is in the cache, for a result that is mostly zeros (see Zeros)."""
 
     residual: Array | None
     beta: float = 1.0
     gamma: float = 1.0
+    spent: bool = False
+
+
+class Zeros(NamedTuple):
+    """Where a result may be written to, and there are only zeros."""
+
+    array: Array
 
 
 class Ops(ABC):

@@ -198,8 +198,8 @@ class Part:
 @dataclass(frozen=True)
 class Field:
     """One array of a payload: its name, wire dtype and number of elements; a `variable` one holds at most `count` elements and
-    carries its true count in 4 bytes before it. Or `joined`: the payloads of several tensors, (name, fields) of each, one after the other;
-    they say themselves how long they are, and `count` is the most that they may be."""
+    carries its true count in 4 bytes before it. `joined`: (name, fields) of the tensors whose payloads it holds, one after the other; where
+    it is variable, they say themselves how long they are."""
 
     name: str
     dtype: str

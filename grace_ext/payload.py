@@ -103,7 +103,7 @@ def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]]
         arrays = []
         for field in fields:
             count = field.count
-            if field.joined:
+            if field.variable and field.joined:
                 count = _extent(ops, body[at:], field, rank)
             elif field.variable:
                 if at + 4 > len(body):
@@ -114,6 +114,7 @@ def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]]
                     raise PayloadError(f"claims {count} elements of {field.name!r}, at most {field.count} are possible", rank, name)
             end = at + count * ITEMSIZE[field.dtype]
             if end > len(body):
+                _named(ops, body[at:], field, rank)
                 raise PayloadError(f"ends inside {field.name!r}", rank, name)
             arrays.append(body[at:end])
             at = end
@@ -126,9 +127,14 @@ def _extent(ops: Ops, body: Array, field: Field, rank: int) -> int:
     """How many bytes a joined field takes. Raises PayloadError naming rank and tensor."""
     taken = ops.kernels.extent(body, *_table(field.joined))
     if taken < 0:
-        for _ in unpack(ops, body, field.joined, rank):
-            pass  # says what is wrong
+        _named(ops, body, field, rank)
     return taken
+
+
+def _named(ops: Ops, body: Array, field: Field, rank: int) -> None:
+    """Raises the PayloadError that names the tensor of a joined field that is not as it should be."""
+    for _ in unpack(ops, body, field.joined, rank):
+        pass
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,7 @@ from ..spec import StepInfo, TensorSpec
 if TYPE_CHECKING:
     from ..compressors.base import Compressor, Payload, State
     from ..memories.base import Memory
-    from ..ops import Array, Ops
+    from ..ops import Array, Ops, Zeros
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Communicator(Part):
 
     def carry(
         self, ops: Ops, compressor: Compressor, payload: Payload, spec: TensorSpec, info: StepInfo, state: State,
-        out: Array | None = None,
+        out: Array | Zeros | None = None,
     ) -> Generator[Any, Any, Exchanged]:  # fmt: skip
         """The exchange of what was compressed already, where `carries_payloads`. The aggregate may be written to `out`."""
         raise NotImplementedError

@@ -14,7 +14,7 @@ from ..spec import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..communicators.base import Communicator
-    from ..ops import Array, Feedback, Ops
+    from ..ops import Array, Feedback, Ops, Zeros
 
 State = Mapping[str, "Array"]
 # The wire form of one tensor: one uint8 array for each field of `fields(spec)`.
@@ -36,12 +36,13 @@ class Exchanged(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """What memory and compressor did in one pass over gradient and residual: the payload, the new residual (None where there was none), and
-    what changed of the compressor's state."""
+    """What memory and compressor did in one pass over gradient and residual: the payload, the new residual (None where there was none),
+    what changed of the compressor's state, and whether the gradient, which was spent, is now all zeros."""
 
     payload: Payload
     unsent: Array | None
     state: State = {}  # noqa: RUF012
+    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class Compressor(Part):
     def decompress(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array:
         """The flat float array that the payload stands for: a new one, never a view of the payload. Pure. Raises PayloadError."""
 
-    def decompress_into(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo, out: Array | None) -> Array:
-        """As `decompress`; may be written to `out`, float32[d], where that is given, and is then that array."""
+    def decompress_into(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo, out: Array | Zeros | None) -> Array:
+        """As `decompress`; may be written to `out`, float32[d], where that is given, and is then that array. Zeros come only to compressors
+        whose `fused` made them, here and in `combine`."""
         return self.decompress(ops, payload, spec, info)
 
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
@@ -121,7 +123,7 @@ class Compressor(Part):
         """x -= decompress(payload), in place."""
         x -= self.decompress(ops, payload, spec, info)
 
-    def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo, out: Array | None = None) -> Array:
+    def combine(self, ops: Ops, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo, out: Array | Zeros | None = None) -> Array:
         """The result for the payloads of all ranks, in rank order: a new array, or, where there is room for it (float32), `out`. Overridden
         where it is not a function of their sum."""
         wide = self.keeps_float64 and spec.dtype == "float64"

@@ -7,6 +7,7 @@ import numpy as np
 
 from . import register
 from .base import Compressor, Field, Fused
+from .joined import JoinedCasts
 
 
 class _Half(Compressor):
@@ -46,7 +47,7 @@ class _Half(Compressor):
         return Fused((out.view(np.uint8),), left) if finite else None
 
     def joined(self, specs):
-        return self
+        return JoinedCasts(self, specs)
 
     def add_compiled(self, ops, total, payload, spec, first, divisor):
         if not ops.kernels.narrow:

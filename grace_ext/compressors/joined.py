@@ -9,11 +9,11 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..errors import IncompatiblePartsError
+from ..errors import IncompatiblePartsError, PayloadError
 from ..ops import Array, Ops
 from ..parts import Field
 from ..payload import pack, unpack
@@ -31,12 +31,18 @@ SMALL, ROOM = 1 << 14, 1 << 17
 def joined(compressor: Compressor, communicator: Communicator, specs: tuple[TensorSpec, ...]) -> tuple[Compressor, TensorSpec] | None:
     """What compresses the concatenation of such tensors, of one dtype, and what that is. None where the communicator cannot carry it."""
     one = compressor.joined(specs)
+    if one is None:
+        return None
     try:
-        if one is None or communicator.check(one):
-            return None
+        communicator.check(one)
     except IncompatiblePartsError:
         return None
     return one, TensorSpec(", ".join(spec.name for spec in specs), (sum(spec.size for spec in specs),), specs[0].dtype)
+
+
+def fields_of(each: Compressor, specs: tuple[TensorSpec, ...]) -> tuple[tuple[str, tuple[Field, ...]], ...]:
+    """(name, fields) of each tensor by itself."""
+    return tuple((spec.name, each.fields(spec)) for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -64,18 +70,17 @@ class Joined(Compressor):
 
     @cached_property
     def _fields(self) -> tuple[Field, ...]:
-        tensors = tuple((spec.name, self.each.fields(spec)) for spec in self.specs)
+        tensors = fields_of(self.each, self.specs)
         every = [field for _, fields in tensors for field in fields]
         variable = any(field.variable for field in every)
-        return (Field("payloads", "uint8", sum(field.max_bytes for field in every), variable, tensors if variable else ()),)
+        return (Field("payloads", "uint8", sum(field.max_bytes for field in every), variable, tensors),)
 
     def fields(self, spec):
         return self._fields
 
     def _apart(self, ops: Ops, payload: Payload, rank: int) -> list[Payload]:
         """Each tensor's own payload. Raises PayloadError."""
-        tensors = [(spec.name, self.each.fields(spec)) for spec in self.specs]
-        return list(unpack(ops, payload[0], tensors, rank))
+        return list(unpack(ops, payload[0], fields_of(self.each, self.specs), rank))
 
     def _whole(self, ops: Ops, payloads: Iterator[Payload]) -> Payload:
         """The inverse."""
@@ -92,7 +97,7 @@ class Joined(Compressor):
 
     def combine(self, ops, payloads, spec, info, out=None):
         out = ops.empty(spec.size) if out is None else out
-        if self.add_all(ops, out, payloads, info):
+        if self.add_all(ops, out, payloads, spec, info):
             return out
         # Something is wrong with a payload, and its own compressor says what.
         apart = [self._apart(ops, payload, rank) for rank, payload in enumerate(payloads)]
@@ -103,5 +108,29 @@ class Joined(Compressor):
         return out
 
     @abstractmethod
-    def add_all(self, ops: Ops, total: Array, payloads: Sequence[Payload], info: StepInfo) -> bool:
+    def add_all(self, ops: Ops, total: Array, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo) -> bool:
         """`combine`, into `total`; False where something is wrong with a payload."""
+
+
+class JoinedCasts(Joined):
+    """Of compressors that send every element in one form and nothing else: all is as of one tensor, but the names in errors."""
+
+    summable: ClassVar[bool] = True
+
+    @cached_property
+    def _fields(self):
+        tensors = fields_of(self.each, self.specs)
+        return (Field("values", tensors[0][1][0].dtype, int(self.ends[-1]), joined=tensors),)
+
+    def fused(self, ops, grad, feedback, spec, info, state):
+        return self.each.fused(ops, grad, feedback, spec, info, state)
+
+    def decompress_into(self, ops, payload, spec, info, out):
+        return self.each.decompress_into(ops, payload, spec, info, out)
+
+    def add_all(self, ops, total, payloads, spec, info):
+        try:
+            total[:] = self.each.combine(ops, payloads, spec, info, total)
+        except PayloadError:
+            return False
+        return True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ from ..parts import knob
 from ..spec import TensorSpec
 from . import register
 from .base import Compressor, Field, Fused
-from .sparse import VALUES, keep_rest, kept, ratio_knob, scatter, values_knob
+from .joined import fields_of
+from .sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, values_knob
 
 
 class _SharedPositions(Compressor):
@@ -77,18 +79,12 @@ class _SharedPositions(Compressor):
         if feedback.residual is None:
             return Fused((payload,), None)
         keep_rest(ops, x, positions, values, payload, VALUES[self.values])
-        return Fused((payload,), x)
+        return Fused((payload,), x, zeroed=feedback.spent)
 
     def decompress_into(self, ops, payload, spec, info, out):
-        if out is None:
+        if out is None or not ops.kernels:
             return self.decompress(ops, payload, spec, info)
-        positions, values = self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values])
-        if ops.kernels:
-            ops.kernels.add_sparse(out, positions, values, np.array([len(values)]), np.float32(1))
-        else:
-            out[:] = 0.0
-            out[positions] = values
-        return out
+        return add_up(ops, out, [self.positions(ops, payload, spec, info)], [ops.from_bytes(payload[0], VALUES[self.values])], 1)
 
     def decompress(self, ops, payload, spec, info):
         return scatter(ops, self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values]), spec.size)
@@ -110,8 +106,12 @@ class _Joined(_SharedPositions):
         return self.each.values
 
     def fields(self, spec):
-        every = [self.each.fields(one)[0] for one in self.specs]
-        return (Field("values", every[0].dtype, sum(field.count for field in every)),)
+        return self._fields
+
+    @cached_property
+    def _fields(self):
+        tensors = fields_of(self.each, self.specs)
+        return (Field("values", VALUES[self.values], sum(field.count for _, (field,) in tensors), joined=tensors),)
 
     def positions(self, ops, payload, spec, info):
         key = info.seed, info.step

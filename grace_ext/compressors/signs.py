@@ -243,7 +243,7 @@ class JoinedSigns(Joined):
             payload[places] = piece
         return Fused((payload,), total)
 
-    def add_all(self, ops, total, payloads, info):
+    def add_all(self, ops, total, payloads, spec, info):
         floats_at, signs_at = self._places
         try:
             sides = [self.each.sides(ops, [data[places] for places in floats_at]) for (data,) in payloads]

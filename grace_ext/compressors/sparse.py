@@ -12,6 +12,7 @@ import numpy as np
 
 from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 from ..errors import PayloadError
+from ..ops import Zeros
 from ..parts import ITEMSIZE, knob
 from .base import Compressor, Field, Fused, sent_by
 from .joined import Joined
@@ -76,6 +77,14 @@ def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
     return dense
 
 
+def add_up(ops: Ops, out: Array | Zeros, positions: list[Array], values: list[Array], divisor: int) -> Array:
+    """The ranks' values at their positions, by a kernel, added up in rank order and divided; all else is zero. Written to `out`."""
+    ends = np.array(list(accumulate(map(len, positions))))
+    add, total = (ops.kernels.add_to_zeros, out.array) if isinstance(out, Zeros) else (ops.kernels.add_sparse, out)
+    add(total, ops.concat(positions), ops.concat(values), ends, np.float32(divisor))
+    return total
+
+
 class AtPositions(Compressor):
     """Base of compressors whose payload stands for values at some positions, and zero elsewhere."""
 
@@ -101,16 +110,13 @@ class AtPositions(Compressor):
 
     def combine(self, ops, payloads, spec, info, out=None):
         if not ops.kernels or type(self).aggregate is not Compressor.aggregate:
-            return super().combine(ops, payloads, spec, info, out)
+            return super().combine(ops, payloads, spec, info, out.array if isinstance(out, Zeros) else out)
         positions, values = [], []
         for rank, payload in enumerate(payloads):
             with sent_by(rank, spec.name):
                 for found, into in zip(self.decoded(ops, payload, spec, info), (positions, values), strict=True):
                     into.append(found)
-        total = ops.empty(spec.size) if out is None else out
-        ends = np.array(list(accumulate(map(len, positions))))
-        ops.kernels.add_sparse(total, ops.concat(positions), ops.concat(values), ends, np.float32(info.divisor))
-        return total
+        return add_up(ops, ops.empty(spec.size) if out is None else out, positions, values, info.divisor)
 
 
 class Selecting(AtPositions):
@@ -173,7 +179,8 @@ class Selecting(AtPositions):
         self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State
     ) -> tuple[Array, tuple[Array, Array] | None] | None:
         """For `fused`, where candidates are found as the residual is added: as `ops.sweep`, (what is compressed, but where there is a
-        residual without the candidates; their positions and values, None where nothing was looked for). None where it is not finite."""
+        residual without the candidates; their positions and values, None where nothing was looked for). None where it is not finite. With a
+        gradient that is spent, where something was looked for, that is zeros now."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
@@ -219,7 +226,7 @@ class Selecting(AtPositions):
         payload = self._wire(ops, positions, values, spec)
         if left is not None:
             keep_rest(ops, left, positions, values, payload[0], self.wire)
-        return Fused(payload, left, state)
+        return Fused(payload, left, state, zeroed=feedback.spent and left is not None and found is not None)
 
     def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec) -> Payload:
         """The wire form of x at these positions."""
@@ -285,7 +292,7 @@ class JoinedSelecting(Joined):
             start = end
         return ops.concat(places), ops.concat(kept), np.array(list(accumulate(map(len, places))))
 
-    def add_all(self, ops, total, payloads, info):
+    def add_all(self, ops, total, payloads, spec, info):
         item, places, values = ITEMSIZE[self.each.wire], [], []
         for (data,) in payloads:
             room = min(len(data) // item, len(total))
@@ -295,11 +302,9 @@ class JoinedSelecting(Joined):
                 return False
             places.append(positions[:found])
             values.append(ops.from_bytes(sent[: item * found], self.each.wire))
-        every = ops.concat(values)
-        if not ops.all_finite(every):
+        if not all(ops.all_finite(some) for some in values):
             return False
-        ends = np.array(list(accumulate(map(len, places))))
-        ops.kernels.add_sparse(total, ops.concat(places), every, ends, np.float32(info.divisor))
+        add_up(ops, total, places, values, info.divisor)
         return True
 
 

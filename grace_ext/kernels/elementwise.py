@@ -115,10 +115,13 @@ def magnitude_stats(x, out):
         out[2] = max(out[2], np.float64(float_of(min(found, INFINITY))))
 
 
-@kernel(read(f32), read(f32), f32, f32, write(f32), write(f64))
-def compensate_stats(residual, grad, beta, gamma, total, out):
-    """compensate and magnitude_stats in one pass."""
+@kernel(read(f32), read(f32), f32, f32, write(f32), write(f64), write(f32))
+def compensate_stats(residual, grad, beta, gamma, total, out, spent):
+    """compensate and magnitude_stats in one pass. `spent` is the gradient, where it is to become zeros as far as all is finite."""
     for start in range(0, len(total), PIECE):
         x = total[start : start + PIECE]
         compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, x)
         magnitude_stats(x, out)
+        if out[2] == np.inf:
+            break
+        spent[start : start + PIECE] = 0

@@ -96,10 +96,10 @@ def total_above(x, least):
     return total
 
 
-@kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64), write(f32))
-def sweep(residual, grad, beta, gamma, threshold, total, positions, values):
+@kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64), write(f32), write(f32))
+def sweep(residual, grad, beta, gamma, threshold, total, positions, values, spent):
     """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, but zero where its magnitude reaches the threshold, and
-    those. Stops and returns as collect."""
+    those. Stops and returns as collect. `spent` is the gradient, where it is to become zeros as far as that came and all is finite."""
     found, places = 0, np.empty(PIECE, np.int32)
     for start in range(0, len(total), PIECE):
         piece = total[start : start + PIECE]
@@ -113,22 +113,25 @@ def sweep(residual, grad, beta, gamma, threshold, total, positions, values):
             return here, start
         for j in range(here):
             piece[places[j]] = 0
+        spent[start : start + PIECE] = 0
         found += here
     return found, len(total)
 
 
-@kernel(read(f32), read(f32), f32, f32, read(i64), write(f32), write(f32))
-def compensate_at(residual, grad, beta, gamma, positions, total, values):
+@kernel(read(f32), read(f32), f32, f32, read(i64), write(f32), write(f32), write(f32))
+def compensate_at(residual, grad, beta, gamma, positions, total, values, spent):
     """values = beta residual_j + gamma grad_j at these ascending positions; total_j = the same everywhere else, and zero there. Returns
-    whether all are finite."""
-    at, finite = 0, True
+    whether all are finite; `spent` as for sweep."""
+    at = 0
     for start in range(0, len(total), PIECE):
         piece = total[start : start + PIECE]
-        finite &= compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, piece)
+        if not compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, piece):
+            return False
+        spent[start : start + PIECE] = 0
         while at < len(positions) and positions[at] < start + len(piece):
             values[at], piece[positions[at] - start] = piece[positions[at] - start], 0
             at += 1
-    return finite
+    return True
 
 
 @kernel(write(f32), write(i64), write(f32), read(flag))
@@ -176,6 +179,30 @@ def add_sparse(total, positions, values, ends, divisor):
         if touched and divisor != 1:
             for j in range(len(piece)):
                 piece[j] /= divisor
+
+
+@kernel(write(f32), read(i64), read(f32), read(i64), f32)
+def add_to_zeros(total, positions, values, ends, divisor):
+    """add_sparse, where total holds zeros: looks at nothing else of it than what is added to."""
+    ranks, touched = len(ends), np.zeros(PIECE // 64, np.uint64)
+    at = np.zeros(ranks, np.int64)
+    for r in range(1, ranks):
+        at[r] = ends[r - 1]
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        end = start + len(piece)
+        for r in range(ranks):
+            j = at[r]
+            while j < ends[r] and positions[j] < end:
+                place = positions[j] - start
+                piece[place] += values[j]
+                touched[place >> 6] |= ONE << np.uint64(place & 63)
+                j += 1
+            at[r] = j
+        for word in range(len(touched)):
+            while touched[word]:  # once, however many ranks it is from
+                piece[64 * word + lowest_one(touched[word])] /= divisor
+                touched[word] &= touched[word] - ONE
 
 
 @kernel(read(i64), i64, i64, write(u8))

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import grace_ext
 from grace_ext import compressors, kernels
@@ -20,6 +21,7 @@ from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
 
 COMPILED = next(world for world in WORLDS if world.name == "numpy")
 PLAIN = next(world for world in WORLDS if world.name == "numpy-plain")
+TORCH = next(world for world in WORLDS if world.name == "torch-host")
 #: Larger than what is sorted whole and than a stretch, and no multiple of anything.
 SHAPES = {"wide": (3, STRETCH // 2 + 7), "deep": (SMALL // 16 + 1, 17), "odd": (STRETCH + 1,)}
 SLOW = {"atomo", "demo", "sketch", "inceptionn", "vqsgd", "strom"}  # nothing of theirs depends on the size
@@ -73,6 +75,62 @@ def test_what_is_not_finite_is_found_wherever_it_is(name, value, where):
         out = cluster.step(bad)
     assert np.isnan(out["wide"]).all()
     assert all(same_bits(a, b) for a, b in zip(before, states(cluster, COMPILED), strict=True))
+
+
+@pytest.mark.parametrize("name", ["topk", "topk(ratio=0.3)", "threshold", "dgc", "sidco", "randomk", "randblock", "onebit", "fp16"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_results_written_over_gradients(name, ranks):
+    """A gradient's memory is made zeros as it is compressed, where the result is mostly zeros: the same bits as in memory of their own."""
+    g, runs = grace_ext.grace(f"{name} + residual(beta=0.9, gamma=0.5)"), []
+    for in_place in (False, True):
+        cluster, outs = TORCH.cluster(g, ranks), []
+        for driver in cluster.drivers:
+            driver._in_place = in_place
+        for step in range(3):
+            given = [{key: torch.from_numpy(array) for key, array in one.items()} for one in gradients(step, ranks)]
+            out = cluster.step(given)
+            assert in_place == all(out[key].data_ptr() == given[0][key].data_ptr() for key in out)
+            outs.append({key: tensor.numpy().copy() for key, tensor in out.items()})
+            for one in given if in_place else ():
+                assert same_bits({key: tensor.numpy() for key, tensor in one.items()}, outs[-1])
+        runs.append((outs, states(cluster, TORCH)))
+    for ours, theirs in zip(*[(*outs, *kept) for outs, kept in runs], strict=True):
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("where", [0, STRETCH - 1, STRETCH + 5, 3 * (STRETCH // 2 + 7) - 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["topk", "threshold", "dgc", "sidco", "randomk"])
+def test_what_is_not_finite_is_found_in_a_gradient_that_is_spent(name, value, where):
+    """Although what came before it has become zeros by then."""
+    cluster = TORCH.cluster(grace_ext.grace(f"{name} + residual"), 2)
+    for driver in cluster.drivers:
+        driver._in_place = True
+    given = [{key: torch.from_numpy(array) for key, array in one.items()} for one in gradients(0)]
+    cluster.step(given)
+    before = states(cluster, TORCH)
+    given = [{key: torch.from_numpy(array) for key, array in one.items()} for one in gradients(1)]
+    given[1]["wide"].view(-1)[where] = value
+    out = cluster.step(given)
+    assert torch.isnan(out["wide"]).all()
+    assert all(same_bits(a, b) for a, b in zip(before, states(cluster, TORCH), strict=True))
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3])
+def test_adding_to_zeros(divisor):
+    """As add_sparse, where ranks send the same positions, others, and none; and nothing else is touched."""
+    if not kernels.enabled():
+        pytest.skip("there are no compiled ops")
+    rng, d = np.random.default_rng(divisor), 3 * kernels.PIECE + 17
+    places = [np.flatnonzero(rng.random(d) < share) for share in (0.02, 0.0, 0.5)] + [np.array([0, 1, kernels.PIECE, d - 1])]
+    places.append(places[0])
+    positions, ends = np.concatenate(places), np.cumsum([len(p) for p in places])
+    values = rng.standard_normal(len(positions)).astype(np.float32)
+    values[:5] = -0.0
+    wanted, found = np.full(d, np.nan, np.float32), np.zeros(d, np.float32)
+    kernels.load().add_sparse(wanted, positions, values, ends, np.float32(divisor))
+    kernels.load().add_to_zeros(found, positions, values, ends, np.float32(divisor))
+    assert wanted.tobytes() == found.tobytes()
 
 
 def test_arrays_that_are_used_again_are_nobody_elses():

@@ -25,6 +25,8 @@ SAMPLE, SAMPLE_STEP, MARGIN = 8192, 64, 4.0
 LARGE = 1 << 18
 #: Elements below which an array is not kept: to make one costs less than to look for one.
 LEAST = 4096
+#: In place of a gradient that must stay as it is.
+NOTHING = np.empty(0, np.float32)
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
@@ -128,32 +130,37 @@ class CompiledOps(QuantizingOps):
 
     def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
         """(what is compressed, as `compensate`, but where there is a residual without what is found; where its magnitude reaches the
-        threshold, and the values there) in one pass."""
+        threshold, and the values there) in one pass, which leaves a gradient that is spent as zeros."""
         if feedback.residual is None:
             found = self._above(grad, threshold)
             return None if found is None else (grad, found)
         residual, total = feedback.residual, self.empty(grad.size)
         bits, factors = max(np.float32(threshold).view(np.uint32), TINY), (np.float32(feedback.beta), np.float32(feedback.gamma))
-        found = self._collected(grad.size, lambda at, *out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], *out))
+        spent = grad if feedback.spent else NOTHING
+        run = lambda at, *out: self.kernels.sweep(residual[at:], grad[at:], *factors, bits, total[at:], *out, spent[at:])  # noqa: E731
+        found = self._collected(grad.size, run)
         return None if found is None else (total, found)
 
     def compensate_at(self, feedback: Feedback, grad: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """(what is compressed, as `compensate`, but where there is a residual with zeros at these positions; the values there)."""
+        """(what is compressed, as `compensate`, but where there is a residual with zeros at these positions; the values there). Leaves a
+        gradient that is spent as zeros."""
         if feedback.residual is None:
             return (grad, grad[positions]) if self.all_finite(grad) else None
         total, values = self.empty(grad.size), np.empty(len(positions), np.float32)
         factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-        finite = self.kernels.compensate_at(feedback.residual, grad, *factors, positions, total, values)
+        spent = grad if feedback.spent else NOTHING
+        finite = self.kernels.compensate_at(feedback.residual, grad, *factors, positions, total, values, spent)
         return (total, values) if finite else None
 
     def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
-        """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite."""
+        """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite. Leaves a
+        gradient that is spent as zeros."""
         total, sums = grad if feedback.residual is None else self.empty(grad.size), np.zeros(3)
         if feedback.residual is None:
             self.kernels.magnitude_stats(grad, sums)
         else:
             factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-            self.kernels.compensate_stats(feedback.residual, grad, *factors, total, sums)
+            self.kernels.compensate_stats(feedback.residual, grad, *factors, total, sums, grad if feedback.spent else NOTHING)
         return (total, sums[0], int(sums[1]), sums[2]) if np.isfinite(sums[2]) else None
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
