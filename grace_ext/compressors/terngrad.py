@@ -8,7 +8,7 @@ from ..errors import PayloadError
 from ..ops import Feedback
 from ..parts import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor, Field, Fused, sent_by
 from .scales import floats_from_bytes, floats_to_bytes
 
 #: The five trits of each byte below 3**5, as elements in {-1, 0, 1}, lowest first.
@@ -75,10 +75,17 @@ class TernGrad(Compressor):
         ops.kernels.encode_trits(sources.x, sources.left, np.float32(scale), *key, trits)
         return Fused((floats_to_bytes(ops, np.array([scale])), trits), sources.unsent)
 
-    def add_compiled(self, ops, total, payload, spec, first, divisor):
-        values = np.zeros((256, 5), np.float32)
-        values[: len(TRITS)] = TRITS * floats_from_bytes(ops, payload[0], "scale")
-        return ops.kernels.add_trits(total, payload[1], values.reshape(-1), first, np.float32(divisor))
+    def combine(self, ops, payloads, spec, info, out=None):
+        if not ops.kernels:
+            return super().combine(ops, payloads, spec, info, out)
+        values = np.zeros((len(payloads), 256, 8), np.float32)
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                values[rank, : len(TRITS), :5] = TRITS * floats_from_bytes(ops, payload[0], "scale")
+        total, trits = ops.empty(spec.size) if out is None else out, ops.concat([payload[1] for payload in payloads])
+        if ops.kernels.add_trits(total, trits, values.reshape(-1), len(payloads), np.float32(info.divisor)):
+            return total
+        return super().combine(ops, payloads, spec, info, out)  # says whose payload it is
 
     def decompress(self, ops, payload, spec, info):
         scale = floats_from_bytes(ops, payload[0], "scale")

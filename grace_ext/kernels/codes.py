@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import f32, flag, float_of, i32, i64, kernel, read, u8, u32, write
+from .compile import copy_eight, f32, flag, float_of, i32, i64, kernel, read, u8, u32, write
 from .elementwise import INFINITY, PIECE, magnitude
 from .random import word
 
 S8, S9, S16, S23 = np.uint32(8), np.uint32(9), np.uint32(16), np.uint32(23)
 MANTISSA, LOW16 = np.uint32(2**23 - 1), np.uint32(2**16 - 1)
 TRITS = 5 * 512  # elements of a piece of terngrad, whole bytes
+# Five bytes times this, a digit in each, have the number that they are in base 3 in the fifth byte: no sum below is above 255.
+FIVE, POWERS_OF_3 = np.uint64(2**40 - 1), np.uint64(sum(3 ** (4 - k) << 8 * k for k in range(5)))
 
 
 @kernel(read(f32), write(f32), f32, u32, u32, write(u8))
 def encode_trits(x, left, scale, k0, k1, out):
     """-1, 0 or 1 for each element, limited to `scale` and rounded at random; five in a byte."""
-    room = np.empty(TRITS, np.int32)
+    room = np.empty(TRITS + 8, np.uint8)
     unit = scale if scale > 0 else np.float32(1)
     for at in range(0, len(x), TRITS):
         piece, base = x[at : at + TRITS], np.uint32(k0 + at)
@@ -28,44 +30,41 @@ def encode_trits(x, left, scale, k0, k1, out):
             chance = min(abs(piece[j]), scale) / unit
             draw = np.float32(np.int32(word(j, base, k1) >> S8))
             one = np.int32(draw < chance * np.float32(2**24))
-            trits[j] = np.int32(-one if piece[j] < 0 else one)
+            trits[j] = np.int32(1) + (np.int32(-one) if piece[j] < 0 else one)
         if len(left):
             rest = left[at : at + TRITS]
             for j in range(len(rest)):
-                rest[j] -= np.float32(trits[j]) * scale
-        into = out[at // 5 :]
-        whole = len(trits) // 5
-        for j in range(whole):
-            t = trits[5 * j : 5 * j + 5]
-            into[j] = (t[0] + 1) + 3 * (t[1] + 1) + 9 * (t[2] + 1) + 27 * (t[3] + 1) + 81 * (t[4] + 1)
-        if whole * 5 < len(trits):
-            byte, power = 0, 1
-            for j in range(whole * 5, len(trits)):
-                byte += (trits[j] + 1) * power
-                power *= 3
-            into[whole] = byte
+                rest[j] -= np.float32(np.int32(trits[j]) - np.int32(1)) * scale
+        room[len(piece) : len(piece) + 4] = 0
+        into = out[at // 5 : (at + len(piece) + 4) // 5]
+        for j in range(len(into)):
+            digits = np.uint64(0)
+            for k in range(8):  # one load, of which five bytes count
+                digits |= np.uint64(room[5 * j + k]) << np.uint64(8 * k)
+            into[j] = ((digits & FIVE) * POWERS_OF_3 >> np.uint64(32)) & np.uint64(255)
 
 
-@kernel(write(f32), read(u8), read(f32), flag, f32)
-def add_trits(total, data, values, first, divisor):
-    """total_j += the value of trit j, and divided in the end; `values` has five for each byte. With `first`, total is taken for zero.
-    Returns False, with nothing done, where a byte is no five trits."""
+@kernel(write(f32), read(u8), read(f32), i64, f32)
+def add_trits(total, data, values, ranks, divisor):
+    """total_j = the sum over ranks of the values of their trits j, divided. The ranks' bytes follow one another; `values` has eight for
+    each byte of each rank, of which the first five count. Returns False, with nothing done, where a byte is no five trits."""
     most = np.uint8(0)
     for at in range(len(data)):
         most = max(most, data[at])
     if most >= 243:
         return False
+    each, room = (len(total) + 4) // 5, np.empty(TRITS + 8, np.float32)
     for at in range(0, len(total), TRITS):
-        piece, codes = total[at : at + TRITS], data[at // 5 :]
-        if first:
+        piece = total[at : at + TRITS]
+        for j in range(len(piece)):
+            piece[j] = 0
+        for rank in range(ranks):
+            codes = data[rank * each + at // 5 : rank * each + (at + len(piece) + 4) // 5]
+            for j in range(len(codes)):
+                copy_eight(room, 5 * j, values, 8 * (256 * rank + np.int64(codes[j])))
+            here = room[: len(piece)]
             for j in range(len(piece)):
-                piece[j] = 0
-        whole = len(piece) // 5
-        for j in range(whole):
-            for k in range(5):
-                piece[5 * j + k] += values[5 * np.int64(codes[j]) + k]
-        for j in range(whole * 5, len(piece)):
-            piece[j] += values[5 * np.int64(codes[whole]) + j - whole * 5]
+                piece[j] += here[j]
         if divisor != 1:
             for j in range(len(piece)):
                 piece[j] /= divisor

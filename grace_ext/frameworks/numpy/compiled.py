@@ -14,7 +14,7 @@ from ...ops import Feedback
 from ...parts import ITEMSIZE
 from ...rng import Key
 from .ops import NumpyOps
-from .quantizing import QuantizingOps, stretches
+from .quantizing import NOTHING, QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
 SMALL = 16384
@@ -25,8 +25,6 @@ SAMPLE, SAMPLE_STEP, MARGIN = 8192, 64, 4.0
 LARGE = 1 << 18
 #: Elements below which an array is not kept: to make one costs less than to look for one.
 LEAST = 4096
-#: In place of a gradient that must stay as it is.
-NOTHING = np.empty(0, np.float32)
 #: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
 TINY = np.uint32(1)
 
