@@ -319,8 +319,8 @@ def joint(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> tuple[TensorSpec, Ge
     grad = ops.concat([job.grad for job in jobs])
     state = {key: ops.concat([job.state[key] for job in jobs]) for key in first.state} or first.memory.init(ops, spec, info)
     fused = compressor.fused(ops, grad, first.memory.feedback(state), spec, info, {})
-    job = Job(spec, compressor, first.memory, first.communicator, grad, dict(state))
-    return (spec, _joint(ops, jobs, _exchange_fused(ops, job, info, state, fused))) if fused else None
+    whole = first._replace(spec=spec, compressor=compressor, grad=None, state={}, out=None)  # not to hold what is done with
+    return (spec, _joint(ops, jobs, _exchange_fused(ops, whole, info, {}, fused))) if fused else None
 
 
 def _joint(ops: Ops, jobs: Sequence[Job], exchange: Generator) -> Generator[Any, Any, list[Outcome]]:
