@@ -114,7 +114,8 @@ def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]]
                     raise PayloadError(f"claims {count} elements of {field.name!r}, at most {field.count} are possible", rank, name)
             end = at + count * ITEMSIZE[field.dtype]
             if end > len(body):
-                _named(ops, body[at:], field, rank)
+                if field.joined:
+                    _named(ops, body[at:], field, rank)
                 raise PayloadError(f"ends inside {field.name!r}", rank, name)
             arrays.append(body[at:end])
             at = end
