@@ -6,7 +6,9 @@
 
 Compared are two trainings in one process: gradients are made in a backward pass and applied by SGD, first without an exchange, then with
 one. What is resident beyond the first is extra. `peak` is the most at any time (VmHWM), which old and new state, outputs and buffers make
-together; `steady` is what is resident between two steps. Code that the first exchange loads is not counted: `code` says how much it is.
+together; `steady` is what is resident between two steps. The C library is told to give large arrays back at once: of what is freed it
+keeps up to 0.3 times the gradients, another part in every run. Code that the first exchange loads is not counted: `code` says how much it
+is.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from shapes import MODELS, Shapes
-from timing import forget_peak, memory, trimmed
+from timing import forget_peak, give_back_at_once, memory, trimmed
 
 import grace_ext.frameworks.torch as hvd
 
@@ -107,6 +107,7 @@ def measure(spec: str, model: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     spec, model, steps, file = sys.argv[1:]
+    give_back_at_once()
     hvd.init()
     torch.set_num_threads(1)
     everyone = hvd.allgather_object(measure(spec, model, int(steps)))

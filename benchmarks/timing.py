@@ -119,6 +119,13 @@ def trimmed() -> int | None:
     return memory()
 
 
+def give_back_at_once() -> None:
+    """Large arrays are given back to the system as they are freed. The C library keeps some, 0.3 times the gradients one time and nothing
+    another, which would be measured in place of what is held."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD, in bytes, which otherwise grows with what is freed
+
+
 def forget_peak() -> None:
     """Starts VmHWM anew."""
     with suppress(OSError):
