@@ -60,6 +60,7 @@ class Bucket:
 
     def __init__(self, specs: list[TensorSpec]):
         self.specs = sorted(specs, key=lambda spec: spec.size > SMALL)  # neighbours can be joined, see exchange.py
+        self.names = frozenset(spec.name for spec in specs)
         self.digest, self.number = 0, 0
         self.running: Generator | None = None
         self.waiting: list[str] = []
@@ -178,7 +179,7 @@ class Driver:
             raise UnsupportedError(self._whole_model)
         if sorted(itertools.chain.from_iterable(lists)) != sorted(self.specs):
             raise NamesError("the buckets must hold every registered parameter once")
-        if any({spec.name for spec in b.specs} != set(names) for b, names in zip(self.buckets[: self._next], lists, strict=False)):
+        if any(bucket.names != set(names) for bucket, names in zip(self.buckets[: self._next], lists, strict=False)):
             raise GraceError("a bucket that has started cannot be regrouped")
         later = [[self.specs[name] for name in names] for names in lists[self._next :]]
         self.buckets = self.buckets[: self._next] + [Bucket(group) for group in later]

@@ -163,7 +163,7 @@ class DDPState(Measured):
     def _as_before(self, session: Session) -> bool:
         """Whether the bucket just taken holds the parameters of the driver's bucket in its place."""
         place, buckets = len(self._taken) - 1, session.driver.buckets
-        return place < len(buckets) and [spec.name for spec in buckets[place].specs] == list(self._taken[place].gradients)
+        return place < len(buckets) and buckets[place].names == self._taken[place].gradients.keys()
 
     def _give(self, session: Session) -> None:
         """Hands the next bucket to the driver, which starts it (at the very first step: only keeps it)."""
@@ -194,7 +194,7 @@ class DDPState(Measured):
         if not driver.specs:
             driver.register(TensorSpec(name, *describe(every[name])) for name in self._parameters if name in every)
         layout = [list(taken.gradients) for taken in self._taken]
-        if layout != [[spec.name for spec in bucket.specs] for bucket in driver.buckets]:
+        if [set(names) for names in layout] != [bucket.names for bucket in driver.buckets]:
             driver.regroup(layout)
 
     def _keep_unused(self) -> None:

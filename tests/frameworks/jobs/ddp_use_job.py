@@ -39,6 +39,16 @@ def case_overlaps_after_the_layout_is_known():
     assert [under_way for _, _, under_way in calls[9:]] == [1, 2, 3, 4, 5, 6, 7, 0]
 
 
+def case_overlaps_with_tensors_of_all_sizes_in_a_bucket():
+    torch.manual_seed(3)
+    pairs = [(torch.nn.LayerNorm(200, bias=False), torch.nn.Linear(200, 200, bias=False)) for _ in range(3)]  # 800 and 160,000 bytes
+    model = torch.nn.Sequential(*[layer for pair in pairs for layer in pair])  # the large one's gradient is there first
+    ddp, state, calls = wrap(model, bucket_cap_mb=160_400 / 2**20)
+    train(ddp, lambda model, rank, step: model(torch.full((4, 200), 0.1 * (rank + step + 1))).square().mean(), range(3))
+    assert {len(bucket.names) for bucket in state._made.driver.buckets} == {2}
+    assert [under_way for _, _, under_way in calls[-3:]] == [1, 2, 0], calls
+
+
 def case_bytes():
     ddp, state, _ = wrap(Layers(), bucket_cap_mb=25)
     train(ddp, layers_loss, range(3))
