@@ -152,19 +152,28 @@ class Driver:
                     f"the gradient of {spec.name!r} is {spec.dtype}; only floating point gradients ({', '.join(DTYPES)}) can be compressed"
                 )
         self.specs, self._choices = {spec.name: spec for spec in specs}, Choices(self.grace, specs)
-        groups: list[list[TensorSpec]] = [[]]
-        limit = float("inf") if self._whole_model else self.bucket_bytes
-        for spec in reversed(specs):
-            if groups[-1] and sum(s.nbytes for s in groups[-1]) + spec.nbytes > limit:
-                groups.append([])
-            groups[-1].append(spec)
-        self.buckets = [Bucket(group) for group in groups if group]
+        nbytes = {spec.name: spec.nbytes for spec in reversed(specs)}
+        self.buckets = [Bucket([self.specs[name] for name in names]) for names in self.packed(nbytes)]
         self._plan()
         try:
             self._check_state(self.state, fill=self._foreign)  # loaded before the parameters were known
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
+
+    def packed(self, nbytes: Mapping[str, int]) -> list[list[str]]:
+        """The names of these parameters, in this order, by what travels together: small enough that a bucket's network time is another's
+        computing time."""
+        limit = float("inf") if self._whole_model else self.bucket_bytes
+        groups: list[list[str]] = []
+        held = 0
+        for name, size in nbytes.items():
+            if not groups or held + size > limit:
+                groups.append([])
+                held = 0
+            groups[-1].append(name)
+            held += size
+        return groups
 
     def _tell(self, sentences: list[str]) -> None:
         # Not by a warning: one rank alone must not raise where warnings are errors, because the others would wait for it.

@@ -6,8 +6,9 @@ differs by rank, and torch.distributed pairs collectives by order: with several 
 starts in its hook, and later rounds in the hook of the last bucket, in the driver's order (driver.py, comments 1-4). Waiting there delays
 nothing: the last bucket is complete when the backward pass has computed all it has to.
 
-State is kept by parameter name, so it survives that DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's: a
-layout not seen before (first step, first step after the rebuild) is known only at its last bucket, so what differs starts there.
+State is kept by parameter name, so it survives that DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's, and
+part those that are large: a layout not seen before (first step, first step after the rebuild) is known only at its last bucket, so what
+differs starts there.
 
 The agreement of the first step covers the first layout. Later ones need none: where DDP rebuilds, it broadcasts rank 0's layout to all;
 with find_unused_parameters, where the ranks' first layouts may differ (by bucket_cap_mb), it never rebuilds.
@@ -63,9 +64,11 @@ def _hook(state: "DDPState", bucket: dist.GradBucket) -> Future[torch.Tensor]:
 
 
 class _Taken(NamedTuple):
-    """A bucket whose hook was called: its gradients by name, in the memory of `buffer`."""
+    """A bucket whose hook was called: its gradients by name, in the memory of `buffer`, and the names in each of the driver's buckets that
+    it makes."""
 
     gradients: dict[str, torch.Tensor]
+    packed: list[list[str]]
     buffer: torch.Tensor
     future: Future[torch.Tensor]
 
@@ -137,8 +140,9 @@ class DDPState(Measured):
             raise UnsupportedError("DDP has a bucket of sparse gradients, which this hook does not compress; use Embedding(sparse=False)")
         if bucket.index() == 0:
             self._taken, self._put = [], 0  # a backward pass that an exception ended may have left some
-        self._taken.append(_Taken(self._gradients(bucket), buffer, future))
-        session = self._session()
+        session, gradients = self._session(), self._gradients(bucket)
+        packed = session.driver.packed({name: gradient.nbytes for name, gradient in gradients.items()})
+        self._taken.append(_Taken(gradients, packed, buffer, future))
         if self._put == bucket.index() and self._as_before(session):
             self._give(session)
         if bucket.is_last():
@@ -161,9 +165,11 @@ class DDPState(Measured):
         return found
 
     def _as_before(self, session: Session) -> bool:
-        """Whether the bucket just taken holds the parameters of the driver's bucket in its place."""
-        place, buckets = len(self._taken) - 1, session.driver.buckets
-        return place < len(buckets) and buckets[place].names == self._taken[place].gradients.keys()
+        """Whether the bucket just taken holds the parameters of the driver's buckets in its place."""
+        *before, last = self._taken
+        place = sum(len(taken.packed) for taken in before)
+        there = session.driver.buckets[place : place + len(last.packed)]
+        return [bucket.names for bucket in there] == [set(names) for names in last.packed]
 
     def _give(self, session: Session) -> None:
         """Hands the next bucket to the driver, which starts it (at the very first step: only keeps it)."""
@@ -193,7 +199,7 @@ class DDPState(Measured):
         driver, every = session.driver, {name: x for taken in self._taken for name, x in taken.gradients.items()}
         if not driver.specs:
             driver.register(TensorSpec(name, *describe(every[name])) for name in self._parameters if name in every)
-        layout = [list(taken.gradients) for taken in self._taken]
+        layout = [names for taken in self._taken for names in taken.packed]
         if [set(names) for names in layout] != [bucket.names for bucket in driver.buckets]:
             driver.regroup(layout)
 
