@@ -24,7 +24,8 @@ Array = Any
 
 class Feedback(NamedTuple):
     """What a memory adds before compression: p = beta residual + gamma grad; or p = grad, where the residual is None. `spent`: where there
-    is a residual, the gradient may be left as zeros, while it is in the cache, for a result that is mostly zeros (see Zeros)."""
+    is a residual, the gradient's memory is for the result, and may be written to at once: p itself, or, while it is in the cache, zeros
+    for a result that is mostly zeros (see Zeros)."""
 
     residual: Array | None
     beta: float = 1.0
@@ -218,6 +219,10 @@ class Ops(ABC):
     def product(self, a: Array, b: Array) -> Array:
         """The elements of the matrix a @ b."""
         return (a @ b).reshape(-1)
+
+    def project(self, a: Array, x: Array) -> Array:
+        """a^T M: float[columns of a, columns of M], M being the elements x as a matrix with as many rows as a."""
+        return a.T @ x.reshape(len(a), -1)
 
     def subtract_product(self, x: Array, a: Array, b: Array) -> None:
         """x -= product(a, b), in place."""

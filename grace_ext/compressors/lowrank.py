@@ -56,5 +56,8 @@ class _LowRank(Compressor):
 
 def kept_subspace(ops, q, before, p_host: np.ndarray):
     """What the next step starts from: q (float[r, b]), or, where a column of P is dead, the row of it that was there before."""
-    alive = ops.upload(p_host.any(axis=0).astype(np.float32)).reshape(-1, 1)
+    alive = p_host.any(axis=0)
+    if alive.all():
+        return ops.copy(q.reshape(-1))
+    alive = ops.upload(alive.astype(np.float32)).reshape(-1, 1)
     return (q * alive + before * (1 - alive)).reshape(-1)

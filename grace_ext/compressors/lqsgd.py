@@ -95,7 +95,7 @@ class LQSGD(_LowRank):
         _, p_sum = yield from self._gather(ops, "P", m @ before.T, spec, communicator)
         p_host = orthonormalize(p_sum)
         p = ops.upload(p_host)
-        q_own, q_sum = yield from self._gather(ops, "Q", p.T @ m, spec, communicator)
+        q_own, q_sum = yield from self._gather(ops, "Q", ops.project(p, x), spec, communicator)
         q, q_own = _float32(ops, q_sum / info.divisor), _float32(ops, q_own)
         return Exchanged(
             ops.product(p, q),

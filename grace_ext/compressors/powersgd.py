@@ -38,12 +38,11 @@ class _TwoSums(_LowRank):
     def _two_sums(self, ops, x, spec, info, start, p_own=None):
         """P and Q from the subspace `start`: returns (Factors, Q to start from next). `p_own`: x times Q, where that is known already."""
         a, b, r = self._shape(spec)
-        m = x.reshape(a, b)
         before = start.reshape(r, b)
-        p_sum = yield AllReduce((m @ before.T).reshape(-1) if p_own is None else p_own, "float32")
+        p_sum = yield AllReduce((x.reshape(a, b) @ before.T).reshape(-1) if p_own is None else p_own, "float32")
         p_host = orthonormalize(ops.host(p_sum).reshape(a, r))
         p = ops.upload(p_host)
-        q_own = p.T @ m  # (r, b): far cheaper than m.T @ p
+        q_own = ops.project(p, x)
         q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
         if not ops.all_finite(q):  # some rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
             return None, before.reshape(-1)
@@ -62,12 +61,13 @@ class _TwoSums(_LowRank):
     def _in_place(self, ops, x, p_own, start, spec, info, out):
         a, _, r = self._shape(spec)
         factors, q = yield from self._two_sums(ops, x, spec, info, start, p_own)
+        unsent = ops.empty(spec.size) if x is out else x
         if factors is None:
-            aggregate = ops.zeros(spec.size)
-        else:
-            aggregate = ops.empty(spec.size) if out is None else out
-            ops.kernels.products(aggregate, x, *(np.ascontiguousarray(factor).reshape(-1) for factor in factors), a, r)
-        return aggregate, x, self._state(q)
+            unsent[:] = x
+            return ops.zeros(spec.size), unsent, self._state(q)
+        aggregate = ops.empty(spec.size) if out is None else out
+        ops.kernels.products(x, *(np.ascontiguousarray(factor).reshape(-1) for factor in factors), a, r, unsent, aggregate)
+        return aggregate, unsent, self._state(q)
 
     def _state(self, q):
         return {"powersgd_q": q}
@@ -75,7 +75,7 @@ class _TwoSums(_LowRank):
     def _alone(self, ops, m, start):
         """The payload of a rank alone in the world, from the subspace `start`: P, then Q."""
         p = ops.upload(orthonormalize(ops.host(m @ start.T)))
-        return tuple(ops.to_bytes(factor.reshape(-1), "float32") for factor in (p, p.T @ m))
+        return tuple(ops.to_bytes(factor.reshape(-1), "float32") for factor in (p, ops.project(p, m.reshape(-1))))
 
     def decompress(self, ops, payload, spec, info):
         a, b, r = self._shape(spec)

@@ -104,7 +104,7 @@ class PowerSGDPlus(_TwoSums):
         v = (yield AllReduce(ops.upload(own.reshape(-1)), "float32")).reshape(r, b)
         p_host = orthonormalize(ops.host(mean @ v.T))
         p = ops.upload(p_host)
-        q, q_own = p.T @ mean, p.T @ x.reshape(a, b)
+        q, q_own = ops.project(p, mean.reshape(-1)), ops.project(p, x)
         if overflowed or not ops.all_finite(q):
             return None, start
         if not ops.all_finite(q_own):

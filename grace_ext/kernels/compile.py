@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from llvmlite import binding, ir
 from numba import config, njit, types
 from numba.core.dispatcher import Dispatcher as Kernel  # noqa: F401  (what `kernel` makes)
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, overload, register_model
 
 from . import folder
 
@@ -89,9 +90,101 @@ def lowest_one(context, word):
 LANES = 16
 
 
+class Vector(types.Type):
+    """LANES float32, with + - *: for loops that the compiler would not turn into vector instructions, because it cannot know which arrays
+    lie in the same memory, or would in more steps than one."""
+
+
+vector = Vector("vector")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any):
+        super().__init__(manager, kind, ir.VectorType(ir.FloatType(), LANES))
+
+
+def _with_operator(symbol: Callable, instruction: str) -> None:
+    @intrinsic
+    def of_two(context, a, b):
+        return vector(vector, vector), lambda context, builder, signature, arguments: getattr(builder, instruction)(*arguments)
+
+    @overload(symbol)
+    def chosen(a, b):
+        return (lambda a, b: of_two(a, b)) if a is vector and b is vector else None
+
+
+for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _with_operator(_symbol, _instruction)
+
+
+@intrinsic
+def load(context, x, at):
+    """vector: x[at + i], for i < LANES. The caller makes sure that there are so many, for these functions."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
+
+    return vector(x, types.int64), generate
+
+
+@intrinsic
+def store(context, x, at, values):
+    """x[at + i] = values_i."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, vector), generate
+
+
+@intrinsic
+def every(context, value):
+    """vector: LANES times a float32."""
+    return vector(types.float32), lambda context, builder, signature, arguments: _every(builder, arguments[0])
+
+
+@intrinsic
+def sum_of(context, values):
+    """float32: the sum of a vector's elements."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), arguments[0].type])
+        reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.fadd.v{LANES}f32", (), kind)
+        return builder.call(reduce, [ir.Constant(ir.FloatType(), 0.0), arguments[0]], fastmath=("reassoc",))
+
+    return types.float32(vector), generate
+
+
+@intrinsic
+def larger(context, a, b):
+    """vector: the larger of |a_i| and |b_i|. Inf and NaN are above all numbers."""
+
+    def generate(context, builder, signature, arguments):
+        bits = ir.VectorType(ir.IntType(32), LANES)
+        one, other = (builder.and_(builder.bitcast(v, bits), ir.Constant(bits, [0x7FFFFFFF] * LANES)) for v in arguments)
+        return builder.bitcast(builder.select(builder.icmp_unsigned(">", one, other), one, other), arguments[0].type)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def largest(context, magnitudes):
+    """uint32: the bits of the largest element of what `larger` gave."""
+
+    def generate(context, builder, signature, arguments):
+        bits = ir.VectorType(ir.IntType(32), LANES)
+        kind = ir.FunctionType(ir.IntType(32), [bits])
+        reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.umax.v{LANES}i32", (), kind)
+        return builder.call(reduce, [builder.bitcast(arguments[0], bits)])
+
+    return types.uint32(vector), generate
+
+
 @intrinsic
 def signs(context, x, at):
-    """uint64: bit i is set where x[at + i] >= 0, for i < LANES. The caller makes sure that there are so many, for these functions."""
+    """uint64: bit i is set where x[at + i] >= 0, for i < LANES."""
 
     def generate(context, builder, signature, arguments):
         values = builder.load(_lanes(context, builder, signature, arguments, ir.FloatType()), align=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compile import f32, f64, i64, kernel, read, write
+from .compile import LANES, every, f32, f64, i64, inlined, kernel, larger, largest, load, read, store, sum_of, write
 from .elementwise import INFINITY, PIECE, magnitude
 
 
@@ -16,31 +16,75 @@ def dot(a, b):
     return total
 
 
+@inlined
+def others(rank, columns):
+    """Where the second to fourth row of Q begin: four are worked on at once. Where there are fewer, the last one again, for nothing."""
+    return min(1, rank - 1) * columns, min(2, rank - 1) * columns, min(3, rank - 1) * columns
+
+
+@inlined
+def factor(a, i, r, rank):
+    """What a row of the matrix a has for one of the four."""
+    return every(a[i * rank + r] if r < rank else np.float32(0))
+
+
 @kernel(read(f32), read(f32), f32, f32, read(f32), i64, i64, write(f32), write(f32))
 def compensate_product(residual, grad, beta, gamma, q, rows, rank, x, p):
     """x_j = beta residual_j + gamma grad_j, and p += x Q, for x: float[rows, columns], Q by rows: float[rank, columns], and
-    p: float[rows, rank]. Returns whether all of x is finite."""
+    p: float[rows, rank]. Returns whether all of x is finite. x may be the gradient's own memory."""
     columns, most = len(x) // rows, np.uint32(0)
+    whole, zero = columns // LANES * LANES, every(np.float32(0))
+    one, two, three = others(rank, columns)
     for i in range(rows):
-        for start in range(0, columns, PIECE):
-            at, count = i * columns + start, min(PIECE, columns - start)
-            piece, before, new = x[at : at + count], residual[at : at + count], grad[at : at + count]
-            for j in range(len(piece)):
-                piece[j] = beta * before[j] + gamma * new[j]
-                most = max(most, magnitude(piece[j]))
-            for r in range(rank):
-                p[i * rank + r] += dot(piece, q[r * columns + start : r * columns + start + count])
+        at, end, top, a, b, c, d = i * columns, (i + 1) * columns, zero, zero, zero, zero, zero
+        for j in range(0, whole, LANES):
+            here = every(beta) * load(residual, at + j) + every(gamma) * load(grad, at + j)
+            store(x, at + j, here)
+            top = larger(here, top)
+            a, b = a + here * load(q, j), b + here * load(q, one + j)
+            c, d = c + here * load(q, two + j), d + here * load(q, three + j)
+        most = max(most, largest(top))
+        sums = sum_of(a), sum_of(b), sum_of(c), sum_of(d)
+        for j in range(at + whole, end):
+            x[j] = beta * residual[j] + gamma * grad[j]
+            most = max(most, magnitude(x[j]))
+        for r in range(rank):
+            done = whole if r < 4 else 0
+            p[i * rank + r] += dot(x[at + done : end], q[r * columns + done : (r + 1) * columns])
+        for r in range(min(rank, 4)):
+            p[i * rank + r] += sums[r]
     return most < INFINITY
 
 
-@kernel(write(f32), read(f32), read(f32), i64, i64, f32)
-def add_product(x, a, b, at, rank, sign):
-    """x += sign times the part from column `at` on of a row of a @ b: a: float[rank], b: float[rank, columns]."""
-    columns = len(b) // rank
-    for r in range(rank):
-        factor, other = sign * a[r], b[r * columns + at : r * columns + at + len(x)]
-        for j in range(len(x)):
-            x[j] += factor * other[j]
+@kernel(read(f32), read(f32), i64, i64, write(f32))
+def project(x, p, rows, rank, q):
+    """q += P^T x, for x: float[rows, columns], P: float[rows, rank], and q by rows: float[rank, columns]. Four rows at a time, by pieces
+    of columns that stay in the cache with their sums."""
+    columns, together = len(x) // rows, rows // 4 * 4
+    for start in range(0, columns, PIECE):
+        count = min(PIECE, columns - start)
+        for i in range(0, together, 4):
+            at = i * columns + start
+            one, two = x[at : at + count], x[at + columns : at + columns + count]
+            at += 2 * columns
+            three, four = x[at : at + count], x[at + columns : at + columns + count]
+            for r in range(rank):
+                sums = q[r * columns + start : r * columns + start + count]
+                a, b, c, d = p[i * rank + r], p[(i + 1) * rank + r], p[(i + 2) * rank + r], p[(i + 3) * rank + r]
+                for j in range(len(sums)):
+                    sums[j] += (a * one[j] + b * two[j]) + (c * three[j] + d * four[j])
+        for i in range(together, rows):
+            last = x[i * columns + start : i * columns + start + count]
+            for r in range(rank):
+                sums, a = q[r * columns + start : r * columns + start + count], p[i * rank + r]
+                for j in range(len(sums)):
+                    sums[j] += a * last[j]
+
+
+@kernel(write(f32), f32, read(f32))
+def add_multiple(x, factor, other):
+    for j in range(len(x)):
+        x[j] += factor * other[j]
 
 
 @kernel(write(f32), read(f32), read(f32), i64, i64)
@@ -50,22 +94,29 @@ def subtract_product(x, a, b, rows, rank):
     for i in range(rows):
         for start in range(0, columns, PIECE):
             piece = x[i * columns + start : min(i * columns + start + PIECE, (i + 1) * columns)]
-            add_product(piece, a[i * rank : (i + 1) * rank], b, start, rank, np.float32(-1))
+            for r in range(rank):
+                add_multiple(piece, -a[i * rank + r], b[r * columns + start : r * columns + start + len(piece)])
 
 
-@kernel(write(f32), write(f32), read(f32), read(f32), read(f32), i64, i64)
-def products(out, x, a, b, sent, rows, rank):
-    """out = the elements of a @ b, and x -= those of a @ sent, in one pass over both."""
+@kernel(read(f32), read(f32), read(f32), read(f32), i64, i64, write(f32), write(f32))
+def products(x, a, b, sent, rows, rank, unsent, out):
+    """unsent = x less the elements of a @ sent, and out = those of a @ b, in one pass over all. One of them may be the memory of x."""
     columns = len(x) // rows
+    whole = columns // LANES * LANES
+    one, two, three = others(rank, columns)
     for i in range(rows):
-        factors = a[i * rank : (i + 1) * rank]
-        for start in range(0, columns, PIECE):
-            at, end = i * columns + start, min(i * columns + start + PIECE, (i + 1) * columns)
-            piece = out[at:end]
-            for j in range(len(piece)):
-                piece[j] = 0
-            add_product(piece, factors, b, start, rank, np.float32(1))
-            add_product(x[at:end], factors, sent, start, rank, np.float32(-1))
+        at, end = i * columns, (i + 1) * columns
+        f, g, h, k = factor(a, i, 0, rank), factor(a, i, 1, rank), factor(a, i, 2, rank), factor(a, i, 3, rank)
+        for j in range(0, whole, LANES):
+            own = (f * load(sent, j) + g * load(sent, one + j)) + (h * load(sent, two + j) + k * load(sent, three + j))
+            store(unsent, at + j, load(x, at + j) - own)
+            store(out, at + j, (f * load(b, j) + g * load(b, one + j)) + (h * load(b, two + j) + k * load(b, three + j)))
+        for j in range(at + whole, end):
+            unsent[j], out[j] = x[j], 0
+        for r in range(rank):
+            done, here = whole if r < 4 else 0, a[i * rank + r]
+            add_multiple(unsent[at + done : end], -here, sent[r * columns + done : (r + 1) * columns])
+            add_multiple(out[at + done : end], here, b[r * columns + done : (r + 1) * columns])
 
 
 @kernel(read(f64), read(f64), fastmath={"reassoc", "contract"})

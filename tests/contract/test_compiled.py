@@ -77,10 +77,11 @@ def test_what_is_not_finite_is_found_wherever_it_is(name, value, where):
     assert all(same_bits(a, b) for a, b in zip(before, states(cluster, COMPILED), strict=True))
 
 
-@pytest.mark.parametrize("name", ["topk", "topk(ratio=0.3)", "threshold", "dgc", "sidco", "randomk", "randblock", "onebit", "fp16"])
+@pytest.mark.parametrize("name", ["topk", "topk(ratio=0.3)", *("threshold dgc sidco randomk randblock onebit fp16 powersgd".split())])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_results_written_over_gradients(name, ranks):
-    """A gradient's memory is made zeros as it is compressed, where the result is mostly zeros: the same bits as in memory of their own."""
+    """A gradient's memory is made zeros as it is compressed, where the result is mostly zeros, or holds what is compressed: the same bits
+    as in memory of their own."""
     g, runs = grace_ext.grace(f"{name} + residual(beta=0.9, gamma=0.5)"), []
     for in_place in (False, True):
         cluster, outs = TORCH.cluster(g, ranks), []
@@ -100,9 +101,9 @@ def test_results_written_over_gradients(name, ranks):
 
 @pytest.mark.parametrize("where", [0, STRETCH - 1, STRETCH + 5, 3 * (STRETCH // 2 + 7) - 1])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["topk", "threshold", "dgc", "sidco", "randomk"])
+@pytest.mark.parametrize("name", ["topk", "threshold", "dgc", "sidco", "randomk", "powersgd"])
 def test_what_is_not_finite_is_found_in_a_gradient_that_is_spent(name, value, where):
-    """Although what came before it has become zeros by then."""
+    """Although what came before it has become zeros, or what would have been compressed, by then."""
     cluster = TORCH.cluster(grace_ext.grace(f"{name} + residual"), 2)
     for driver in cluster.drivers:
         driver._in_place = True

@@ -248,8 +248,9 @@ class CompiledOps(QuantizingOps):
         return total
 
     def compensate_product(self, feedback: Feedback, grad: np.ndarray, q: np.ndarray, rows: int, rank: int) -> Any:
-        """(what is compressed, x; float32[rows * rank]: the matrix x times Q, which is given by rows); None where x is not finite."""
-        total, p = self.empty(grad.size), np.zeros(rows * rank, np.float32)
+        """(what is compressed, x, in the memory of a gradient that is spent; float32[rows * rank]: the matrix x times Q, which is given by
+        rows); None where x is not finite."""
+        total, p = grad if feedback.spent else self.empty(grad.size), np.zeros(rows * rank, np.float32)
         factors = np.float32(feedback.beta), np.float32(feedback.gamma)
         finite = self.kernels.compensate_product(feedback.residual, grad, *factors, np.ascontiguousarray(q), rows, rank, total, p)
         return (total, p) if finite else None
@@ -258,6 +259,14 @@ class CompiledOps(QuantizingOps):
         out = self.empty(len(a) * b.shape[1])
         np.matmul(a, b, out=out.reshape(len(a), -1))
         return out
+
+    def project(self, a: np.ndarray, x: np.ndarray) -> np.ndarray:
+        if not (_float32(x) and a.dtype == np.float32):
+            return super().project(a, x)
+        rows, rank = a.shape
+        sums = np.zeros(rank * (x.size // rows), np.float32)
+        self.kernels.project(x, np.ascontiguousarray(a).reshape(-1), rows, rank, sums)
+        return sums.reshape(rank, -1)
 
     def subtract_product(self, x: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
         if not _float32(x):
