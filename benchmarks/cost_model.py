@@ -37,11 +37,7 @@ console = Console(width=150, highlight=False)
 
 def link_of(cells: list[dict[str, Any]]) -> Link:
     """From the plain collectives of the cells of one rate."""
-    found = [
-        (kind, cell["hosts"], int(size), seconds)
-        for cell in cells for kind, by_size in cell["links"].items() for size, seconds in by_size.items()
-    ]  # fmt: skip
-    return fitted(found)
+    return fitted([tuple(point) for cell in cells for point in cell["links"]])
 
 
 def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 3), steps: int = 3) -> Work:
@@ -152,7 +148,7 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     cells = json.loads(results.read_text())["cells"].values()
-    every = [c for c in cells if c["model"] == model and c["rate"] in RATES and "allreduce" in c["links"]]
+    every = [c for c in cells if c["model"] == model and c["rate"] in RATES and c["links"]]
     if not every:
         raise typer.BadParameter(f"{results} has no whole cell of {model}; run exchange.py --model {model} first")
     links = {rate: link_of([c for c in every if c["rate"] == rate]) for rate in RATES if any(c["rate"] == rate for c in every)}

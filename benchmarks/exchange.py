@@ -53,7 +53,7 @@ class Cell:
     def __init__(self, model: str, rate: str, hosts: int, found: dict[str, Any] | None, links: bool):
         self.model, self.shapes, self.hosts, self.links = model, shapes.MODELS[model](), hosts, links
         fresh = {"model": model, "rate": rate, "hosts": hosts, "elements": shapes.elements(self.shapes), "tensors": len(self.shapes)}
-        self.data = found or {**fresh, **record.stamp(), "complete": False, "dense_ms": [], "links": {}, "systems": {}}
+        self.data = found or {**fresh, **record.stamp(), "complete": False, "dense_ms": [], "links": [], "systems": {}}
         self.threshold = shapes.threshold_for(self.shapes)
 
     def measure(self, hosts: Hosts, systems: list[System], budget: float, timeout: float | None, progress: Progress, save: Any) -> None:
@@ -67,7 +67,7 @@ class Cell:
             progress.update(task, description=f"{self.model} {hosts.rate} {self.hosts} hosts: {system.name}")
             seen = run(hosts, system, job, allowed)
             if system is LINKS:
-                self.data["links"] = seen.get("collectives", seen)
+                self._keep_links(seen)
             else:
                 self._keep(system, seen)
             save(self.data)
@@ -75,6 +75,11 @@ class Cell:
         self.data["complete"] = True
         save(self.data)
         progress.remove_task(task)
+
+    def _keep_links(self, seen: dict[str, Any]) -> None:
+        self.data["links"] = seen.get("collectives", [])
+        if not self.data["links"]:
+            console.print(f"{LINKS.name:38} {seen['outcome']} {seen['reason']}")
 
     def _keep(self, system: System, seen: dict[str, Any]) -> None:
         if system is DENSE and seen["outcome"] == "completes":

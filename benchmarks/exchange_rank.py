@@ -97,24 +97,16 @@ def replace_residuals(held: dict[str, torch.Tensor], prefix: str, job: dict[str,
         held[prefix + name] = torch.from_numpy(shapes.steady_residual(job["threshold"], tuple(dims), generator)).reshape(old.shape)
 
 
-class Links:
-    """Not a system: plain all-reduces and all-gathers of several sizes, for the cost model (median seconds by bytes of one rank)."""
+def links(repeats: int = 7) -> list[tuple[str, int, int, float]]:
+    """Not a system: plain collectives of several sizes, for the cost model, on the transport that carries ours (probe.Point)."""
+    from grace_ext.driver import perform
+    from grace_ext.frameworks.torch import engine
+    from grace_ext.frameworks.torch.ops import ops_for
+    from grace_ext.probe import Probe
 
-    SIZES = (4, 1 << 16, 1 << 19, 1 << 22)
-
-    def __init__(self, world: HorovodWorld, repeats: int = 7):
-        hvd, self.measured = world.hvd, {"allreduce": {}, "allgather": {}}
-        for kind, size in ((kind, size) for size in self.SIZES for kind in self.measured):
-            tensor, seconds = torch.ones(size // 4), []
-            for repeat in range(repeats):
-                world.barrier()
-                start = timing.time.perf_counter()
-                if kind == "allreduce":
-                    hvd.allreduce_(tensor, name=f"link.{size}", op=hvd.Sum)
-                else:
-                    hvd.allgather(tensor, name=f"link.gather.{size}")
-                seconds.append(world.largest(timing.time.perf_counter() - start) if repeat else None)
-            self.measured[kind][size] = float(np.median([s for s in seconds if s is not None]))
+    engine.api.init()
+    transport = engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
+    return list(perform(Probe(transport).collectives(repeats=repeats), transport, {}).points)
 
 
 def main() -> None:
@@ -123,7 +115,7 @@ def main() -> None:
     group = job["group"]
     world = DistWorld() if "ddp" in group else HorovodWorld()
     if group == "links":
-        seen: dict[str, Any] = {"collectives": Links(world).measured}
+        seen: dict[str, Any] = {"collectives": links()}
     else:
         if "ddp" in group:
             from exchange_ddp import DDP as kind

@@ -28,9 +28,12 @@ Point = tuple[str, int, int, float]
 
 
 def fitted(points: Sequence[Point]) -> Link:
-    """The link of least relative error over plain collectives, by cost.py's formulas. None of its figures is negative: one that would be
-    is 0."""
+    """The link of least relative error over plain collectives, by cost.py's formulas: over the smallest and the largest of each kind. What
+    is between these may pass in the burst that a limited link grants after a pause, and says little of either latency or rate. None of
+    its figures is negative: one that would be is 0."""
     messages: dict[str, Callable[[int], int]] = {"allreduce": lambda n: 2 * (n - 1)}
+    sizes = {(kind, n): [size for its, ranks, size, _ in points if (its, ranks) == (kind, n)] for kind, n, *_ in points}
+    points = [p for p in points if p[2] in (min(sizes[p[:2]]), max(sizes[p[:2]]))]
     rows = []
     for kind, n, size, _ in points:
         count = messages.get(kind, lambda n: n - 1)(n)
