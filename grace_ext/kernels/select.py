@@ -75,16 +75,35 @@ def collect(x, threshold, positions, values):
     return found, len(x)
 
 
+@kernel(write(f32), u32, write(i64), write(f32))
+def collect_out(x, threshold, positions, values):
+    """As collect, of an x that is finite, and leaves zeros there."""
+    found, places = 0, np.empty(PIECE, np.int32)
+    for start in range(0, len(x), PIECE):
+        piece = x[start : start + PIECE]
+        if found + len(piece) > len(values):
+            return found, start
+        here = take(piece, start, threshold, places, positions[found:], values[found:])
+        for j in range(here):
+            piece[places[j]] = 0
+        found += here
+    return found, len(x)
+
+
 @kernel(read(f32), u32, write(f32))
 def gather_above(x, threshold, out):
-    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to)."""
-    found = 0
+    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to, the
+    least of them as bits, or those of Inf)."""
+    found, least = 0, INFINITY
     for start in range(0, len(x), PIECE):
         piece, into = x[start : start + PIECE], out[found:]
         if len(into) < len(piece):
-            return found, start
-        found += _magnitudes(piece, threshold, into)
-    return found, len(x)
+            return found, start, least
+        here = _magnitudes(piece, threshold, into)
+        for j in range(here):
+            least = min(least, magnitude(into[j]))
+        found += here
+    return found, len(x), least
 
 
 @kernel(read(f32), f32, fastmath={"reassoc"})

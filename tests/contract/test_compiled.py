@@ -163,6 +163,23 @@ def test_only_what_was_handed_out_is_taken_back():
     assert other.ctypes.data not in (address, view.ctypes.data - 12)
 
 
+@pytest.mark.parametrize("threshold", [0.01, 1.0, 2.5, 9.0])
+@pytest.mark.parametrize("size", [1, 2047, 2049, 50_001])
+def test_taking_out_above_a_threshold(size, threshold):
+    """What is found in a room that is too small at first, and what stays."""
+    if not kernels.enabled():
+        pytest.skip("there are no kernels")
+    ops = host_ops(NumpyOps)
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    over, before = abs(x) >= np.float32(threshold), x.copy()
+    magnitudes, least = ops.magnitudes_above(x, threshold)
+    assert (magnitudes == abs(x[over])).all() and len(magnitudes) == over.sum() and least == min(magnitudes, default=np.inf)
+    for residual in (None, np.ones(size, np.float32)):
+        left, (positions, values) = ops.take_out(Feedback(residual, 1, 1), x, threshold)
+        assert (positions == np.flatnonzero(over)).all() and (values == before[over]).all()
+        assert left is x and (x == (before if residual is None else np.where(over, 0, before))).all()
+
+
 def test_top_k_is_exact_however_the_sample_misleads():
     """All large values between the sampled ones, and none there."""
     ops, plain = host_ops(NumpyOps), NumpyOps()

@@ -163,24 +163,21 @@ class CompiledOps(QuantizingOps):
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
         """The magnitudes that reach a threshold above zero, in order, and the least of them."""
-        at, pieces, bits = 0, [], max(np.float32(threshold).view(np.uint32), TINY)
+        at, pieces, bits, least = 0, [], max(np.float32(threshold).view(np.uint32), TINY), kernels.INFINITY
         while at < x.size:
             out = np.empty(x.size // 3 + kernels.PIECE, np.float32)
-            found, came_to = self.kernels.gather_above(x[at:], bits, out)
+            found, came_to, its_least = self.kernels.gather_above(x[at:], bits, out)
             pieces.append(out[:found])
-            at += came_to
-        found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-        return found, found.min(initial=np.inf)
+            at, least = at + came_to, min(least, its_least)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces), float(np.uint32(least).view(np.float32))
 
     def total_above(self, x: np.ndarray, least: float) -> float:
         """The sum of x_j - least, each in float32, in float64."""
         return self.kernels.total_above(x, np.float32(least))
 
     def take_out(self, feedback: Feedback, x: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
-        """As `sweep`, of what is compressed, x."""
-        found = self._above(x, threshold)
-        if found is not None and feedback.residual is not None:
-            x[found[0]] = 0
+        """As `sweep`, of what is compressed, a finite x."""
+        found = self._above(x, threshold, self.kernels.collect if feedback.residual is None else self.kernels.collect_out)
         return None if found is None else (x, found)
 
     def _collected(self, size: int, run: Any) -> Found | None:
@@ -201,10 +198,11 @@ class CompiledOps(QuantizingOps):
         found = self._above(x, threshold)
         return super().at_least(x, threshold) if found is None else found[0]
 
-    def _above(self, x: np.ndarray, threshold: float) -> Found | None:
-        """Where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None where they are not finite."""
-        bits = max(np.float32(threshold).view(np.uint32), TINY)
-        return self._collected(x.size, lambda at, *out: self.kernels.collect(x[at:], bits, *out))
+    def _above(self, x: np.ndarray, threshold: float, collect: Any = None) -> Found | None:
+        """Where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None where they are not finite.
+        collect: the kernel, if not the one that leaves x as it is."""
+        bits, collect = max(np.float32(threshold).view(np.uint32), TINY), collect or self.kernels.collect
+        return self._collected(x.size, lambda at, *out: collect(x[at:], bits, *out))
 
     def threshold_for(self, k: int, sample: np.ndarray, size: int) -> float:
         """A magnitude that a few more than k of `size` elements reach, by a sample of their magnitudes."""
