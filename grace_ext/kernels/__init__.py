@@ -27,6 +27,8 @@ from types import ModuleType, SimpleNamespace
 INFINITY = 0x7F800000
 #: Elements that stay in the first-level cache while kernels look at them again.
 PIECE = 2048
+#: And in the second-level cache, a few times as many.
+STRETCH = 16384
 
 
 def enabled() -> bool:

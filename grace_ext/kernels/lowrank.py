@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import PIECE, STRETCH
 from .compile import LANES, every, f32, f64, i64, inlined, kernel, larger, largest, load, read, store, sum_of, write
-from .elementwise import INFINITY, PIECE, magnitude
+from .elementwise import INFINITY, magnitude
 
 
 @kernel(read(f32), read(f32), fastmath={"reassoc", "contract"})
@@ -26,6 +27,12 @@ def others(rank, columns):
 def factor(a, i, r, rank):
     """What a row of the matrix a has for one of the four."""
     return every(a[i * rank + r] if r < rank else np.float32(0))
+
+
+@inlined
+def factors(a, i, r, rank):
+    """What four rows of the matrix a, from row i on, have in column r."""
+    return every(a[i * rank + r]), every(a[(i + 1) * rank + r]), every(a[(i + 2) * rank + r]), every(a[(i + 3) * rank + r])
 
 
 @kernel(read(f32), read(f32), f32, f32, read(f32), i64, i64, write(f32), write(f32))
@@ -56,35 +63,43 @@ def compensate_product(residual, grad, beta, gamma, q, rows, rank, x, p):
     return most < INFINITY
 
 
-@kernel(read(f32), read(f32), i64, i64, write(f32))
-def project(x, p, rows, rank, q):
-    """q += P^T x, for x: float[rows, columns], P: float[rows, rank], and q by rows: float[rank, columns]. Four rows at a time, by pieces
-    of columns that stay in the cache with their sums."""
-    columns, together = len(x) // rows, rows // 4 * 4
-    for start in range(0, columns, PIECE):
-        count = min(PIECE, columns - start)
-        for i in range(0, together, 4):
-            at = i * columns + start
-            one, two = x[at : at + count], x[at + columns : at + columns + count]
-            at += 2 * columns
-            three, four = x[at : at + count], x[at + columns : at + columns + count]
-            for r in range(rank):
-                sums = q[r * columns + start : r * columns + start + count]
-                a, b, c, d = p[i * rank + r], p[(i + 1) * rank + r], p[(i + 2) * rank + r], p[(i + 3) * rank + r]
-                for j in range(len(sums)):
-                    sums[j] += (a * one[j] + b * two[j]) + (c * three[j] + d * four[j])
-        for i in range(together, rows):
-            last = x[i * columns + start : i * columns + start + count]
-            for r in range(rank):
-                sums, a = q[r * columns + start : r * columns + start + count], p[i * rank + r]
-                for j in range(len(sums)):
-                    sums[j] += a * last[j]
-
-
 @kernel(write(f32), f32, read(f32))
 def add_multiple(x, factor, other):
     for j in range(len(x)):
         x[j] += factor * other[j]
+
+
+@kernel(read(f32), read(f32), i64, i64, write(f32))
+def project(x, p, rows, rank, q):
+    """q += P^T x, for x: float[rows, columns], P: float[rows, rank], and q by rows: float[rank, columns]. Four rows at a time, by stretches
+    of columns that stay in the second-level cache with their sums."""
+    columns, together, fours = len(x) // rows, rows // 4 * 4, rank // 4 * 4
+    whole = columns // LANES * LANES
+    for start in range(0, whole, STRETCH):
+        end = min(whole, start + STRETCH)
+        for i in range(0, together, 4):
+            first = i * columns
+            second, third, fourth = first + columns, first + 2 * columns, first + 3 * columns
+            for base in range(0, fours, 4):
+                one, a0, b0, c0, d0 = base * columns, *factors(p, i, base, rank)
+                two, a1, b1, c1, d1 = one + columns, *factors(p, i, base + 1, rank)
+                three, a2, b2, c2, d2 = two + columns, *factors(p, i, base + 2, rank)
+                four, a3, b3, c3, d3 = three + columns, *factors(p, i, base + 3, rank)
+                for j in range(start, end, LANES):
+                    a, b, c, d = load(x, first + j), load(x, second + j), load(x, third + j), load(x, fourth + j)
+                    store(q, one + j, load(q, one + j) + ((a * a0 + b * b0) + (c * c0 + d * d0)))
+                    store(q, two + j, load(q, two + j) + ((a * a1 + b * b1) + (c * c1 + d * d1)))
+                    store(q, three + j, load(q, three + j) + ((a * a2 + b * b2) + (c * c2 + d * d2)))
+                    store(q, four + j, load(q, four + j) + ((a * a3 + b * b3) + (c * c3 + d * d3)))
+            for r in range(fours, rank):
+                at, a0, b0, c0, d0 = r * columns, *factors(p, i, r, rank)
+                for j in range(start, end, LANES):
+                    a, b, c, d = load(x, first + j), load(x, second + j), load(x, third + j), load(x, fourth + j)
+                    store(q, at + j, load(q, at + j) + ((a * a0 + b * b0) + (c * c0 + d * d0)))
+    for i in range(0 if whole < columns else together, rows):
+        done = whole if i < together else 0
+        for r in range(rank):
+            add_multiple(q[r * columns + done : (r + 1) * columns], p[i * rank + r], x[i * columns + done : (i + 1) * columns])
 
 
 @kernel(write(f32), read(f32), read(f32), i64, i64)
