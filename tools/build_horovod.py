@@ -136,7 +136,8 @@ def build(folder: Path, key: dict[str, str]) -> Path:
             check=True,
         )
         with tarfile.open(next(Path(work).glob("horovod-*.tar.gz"))) as archive:
-            archive.extractall(work, filter="data")
+            # Python 3.11.0 to 3.11.3 (Debian 12's) has no filters.
+            archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = Path(work) / f"horovod-{HOROVOD}"
         patch_sources(source)
         env = {
