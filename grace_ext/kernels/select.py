@@ -59,10 +59,10 @@ def take(x, start, threshold, places, positions, values):
     return found if most < INFINITY else NOT_FINITE
 
 
-@kernel(read(f32), u32, write(i64), write(f32))
-def collect(x, threshold, positions, values):
+@kernel(read(f32), u32, write(i64), write(f32), write(f32))
+def collect(x, threshold, positions, values, taken):
     """The x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops where there might not be room for a PIECE. Returns
-    (how many were found, or NOT_FINITE; the position it came to)."""
+    (how many were found, or NOT_FINITE; the position it came to). `taken` is x's own memory, where what is found is to become zero."""
     found, places = 0, np.empty(PIECE, np.int32)
     for start in range(0, len(x), PIECE):
         piece = x[start : start + PIECE]
@@ -71,21 +71,9 @@ def collect(x, threshold, positions, values):
         here = take(piece, start, threshold, places, positions[found:], values[found:])
         if here < 0:
             return here, start
-        found += here
-    return found, len(x)
-
-
-@kernel(write(f32), u32, write(i64), write(f32))
-def collect_out(x, threshold, positions, values):
-    """As collect, of an x that is finite, and leaves zeros there."""
-    found, places = 0, np.empty(PIECE, np.int32)
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
-        if found + len(piece) > len(values):
-            return found, start
-        here = take(piece, start, threshold, places, positions[found:], values[found:])
-        for j in range(here):
-            piece[places[j]] = 0
+        if len(taken):
+            for j in range(here):
+                taken[start + places[j]] = 0
         found += here
     return found, len(x)
 

@@ -219,7 +219,7 @@ from grace_ext.kernels import select
 x = np.random.default_rng(0).standard_normal(10_001).astype(np.float32)
 for threshold in (0.01, 1.0, 9.0):
     positions, values = np.empty(20_000, np.int64), np.empty(20_000, np.float32)
-    found, came_to = select.collect(x, np.float32(threshold).view(np.uint32), positions, values)
+    found, came_to = select.collect(x, np.float32(threshold).view(np.uint32), positions, values, x[:0])
     expected = np.flatnonzero(abs(x) >= threshold)
     assert came_to == len(x) and (positions[:found] == expected).all() and (values[:found] == x[expected]).all()
 print("equal")

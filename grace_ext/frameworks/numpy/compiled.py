@@ -177,7 +177,7 @@ class CompiledOps(QuantizingOps):
 
     def take_out(self, feedback: Feedback, x: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
         """As `sweep`, of what is compressed, a finite x."""
-        found = self._above(x, threshold, self.kernels.collect if feedback.residual is None else self.kernels.collect_out)
+        found = self._above(x, threshold, NOTHING if feedback.residual is None else x)
         return None if found is None else (x, found)
 
     def _collected(self, size: int, run: Any) -> Found | None:
@@ -198,11 +198,11 @@ class CompiledOps(QuantizingOps):
         found = self._above(x, threshold)
         return super().at_least(x, threshold) if found is None else found[0]
 
-    def _above(self, x: np.ndarray, threshold: float, collect: Any = None) -> Found | None:
+    def _above(self, x: np.ndarray, threshold: float, taken: np.ndarray = NOTHING) -> Found | None:
         """Where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None where they are not finite.
-        collect: the kernel, if not the one that leaves x as it is."""
-        bits, collect = max(np.float32(threshold).view(np.uint32), TINY), collect or self.kernels.collect
-        return self._collected(x.size, lambda at, *out: collect(x[at:], bits, *out))
+        taken: x, where zeros are to be left there."""
+        bits = max(np.float32(threshold).view(np.uint32), TINY)
+        return self._collected(x.size, lambda at, *out: self.kernels.collect(x[at:], bits, *out, taken[at:]))
 
     def threshold_for(self, k: int, sample: np.ndarray, size: int) -> float:
         """A magnitude that a few more than k of `size` elements reach, by a sample of their magnitudes."""
