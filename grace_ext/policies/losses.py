@@ -1,4 +1,5 @@
-"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once: the error tables of L-GreCo."""
+"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once, and what of it error feedback piles up: the
+error tables of L-GreCo."""
 
 from __future__ import annotations
 
@@ -36,6 +37,13 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
     else:
         found = [_by_compressing(ops, x, spec, choice) for choice in choices]
     return [0.0 if dense else float(loss) for dense, loss in zip(sent_dense, found, strict=True)]
+
+
+def held_back(lost: list[float], x: np.ndarray) -> list[float]:
+    """The norm that a residual comes to, for each of `lost`, if x comes at every step and the part q = lost / ||x|| of all that is to be
+    sent is not: ||x|| (q + q^2 + ...) = lost / (1 - q). inf where q is 1 or more."""
+    norm = float(np.linalg.norm(x.astype(np.float64)))
+    return [0.0 if not each else each / (1 - each / norm) if each < norm else np.inf for each in lost]
 
 
 def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.policies.losses import losses
+from grace_ext.policies.losses import held_back, losses
 from grace_ext.spec import TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
@@ -76,3 +78,24 @@ def test_bits_by_quantizing():
         scale = np.linalg.norm(blocks, axis=1, keepdims=True) / (2 ** (bits - 1) - 1)
         fraction = np.abs(blocks) / scale % 1
         assert error == pytest.approx(float(np.sqrt((scale**2 * fraction * (1 - fraction)).sum())), rel=0.15)
+
+
+def test_what_feedback_holds_back():
+    """Against the recursion itself: of x and what is left of before, a part is not sent, again and again."""
+    x = sample((40, 30)).reshape(-1)
+    norm = float(np.linalg.norm(x.astype(np.float64)))
+    for part in (0.0, 0.1, 0.5, 0.9, 0.99):
+        residual = np.zeros(x.size)
+        for _ in range(4000):
+            residual = part * (x.astype(np.float64) + residual)
+        assert held_back([part * norm], x) == [pytest.approx(float(np.linalg.norm(residual)), rel=1e-9)]
+
+
+def test_what_feedback_holds_back_at_the_edges():
+    """What loses nothing holds nothing, of a zero gradient, too; what loses all, or more, holds ever more. One of 10,000,000 equal elements
+    is sent: that is no more than the float64 of what is lost can tell."""
+    x = np.ones(4, np.float32)
+    assert held_back([0.0, 1.0, 2.0, 3.0], x) == [0.0, 2.0, math.inf, math.inf]
+    assert held_back([0.0], np.zeros(4, np.float32)) == [0.0]
+    many = np.ones(10_000_000, np.float32)
+    assert held_back([math.sqrt(many.size - 1)], many)[0] == pytest.approx(2 * many.size**1.5, rel=1e-3)
