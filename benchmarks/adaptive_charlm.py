@@ -31,6 +31,8 @@ WORSE = 0.01
 SPECS = (
     "none",
     "topk(ratio=0.01) + residual",
+    "lgreco(every=25, alpha=0.8, base=topk(ratio=0.01) + residual)",
+    "lgreco(every=25, alpha=0.9, base=topk(ratio=0.01) + residual)",
     "lgreco(every=25, error=feedback, alpha=0.9, base=topk(ratio=0.01) + residual)",
     "lgreco(every=25, base=topk(ratio=0.01) + residual)",
     "topk(ratio=0.0037) + residual",
