@@ -12,6 +12,7 @@ import grace_ext
 from grace_ext.driver import Driver, perform
 from grace_ext.errors import GraceError, NamesError
 from grace_ext.frameworks.numpy.ops import NumpyOps
+from grace_ext.frameworks.torch.dist_world import LET_GO
 from grace_ext.frameworks.torch.ops import HostOps
 from grace_ext.frameworks.torch.transports import SingleTransport
 from grace_ext.spec import TensorSpec
@@ -45,6 +46,22 @@ def test_powersgd_with_many_buckets_beside_torchs_hook(tmp_path, record_property
     torchs, ours = json.loads(out.read_text())["rows"]
     assert (ours["outcome"], ours["buckets"], ours["ranks_agree"]) == ("completes", 16, True), ours
     record_property("torch powerSGD_hook", f"{torchs['outcome']}: {torchs.get('reason', '')}")
+
+
+def test_a_process_does_not_end_before_gloos_threads_have_let_go(tmp_path):
+    """Else one of them may abort it. The first handler to be registered runs last."""
+    program = f"""
+import atexit, time
+import torch.distributed as dist
+from grace_ext.frameworks.torch.ops import HostOps
+from grace_ext.frameworks.torch.transports import DistTransport
+atexit.register(lambda: print(time.monotonic() - ended))
+dist.init_process_group("gloo", init_method="file://{tmp_path / "meeting"}", rank=0, world_size=1)
+DistTransport(HostOps())
+dist.destroy_process_group()
+ended = time.monotonic()
+"""
+    assert float(run([sys.executable, "-c", program])) >= LET_GO
 
 
 def test_regroup():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import functools
 import itertools
 import os
 import socket
@@ -109,6 +110,13 @@ def group_of(process_set: ProcessSet) -> dist.ProcessGroup | None:
     return process_set._group
 
 
+@functools.cache
+def let_go_at_exit() -> None:
+    """For processes that have collectives of torch.distributed. Gloo's threads hold tensors of the last one a moment longer than its
+    result, and one that lets go of them when the interpreter has ended aborts it ("terminate called without an active exception")."""
+    atexit.register(time.sleep, LET_GO)
+
+
 def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
     """Joins the job: an existing process group, else that of torchrun's environment variables, else this process alone.
 
@@ -122,6 +130,8 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
     if owned:
         _connect()
     connected = connected or owned
+    if connected:
+        let_go_at_exit()
     rank, size = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
     _world = _World(rank, size, *_places(rank, size, connected), connected=connected, owned=owned)
     _world.sets[0] = global_process_set
@@ -193,10 +203,6 @@ def shutdown() -> None:
         remove_process_set(process_set)
     if _world.owned and dist.is_initialized():
         dist.destroy_process_group()
-    if _world.connected:
-        # Gloo's threads hold tensors of the last collective a moment longer than its result. One that lets go of them when the interpreter
-        # has ended aborts the process ("terminate called without an active exception").
-        time.sleep(LET_GO)
     global_process_set.ranks, global_process_set._group = [], None
     _world = None
     atexit.unregister(shutdown)

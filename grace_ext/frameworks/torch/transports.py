@@ -15,7 +15,7 @@ from ...exchange import Collective
 from ...timeouts import timeout
 from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from ..process_sets import process_set_of
-from .dist_world import HorovodInternalError
+from .dist_world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
@@ -132,6 +132,7 @@ class DistTransport(Transport):
         self.ops, self._group = ops, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.by_gloo = dist.get_backend(group) == dist.Backend.GLOO
+        let_go_at_exit()
 
     def group(self, ranks: Sequence[int]) -> DistTransport | SingleTransport | None:
         mine = self.rank in ranks
