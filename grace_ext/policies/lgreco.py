@@ -40,8 +40,8 @@ class LGreCo(Policy):
     With error='feedback' err is what a residual grows to when such a gradient comes again and again, ||x|| (q + q^2 + ...) where q is the
     part of ||x|| that is lost: sending little becomes dear long before it loses all. For low rank, and bases whose memory feeds back.
     Layers of which the base's own residual would grow without end stay as they are.
-    alpha under 1 asks for less error, above for more savings: 1 cost some accuracy in docs/adaptive.md's trainings, 0.9 little or none. A longer
-    window measures less noise. Re-solving more often costs time.
+    alpha under 1 asks for less error, above for more savings: 1 cost some accuracy in docs/adaptive.md's trainings, 0.9 little or none.
+    A longer window measures less noise. Re-solving more often costs time.
     Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code keeps its random
     columns different on every rank, can choose rank 0, and leaves NaN in its tables.
     """
