@@ -53,7 +53,7 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
         raise PayloadError(f"{len(data)} bytes are shorter than a header of {HEADER.size}", rank)
     magic, version, flags, its_step, its_digest, length = HEADER.unpack(ops.host(data[: HEADER.size]).tobytes())
     if magic != MAGIC:
-        raise PayloadError(f"does not start with {MAGIC!r} but {magic!r}", rank)
+        raise _of_another_kind(magic, rank)
     if version != VERSION:
         raise PayloadError(f"has payload version {version}, this is {VERSION}: install the same grace_ext everywhere", rank)
     if its_digest != digest:
@@ -66,6 +66,11 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
     if len(body) != length:
         raise PayloadError(f"is truncated or too long: {len(body)} bytes after the header, which says {length}", rank)
     return body, not flags & NOT_FINITE
+
+
+def _of_another_kind(magic: bytes, rank: int) -> PayloadError:
+    joined = "; that is what Horovod sends for a rank in hvd.join(): let it call step() without gradients instead, until all are done"
+    return PayloadError(f"does not start with {MAGIC!r} but {magic!r}{joined if magic and not any(magic) else ''}", rank)
 
 
 def open_text(ops: Ops, body: Array, rank: int) -> dict[str, Any]:
@@ -84,8 +89,10 @@ def split_messages(ops: Ops, data: Array, size: int) -> list[Array]:
     messages, at = [], 0
     for rank in range(size):
         header = ops.host(data[at : at + HEADER.size]).tobytes()
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise PayloadError("does not start with a header", rank)
+        if not header.startswith(MAGIC):
+            raise _of_another_kind(header[: len(MAGIC)], rank)
+        if len(header) < HEADER.size:
+            raise PayloadError(f"{len(header)} bytes are shorter than a header of {HEADER.size}", rank)
         end = at + HEADER.size + HEADER.unpack(header)[-1]
         if end > len(data):
             raise PayloadError(f"is truncated: its header promises {end - at} bytes, {len(data) - at} are there", rank)

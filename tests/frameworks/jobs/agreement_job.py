@@ -10,7 +10,7 @@ import torch
 
 import grace_ext
 import grace_ext.frameworks.torch as hvd
-from grace_ext.errors import DisagreementError, GraceError, UnsupportedError
+from grace_ext.errors import DisagreementError, GraceError, PayloadError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import training  # noqa: E402
@@ -221,6 +221,18 @@ def case_uneven_batches():
                 backward(model, step)
             optimizer.step()
         hvd.check_agreement(optimizer)
+
+
+def case_join():
+    """Rank 1 runs out of data first, and waits in Horovod's join(), which cannot stand in for it in gathers."""
+    if hvd.join.__module__.startswith("grace_ext"):  # over torch.distributed, which has none
+        return raises(UnsupportedError, "hvd.join()", hvd.join)
+    model = training.make_model()
+    optimizer = wrapped(model)
+    train(model, optimizer, range(2))
+    if hvd.rank() != 1:
+        raises(PayloadError, "in hvd.join(): let it call step() without gradients", lambda: train(model, optimizer, [2]))
+    hvd.join()
 
 
 hvd.init()
