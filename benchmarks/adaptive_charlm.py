@@ -37,11 +37,11 @@ SPECS = (
     "lgreco(every=25, base=topk(ratio=0.01) + residual)",
     "topk(ratio=0.0037) + residual",
     "powersgd(rank=4) + residual",
-    "lgreco(every=25, error=feedback, alpha=0.9, base=powersgd(rank=4) + residual)",
+    "lgreco(every=25, error=feedback, alpha=0.85, base=powersgd(rank=4) + residual)",
     "lgreco(every=25, base=powersgd(rank=4) + residual)",
     "powersgd(rank=3) + residual",
     "powersgd(rank=16) + residual",
-    "lgreco(every=25, error=feedback, alpha=0.9, base=powersgd(rank=16) + residual)",
+    "lgreco(every=25, error=feedback, alpha=0.85, base=powersgd(rank=16) + residual)",
     "lgreco(every=25, base=powersgd(rank=16) + residual)",
 )
 
