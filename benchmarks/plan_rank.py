@@ -37,8 +37,9 @@ def planned(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(job: dict[str, Any], world: Any) -> dict[str, Any]:
-    """What 'auto' picks from the same specs after one dense step, and the times of its steps from then on."""
-    system = Ours({**job, "argument": f"auto(steps=1, candidates={job['specs'][1:]})"}, world)
+    """What 'auto' picks from the same specs after two dense steps, and the times of its steps from then on."""
+    system = Ours({**job, "argument": f"auto(steps=2, candidates={job['specs'][1:]})"}, world)
+    system.warmups, system.least_warmups = 3, 2
     system.fresh()
     system.make()
     times = timing.run(world, system, before=None, budget=job["budget"])["times"]

@@ -98,9 +98,13 @@ class Choices:
             state = {**state, **as_state(path, policy.observe(ops, aggregate, spec, info, own_state(path, state)))}
         return state
 
-    def due(self, step: int) -> dict[str, tuple[Policy, list[TensorSpec]]]:
+    def due(self, step: int, states: Mapping[str, Mapping[str, Array]]) -> dict[str, tuple[Policy, list[TensorSpec]]]:
         """By place: the policies that decide at the end of this step for all their tensors."""
-        return {path: group for path, group in self.groups.items() if group[0].due(step)}
+        return {
+            path: (policy, specs)
+            for path, (policy, specs) in self.groups.items()
+            if policy.due(Asked(specs[0], step, states.get(specs[0].name, {}), path))
+        }
 
     def shared(self) -> set[str]:
         """Keys of state that are the same on all ranks, or that a rank may go on with another's."""

@@ -55,6 +55,15 @@ class Composition:
             return Composition(none, self.memory, communicators.get("allreduce").create())
         return Composition(none, self.memory, self.communicator)
 
+    @cached_property
+    def dense_step(self) -> Composition:
+        """`dense` for a step at which every tensor is sent so: by all-reduce, where a gather would bring every rank n - 1 whole gradients.
+        (A few small tensors are better off in the gather that their neighbours are in.)"""
+        gathered, reduce = self.dense, communicators.get("allreduce").create()
+        if gathered.communicator.two_level or gathered.communicator.bytes_sent(8, 1, 1) <= reduce.bytes_sent(8, 1, 1):
+            return gathered
+        return Composition(gathered.compressor, self.memory, reduce)
+
     def parts_for(self, spec: TensorSpec) -> Parts:
         """The parts that a tensor of this shape really goes through: dense where its payload would not be smaller."""
         chosen = self.dense if spec.size and self.compressor.sends_dense(spec) else self
@@ -125,7 +134,7 @@ class Grace:
         if self.policy and _plain(leaf):
             beside = [other for other in self.leaves_for(spec) if not _plain(other)]
             other = beside[0] if beside else self._momentum
-            leaf = other.dense if other else leaf
+            leaf = other.dense_step if other else leaf
         return leaf.parts_for(spec)
 
     def leaves_for(self, spec: TensorSpec) -> list[Composition]:

@@ -105,7 +105,8 @@ class Driver:
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
-        self._ended, self._compute = time.perf_counter(), 0.0  # when the last step did; seconds from there to the end of a backward pass
+        self._ended = time.perf_counter()  # when the last step did
+        self._compute = float("inf")  # seconds from there to the end of a backward pass: the fewest, as some have a pause in them
         self.prefix = ""  # of the names of collectives; agreed on at the first step
         self.specs: dict[str, TensorSpec] = {}
         self.buckets: list[Bucket] = []
@@ -254,7 +255,7 @@ class Driver:
 
     def finish(self) -> Effects:
         """Ends the step: returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
-        self._compute = time.perf_counter() - self._ended
+        self._compute = min(self._compute, time.perf_counter() - self._ended)
         outputs = yield from self.recorder.effects(self._finish()) if self.recorder else self._finish()
         if self.recorder:
             self.recorder.finished()
@@ -335,7 +336,7 @@ class Driver:
 
     def _settle(self) -> Effects:
         """What policies learn of all ranks' gradients: gathers the reports that are due, before the step is committed."""
-        for path, (policy, specs) in self._choices.due(self.step).items():
+        for path, (policy, specs) in self._choices.due(self.step, self.state).items():
             states = {spec: own_state(path, self._bucket_of[spec.name].states[spec.name]) for spec in specs}
             found = yield from policy.survey(self.transport, specs, self._compute, f"{self.prefix}/survey/{path}")
             report = self.ops.upload(policy.report(self.ops, states, found).view(np.uint8))

@@ -10,7 +10,7 @@ import pytest
 
 import grace_ext
 import grace_ext.cluster as cluster_module
-from grace_ext.errors import GraceError, ParameterError
+from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError
 
 SPEC = "auto(steps=2, candidates=['topk(ratio=0.01) + residual', 'efsignsgd + residual'])"
 
@@ -60,17 +60,57 @@ def test_a_resumed_training_keeps_its_choice():
 
 def test_dense_stays_where_nothing_is_gained(caplog):
     """What the plan advises is taken, here dense: its codecs alone take longer than the exchange."""
-    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=1, exchanges=0, candidates=['atomo(rank=4) + residual'])"), 2)
-    for step in range(2):
+    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2, exchanges=0, candidates=['atomo(rank=4) + residual'])"), 2)
+    for step in range(3):
         given = gradients(step)
         out = cluster.step(given)
     assert np.allclose(out["w"], (given[0]["w"] + given[1]["w"]) / 2, atol=1e-6)
     assert "none @ allreduce from the next step on; dense is best here" in caplog.text
 
 
+def test_it_decides_after_steps_that_were_not_finite(caplog):
+    """Loss scaling begins with steps that overflow: the decision waits for one that does not."""
+    cluster, told = grace_ext.LocalCluster(grace_ext.grace(SPEC), 2), []
+    with slowed(2e6):
+        for step in range(6):
+            given = gradients(step)
+            if step in (0, 1, 2):
+                given[1]["w"][0, 0] = np.inf
+            cluster.step(given)
+            told.append(caplog.text.count("from the next step on"))
+    assert told == [0, 0, 0, 1, 1, 1] and cluster.wire_bytes[1] < 8_000
+
+
+def test_dense_is_what_was_measured_an_all_reduce():
+    """Whatever the candidates' communicator: gathering whole gradients of many ranks would be dear."""
+    kinds = []
+    original = cluster_module.execute
+
+    def execute(collectives, ops):
+        kinds.append(collectives[0].kind)
+        return original(collectives, ops)
+
+    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=9, candidates=['efsignsgd + residual'])"), 3)
+    given = {"w": np.ones((300, 200), np.float32)}
+    cluster.step([given] * 3)
+    with mock.patch.object(cluster_module, "execute", execute):
+        cluster.step([given] * 3)
+    assert kinds == ["allreduce"]
+
+
+def test_in_two_levels_dense_goes_so_too():
+    spec = "auto(steps=2, exchanges=0, candidates=['atomo(rank=4) + residual @ hierarchical'])"
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 4, ranks_per_node=2)
+    assert [str(leaf) for leaf in cluster.grace.leaves][0] == "none @ hierarchical"
+    for step in range(3):
+        given = gradients(step) + gradients(step + 10)
+        out = cluster.step(given)
+        assert np.allclose(out["w"], sum(g["w"] for g in given) / 4, atol=1e-6)
+
+
 def test_one_rank_alone_stays_dense(caplog):
-    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=1)"), 1)
-    for step in range(2):
+    cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2)"), 1)
+    for step in range(3):
         cluster.step(gradients(step)[:1])
     assert "one rank alone" in caplog.text and cluster.wire_bytes[0] > 240_000
 
@@ -90,10 +130,11 @@ def test_written_and_read_again():
         ("auto(candidates='topk')", "candidates must be a list of specs"),
         ("auto(candidates=['by_size'])", "candidates must be a list of specs"),
         ("auto(candidates=['topj'])", "did you mean 'topk'"),
-        ("auto(steps=0)", "steps must be a whole number"),
+        ("auto(steps=1)", "steps must be a whole number"),
+        ("auto(candidates=['topk + residual', 'topk + residual @ hierarchical'])", "make all of them '@ hierarchical', or none"),
     ],
 )
 def test_bad_input(text, why):
     with pytest.raises(GraceError, match=why) as caught:
         grace_ext.grace(text)
-    assert isinstance(caught.value, ParameterError) or "topj" in text
+    assert isinstance(caught.value, (ParameterError, IncompatiblePartsError)) or "topj" in text

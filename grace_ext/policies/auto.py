@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import PayloadError
+from ..errors import IncompatiblePartsError, PayloadError
 from ..parts import knob, made_knob
 from . import register
 from .base import Policy
@@ -42,12 +42,13 @@ def _specs(value: Any) -> Specs:
 class Auto(Policy):
     """Sends the first steps dense, measures meanwhile, and then takes the candidate whose steps are the shortest, or stays dense.
 
-    At the end of step `steps` the ranks time, together: collectives of a few sizes on the training's own network, every candidate's codecs
-    on gradients of the model's shapes, and real exchanges of dense and of the `exchanges` candidates that seem fastest. From these, and
-    from how long the last dense step took to compute, each candidate's step is predicted as `grace-ext plan` does; times are those of the
-    slowest rank, the same on all. The fastest is taken for all tensors from the next step on; dense, where none gains a tenth. Rank 0's
-    choice is gathered, so all ranks hold it; it and its reason are told once, in the log 'grace_ext' of rank 0. The pause is some seconds
-    to a minute, once. Speed alone is looked at: name candidates whose accuracy you accept, and whose memories go with your optimizer.
+    At the end of step `steps`, or of the first one after it that is finite everywhere, the ranks time, together: collectives of a few sizes
+    on the training's own network, every candidate's codecs on gradients of the model's shapes, and real exchanges of dense and of the
+    `exchanges` candidates that seem fastest. From these, and from how long the fastest of the steps before took to compute, each
+    candidate's step is predicted as `grace-ext plan` does; times are those of the slowest rank, the same on all. The fastest is taken for
+    all tensors from the next step on; dense, where none gains a tenth. Rank 0's choice is gathered, so all ranks hold it; it and its reason
+    are told once, in the log 'grace_ext' of rank 0. The pause is some seconds to a minute, once. Speed alone is looked at: name candidates
+    whose accuracy you accept, and whose memories go with your optimizer. Where they go in two levels ('@ hierarchical'), dense does, too.
     State: `choice`, float32[1], the number of the candidate (0: dense), -1 before: a training that is resumed keeps its choice.
     `candidates`: specs; none named: those of `grace-ext plan`. More dense steps wait for a warm machine; more exchanges for a surer choice.
     Source: common practice of autotuners.
@@ -57,18 +58,31 @@ class Auto(Policy):
     learns: ClassVar[bool] = True
     whole_model: ClassVar[bool] = True
     candidates: Any = made_knob(None, "specs to choose from, beside dense; None: a few that keep accuracy", "a list of specs", _specs)
-    steps: int = knob(3, "dense steps at the end of which it chooses", low=1, high=1e6)
+    steps: int = knob(3, "dense steps at the end of which it chooses", low=2, high=1e6)
     exchanges: int = knob(3, "candidates that are really exchanged, beside dense", low=0, high=100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len({leaf.communicator.two_level for leaf in self.candidates}) > 1:
+            raise IncompatiblePartsError(
+                f"auto: {self.candidates}: a training goes in two levels with all it sends, or with nothing; make all of them "
+                "'@ hierarchical', or none"
+            )
 
     @cached_property
     def leaves(self):
         from ..composition import compose
 
-        return (compose("none"), *self.candidates)
+        levels = bool(self.candidates) and self.candidates[0].communicator.two_level
+        return (compose("none", None, "hierarchical" if levels else None), *self.candidates)
 
     def choose(self, asked):
+        return self.leaves[self._chosen(asked) or 0]
+
+    @staticmethod
+    def _chosen(asked) -> int | None:
         choice = asked.own("choice")
-        return self.leaves[0 if choice is None else max(0, int(choice[0]))]
+        return None if choice is None or choice[0] < 0 else int(choice[0])
 
     def variants(self, spec):
         return self.leaves
@@ -80,8 +94,9 @@ class Auto(Policy):
     def _choice(ops, number: int):
         return ops.upload(np.array([number], np.float32))
 
-    def due(self, step):
-        return step + 1 == self.steps
+    def due(self, asked):
+        # Later where that step was not finite, as the first ones of loss scaling often are.
+        return asked.step + 1 >= self.steps and self._chosen(asked) is None
 
     def survey(self, transport, specs, compute, prefix):
         """See Policy.survey: what plan.advise says, on all ranks alike."""

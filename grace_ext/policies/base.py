@@ -124,8 +124,9 @@ class Policy(Part):
         """What changes of it by the result of a step: float[d], the same on all ranks, not to be kept or changed."""
         return {}
 
-    def due(self, step: int) -> bool:
-        """Whether the ranks' reports are to be gathered at the end of this step, and to be settled."""
+    def due(self, asked: Asked) -> bool:
+        """Whether the ranks' reports are to be gathered at the end of this step, and to be settled, where it was finite everywhere. Asked
+        about the first of its tensors, with the state at the start of the step."""
         return False
 
     def survey(self, transport: Transport, specs: Sequence[TensorSpec], compute: float, prefix: str) -> Effects:

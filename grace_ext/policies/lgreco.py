@@ -118,8 +118,8 @@ class LGreCo(Policy):
         fresh = place == 0 or not len(state["sum"])  # a window begins, or a step of it was not committed
         return {"sum": ops.cast(ops.copy(grad) if fresh else state["sum"] + grad, "float32")}
 
-    def due(self, step):
-        return (step + 1) % self.every == 0
+    def due(self, asked):
+        return (asked.step + 1) % self.every == 0
 
     def report(self, ops, states, found):
         rows = [self.errors(ops, spec, state["sum"]) for spec, state in states.items()]

@@ -29,17 +29,17 @@ class Warmup(Policy):
 
     def choose(self, asked):
         leaf = self.then.choose(asked.under("then"))
-        return leaf.dense if asked.step < self.steps else leaf
+        return leaf.dense_step if asked.step < self.steps else leaf
 
     def branches(self, spec):
         return {"then": self.then}
 
     def variants(self, spec):
-        return [leaf.dense for _, leaf in self.then.reached(spec, "") if not isinstance(leaf, Policy)]
+        return [leaf.dense_step for _, leaf in self.then.reached(spec, "") if not isinstance(leaf, Policy)]
 
     @property
     def leaves(self):
-        return (*self.then.leaves, *(leaf.dense for leaf in self.then.leaves))
+        return (*self.then.leaves, *(leaf.dense_step for leaf in self.then.leaves))
 
 
 @register("ratio_warmup")

@@ -184,3 +184,24 @@ def test_messages_say_what_was_chosen():
     cluster.drivers[1].state["w"][regime] = np.array([0, 0, 0], np.float32)
     with pytest.raises(grace_ext.errors.PayloadError, match="rank 1"):
         NUMPY.step(cluster, gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "step"),
+    [
+        ("warmup(steps=2, then=topk(ratio=0.1) + residual)", 1),
+        ("warmup(steps=2, then=topk(ratio=0.1) + residual @ broadcast)", 1),
+        ("every(2, none, efsignsgd + residual)", 2),
+        ("every(2, topk(ratio=0.1) + residual, none)", 1),
+    ],
+)
+def test_dense_steps_are_summed_not_gathered(policy, step):
+    """A gather brings every rank the whole gradients of all others: for 64 ranks 32 times what an all-reduce sends."""
+    g = grace_ext.grace(policy)
+    assert [part.name for part in g.parts_for(W, step)] == ["none", "residual", "allreduce"]
+
+
+@pytest.mark.parametrize("between", ["hierarchical", "hierarchical(between=allgather)", "reduce_scatter"])
+def test_dense_steps_go_the_way_of_the_others_where_that_is_as_short(between):
+    g = grace_ext.grace(f"warmup(steps=2, then=efsignsgd + residual @ {between})")
+    assert str(g.parts_for(W, 1)[2]) == str(g.parts_for(W, 5)[2])
