@@ -13,7 +13,7 @@ from . import register
 from .allocation import allocate
 from .base import Policy, composition_knob
 from .knobs import knob_of, with_value
-from .losses import held_back, losses
+from .losses import losses, of_adam
 
 #: The knobs that it can set: the range of each around the base's value where none is said, and what no choice is below or above.
 KNOBS = {"ratio": (0.3, 100.0, 0.0, 1.0), "rank": (0.5, 4.0, 1, 4096), "bits": (0.5, 2.0, 2, 8)}
@@ -37,10 +37,10 @@ class LGreCo(Policy):
     have none.
     State: `setting`, float32[1], the number of the choice, and `sum`, float[d] within a window, else empty.
     A lower `low` saves more bytes at the same error of one step, and lets what large layers do not send wait longer in their residuals.
-    With error='feedback' err is what a residual grows to when such a gradient comes again and again, ||x|| (q + q^2 + ...) where q is the
-    part of ||x|| that is lost: sending little becomes dear long before it loses all. For low rank, and bases whose memory feeds back.
-    Layers of which the base's own residual would grow without end stay as they are.
-    alpha under 1 asks for less error, above for more savings: 1 cost some accuracy in docs/adaptive.md's trainings, 0.9 little or none.
+    The 2-norm is the paper's error, and fits SGD. With error='adam' err is sqrt(d) (||x|| - ||C(x)||), x being that sum and C(x) what is
+    sent of it: the descent that is lost, as Adam's steps are as long for small gradients as for large ones. For Adam, AdamW and their
+    like, where layers of small gradients, starved by the 2-norm, cost accuracy.
+    alpha under 1 asks for less error, above for more savings.
     A longer window measures less noise. Re-solving more often costs time.
     Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code keeps its random
     columns different on every rank, can choose rank 0, and leaves NaN in its tables.
@@ -53,7 +53,7 @@ class LGreCo(Policy):
     every: int = knob(100, "steps from one solution to the next", low=1, headline=True)
     window: int = knob(10, "gradients that errors are measured on", low=1, headline=True)
     alpha: float = knob(1.0, "budget of errors, in those of the uniform choice", above=0, high=1e6)
-    error: str = knob("step", "what is lost of one step, or what error feedback holds back in the end", choices=("step", "feedback"))
+    error: str = knob("norm", "what is lost: of the gradient's 2-norm, or of the descent of a step of Adam's", choices=("norm", "adam"))
     low: float | None = knob(
         None, "smallest value, in the base's; None: 0.3 for ratios, 0.5 for ranks and bits", above=0, high=1, kind=float
     )
@@ -66,8 +66,6 @@ class LGreCo(Policy):
         super().__post_init__()
         if self.window > self.every:
             raise ParameterError(f"lgreco: window={self.window} is more than every={self.every}: a window ends at each solution")
-        if self.error == "feedback" and not self.base.memory.feeds_back:
-            raise ParameterError(f"lgreco: error='feedback', but memory {self.base.memory.name!r} feeds nothing back; use error='step'")
         self.leaves  # refuses a compressor that has nothing to be set  # noqa: B018
 
     @cached_property
@@ -130,7 +128,7 @@ class LGreCo(Policy):
         if not len(x) or not ops.all_finite(x):
             return [math.nan] * len(self.leaves)
         lost = losses(ops, x, spec, list(self.leaves), self._knob[0])
-        return lost if self.error == "step" else held_back(lost, ops.host(x))
+        return lost if self.error == "norm" else of_adam(lost, ops.host(x))
 
     def settle(self, ops, reports, states, found):
         errors = np.mean([np.asarray(report, np.float64).reshape(len(states), -1) for report in reports], axis=0)
@@ -144,9 +142,8 @@ class LGreCo(Policy):
 
     def solve(self, errors):
         """The number of the choice for each tensor, given the error of every choice by TensorSpec. None where nothing keeps the budget.
-        Tensors that are always sent dense, or have an error that is not known (NaN) or an infinite one of the base, are left out, of the
-        budget and of the result."""
-        known = [spec for spec, row in errors.items() if self._compresses(spec) and not np.isnan(row).any() and row[self.uniform] < np.inf]
+        Tensors that are always sent dense, or have an error that is not known (NaN), are left out, of the budget and of the result."""
+        known = [spec for spec, row in errors.items() if self._compresses(spec) and not np.isnan(row).any()]
         table = [errors[spec] for spec in known]
         sizes = [[leaf.nbytes(spec) for leaf in self.leaves] for spec in known]
         at_uniform = [math.fsum(row[self.uniform] for row in rows) for rows in (table, sizes)]

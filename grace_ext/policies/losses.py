@@ -39,11 +39,13 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
     return [0.0 if dense else float(loss) for dense, loss in zip(sent_dense, found, strict=True)]
 
 
-def held_back(lost: list[float], x: np.ndarray) -> list[float]:
-    """The norm that a residual comes to, for each of `lost`, if x comes at every step and the part q = lost / ||x|| of all that is to be
-    sent is not: ||x|| (q + q^2 + ...) = lost / (1 - q). inf where q is 1 or more."""
+def of_adam(lost: list[float], x: np.ndarray) -> list[float]:
+    """sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: what is lost of the descent of a step of Adam's. Such a step
+    is about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||. Top-k and low
+    rank are projections: <x, C(x)> = ||C(x)||^2 = ||x||^2 - ||x - C(x)||^2."""
     norm = float(np.linalg.norm(x.astype(np.float64)))
-    return [0.0 if not each else each / (1 - each / norm) if each < norm else np.inf for each in lost]
+    # a - b as (a^2 - b^2) / (a + b): small losses are not rounded away, and one of more than ||x|| still counts for more.
+    return [float(np.sqrt(len(x))) * e**2 / (norm + np.sqrt(max(0.0, norm**2 - e**2))) if e else 0.0 for e in lost]
 
 
 def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:

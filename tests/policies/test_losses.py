@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.policies.losses import held_back, losses
+from grace_ext.policies.losses import losses, of_adam
 from grace_ext.spec import TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
@@ -80,22 +80,22 @@ def test_bits_by_quantizing():
         assert error == pytest.approx(float(np.sqrt((scale**2 * fraction * (1 - fraction)).sum())), rel=0.15)
 
 
-def test_what_feedback_holds_back():
-    """Against the recursion itself: of x and what is left of before, a part is not sent, again and again."""
-    x = sample((40, 30)).reshape(-1)
-    norm = float(np.linalg.norm(x.astype(np.float64)))
-    for part in (0.0, 0.1, 0.5, 0.9, 0.99):
-        residual = np.zeros(x.size)
-        for _ in range(4000):
-            residual = part * (x.astype(np.float64) + residual)
-        assert held_back([part * norm], x) == [pytest.approx(float(np.linalg.norm(residual)), rel=1e-9)]
+@pytest.mark.parametrize("shape", [(40, 30), (17, 90)])
+def test_what_adam_loses(shape):
+    """Along x a step of length sqrt(d) descends by sqrt(d) ||x||; along what is sent of x by its product with x."""
+    x = sample(shape).astype(np.float64)
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    sent = [(left[:, :r] * values[:r]) @ right[:r] for r in (1, 3, 9)]
+    sent += [np.where(np.abs(x) >= np.sort(np.abs(x), axis=None)[-k], x, 0) for k in (1, 20, 600)]
+    expected = [math.sqrt(x.size) * (np.linalg.norm(x) - np.vdot(x, c) / np.linalg.norm(c)) for c in sent]
+    found = of_adam([float(np.linalg.norm(x - c)) for c in sent], x.reshape(-1))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_feedback_holds_back_at_the_edges():
-    """What loses nothing holds nothing, of a zero gradient, too; what loses all, or more, holds ever more. One of 10,000,000 equal elements
-    is sent: that is no more than the float64 of what is lost can tell."""
+def test_what_adam_loses_at_the_edges():
+    """Nothing of nothing, and of what is sent whole; all of what is not sent; more where what is sent is worse than nothing. A small loss
+    is about half its square."""
     x = np.ones(4, np.float32)
-    assert held_back([0.0, 1.0, 2.0, 3.0], x) == [0.0, 2.0, math.inf, math.inf]
-    assert held_back([0.0], np.zeros(4, np.float32)) == [0.0]
-    many = np.ones(10_000_000, np.float32)
-    assert held_back([math.sqrt(many.size - 1)], many)[0] == pytest.approx(2 * many.size**1.5, rel=1e-3)
+    assert of_adam([0.0, 2.0], x) == [0.0, 4.0] and of_adam([3.0], x)[0] > 4.0
+    assert of_adam([0.0], np.zeros(4, np.float32)) == [0.0]
+    assert of_adam([1e-9], x) == [pytest.approx(2 * 1e-18 / 4, rel=1e-6)]
