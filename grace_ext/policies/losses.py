@@ -40,8 +40,8 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
 
 
 def of_adam(lost: list[float], x: np.ndarray) -> list[float]:
-    """sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: what is lost of the descent of a step of Adam's. Such a step
-    is about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||. Top-k and low
+    """sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: what is lost of the descent of a step of Adam's. It is
+    about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||. Top-k and low
     rank are projections: <x, C(x)> = ||C(x)||^2 = ||x||^2 - ||x - C(x)||^2."""
     norm = float(np.linalg.norm(x.astype(np.float64)))
     # a - b as (a^2 - b^2) / (a + b): small losses are not rounded away, and one of more than ||x|| still counts for more.

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.errors import ParameterError
 from grace_ext.spec import TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
@@ -82,7 +81,8 @@ def test_the_decision_is_the_best_of_all_for_the_last_window(world, error):
 
 
 def test_what_adam_loses_keeps_large_layers_of_small_gradients():
-    """By the 2-norm a small tensor of large gradients pays for starving a large one of small gradients, whose steps are as long with Adam."""
+    """By the 2-norm a small tensor of large gradients pays for starving a large one of small gradients; but Adam steps as far
+    in both."""
     draw = np.random.default_rng(0)
     x = {"large": draw.standard_normal(10_000).astype(np.float32), "small": 3 * draw.standard_normal(100).astype(np.float32)}
     sent = {}
