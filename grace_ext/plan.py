@@ -18,6 +18,7 @@ from . import cost, kernels
 from .bench import machine
 from .composition import Grace, grace
 from .cost import Link
+from .errors import ParameterError
 from .trace import Event, Network, Shapes, Timed, Trace, record, replay
 
 DENSE = "none"
@@ -35,26 +36,37 @@ RATES = (1e5, 1e13)
 
 @dataclass(frozen=True)
 class OnLink:
-    """The network that cost.py describes: nodes of `per_node` workers, each node with one link."""
+    """The network that cost.py describes: nodes of `per_node` workers, each node with one link, and `inside` between its own workers."""
 
     link: Link
     per_node: int = 1
+    inside: Link = INSIDE
 
     def __call__(self, kind: str, n: int, nbytes: float) -> float:
+        shared = 1 < self.per_node < n
+        link = self.inside if 1 < n <= self.per_node else self.link  # of one node alone nothing crosses a link
         if kind == "broadcast":
-            return n * cost.broadcast(self.link, n, nbytes)
-        if kind == "alltoall" and 1 < self.per_node < n and n % self.per_node == 0:
+            return n * (self._broadcast(n, nbytes) if shared else cost.broadcast(link, n, nbytes))
+        if kind == "alltoall" and shared and n % self.per_node == 0:
             # A ring crosses from node to node once; here every worker of a node sends to every worker of the others.
-            crossing = self.per_node * (n - self.per_node) / n * nbytes
-            return self.link.overhead + (n - 1) * self.link.latency + crossing * self.link.beta
-        return {"allreduce": cost.allreduce, "allgather": cost.allgather, "alltoall": cost.alltoall}[kind](self.link, n, nbytes)
+            return link.overhead + self.per_node * (n - self.per_node) * link.message(nbytes / n)
+        return {"allreduce": cost.allreduce, "allgather": cost.allgather, "alltoall": cost.alltoall}[kind](link, n, nbytes)
+
+    def _broadcast(self, n: int, nbytes: float) -> float:
+        """From one worker: those who have it double, first in its node, then so many at a time on each node's link."""
+        total, have = self.link.overhead, 1
+        while have < n:
+            crossing = min(have, n - have, self.per_node) if have >= self.per_node else 0
+            total += crossing * self.link.message(nbytes) or self.inside.message(nbytes)
+            have *= 2
+        return total
 
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate's step. Times are milliseconds: see trace.Timed; `gain`: dense step / this step; `break_even`: the rate of the links,
-    bits per second, above which dense is faster (None: it never is, or always: then `gain` is below 1); `measured_ms`: an exchange that
-    was really made, where it was."""
+    """A candidate's step. Times are milliseconds: see trace.Timed; `gain`: dense step / this step; `pays`: 'below' the rate of the links
+    that is `break_even`, bits per second, or 'above' it, 'always' or 'never' (and `break_even` is None), between 100 kbit/s and 10 Tbit/s;
+    `measured_ms`: an exchange that was really made, where it was."""
 
     spec: str
     nbytes: float
@@ -64,6 +76,7 @@ class Row:
     network_ms: float
     gain: float
     break_even: float | None
+    pays: str
     measured_ms: float | None = None
     uncalibrated_ms: float | None = None
 
@@ -89,9 +102,13 @@ class Model:
         compute, trace = self.compute if compute is None else compute, self.traces[spec]
         if not (trace.two_level and self.per_node > 1):
             return replay(trace.on(self.n), network, self.n, compute)
-        nodes = self.n // self.per_node
-        between = replay(trace.on(nodes), network, nodes, compute)
-        inside = cost.two_level(self.inside, self.per_node, trace.dense, 0.0, nodes * trace.nbytes(nodes))
+        nodes, summed = self.n // self.per_node, cost.allreduce(self.inside, self.per_node, trace.dense)
+        if nodes == 1:  # nothing is compressed
+            return Timed(compute + summed, summed, 0.0, summed)
+        between = replay(trace.on(nodes), replace(network, per_node=1), nodes, compute)
+        # What the nodes' first workers get of each collective (levels.Levels._shared): all payloads of a gather, else as much as they gave.
+        got = [event.nbytes * (nodes if event.kind == "allgather" else 1) for event in trace.on(nodes) if event.what == "start"]
+        inside = summed + sum(cost.broadcast(self.inside, self.per_node, nbytes) for nbytes in got)
         return replace(between, step=between.step + inside, exchange=between.exchange + inside, network=between.network + inside)
 
     def rows(self, network: Network, link: Link, measured: dict[str, float] | None = None) -> list[Row]:
@@ -105,36 +122,43 @@ class Model:
         return [
             Row(
                 spec, self.traces[spec].nbytes(self.n), 1000 * steps[spec], 1000 * exchanges[spec], 1000 * timed.work, 1000 * timed.network,
-                dense / steps[spec], self.break_even(spec, link), 1000 * measured[spec] if spec in measured else None,
+                dense / steps[spec], *self.break_even(spec, link, steps), 1000 * measured[spec] if spec in measured else None,
                 1000 * alone[spec] if measured else None,
             )
             for spec, timed in found.items()
         ]  # fmt: skip
 
-    def break_even(self, spec: str, link: Link) -> float | None:
-        """The rate at which this candidate's step takes as long as the dense one; None where one of them is faster at any rate."""
+    def break_even(self, spec: str, link: Link, steps: dict[str, float]) -> tuple[float | None, str]:
+        """The rate at which this candidate's step takes as long as the dense one, and where it pays: see Row. steps: seconds of the steps
+        on `link`, by spec; what they take beside what the model says, they take at every rate."""
         dense = next(iter(self.traces))
 
         def gained(rate: float) -> float:
-            network = OnLink(replace(link, rate=rate), self.per_node)
-            return self.timed(dense, network).step - self.timed(spec, network).step
+            at, here = (OnLink(replace(link, rate=r), self.per_node, self.inside) for r in (rate, link.rate))
+            return sum(
+                sign * (steps[each] + self.timed(each, at).step - self.timed(each, here).step) for each, sign in ((dense, 1), (spec, -1))
+            )
 
         low, high = RATES
-        if spec == dense or gained(low) <= 0 or gained(high) >= 0:
-            return None
+        pays = "below" if gained(low) > 0 else "above"
+        if spec == dense or (gained(high) > 0) == (pays == "below"):
+            return None, "always" if spec != dense and pays == "below" else "never"
         while high / low > 1.01:
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if gained(middle) > 0 else (low, middle)
-        return math.sqrt(low * high)
+            low, high = (middle, high) if (gained(middle) > 0) == (pays == "below") else (low, middle)
+        return math.sqrt(low * high), pays
 
 
 def advise(rows: Sequence[Row]) -> Advice:
     """The fastest candidate, or dense where none is faster by more than the model can tell. The first row is dense."""
     best = min(rows, key=lambda row: row.step_ms)
     if best is rows[0] or best.gain < WORTH:
-        told = f"the best of the others, {min(rows[1:], key=lambda row: row.step_ms).spec}, gains" if len(rows) > 1 else "gains of others:"
-        others = max((row.gain for row in rows[1:]), default=1.0)
-        reason = f"dense is best here: {told} x{others:.2f}, and below x{WORTH} a gain is within the model's error"
+        others = sorted(rows[1:], key=lambda row: row.step_ms)
+        reason = "dense is best here: " + (
+            f"the best of the others, {others[0].spec}, gains x{others[0].gain:.3g}, and below x{WORTH} a gain is within the model's error"
+            if others
+            else "it was compared with nothing else"
+        )
         return Advice(tuple(rows), rows[0].spec, 1.0, reason)
     reason = f"a step takes {best.step_ms:.4g} ms against {rows[0].step_ms:.4g} ms dense: x{best.gain:.2f}"
     return Advice(tuple(rows), best.spec, best.gain, reason)
@@ -146,6 +170,10 @@ def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Gra
     levels = [f"{text} @ hierarchical" for text in CANDIDATES] if per_node > 1 else []
     chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
     graces = [grace(DENSE), *map(grace, chosen)]
+    changing = next((g for g in graces if g.plan.changes), None)
+    if changing:
+        among = ", ".join(f"'{leaf}'" for leaf in changing.leaves)
+        raise ParameterError(f"{changing} changes from step to step, and a plan is of one step; compare what it chooses among: {among}")
     return {str(g): g for g in graces}
 
 

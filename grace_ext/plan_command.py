@@ -89,7 +89,7 @@ def plan(
             recorded = planning.traces(chosen, shapes, fresh=fresh, tell=tell)
             among = {"per_node": workers_per_node, "inside": Link.of(inside, planning.INSIDE.latency)}
             made = planning.Model(recorded, workers, compute=compute_ms / 1000, **among)
-            rows = made.rows(planning.OnLink(link, workers_per_node), link)
+            rows = made.rows(planning.OnLink(link, **among), link)
     if not first:
         return
     advice = planning.advise(rows)

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import grace_ext
-from grace_ext import cost, plan, plan_picture
+from grace_ext import cost, plan, plan_picture, simulate
 from grace_ext.cli import app, main
 from grace_ext.cost import GOODPUT, Link
 from grace_ext.driver import perform
@@ -20,6 +20,7 @@ from grace_ext.trace import Event, Trace, record, replay
 
 SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}
 START = Event("start", name="a", kind="allgather", nbytes=100)
+START_SUM = Event("start", name="s", kind="allreduce", nbytes=1e6)
 
 
 # --- time lines ---------------------------------------------------------------------------------------------------------
@@ -78,11 +79,30 @@ def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
     assert timed.exchange == pytest.approx(trace.work(8) + cost.allgather(link, 8, trace.nbytes(8)), rel=0.01)
 
 
-def test_workers_of_a_node_share_its_link():
-    network, link = plan.OnLink(Link(8e6, 0.0, goodput=1.0), per_node=4), Link(8e6, 0.0, goodput=1.0)
-    assert network("alltoall", 16, 1600) == pytest.approx(1e-6 * 4 * 12 * 100)  # 4 workers send 12 pieces of 100 bytes out of their node
-    assert network("allreduce", 16, 1600) == cost.allreduce(link, 16, 1600)  # a ring crosses once
-    assert network("broadcast", 16, 100) == 16 * cost.broadcast(link, 16, 100)
+@pytest.mark.parametrize(("n", "per_node"), [(8, 1), (16, 4), (16, 8), (12, 3), (24, 6), (64, 8), (4, 4), (2, 8)])
+@pytest.mark.parametrize("nbytes", [1e3, 1e6])
+def test_workers_of_a_node_share_its_link(n, per_node, nbytes):
+    """As the simulator plays it, message by message; broadcasts nearly, as their rounds run into each other there. Inside one node nothing
+    crosses a link."""
+    link, fast = Link.of("1gbit", 1e-4, 1e-3), Link.of("20gbit", 1e-5, 1e-3)
+    network = plan.OnLink(link, per_node, fast)
+    ways = {"allreduce": "ring", "allgather": "all-gather", "alltoall": "all-to-all", "broadcast": "broadcast"}
+    for kind, algorithm in ways.items():
+        played = simulate.seconds(algorithm, n, link, nbytes, per_node=min(n, per_node), inside=fast)
+        close = pytest.approx(n * played, rel=0.15) if kind == "broadcast" else pytest.approx(played)
+        assert network(kind, n, nbytes) == close, kind
+
+
+@pytest.mark.parametrize(("n", "per_node"), [(64, 4), (256, 4), (1024, 8), (4, 4)])
+def test_two_levels_of_sums_are_what_the_simulator_plays(n, per_node):
+    """A sum is as large as what was given, so each node hands on one gradient, not one a node."""
+    link, fast, m = Link.of("1gbit", 1e-4), Link.of("20gbit", 1e-5), 1e6
+    events = (START_SUM, Event("wait", name="s"))
+    model = plan.Model({"dense": Trace(events, events, int(m), True)}, n, per_node=per_node, inside=fast)
+    played = simulate.seconds("two-level sum", n, link, m, per_node=per_node, inside=fast, dense=m)
+    if n == per_node:
+        played = cost.allreduce(fast, per_node, m)  # and the sum is there: nothing is handed on
+    assert model.timed("dense", plan.OnLink(link, per_node, fast)).exchange == pytest.approx(played)
 
 
 def test_two_levels_are_the_nodes_exchange_and_what_is_inside(shapes_json):
@@ -126,6 +146,23 @@ def test_the_fastest_is_recommended_with_its_gain():
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02)
     at = plan.OnLink(Link(rows[1].break_even, 0.0))
     assert MODEL.timed("small", at).step == pytest.approx(MODEL.timed("dense", at).step, rel=0.02)
+
+
+def test_where_it_pays():
+    """Less work for more bytes pays above a rate; fewer messages always; what takes longer in both, never."""
+    traces = {"dense": made(0.2, 1e4), "eager": made(0.0, 1e6), "less": made(0.1, 1e3), "more": made(0.3, 1e6)}
+    link = Link.of("1gbit", 0.0)
+    rows = plan.Model(traces, 2).rows(plan.OnLink(link), link)
+    assert [row.pays for row in rows] == ["never", "above", "always", "never"]
+    assert [row.break_even is None for row in rows] == [True, False, True, True]
+    assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02) and rows[1].gain > 1
+
+
+def test_break_even_rates_go_by_what_was_measured():
+    """A candidate that really took 0.3 s more than predicted, where half of that is all it could gain."""
+    rows = rows_at("40mbit", small=MODEL.timed("small", plan.OnLink(Link.of("40mbit", 0.0))).exchange + 0.3)
+    assert rows[1].gain < 1 and rows[1].pays == "below" and rows[1].break_even < 4e7
+    assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.5 / GOODPUT, rel=0.02)
 
 
 def test_dense_is_recommended_where_it_is_best():
