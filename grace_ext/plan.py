@@ -19,7 +19,7 @@ from .bench import machine
 from .composition import Grace, grace
 from .cost import Link
 from .errors import ParameterError
-from .trace import Event, Network, Shapes, Timed, Trace, record, replay
+from .trace import Event, Network, Shapes, Timed, Trace, record, replay, specs_of
 
 DENSE = "none"
 #: What is compared where nothing is named: dense, and settings that keep their accuracy on the tasks of docs/accuracy.md.
@@ -189,7 +189,7 @@ def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Calla
 
 def _key(g: Grace, shapes: Shapes) -> str:
     """Of all that a trace depends on: machine, versions, this package's code, the composition and the shapes."""
-    digest = hashlib.sha256(json.dumps([machine(), str(g), g.seed, {name: list(dims) for name, dims in shapes.items()}]).encode())
+    digest = hashlib.sha256(json.dumps([machine(), str(g), g.seed, [asdict(spec) for spec in specs_of(shapes)]]).encode())
     for file in _sources():
         digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

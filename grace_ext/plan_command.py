@@ -32,7 +32,7 @@ def seconds(text: str) -> float:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help='A JSON file of shapes, {"name": [dims...]}, or module:callable of a torch or Keras model.')],
+    model: Annotated[str, typer.Argument(help='A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.')],
     specs: Annotated[list[str] | None, typer.Argument(help="Specs to compare with dense; default: a few that keep accuracy.")] = None,
     rate: Annotated[str | None, typer.Option(help="Of each node's link: 100mbit, 2.5gbit, ...")] = None,
     latency: Annotated[str, typer.Option(help="Of a message, software included.")] = "50us",

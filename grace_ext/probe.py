@@ -16,8 +16,7 @@ from .cost import GOODPUT, Link
 from .driver import Driver, Effects, Start, Wait
 from .exchange import Collective
 from .frameworks.base import Transport
-from .spec import TensorSpec
-from .trace import Shapes, gradients
+from .trace import Shapes, gradients, specs_of
 
 KINDS = ("allreduce", "allgather", "alltoall")
 SIZES = (64, 1 << 16, 1 << 19, 1 << 22)
@@ -124,7 +123,7 @@ class Probe:
         """Seconds of one exchange of such gradients by this composition: the median of at most `steps` after two, and of as many as
         `budget` seconds allow, one at least (then after one)."""
         driver = Driver(g, self.ops, self.transport, read_lr=lambda: 0.1, in_place=True)
-        specs = [TensorSpec(name, dims) for name, dims in shapes.items()]
+        specs = specs_of(shapes)
         driver.register(specs)
         drawn = gradients(shapes, self.transport.rank)
         seconds: list[float] = []

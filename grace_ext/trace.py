@@ -18,6 +18,7 @@ import numpy as np
 from .cluster import execute
 from .composition import Composition, Grace
 from .driver import Driver, Start
+from .errors import UnsupportedError
 from .exchange import Collective
 from .frameworks.base import Transport
 from .frameworks.numpy.compiled import host_ops
@@ -25,7 +26,8 @@ from .frameworks.numpy.ops import NumpyOps
 from .ops import Ops
 from .spec import TensorSpec
 
-Shapes = Mapping[str, tuple[int, ...]]
+#: By name: dims of a float32 tensor, or what it is.
+Shapes = Mapping[str, tuple[int, ...] | TensorSpec]
 #: (kind, ranks, bytes of one rank's buffer) -> seconds
 Network = Callable[[str, int, float], float]
 GATHERS = ("allgather", "broadcast", "alltoall")
@@ -102,13 +104,17 @@ class _Slot(Transport):
     wait = start  # type: ignore[assignment]
 
 
+def specs_of(shapes: Shapes) -> list[TensorSpec]:
+    return [dims if isinstance(dims, TensorSpec) else TensorSpec(name, tuple(dims)) for name, dims in shapes.items()]
+
+
 def gradients(shapes: Shapes, rank: int) -> dict[str, np.ndarray]:
-    """Gaussian, with a scale of each tensor's own (log-normal: layers differ by an order of magnitude)."""
+    """float32. Gaussian, with a scale of each tensor's own (log-normal: layers differ by an order of magnitude)."""
     generator = np.random.default_rng(rank)
     scales = 1e-3 * np.exp(0.7 * np.random.default_rng(50).standard_normal(len(shapes)))
     return {
-        name: np.asarray(np.float32(scale) * generator.standard_normal(dims, np.float32))
-        for (name, dims), scale in zip(shapes.items(), scales, strict=True)
+        spec.name: np.asarray(np.float32(scale) * generator.standard_normal(spec.shape, np.float32))
+        for spec, scale in zip(specs_of(shapes), scales, strict=True)
     }
 
 
@@ -119,15 +125,18 @@ def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, 
     if g.two_level and g.policy is None:  # what every rank does, of nodes
         between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
     alone, pair = (_timed(between, shapes, n, steps, lr, like) for n in (1, 2))
-    return Trace(alone, pair, 4 * sum(int(np.prod(dims)) for dims in shapes.values()), g.two_level)
+    return Trace(alone, pair, 4 * sum(spec.size for spec in specs_of(shapes)), g.two_level)
 
 
 def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like: Transport | None) -> tuple[Event, ...]:
     ops = host_ops(_Overwriting)
     drivers = [Driver(g, ops, _Slot(rank, n, ops, like), read_lr=lambda: lr, diverging=True, in_place=True) for rank in range(n)]
-    given = [gradients(shapes, rank) for rank in range(n)]
+    # numpy has no bfloat16; a float16 is as long.
+    specs = [replace(spec, dtype="float16") if spec.dtype == "bfloat16" else spec for spec in specs_of(shapes)]
+    drawn = [gradients(shapes, rank) for rank in range(n)]
+    given = [{spec.name: mine[spec.name].astype(spec.dtype) for spec in specs} for mine in drawn]
     for driver in drivers:
-        driver.register([TensorSpec(name, dims) for name, dims in shapes.items()])
+        driver.register(specs)
         driver.agreed = True
     room = [{name: array.copy() for name, array in mine.items()} for mine in given]
 
@@ -140,8 +149,10 @@ def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like:
     begin = time.perf_counter()
     run()
     times = 1 if time.perf_counter() - begin > PATIENCE else steps
-    runs = zip(*[run() for _ in range(times)], strict=True)
-    return tuple(sorted(same, key=lambda event: event.work)[times // 2] for same in runs)
+    runs = [run() for _ in range(times)]
+    if any([(e.what, e.kind) for e in events] != [(e.what, e.kind) for e in runs[0]] for events in runs):
+        raise UnsupportedError(f"{g} exchanges something else from step to step, and a plan is of one step")
+    return tuple(sorted(same, key=lambda event: event.work)[times // 2] for same in zip(*runs, strict=True))
 
 
 def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops) -> list[Event]:

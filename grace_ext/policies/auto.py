@@ -108,7 +108,7 @@ class Auto(Policy):
         if transport.size == 1:
             return None
         chosen = {str(leaf): Grace(leaf) for leaf in self.leaves}
-        shapes = {spec.name: spec.shape for spec in specs}
+        shapes = {spec.name: spec for spec in specs}
         probe = Probe(transport, prefix)
         (compute,) = yield from probe.largest([compute])
         found = yield from probed(probe, chosen, shapes, compute=compute, exchanges=self.exchanges, sizes=SIZES, steps=1)
