@@ -42,6 +42,10 @@ class OnLink:
     per_node: int = 1
     inside: Link = INSIDE
 
+    def between(self) -> OnLink:
+        """That of the nodes' first workers."""
+        return replace(self, per_node=1)
+
     def __call__(self, kind: str, n: int, nbytes: float) -> float:
         shared = 1 < self.per_node < n
         link = self.inside if 1 < n <= self.per_node else self.link  # of one node alone nothing crosses a link
@@ -97,6 +101,10 @@ class Model:
     def __init__(self, traces: dict[str, Trace], n: int, *, per_node: int = 1, inside: Link = INSIDE, compute: float = 0.0):
         self.traces, self.n, self.per_node, self.inside, self.compute = traces, n, per_node, inside, compute
 
+    def of(self, n: int) -> Model:
+        """The same for n workers, of whom a node has no more than there are."""
+        return Model(self.traces, n, per_node=min(self.per_node, n), inside=self.inside, compute=self.compute)
+
     def timed(self, spec: str, network: Network, compute: float | None = None) -> Timed:
         """One step. In two levels: the nodes' exchange on a link each, and before and after it what goes on inside."""
         compute, trace = self.compute if compute is None else compute, self.traces[spec]
@@ -105,7 +113,7 @@ class Model:
         nodes, summed = self.n // self.per_node, cost.allreduce(self.inside, self.per_node, trace.dense)
         if nodes == 1:  # nothing is compressed
             return Timed(compute + summed, summed, 0.0, summed)
-        between = replay(trace.on(nodes), replace(network, per_node=1), nodes, compute)
+        between = replay(trace.on(nodes), network.between(), nodes, compute)
         # What the nodes' first workers get of each collective (levels.Levels._shared): all payloads of a gather, else as much as they gave.
         got = [event.nbytes * (nodes if event.kind == "allgather" else 1) for event in trace.on(nodes) if event.what == "start"]
         inside = summed + sum(cost.broadcast(self.inside, self.per_node, nbytes) for nbytes in got)

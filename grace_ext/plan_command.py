@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +17,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import ParameterError, UnsupportedError
+from .errors import ModelError, ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
     from .plan import Advice
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.'
+MEASURE = (
+    "Probe the job that this runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., torchrun --no-python ... "
+    "grace-ext plan .... (horovodrun puts the rank before each line of stdout: for --json use another.)"
+)
+PICTURES = (".png", ".svg", ".pdf")
+#: What --measure finds by itself, and the values that stand for 'not said'.
+STATED = {"rate": None, "latency": "50us", "workers": None, "workers_per_node": 1, "inside": "20gbit", "fresh": False}
 
 
 def seconds(text: str) -> float:
@@ -32,7 +42,7 @@ def seconds(text: str) -> float:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help='A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.')],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     specs: Annotated[list[str] | None, typer.Argument(help="Specs to compare with dense; default: a few that keep accuracy.")] = None,
     rate: Annotated[str | None, typer.Option(help="Of each node's link: 100mbit, 2.5gbit, ...")] = None,
     latency: Annotated[str, typer.Option(help="Of a message, software included.")] = "50us",
@@ -40,7 +50,7 @@ def plan(
     workers_per_node: Annotated[int, typer.Option(min=1, help="Workers that share a node's link.")] = 1,
     inside: Annotated[str, typer.Option(help="Rate between workers of one node.")] = "20gbit",
     compute_ms: Annotated[float, typer.Option(min=0, help="Forward and backward pass, which the exchange may overlap.")] = 0.0,
-    measure: Annotated[bool, typer.Option("--measure", help="Probe the job that this runs in (horovodrun, torchrun, mpirun).")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help=MEASURE)] = False,
     exchanges: Annotated[int, typer.Option(min=0, help="With --measure: real exchanges of so many candidates, beside dense.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, whatever is in the cache.")] = False,
     picture: Annotated[Path | None, typer.Option(help="File for scaling curves up to 4,096 workers, simulated.")] = None,
@@ -58,11 +68,19 @@ def plan(
     from .driver import perform
     from .shapes import shapes_of
 
-    shapes = shapes_of(model)
+    said = {"rate": rate, "latency": latency, "workers": workers, "workers_per_node": workers_per_node, "inside": inside, "fresh": fresh}
+    extra = [f"--{name.replace('_', '-')}" for name, value in said.items() if value != STATED[name]]
+    if measure and extra:
+        raise ParameterError(f"--measure takes network, workers and codecs as they are in the job; leave out {', '.join(extra)}")
     if not measure and (rate is None or workers is None):
         raise ParameterError("plan needs --rate and --workers of the network, or --measure in a job that is there")
+    if not math.isfinite(compute_ms):
+        raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
+    if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
+        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in a folder that is there")
+    shapes = shapes_of(model)
     console = Console(stderr=True)
-    with ExitStack() as stack:
+    with ExitStack() as stack, memory_enough(model):
         status = stack.enter_context(console.status("reading the model"))
         tell = lambda text: status.update(f"timing {text}")  # noqa: E731
         document: dict[str, Any] = {"model": model, "tensors": len(shapes)}
@@ -93,15 +111,24 @@ def plan(
     if not first:
         return
     advice = planning.advise(rows)
-    document |= {"workers": made.n, "workers_per_node": made.per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
+    per_node = None if measure else made.per_node  # a probe sees the network, not its nodes
+    document |= {"workers": made.n, "workers_per_node": per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
+    if as_json:
+        typer.echo(json.dumps(document, allow_nan=False))
+    else:
+        report(advice, document)
     if picture:
         from .plan_picture import draw
 
         draw(made, link, advice, picture)
-    if as_json:
-        typer.echo(json.dumps(document))
-    else:
-        report(advice, document)
+
+
+@contextmanager
+def memory_enough(model: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ModelError(f"{model!r} is too large to time codecs on gradients of its shapes in this machine's memory: {error}") from error
 
 
 def report(advice: Advice, document: dict[str, Any]) -> None:
@@ -110,20 +137,21 @@ def report(advice: Advice, document: dict[str, Any]) -> None:
     console.width = max(console.width, 120)  # specs are long
     measured = any(row.measured_ms for row in advice.rows)
     table = Table(box=None, pad_edge=False)
-    headings = ["spec", "sent a worker", "step", "gain", "work", "network", "break-even", *(["measured"] if measured else [])]
+    headings = ["spec", "sent a worker", "step", "gain", "work", "network", "pays", *(["measured"] if measured else [])]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "spec" else "right")
     for row in sorted(advice.rows, key=lambda row: row.step_ms):
-        even = "-" if row.break_even is None else words(row.break_even)
+        even = "-" if row.spec == advice.rows[0].spec else " ".join([row.pays, *([words(row.break_even)] if row.break_even else [])])
         seen = [] if not measured else [f"{row.measured_ms:.4g} ms" if row.measured_ms else "-"]
         cells = (f"{row.step_ms:.4g} ms", f"x{row.gain:.2f}", f"{row.work_ms:.4g} ms", f"{row.network_ms:.4g} ms", even)
         style = "bold" if row.spec == advice.spec else None
         table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
     console.print(table)
-    at = f"{words(link['rate'])}, {1e6 * link['latency']:.3g} us a message"
-    console.print(f"\n{document['workers']} workers, {document['workers_per_node']} a node; a link of {at}", style="dim", highlight=False)
+    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.3g} us a message, {1e6 * link['overhead']:.3g} us a collective"
+    among = f", {document['workers_per_node']} a node; {at}" if document["workers_per_node"] else f" of this job; measured, like {at}"
+    console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
     console.print("work: encoding and decoding; network: all collectives, one after another; they overlap where they can.", style="dim")
-    console.print("break-even: the link's rate above which dense is faster. Accuracy is not looked at: docs/accuracy.md.", style="dim")
+    console.print("pays: at what rates of the link it is faster than dense. Accuracy is not looked at: docs/accuracy.md.", style="dim")
     console.print(f"\n[bold]{advice.spec}[/]: {advice.reason}.", highlight=False)
 
 

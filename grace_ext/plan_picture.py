@@ -3,55 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from . import simulate
 from .cost import Link
 from .errors import ParameterError, UnsupportedError
 from .plan import Advice, Model
-from .trace import Event, replay
 
 WORKERS = tuple(2**i for i in range(1, 13))
 
 
-def simulated(model: Model, spec: str, link: Link, n: int, algorithm: str | None = None) -> float:
-    """Seconds of one exchange of n workers, each collective played out message by message; all-reduces by `algorithm` (by default a
-    ring)."""
-    ways = {"allreduce": algorithm or "ring", "allgather": "all-gather", "alltoall": "all-to-all"}
-    # A ring's and a gather's time is linear in the bytes: two sizes tell all, and thousands of workers are played out only twice a kind.
-    lines: dict[str, tuple[float, float]] = {}
+class Played:
+    """The network of OnLink, each collective played out message by message; all-reduces by `algorithm`."""
 
-    def network(kind: str, n: int, nbytes: float) -> float:
-        if kind == "broadcast":
-            return n * simulate.seconds("broadcast", n, link, nbytes)
-        if kind not in lines:
-            start, large = (simulate.seconds(ways[kind], n, link, size) for size in (0.0, 1e6))
-            lines[kind] = start, (large - start) / 1e6
-        start, each = lines[kind]
-        return start + each * nbytes
+    def __init__(self, link: Link, per_node: int, inside: Link, algorithm: str = "ring"):
+        self.link, self.per_node, self.inside = link, per_node, inside
+        self.ways = {"allreduce": algorithm, "allgather": "all-gather", "alltoall": "all-to-all", "broadcast": "broadcast"}
+        # Time is linear in the bytes: two sizes tell all, and thousands of workers are played out only twice a kind.
+        self.lines: dict[tuple[str, int], tuple[float, float]] = {}
 
-    return replay(model.traces[spec].on(n), network, n).exchange
+    def between(self) -> Played:
+        return Played(self.link, 1, self.inside, self.ways["allreduce"])
 
-
-def two_level(model: Model, link: Link, n: int, per_node: int) -> float:
-    """Seconds of the dense exchange in two levels, work included."""
-    dense = next(iter(model.traces.values()))
-    work = sum(event.work for event in dense.on(n) if isinstance(event, Event))
-    return work + simulate.seconds("two-level sum", n, link, dense.dense, per_node=per_node, inside=model.inside, dense=dense.dense)
+    def __call__(self, kind: str, n: int, nbytes: float) -> float:
+        if (kind, n) not in self.lines:
+            among = {"per_node": min(self.per_node, n), "inside": self.inside}
+            start, large = (simulate.seconds(self.ways[kind], n, self.link, size, **among) for size in (0.0, 1e6))
+            self.lines[kind, n] = start, (large - start) / 1e6
+        start, each = self.lines[kind, n]
+        return (n if kind == "broadcast" else 1) * (start + each * nbytes)
 
 
-def curves(model: Model, link: Link, advice: Advice, workers: tuple[int, ...] = WORKERS) -> dict[str, dict[int, float]]:
-    """Seconds by number of workers, by curve: dense by ring, tree, halving-doubling and in two levels, and every candidate."""
-    dense, per_node = next(iter(model.traces)), max(2, model.per_node)
-    made: dict[str, Any] = {
-        f"dense, {name}": {n: simulated(model, dense, link, n, name) for n in workers} for name in ("ring", "tree", "halving-doubling")
-    }
+def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict[str, dict[int, float]]:
+    """Seconds of one exchange by number of workers, by curve: dense by ring, tree, halving-doubling and in two levels, and every candidate.
+    Where nodes would not be full there is no point."""
+    made: dict[str, dict[int, float]] = {}
+    dense = next(iter(model.traces))
+    sizes = [n for n in workers if n <= model.per_node or n % model.per_node == 0]
+    for algorithm in ("ring", "tree", "halving-doubling"):
+        network = Played(link, model.per_node, model.inside, algorithm)
+        made[f"dense, {algorithm}"] = {n: model.of(n).timed(dense, network).exchange for n in sizes}
+    per_node = max(2, model.per_node)
+    among = {"per_node": per_node, "inside": model.inside, "dense": model.traces[dense].dense}
+    work = {n: model.traces[dense].work(n) for n in sizes if n % per_node == 0 and n > per_node}
     made[f"dense, two-level ({per_node} a node)"] = {
-        n: two_level(model, link, n, per_node) for n in workers if n % per_node == 0 and n > per_node
+        n: work[n] + simulate.seconds("two-level sum", n, link, model.traces[dense].dense, **among) for n in work
     }
+    network = Played(link, model.per_node, model.inside)
     for spec in model.traces:
         if spec != dense:
-            made[spec] = {n: simulated(model, spec, link, n) for n in workers}
+            made[spec] = {n: model.of(n).timed(spec, network).exchange for n in sizes}
     return made
 
 
@@ -64,14 +64,16 @@ def draw(model: Model, link: Link, advice: Advice, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, points in curves(model, link, advice).items():
-        line = "--" if name.startswith("dense") else "-"
-        axes.loglog(list(points), [1000 * s for s in points.values()], line, label=name, linewidth=2.5 if name == advice.spec else 1.2)
-    title = f"a link of {link.rate / 1e6:.4g} Mbit/s, {1e6 * link.latency:.3g} us a message"
-    axes.set(xlabel="workers", ylabel="exchange, ms", title=title)
+    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
+    for number, (name, points) in enumerate(curves(model, link).items()):
+        look = f"C{number % 10}" + "os^Dv"[number % 5] + ("-", "--", ":")[number // 10 % 3]  # colours come again after ten
+        width = 3 if name == advice.spec else 1.2
+        axes.loglog(list(points), [1000 * s for s in points.values()], look, label=name, linewidth=width, markersize=3.5)
+    among = f"{model.per_node} workers a node" if model.per_node > 1 else "one worker a node"
+    start = f"{1e6 * link.latency:.3g} us a message, {1e6 * link.overhead:.3g} us a collective"
+    axes.set(xlabel="workers", ylabel="exchange, ms", title=f"{among}, a link of {link.rate / 1e6:.4g} Mbit/s, {start}")
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     axes.grid(True, alpha=0.3)
     try:
         figure.savefig(file, dpi=110)

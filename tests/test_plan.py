@@ -16,6 +16,7 @@ from grace_ext.driver import perform
 from grace_ext.errors import ModelError
 from grace_ext.probe import MeasuredNetwork, fitted
 from grace_ext.shapes import shapes_of
+from grace_ext.spec import TensorSpec
 from grace_ext.trace import Event, Trace, record, replay
 
 SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}
@@ -226,7 +227,7 @@ def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_pa
     assert specs == ["none @ allreduce", "topk(ratio=0.01) + residual @ allgather", "efsignsgd + residual @ allgather"]
     assert document["spec"] == specs[1] and document["gain"] > 5 and document["workers"] == 8 and document["link"]["rate"] == 1e6
     table = said(*ask)
-    assert specs[1] in table and "break-even" in table and f"x{document['gain']:.2f}" in table  # from the cache: the same times
+    assert specs[1] in table and "below" in table and f"x{document['gain']:.2f}" in table  # from the cache: the same times
     recorded = []
     monkeypatch.setattr(plan, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
     said(*ask)
@@ -253,14 +254,24 @@ def test_the_picture_has_all_curves(shapes_json, tmp_path):
     file = tmp_path / "curves.png"
     said(shapes_json, "efsignsgd + residual", "--rate", "1gbit", "--workers", "8", "--picture", str(file))
     assert file.stat().st_size > 10_000
-    done = CliRunner().invoke(app, ["plan", shapes_json, "--rate", "1gbit", "--workers", "8", "--picture", str(tmp_path / "no" / "x.png")])
-    assert "cannot write the picture" in str(done.exception)
+
+
+def test_the_picture_shows_what_the_table_says():
+    """Several workers a node, too, in one level and in two."""
+    link, fast = Link.of("1gbit", 1e-4), Link.of("20gbit", 1e-5)
+    flat, levels = (record(grace_ext.grace(f"topk(ratio=0.1) + residual{way}"), SHAPES, steps=1) for way in ("", " @ hierarchical"))
+    model = plan.Model({"dense": made(0.0, 1e6, "allreduce"), "flat": flat, "levels": levels}, 16, per_node=4, inside=fast)
+    found = plan_picture.curves(model, link, workers=(2, 4, 16, 62, 64))
+    for spec, curve in (("dense", "dense, ring"), ("flat", "flat"), ("levels", "levels")):
+        for n in (2, 4, 16, 64):
+            assert found[curve][n] == pytest.approx(model.of(n).timed(spec, plan.OnLink(link, min(n, 4), fast)).exchange), (spec, n)
+        assert 62 not in found[curve]  # does not fill nodes of 4
 
 
 def test_curves_are_those_of_the_closed_forms():
     """The dense ring, at every number of workers that is drawn; two levels where nodes are full."""
     link = Link.of("1gbit", 1e-4)
-    found = plan_picture.curves(MODEL, link, plan.advise(rows_at("1gbit")), workers=(2, 8, 64))
+    found = plan_picture.curves(MODEL, link, workers=(2, 8, 64))
     assert found["dense, ring"] == {n: pytest.approx(cost.allreduce(link, n, 1e6)) for n in (2, 8, 64)}
     assert found["small"] == {n: pytest.approx(0.2 + cost.allgather(link, n, 1e4)) for n in (2, 8, 64)}
     assert set(found["dense, two-level (2 a node)"]) == {8, 64}
@@ -294,6 +305,54 @@ def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
             shapes_of(model)
 
 
+def test_the_users_code_prints_and_exits_without_harm(tmp_path, monkeypatch, capfd):
+    """stdout is one JSON document, whatever a module says, in Python or in C; and a module that ends is an error, not the end."""
+    (tmp_path / "loud.py").write_text(
+        "import os, sys\nprint('imported with', sys.argv[1:])\nos.write(1, b'from C')\n"
+        "def make():\n    print('made')\n    return {'w': [2, 3]}\n"
+        "def leaves():\n    sys.exit(4)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["grace-ext", "plan", "loud:make"])
+    assert shapes_of("loud:make") == {"w": (2, 3)}
+    out, err = capfd.readouterr()
+    assert out == "" and "imported with []" in err and "from C" in err and "made" in err
+    with pytest.raises(ModelError, match=r"loud:leaves'\(\) failed: SystemExit: 4"):
+        shapes_of("loud:leaves")
+    print("back")
+    assert capfd.readouterr().out == "back\n"
+
+
+def test_16_bit_models_are_as_long_as_they_are(tmp_path, monkeypatch):
+    """fp16 gains nothing where gradients have 16 bits already."""
+    torch = pytest.importorskip("torch")
+    (tmp_path / "half.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(30, 20, dtype=torch.bfloat16)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shapes = shapes_of("half:make")
+    assert shapes["weight"] == TensorSpec("weight", (20, 30), "bfloat16") and torch.bfloat16.itemsize == 2
+    dense, half = (record(grace_ext.grace(spec), shapes, steps=1).nbytes(2) for spec in ("none", "fp16"))
+    full = record(grace_ext.grace("none"), {name: spec.shape for name, spec in shapes.items()}, steps=1).nbytes(2)
+    assert dense == half < full
+
+
+def test_a_lazy_model_has_no_shapes(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "lazy.py").write_text("import torch\ndef make():\n    return torch.nn.LazyLinear(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModelError, match="parameters have no shape yet: .*run it once before"):
+        shapes_of("lazy:make")
+
+
+def test_a_file_that_windows_wrote(tmp_path):
+    file = tmp_path / "m.json"
+    file.write_text('{"w": [2]}', encoding="utf-8-sig")
+    assert shapes_of(str(file)) == {"w": (2,)}
+
+
+def test_the_help_says_what_shapes_look_like():
+    assert '{"name": [dims...]}' in CliRunner().invoke(app, ["plan", "--help"]).stdout
+
+
 def test_a_keras_model(tmp_path, monkeypatch):
     pytest.importorskip("keras")
     (tmp_path / "my_keras.py").write_text(
@@ -318,6 +377,7 @@ def test_a_keras_model(tmp_path, monkeypatch):
         ('{"w": [2.5]}', "the shape of 'w'"),
         ('{"w": [true]}', "the shape of 'w'"),
         ('{"w": [0]}', "no element in any of its 1 tensors"),
+        ('{"w": [99999999999999999999]}', "has 99,999,999,999,999,999,999 elements, which is more than any model has"),
     ],
 )
 def test_bad_shapes(tmp_path, content, why):
@@ -339,6 +399,13 @@ def test_bad_shapes(tmp_path, content, why):
         (["MODEL", "topj", "--rate", "1gbit", "--workers", "2"], "grace-ext: no compressor named 'topj'; did you mean 'topk'"),
         (["MODEL", "--rate", "1gbit", "--workers", "7", "--workers-per-node", "2"], "grace-ext: 7 workers do not fill nodes of 2"),
         (["MODEL", "--measure"], "grace-ext: --measure needs a job of two ranks"),
+        (["MODEL", "--measure", "--rate", "1gbit", "--workers-per-node", "2"], "in the job; leave out --rate, --workers-per-node"),
+        (["MODEL", "auto", "--rate", "1gbit", "--workers", "2"], "changes from step to step, and a plan is of one step; compare what it"),
+        (["MODEL", "every(2, none, topk + residual)", "--rate", "1gbit", "--workers", "2"], "'none @ allreduce', 'topk(ratio=0.01) + res"),
+        (["MODEL", "topk + cser(reset_period=2)", "--rate", "1gbit", "--workers", "2"], "exchanges something else from step to step"),
+        (["MODEL", "--rate", "1gbit", "--workers", "2", "--compute-ms", "inf"], "--compute-ms must be a number of milliseconds, got inf"),
+        (["MODEL", "--rate", "1gbit", "--workers", "2", "--picture", "no/x.png"], "cannot write the picture 'no/x.png': it must end"),
+        (["MODEL", "--rate", "1gbit", "--workers", "2", "--picture", "."], "cannot write the picture '.'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, why, shapes_json, monkeypatch, capsys):
