@@ -413,6 +413,12 @@ class Driver:
         said = yield from agree(self.ops, self.transport, self._described())
         if self.grace.two_level:
             self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
+            counts = [len(members) for members in self._levels.members]
+            if self.grace.diverges and len(set(counts)) > 1:
+                raise UnsupportedError(
+                    f"{self.grace} on nodes of {counts} ranks: in two levels a node counts once, and the mean of the models, which undoes "
+                    "errors, counts ranks; use as many ranks on every node, or a flat communicator"
+                )
             yield Split(self._levels.groups)
         self._tell(self._choices.told())
         number = max(other["number"] for other in said)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Carried = Generator[Collective, Any, Any]
 #: Hyperparameters that only optimizers with moments or scales of their own have, as torch and Keras call them.
 ADAPTIVE = ("betas", "eps", "etas", "rho", "beta_1", "beta_2_decay", "epsilon", "learning_rate_power", "history_size")
+#: Those that change a model by more than the gradients it is given, or by less: what CSER undoes is just what these made.
+BESIDE_GRADIENTS = ("weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "gradient_accumulation_steps", "use_ema", "lambd")
 #: The most bytes of a message whose parts do not say how long it can be: what ranks tell each other in an agreement.
 LONGEST = 2**28
 
@@ -155,6 +157,13 @@ def check_optimizer(grace: Grace, name: str, settings: Mapping[str, Any]) -> Non
     if memory is None:
         return
     adaptive = [key for key in ADAPTIVE if key in settings]
+    beside = [key for key in BESIDE_GRADIENTS if settings.get(key)] if memory.diverges else []
+    if beside:
+        raise IncompatiblePartsError(
+            f"memory {memory} takes errors back out of the model that plain SGD put there, and the optimizer {name} has "
+            f"{', '.join(f'{key}={settings[key]}' for key in beside)}: the ranks' models would not come together. Use plain SGD (a decay "
+            "can be part of the loss, and gradients can be clipped before step()), or memory 'residual'"
+        )
     if settings.get("momentum") or adaptive:
         has = f"adapts its steps ({', '.join(adaptive)})" if adaptive else f"has momentum={settings['momentum']} of its own"
         why = "is the momentum of the training", "momentum would be applied twice"

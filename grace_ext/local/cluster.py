@@ -106,7 +106,7 @@ class LocalSGDCluster:
         if not self._messages and self.models[0].together:
             return list(models)
         after = self._synchronize(models, list(range(self.size)))
-        for driver in self.for_gradients if self.plan.grace.memory.diverges else ():
+        for driver in self.for_gradients if self.plan.grace.memory.diverges and self.for_models[0].committed else ():
             forget_errors(driver)
         return after
 
@@ -117,7 +117,8 @@ class LocalSGDCluster:
             return list(models)
         sent = [model.outgoing(values) for model, values in zip(self.models, models, strict=True)]
         means = self._exchange(self.for_models, sent)
-        return [m.incoming(mean, d.committed) for m, mean, d in zip(self.models, means, self.for_models, strict=True)]
+        new = [m.incoming(mean, d.committed) for m, mean, d in zip(self.models, means, self.for_models, strict=True)]
+        return [own if one is None else one for own, one in zip(models, new, strict=True)]
 
     def _asynchronously(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:
         after = list(models)

@@ -1,7 +1,8 @@
 """A rank's line to the meeting (meeting.py), and what travels on it.
 
-In little-endian:  request = length u64 | kind u8, number u64, step u64 | message;   reply = length u64 | 0 and the entries, or 1 and an
-error's ranks and text as JSON;   entry = rank u32, number u32, length u64 | message (length 0: the asker's own, or there was none).
+In little-endian:  request = length u64 | kind u8, number u64, step u64 | message (of a meeting: what is exchanged);   reply =
+length u64 | 0 and the entries, or 1 and an error's ranks and text as JSON, or 2: go on waiting;   entry = rank u32, number u32,
+length u64 | message (length 0: the asker's own, or there was none).
 A connection begins with the job's token, which the engine carried, and the rank.
 """
 
@@ -17,6 +18,7 @@ from ..errors import GraceError, PayloadError, RankLeftError
 
 REQUEST, ENTRY, LENGTH, HELLO = struct.Struct("<BQQ"), struct.Struct("<IIQ"), struct.Struct("<Q"), struct.Struct("<32sI")
 MEET, POST, GATHER = range(3)
+WAIT = b"\2"
 PIECE = 1 << 20
 SECONDS = 10.0  # seconds that a rank waits for the server's answer beyond the time limit, and for a connection
 
@@ -41,9 +43,9 @@ class Line:
         self._socket.settimeout(timeout + SECONDS)
         self._socket.sendall(HELLO.pack(bytes.fromhex(where["token"]), rank))
 
-    def meet(self, number: int, step: int) -> None:
-        """Waits for all ranks. Raises RankLeftError."""
-        self._ask(MEET, number, step)
+    def meet(self, number: int, step: int, what: str = "models") -> None:
+        """Waits for all ranks, which are to exchange `what` then. Raises RankLeftError."""
+        self._ask(MEET, number, step, what.encode())
 
     def post(self, number: int, step: int, message: bytes, gather: bool = False) -> list[Entry]:
         """Puts a message into the log and returns what came before it, since the last time, in order. With `gather` all ranks are
@@ -67,7 +69,8 @@ class Line:
         self.sent += len(request)
         try:
             send_one(self._socket, request)
-            reply = receive_one(self._socket)
+            while (reply := receive_one(self._socket)) == WAIT:
+                pass
         except (OSError, EOFError) as error:
             raise RankLeftError(f"rank {self.rank}: rank 0, where ranks meet, has left or does not answer ({error})", (0,)) from None
         if reply[:1] == b"\0":

@@ -17,14 +17,16 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..errors import RankLeftError
-from .line import ENTRY, GATHER, HELLO, MEET, POST, REQUEST, SECONDS, Entry, receive, receive_one, send_one
+from .line import ENTRY, GATHER, HELLO, MEET, POST, REQUEST, SECONDS, WAIT, Entry, receive, receive_one, send_one
 
 
 class Meeting:
-    """The server. `timeout`: seconds that a request waits for other ranks; `max_ahead`: steps that a rank may be ahead of the slowest."""
+    """The server. `timeout`: seconds that a request waits for other ranks of which nothing is heard meanwhile; `max_ahead`: steps that a
+    rank may be ahead of the slowest."""
 
     def __init__(self, size: int, timeout: float, max_ahead: int):
         self.size, self.timeout, self.max_ahead = size, timeout, max_ahead
@@ -36,7 +38,9 @@ class Meeting:
         self._dropped = 0  # entries that every rank has had, and that are not kept
         self._had = [0] * size  # by rank: how many entries it was sent
         self._step = [0] * size  # its step when it last asked
-        self._asked: list[tuple[int, int, int]] = [(-1, 0, 0)] * size  # kind, number and step of its last request
+        self._asked: list[tuple[int, int, int, bytes]] = [(-1, 0, 0, b"")] * size  # kind, number, step and, of a meeting, what for
+        self._heard = [0] * size  # how many requests it made
+        self._lines: list[socket.socket | None] = [None] * size
         self._rounds = [0] * size  # how often it came to gather
         self._told = [0] * size  # gatherings it was answered
         self._gathered = 0  # how long the log, what was dropped included, was when the last rank came to the last gathering
@@ -73,6 +77,7 @@ class Meeting:
         """Answers one rank's requests until it leaves."""
         try:
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._lines[rank] = line
             while True:
                 request = receive_one(line)
                 try:
@@ -98,8 +103,9 @@ class Meeting:
         if number >= 1 << 32:
             raise EOFError("no request")  # no entry of the log can hold such a number
         with self._changed:
-            self._asked[rank] = (kind, number, step)
+            self._asked[rank] = (kind, number, step, request[REQUEST.size :] if kind == MEET else b"")
             self._step[rank] = step
+            self._heard[rank] += 1
             if kind == MEET:
                 self._meet(rank, number, step)
                 return b""
@@ -117,7 +123,13 @@ class Meeting:
         here = lambda r: self._asked[r][0] == MEET and self._asked[r][1] >= number  # noqa: E731
         self._wait_for(rank, lambda: [r for r in range(self.size) if not here(r)], f"synchronization {number} (step {step})")
         steps = [asked[2] for asked in self._asked]
-        if any(asked[1] == number and asked[2] != step for asked in self._asked):
+        others = [asked for asked in self._asked if asked[1] == number]
+        if any(asked[2] == step and asked[3] != self._asked[rank][3] for asked in others):
+            raise RankLeftError(
+                f"rank {rank}: at synchronization {number} (step {step}) some ranks exchange gradients and others models, as in sync(): "
+                "all must have made as many steps when they call it; drop the last batches of those that have more"
+            )
+        if any(asked[2] != step for asked in others):
             raise RankLeftError(
                 f"rank {rank}: synchronization {number} is at other steps on other ranks: {steps} by rank; give all ranks the same "
                 "schedule and as many steps, or use asynchronous=True"
@@ -144,8 +156,9 @@ class Meeting:
         self._wait_for(rank, behind, f"step {step} (max_ahead={self.max_ahead})", all_must_be_there=True)
 
     def _wait_for(self, rank: int, missing: Callable[[], list[int]], what: str, all_must_be_there: bool = False) -> None:
-        """Waits, within the time limit, until `missing()` is empty. Raises RankLeftError where one that is missing has left."""
-        until = time.monotonic() + self.timeout
+        """Waits until `missing()` is empty, within the time limit, which begins anew where one that is missing goes on and makes requests.
+        Raises RankLeftError where one that is missing has left."""
+        until, heard = time.monotonic() + self.timeout, list(self._heard)
         while True:
             away = [r for r in (range(self.size) if all_must_be_there else missing()) if r in self._left and not self._at_rest(r, rank)]
             if away:
@@ -154,9 +167,19 @@ class Meeting:
             late = missing()
             if not late:
                 return
+            if any(self._heard[r] != heard[r] for r in late):
+                until, heard = time.monotonic() + self.timeout, list(self._heard)
+                self._still_there(rank)
             if not self._changed.wait(max(0.0, until - time.monotonic())) and time.monotonic() >= until:
                 where = ", ".join(f"rank {r} (last heard of at step {self._step[r]})" for r in late)
                 raise RankLeftError(f"rank {rank} waited {self.timeout:g} s at {what}, and these did not come: {where}", late)
+
+    def _still_there(self, rank: int) -> None:
+        """Tells one that waits that it is not forgotten."""
+        line = self._lines[rank]
+        if line is not None:
+            with suppress(OSError):  # it has gone: its own thread finds out
+                send_one(line, WAIT)
 
     def _at_rest(self, other: int, rank: int) -> bool:
         """Whether one that left had gathered with all before, and owes this rank nothing but the next gathering."""

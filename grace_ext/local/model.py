@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import GraceError, NamesError, TensorChangedError
 from ..ops import Array, Ops
+from ..parts import HALVES
 from ..spec import TensorSpec
 from .plan import Plan
 
@@ -23,7 +24,8 @@ class LocalModel:
     y_i is sent, and d = x - mean y_i: then x <- mean y_i has no rounding of a difference in it.
     Where any rank's drift is not finite nothing is applied: all ranks go back to x, and say so.
 
-    Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision.
+    Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision. Of these
+    a rank gets x rounded, and how far it moved counts from there: what is lost in rounding stays in x.
     """
 
     def __init__(self, plan: Plan, ops: Ops):
@@ -44,6 +46,8 @@ class LocalModel:
 
     def begin(self, specs: Iterable[TensorSpec], values: Mapping[str, Any]) -> None:
         """The parameters, before the first local step. Where a state was loaded, its master copy stays."""
+        if self.begun:
+            raise GraceError("this LocalSGD has begun with other weights, which its master copy is of: make a new one to start from these")
         by_name = {spec.name: spec for spec in specs}
         if self.master:
             self._check({name: len(array) for name, array in self.master.items()}, by_name)
@@ -82,8 +86,15 @@ class LocalModel:
         sent = {}
         for name, spec in self.specs.items():
             self._same(name, values[name])
-            mine = self.ops.ingest(values[name])
-            sent[name] = (self.ops.copy(mine) if self.sends_models else self.master[name] - mine).reshape(spec.shape)
+            mine, master = self.ops.ingest(values[name]), self.master[name]
+            given = self.ops.ingest(self.ops.emit(self.ops.copy(master), spec)) if spec.dtype in HALVES else master
+            if not self.sends_models:
+                mine = given - mine
+            elif spec.dtype in HALVES and self.plan.lossless:
+                mine = mine + (master - given)
+            else:
+                mine = self.ops.copy(mine)
+            sent[name] = mine.reshape(spec.shape)
         return sent
 
     @property
@@ -96,8 +107,15 @@ class LocalModel:
         """Whether y is sent instead of x - y."""
         return self.plan.lossless or self.plan.grace.memory.diverges
 
-    def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any]:
-        """The model from here on, in the user's tensors, given what the driver returned for `outgoing`, and whether all were finite."""
+    def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any] | None:
+        """The model from here on, in the user's tensors, given what the driver returned for `outgoing`, and whether all were finite. None
+        where each rank keeps its own."""
+        if not committed and self.plan.grace.memory.diverges:  # there is no earlier model that all had: gradients were exchanged
+            warnings.warn(
+                f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors",
+                stacklevel=2,
+            )
+            return None
         if committed:
             for name in self.specs:
                 self.master[name] = self._moved(name, self.ops.ingest(means[name]))

@@ -80,6 +80,11 @@ def plan_of(
     """The plan for what a user gives; see `LocalSGD` of the frameworks. Raises ParameterError, or IncompatiblePartsError or
     UnsupportedError for parts that cannot work here."""
     chosen = grace("none" if compression is None else compression)
+    if chosen.policy is not None:
+        raise UnsupportedError(
+            f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that, such as "
+            f"'{chosen.leaves[-1]}'"
+        )
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:

@@ -96,8 +96,8 @@ class Worker:
         """After the optimizer's step, the parameters as they are: what they become, None where they stay. Raises RankLeftError."""
         return self.synchronize(values) if self.end_step(lambda: values) else None
 
-    def synchronize(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Exchanges drifts: the parameters from here on."""
+    def synchronize(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Exchanges drifts: the parameters from here on, None where they stay."""
         if self.messages:
             return self.post(values)
         self.meet(self.for_models)
@@ -113,7 +113,7 @@ class Worker:
         if self.model.together:
             return None
         new = self.synchronize(values)
-        if self.plan.grace.memory.diverges:
+        if self.plan.grace.memory.diverges and self.for_models.committed:
             forget_errors(self.for_gradients)
         return new
 
@@ -131,7 +131,7 @@ class Worker:
         """Waits for all ranks, before they exchange by this driver. Raises RankLeftError."""
         assert self._line is not None
         self._used.append(driver)
-        self._line.meet(self._meetings, self.model.step)
+        self._line.meet(self._meetings, self.model.step, "models" if driver is self.for_models else "gradients")
         self._meetings += 1
 
     def _exchange(self, driver: Driver, tensors: Mapping[str, Any]) -> dict[str, Any]:

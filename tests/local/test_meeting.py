@@ -55,6 +55,26 @@ def test_steps_that_differ_are_told_on_every_rank():
     assert all("[8, 8, 9] by rank" in str(error) for error in errors)
 
 
+def test_what_is_exchanged_must_be_the_same():
+    """A rank that ends with sync() meets one that makes another step: their collectives would not match."""
+    errors = at_once(*(outcome(lambda line=line: line.meet(0, 8, ("models", "gradients")[line.rank])) for line in lines(2)))
+    assert all("at synchronization 0 (step 8) some ranks exchange gradients and others models" in str(error) for error in errors)
+
+
+def test_one_that_is_slow_but_goes_on_is_waited_for():
+    """The time limit is for silence: three times as long passes here, in steps shorter than it."""
+    a, b = lines(2, timeout=1.0)
+    done = []
+    waiting = threading.Thread(target=lambda: done.append(a.post(0, 9, b"a", gather=True)))
+    waiting.start()
+    for number in range(6):
+        time.sleep(0.5)
+        b.post(number, number, b"b")
+    b.post(6, 6, b"b", gather=True)
+    waiting.join(10)
+    assert [entry.data for entry in done[0]] == [b"a", *[b"b"] * 7]
+
+
 def test_a_rank_that_left_is_told_at_once():
     a, b, c = lines(3)
     at_once(*(lambda line=line: line.meet(0, 5) for line in (a, b, c)))

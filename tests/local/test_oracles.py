@@ -257,15 +257,50 @@ def test_what_the_user_gets_shares_no_memory_with_the_master_copy():
     assert cluster.step([{"w": np.full(4, 0.5, np.float32)}] * 2)[0]["w"].tolist() == [0.5] * 4
 
 
-def test_16_bit_parameters_have_a_master_copy_of_full_precision():
-    cluster = LocalSGDCluster("none + residual", 2, every=1)
-    models = [{"w": np.ones(3, np.float16)}] * 2
+@pytest.mark.parametrize("spec", ["none", "none + residual", "topk(ratio=1.0) + residual"])
+def test_16_bit_parameters_have_a_master_copy_of_full_precision(spec):
+    """The mean of a step of one rank is half the resolution of float16 here: it must add up in the master copy, whatever ranks get of it."""
+    ulp, cluster = 2.0**-11, LocalSGDCluster(spec, 2, every=2)
+    models = [{"w": np.ones(300, np.float16)}] * 2
     cluster.start(models)
-    for _ in range(8):  # each step is under the resolution of float16 at 1
-        models = cluster.step([{"w": (m["w"] - np.float16(0.001) * (rank == 0)).astype(np.float16)} for rank, m in enumerate(models)])
-    assert models[0]["w"].dtype == np.float16
-    assert cluster.models[0].master["w"].dtype == np.float32
-    assert abs(float(cluster.models[0].master["w"][0]) - float(models[0]["w"][0])) < 5e-4
+    for step in range(32):
+        cluster.gradients(models)
+        models = cluster.step([{"w": m["w"] - np.float16(ulp * (rank == 0 and step % 2 == 0))} for rank, m in enumerate(models)])
+    assert models[0]["w"].dtype == np.float16 and cluster.models[0].master["w"].dtype == np.float32
+    assert np.allclose(cluster.models[0].master["w"], 1 - 16 * ulp / 2, atol=1e-6)
+    assert np.abs(models[0]["w"] - (1 - 16 * ulp / 2)).max() <= ulp
+
+
+def test_16_bit_parameters_rest_where_nothing_is_trained():
+    """What rounding takes off is no movement, and nothing that error feedback may send."""
+    draw, cluster = np.random.default_rng(0), LocalSGDCluster("topk(ratio=0.05) + residual", 2, every=1)
+    models = [{"w": draw.standard_normal(200).astype(np.float16)}] * 2
+    cluster.start(models)
+    for step in range(400):
+        if step == 300:  # by then the residual of the training is drained
+            before = models[0]["w"].copy()
+        moves = 0.01 * draw.standard_normal((2, 200)) * (step < 50)
+        cluster.gradients(models)
+        models = cluster.step([{"w": (m["w"] - move).astype(np.float16)} for m, move in zip(models, moves, strict=True)])
+    assert models[0]["w"].tobytes() == before.tobytes()
+
+
+def test_cser_keeps_models_and_errors_where_one_is_not_finite():
+    """There is no earlier model that all ranks had: going back to the first one would throw the training away."""
+    cluster = LocalSGDCluster("topk(ratio=0.1) + cser(reset_period=4)", 2)
+    models = [problem.initial(np.float32)] * 2
+    cluster.start(models)
+    for step in range(3):
+        gradients = cluster.gradients([{n: (w + rank + step).astype(np.float32) for n, w in m.items()} for rank, m in enumerate(models)], lr=LR)
+        models = cluster.step([{n: w - LR * g[n] for n, w in m.items()} for m, g in zip(models, gradients, strict=True)])
+    errors = [{n: s["residual"].copy() for n, s in d.state.items()} for d in cluster.for_gradients]
+    bad = [{n: w.copy() for n, w in m.items()} for m in models]
+    bad[1]["b"][0] = np.inf
+    with pytest.warns(UserWarning, match="not finite at step 3: no mean is taken, and every rank keeps its own model"):
+        assert_equal(cluster.sync(bad), bad)
+    for driver, kept in zip(cluster.for_gradients, errors, strict=True):
+        assert all((driver.state[n]["residual"] == kept[n]).all() and kept[n].any() for n in kept)
+    assert_equal(*[[m] for m in cluster.sync(models)])  # the mean is taken as soon as it can be
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

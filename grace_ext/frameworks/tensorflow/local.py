@@ -50,6 +50,11 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
     check_keras_optimizer(plan.grace, optimizer)
+    if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
+        raise UnsupportedError(
+            "use_ema=True puts each rank's own averages into its model, at the end of fit or in between, so ranks would not have the same "
+            "model; average what LocalSGD has synchronized, by a callback after it"
+        )
     return in_front_of(optimizer, _LocalSGD, _grace=_Local(plan, process_set, simulate))
 
 

@@ -15,7 +15,7 @@ from ...spec import TensorSpec
 from ..base import rate_of
 from . import engine
 from .ops import describe, ops_for
-from .session import check_torch_optimizer, named
+from .session import check_none_new, check_torch_optimizer, named
 
 api = engine.api
 
@@ -84,7 +84,9 @@ class _LocalSGD(torch.optim.Optimizer):
         if len(self._parameters) < len(own):
             raise NamesError(f"named_parameters lacks {len(own) - len(self._parameters)} of the optimizer's {len(own)} parameters")
         self._ops = ops = ops_for(next(iter(self._parameters.values())).device)
-        self._worker = Worker(plan, ops, engine.transport(ops, process_set), lambda: rate_of(self.param_groups))
+        transport = engine.transport(ops, process_set)
+        self._fresh = lambda: Worker(plan, ops, transport, lambda: rate_of(self.param_groups))
+        self._worker = self._fresh()
 
     def step(self, closure: Any = None) -> Any:
         """A step of the wrapped optimizer, and where it is due a synchronization. Raises RankLeftError."""
@@ -93,6 +95,7 @@ class _LocalSGD(torch.optim.Optimizer):
             return super().step(closure)
         if not worker.model.begun:
             worker.begin([TensorSpec(name, *describe(p)) for name, p in self._parameters.items()], self._values())
+        check_none_new(self, self._parameters.values())
         if closure is not None and worker.model.exchanges_gradients():
             raise UnsupportedError(
                 "a closure computes gradients inside of step(), after their exchange; call backward(), and step() without"
@@ -105,6 +108,7 @@ class _LocalSGD(torch.optim.Optimizer):
     def sync(self) -> None:
         """Synchronizes now; every rank calls it, a synchronous one after as many steps. All have the same model then."""
         if self._worker is not None:
+            check_none_new(self, self._parameters.values())
             self._take(self._worker.sync(self._values()))
 
     def _exchange_gradients(self, worker: Worker) -> None:
@@ -141,10 +145,12 @@ class _LocalSGD(torch.optim.Optimizer):
         return {**saved, "grace_ext": _mapped(self._worker.state_dict(), self._ops.as_torch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes both. Without a 'grace_ext' entry the local training starts anew."""
+        """Resumes both. Without a 'grace_ext' entry the local training starts anew, from the models as they are at the next step."""
         own = state_dict.get("grace_ext")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
-        if own is not None and self._worker is not None:
+        if self._worker is not None and own is None:
+            self._worker = self._fresh()
+        elif self._worker is not None:
             if "model" not in own:
                 raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD; leave out its 'grace_ext' entry to start anew")
             device = next(iter(self._parameters.values())).device

@@ -20,7 +20,7 @@ from ...metrics import Measured
 from ..base import rate_of
 from . import engine
 from .ops import ops_for
-from .session import Session, check_torch_optimizer, named, require_sum_or_mean
+from .session import Session, check_none_new, check_torch_optimizer, named, require_sum_or_mean
 
 api = engine.api
 _hooks: Any = WeakTensorKeyDictionary()  # the hook that this module has on a parameter
@@ -253,13 +253,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
         size = self._session.driver.transport.size  # type: ignore[union-attr]
         if size != self.process_set.size():
             raise GraceError(STALE.format(size, self.process_set.size()))
-        known = {id(p) for p in self._parameters.values()}
-        new = [p for group in self.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
-        if new:
-            raise UnsupportedError(
-                f"{len(new)} parameters (shapes {[list(p.shape) for p in new[:3]]}) train now that did not when the optimizer was wrapped, "
-                "so nobody would exchange their gradients: wrap the optimizer again on every rank after layers are unfrozen or added"
-            )
+        check_none_new(self, self._parameters.values())
 
     @staticmethod
     def _set_gradient(parameter: torch.nn.Parameter, result: torch.Tensor) -> None:

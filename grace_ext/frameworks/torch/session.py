@@ -50,6 +50,17 @@ def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None)
         check_optimizer(grace, type(optimizer).__name__, group)
 
 
+def check_none_new(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Raises UnsupportedError where the optimizer trains others than these, which were known when it was wrapped."""
+    known = {id(p) for p in parameters}
+    new = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+    if new:
+        raise UnsupportedError(
+            f"{len(new)} parameters (shapes {[list(p.shape) for p in new[:3]]}) train now that did not when the optimizer was wrapped, "
+            "so nobody would exchange them: wrap the optimizer again on every rank after layers are unfrozen or added"
+        )
+
+
 class Session:
     """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients.
 
