@@ -42,8 +42,8 @@ class Link:
     def __post_init__(self) -> None:
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ParameterError(f"a link's rate must be a positive number of bits per second, got {self.rate!r}")
-        if not (self.latency >= 0 and self.overhead >= 0 and 0 < self.goodput <= 1):
-            raise ParameterError(f"latency and overhead must be at least 0 seconds and goodput in (0, 1], got {self}")
+        if not (0 <= self.latency < math.inf and 0 <= self.overhead < math.inf and 0 < self.goodput <= 1):
+            raise ParameterError(f"latency and overhead must be finite, at least 0 seconds, and goodput in (0, 1], got {self}")
 
     @classmethod
     def of(cls, rate: str, latency: float = 50e-6, overhead: float = 0.0) -> Link:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -86,7 +87,7 @@ def _made(model: str, module: str, path: str) -> Any:
 @contextmanager
 def _on_its_own() -> Iterator[None]:
     """For code of the user's: without this command's arguments, and with whatever it prints on stderr, as stdout may be a JSON document."""
-    sys.stdout.flush()
+    _flush()
     kept, arguments = os.dup(1), sys.argv
     try:
         os.dup2(2, 1)  # libraries in C print, too
@@ -95,8 +96,17 @@ def _on_its_own() -> Iterator[None]:
             yield
     finally:
         sys.argv = arguments
+        _flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush() -> None:
+    """What was printed, in Python or in C, goes to where stdout is now, not to where it is later."""
+    for stream in filter(None, (sys.stdout, sys.__stdout__)):
+        stream.flush()
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)
 
 
 def of_module(source: str, model: Any) -> Shapes:
