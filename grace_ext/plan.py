@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from . import cost, kernels
@@ -70,7 +70,8 @@ class OnLink:
 class Row:
     """A candidate's step. Times are milliseconds: see trace.Timed; `gain`: dense step / this step; `pays`: 'below' the rate of the links
     that is `break_even`, bits per second, or 'above' it, 'always' or 'never' (and `break_even` is None), between 100 kbit/s and 10 Tbit/s;
-    `measured_ms`: an exchange that was really made, where it was."""
+    the dense one's is 'never'. `measured_ms`: an exchange that was really made, where it was; `uncalibrated_ms`: what was predicted of
+    it, where some were made."""
 
     spec: str
     nbytes: float
@@ -161,15 +162,20 @@ def advise(rows: Sequence[Row]) -> Advice:
     """The fastest candidate, or dense where none is faster by more than the model can tell. The first row is dense."""
     best = min(rows, key=lambda row: row.step_ms)
     if best is rows[0] or best.gain < WORTH:
-        others = sorted(rows[1:], key=lambda row: row.step_ms)
-        reason = "dense is best here: " + (
-            f"the best of the others, {others[0].spec}, gains x{others[0].gain:.3g}, and below x{WORTH} a gain is within the model's error"
-            if others
-            else "it was compared with nothing else"
-        )
-        return Advice(tuple(rows), rows[0].spec, 1.0, reason)
+        return Advice(tuple(rows), rows[0].spec, 1.0, f"dense is best here: {_not_taken(rows[1:])}")
     reason = f"a step takes {best.step_ms:.4g} ms against {rows[0].step_ms:.4g} ms dense: x{best.gain:.2f}"
     return Advice(tuple(rows), best.spec, best.gain, reason)
+
+
+def _not_taken(others: Sequence[Row]) -> str:
+    if not others:
+        return "it was compared with nothing else"
+    best = min(others, key=lambda row: row.step_ms)
+    if best.gain <= 1:
+        return f"the best of the others, {best.spec}, is no faster (x{best.gain:.2f})"
+    # Rounded down: what is not worth it does not look as if it were.
+    gain = math.floor(100 * best.gain) / 100
+    return f"the best of the others, {best.spec}, gains x{gain:.2f}, and a gain below x{WORTH:.2f} is within the model's error"
 
 
 def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Grace]:
@@ -182,7 +188,20 @@ def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Gra
     if changing:
         among = ", ".join(f"'{leaf}'" for leaf in changing.leaves)
         raise ParameterError(f"{changing} changes from step to step, and a plan is of one step; compare what it chooses among: {among}")
+    for g in graces:
+        _check_period(g)
     return {str(g): g for g in graces}
+
+
+def _check_period(g: Grace) -> None:
+    """A part with a knob '..._period' exchanges something else at every so many steps, which the recorded ones need not have among them."""
+    for part in (part for leaf in g.leaves for part in (leaf.compressor, leaf.memory)):
+        knob = next((field.name for field in fields(part) if field.name.endswith("_period") and getattr(part, field.name) > 1), None)
+        if knob:
+            raise ParameterError(
+                f"{g}: {part.name} exchanges something else every {getattr(part, knob)} steps ({knob}), and a plan is of one step; compare "
+                "parts without a period, such as 'powersgd + residual' or 'topk + residual', and add what comes every so many steps"
+            )
 
 
 def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Trace]:

@@ -49,7 +49,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Trace:
-    """The events of one step of one rank, for one rank and for two. two_level: ranks are nodes, whose ranks add up before."""
+    """The events of one step of one rank, for one rank and for two. dense: bytes of the gradients, as nodes add them up; two_level: ranks
+    are nodes, whose ranks add up before."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
@@ -125,7 +126,9 @@ def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, 
     if g.two_level and g.policy is None:  # what every rank does, of nodes
         between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
     alone, pair = (_timed(between, shapes, n, steps, lr, like) for n in (1, 2))
-    return Trace(alone, pair, 4 * sum(spec.size for spec in specs_of(shapes)), g.two_level)
+    # Nodes add up in float32, and float64 as it is (levels.py).
+    dense = sum(spec.size * (8 if spec.dtype == "float64" else 4) for spec in specs_of(shapes))
+    return Trace(alone, pair, dense, g.two_level)
 
 
 def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like: Transport | None) -> tuple[Event, ...]:
