@@ -26,7 +26,7 @@ SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.'
 MEASURE = (
     "Probe the job that this runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., torchrun --no-python ... "
-    "grace-ext plan .... (horovodrun puts the rank before each line of stdout: for --json use another.)"
+    "grace-ext plan ... (horovodrun puts the rank before each line of stdout: for --json use another)."
 )
 PICTURES = (".png", ".svg", ".pdf")
 #: What --measure finds by itself, and the values that stand for 'not said'.
@@ -56,7 +56,7 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="File for scaling curves up to 4,096 workers, simulated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """What compression gains for this model on this network: step times of candidates, break-even rates, and what to use.
+    """What compression gains for this model on this network: step times of candidates, at what rates each pays, and what to use.
 
     Codecs are timed on this machine, one thread, on the model's own shapes; the network is stated, or with --measure probed in your own
     job, with a few real exchanges. Speed only: what each spec does to accuracy is in docs/accuracy.md.
@@ -120,7 +120,7 @@ def plan(
     if picture:
         from .plan_picture import draw
 
-        draw(made, link, advice, picture)
+        draw(made, link, advice, picture, fitted=measure)
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def report(advice: Advice, document: dict[str, Any]) -> None:
         style = "bold" if row.spec == advice.spec else None
         table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
     console.print(table)
-    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.3g} us a message, {1e6 * link['overhead']:.3g} us a collective"
+    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.4g} us a message, {1e6 * link['overhead']:.4g} us a collective"
     among = f", {document['workers_per_node']} a node; {at}" if document["workers_per_node"] else f" of this job; measured, like {at}"
     console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
     console.print("work: encoding and decoding; network: all collectives, one after another; they overlap where they can.", style="dim")

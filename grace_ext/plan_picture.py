@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from . import simulate
@@ -43,10 +44,10 @@ def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict
         network = Played(link, model.per_node, model.inside, algorithm)
         made[f"dense, {algorithm}"] = {n: model.of(n).timed(dense, network).exchange for n in sizes}
     per_node = max(2, model.per_node)
-    among = {"per_node": per_node, "inside": model.inside, "dense": model.traces[dense].dense}
-    work = {n: model.traces[dense].work(n) for n in sizes if n % per_node == 0 and n > per_node}
+    traces = {dense: replace(model.traces[dense], two_level=True)}
+    levels, network = Model(traces, model.n, per_node=per_node, inside=model.inside, compute=model.compute), Played(link, 1, model.inside)
     made[f"dense, two-level ({per_node} a node)"] = {
-        n: work[n] + simulate.seconds("two-level sum", n, link, model.traces[dense].dense, **among) for n in work
+        n: levels.of(n).timed(dense, network).exchange for n in sizes if n % per_node == 0 and n > per_node
     }
     network = Played(link, model.per_node, model.inside)
     for spec in model.traces:
@@ -55,8 +56,17 @@ def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict
     return made
 
 
-def draw(model: Model, link: Link, advice: Advice, file: Path) -> None:
-    """Writes the picture; its format is that of the file's name. Raises UnsupportedError without matplotlib."""
+def titled(model: Model, link: Link, fitted: bool) -> str:
+    among = f"{model.per_node} workers a node" if model.per_node > 1 else "one worker a node"
+    if fitted:
+        among = f"fitted to {model.n} workers, for others a guess"
+    start = f"{1e6 * link.latency:.4g} us a message, {1e6 * link.overhead:.4g} us a collective"
+    return f"{among}: a link of {link.rate / 1e6:.4g} Mbit/s, {start}"
+
+
+def draw(model: Model, link: Link, advice: Advice, file: Path, *, fitted: bool = False) -> None:
+    """Writes the picture; its format is that of the file's name. fitted: the link is what was measured among the model's workers. Raises
+    UnsupportedError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -69,9 +79,7 @@ def draw(model: Model, link: Link, advice: Advice, file: Path) -> None:
         look = f"C{number % 10}" + "os^Dv"[number % 5] + ("-", "--", ":")[number // 10 % 3]  # colours come again after ten
         width = 3 if name == advice.spec else 1.2
         axes.loglog(list(points), [1000 * s for s in points.values()], look, label=name, linewidth=width, markersize=3.5)
-    among = f"{model.per_node} workers a node" if model.per_node > 1 else "one worker a node"
-    start = f"{1e6 * link.latency:.3g} us a message, {1e6 * link.overhead:.3g} us a collective"
-    axes.set(xlabel="workers", ylabel="exchange, ms", title=f"{among}, a link of {link.rate / 1e6:.4g} Mbit/s, {start}")
+    axes.set(xlabel="workers", ylabel="exchange, ms", title=titled(model, link, fitted))
     axes.set_xscale("log", base=2)
     figure.legend(fontsize="small", loc="outside right upper")
     axes.grid(True, alpha=0.3)

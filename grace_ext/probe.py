@@ -22,6 +22,8 @@ KINDS = ("allreduce", "allgather", "alltoall")
 SIZES = (64, 1 << 16, 1 << 19, 1 << 22)
 #: Steps until memory is used again: old and new state, and the collectives' buffers.
 WARM = 2
+#: Of what a collective takes before its first message: what a message takes at least, besides its bytes.
+LEAST = 0.01
 #: (kind, ranks, bytes of one rank's buffer, seconds)
 Point = tuple[str, int, int, float]
 
@@ -29,7 +31,9 @@ Point = tuple[str, int, int, float]
 def fitted(points: Sequence[Point]) -> Link:
     """The link of least relative error over plain collectives, by cost.py's formulas: over the smallest and the largest of each kind. What
     is between these may pass in the burst that a limited link grants after a pause, and says little of either latency or rate. None of
-    its figures is negative: one that would be is 0."""
+    its figures is negative: one that would be is 0. Where all points are of one number of ranks, and messages seem to take next to nothing
+    beside a collective, what it takes to start is taken for theirs: one number hardly tells these apart, and with thousands of workers no
+    link is as fast as with two."""
     messages: dict[str, Callable[[int], int]] = {"allreduce": lambda n: 2 * (n - 1)}
     sizes = {(kind, n): [size for its, ranks, size, _ in points if (its, ranks) == (kind, n)] for kind, n, *_ in points}
     points = [p for p in points if p[2] in (min(sizes[p[:2]]), max(sizes[p[:2]]))]
@@ -38,20 +42,28 @@ def fitted(points: Sequence[Point]) -> Link:
         count = messages.get(kind, lambda n: n - 1)(n)
         rows.append([1, count, count * size / (1 if kind == "allgather" else n)])
     scaled = np.array(rows) / np.array([seconds for *_, seconds in points])[:, None]
-    names, used = ("overhead", "latency", "beta"), [0, 1, 2]
+    overhead, latency, beta = _nonnegative(scaled)
+    if latency < LEAST * overhead and len({ranks for _, ranks, *_ in points}) == 1:
+        latency, beta = _nonnegative(scaled[:, 1:])
+        overhead = 0.0
+    return Link(8 / (max(beta, 1e-15) * GOODPUT), latency, overhead)
+
+
+def _nonnegative(columns: np.ndarray) -> list[float]:
+    """The coefficients of the columns' sum that is closest to 1 in every row, those that would be negative left out."""
+    used = list(range(columns.shape[1]))
     while True:
-        solved = np.linalg.lstsq(scaled[:, used], np.ones(len(points)), rcond=None)[0]
+        solved = np.linalg.lstsq(columns[:, used], np.ones(len(columns)), rcond=None)[0]
         if (solved >= 0).all():
-            break
-        used.pop(int(np.argmin(solved * np.linalg.norm(scaled[:, used], axis=0))))
-    seen = dict.fromkeys(names, 0.0) | {names[i]: float(x) for i, x in zip(used, solved, strict=True)}
-    return Link(8 / (max(seen["beta"], 1e-15) * GOODPUT), seen["latency"], seen["overhead"])
+            found = dict(zip(used, solved, strict=True))
+            return [float(found.get(i, 0.0)) for i in range(columns.shape[1])]
+        used.pop(int(np.argmin(solved * np.linalg.norm(columns[:, used], axis=0))))
 
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
     """Collectives of these ranks by what was measured of them: between two sizes on the line through them, beyond the largest along the
-    last such line. For another number of ranks, by the link that fits all of it."""
+    last such line. KeyError for what was not measured, another number of ranks too. `link` is what fits all of it."""
 
     points: tuple[Point, ...]
     link: Link

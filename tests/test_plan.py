@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from grace_ext import cost, plan, plan_picture, simulate
 from grace_ext.cli import app, main
 from grace_ext.cost import GOODPUT, Link
 from grace_ext.driver import perform
-from grace_ext.errors import ModelError
+from grace_ext.errors import ModelError, UnsupportedError
 from grace_ext.probe import MeasuredNetwork, fitted
 from grace_ext.shapes import shapes_of
 from grace_ext.spec import TensorSpec
@@ -149,6 +154,14 @@ def test_the_fastest_is_recommended_with_its_gain():
     assert MODEL.timed("small", at).step == pytest.approx(MODEL.timed("dense", at).step, rel=0.02)
 
 
+@pytest.mark.parametrize(("gain", "why"), [
+    (1.0999, r"small, gains x1\.09, and a gain below x1\.10 is within the model's error"), (0.9, r"small, is no faster \(x0\.90\)"),
+])  # fmt: skip
+def test_why_dense_is_best_is_no_contradiction(gain, why):
+    rows = [replace(row, step_ms=10 / each, gain=each) for row, each in zip(rows_at("10mbit")[:2], (1.0, gain), strict=True)]
+    assert re.search(why, plan.advise(rows).reason)
+
+
 def test_where_it_pays():
     """Less work for more bytes pays above a rate; fewer messages always; what takes longer in both, never."""
     traces = {"dense": made(0.2, 1e4), "eager": made(0.0, 1e6), "less": made(0.1, 1e3), "more": made(0.3, 1e6)}
@@ -191,6 +204,16 @@ def test_a_measured_network_is_that_of_its_points():
     assert network("broadcast", 2, 1000) == network("allgather", 2, 1000)
     with pytest.raises(KeyError):
         network("alltoall", 2, 1)
+
+
+def test_what_starting_takes_grows_with_the_workers():
+    """Two ranks that take as long for a sum as for a gather say that no message costs anything; thousands would be as fast as two."""
+    points = [(kind, 2, size, 1e-3 + 1e-9 * size) for kind in ("allreduce", "allgather") for size in (64, 10**6)]
+    link = fitted(points)
+    assert link.overhead == 0 and link.latency == pytest.approx(0.75e-3, rel=0.3) and link.beta == pytest.approx(1e-9, rel=0.3)
+    known = Link(1e9, latency=1e-4, overhead=1e-3)
+    told = fitted([(kind, 2, size, getattr(cost, kind)(known, 2, size)) for kind in ("allreduce", "allgather") for size in (64, 10**6)])
+    assert (told.latency, told.overhead) == (pytest.approx(1e-4), pytest.approx(1e-3))
 
 
 # --- simulated ranks probe, too -------------------------------------------------------------------------------------------
@@ -256,16 +279,29 @@ def test_the_picture_has_all_curves(shapes_json, tmp_path):
     assert file.stat().st_size > 10_000
 
 
+def test_the_picture_says_what_its_link_is():
+    link = Link(1e8, 2e-4, 1e-3)
+    stated, measured = (plan_picture.titled(MODEL, link, fitted) for fitted in (False, True))
+    assert stated == "one worker a node: a link of 100 Mbit/s, 200 us a message, 1000 us a collective"
+    assert measured.startswith("fitted to 2 workers, for others a guess: a link of 100 Mbit/s") and "a node" not in measured
+    assert plan_picture.titled(plan.Model({}, 8, per_node=4), link, False).startswith("4 workers a node:")
+
+
 def test_the_picture_shows_what_the_table_says():
     """Several workers a node, too, in one level and in two."""
     link, fast = Link.of("1gbit", 1e-4), Link.of("20gbit", 1e-5)
     flat, levels = (record(grace_ext.grace(f"topk(ratio=0.1) + residual{way}"), SHAPES, steps=1) for way in ("", " @ hierarchical"))
-    model = plan.Model({"dense": made(0.0, 1e6, "allreduce"), "flat": flat, "levels": levels}, 16, per_node=4, inside=fast)
+    dense = made(0.0, 5e5, "allreduce")  # of 16 bits, which nodes add up in 32
+    traces = {"dense": dense, "flat": flat, "levels": levels, "sums": replace(dense, two_level=True)}
+    model = plan.Model(traces, 16, per_node=4, inside=fast)
     found = plan_picture.curves(model, link, workers=(2, 4, 16, 62, 64))
     for spec, curve in (("dense", "dense, ring"), ("flat", "flat"), ("levels", "levels")):
         for n in (2, 4, 16, 64):
             assert found[curve][n] == pytest.approx(model.of(n).timed(spec, plan.OnLink(link, min(n, 4), fast)).exchange), (spec, n)
         assert 62 not in found[curve]  # does not fill nodes of 4
+    for n in (16, 64):
+        played = simulate.seconds("two-level sum", n, link, 5e5, per_node=4, inside=fast, dense=1e6)
+        assert found["dense, two-level (4 a node)"][n] == pytest.approx(found["sums"][n]) == pytest.approx(played)
 
 
 def test_curves_are_those_of_the_closed_forms():
@@ -279,6 +315,13 @@ def test_curves_are_those_of_the_closed_forms():
 
 
 # --- models -----------------------------------------------------------------------------------------------------------------
+def test_what_changes_untold_is_seen():
+    """A part of another package, or without a knob for its period."""
+    with pytest.raises(UnsupportedError, match=r"cser\(reset_period=2\) @ allgather exchanges something else from step to step"):
+        record(grace_ext.grace("topk + cser(reset_period=2)"), SHAPES)
+    assert plan.candidates(["topk + cser(reset_period=1)"], 2)  # every step is like the others
+
+
 def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     (tmp_path / "my_models.py").write_text(
@@ -323,6 +366,18 @@ def test_the_users_code_prints_and_exits_without_harm(tmp_path, monkeypatch, cap
     assert capfd.readouterr().out == "back\n"
 
 
+def test_what_is_printed_later_than_it_is_said(tmp_path):
+    """Python and C keep what goes to a pipe, and write it when there is enough, or at the end."""
+    (tmp_path / "slow.py").write_text(
+        "import ctypes, sys\nprint('kept by Python', file=sys.__stdout__)\nctypes.CDLL(None).printf(b'kept by C\\n')\nshapes = {'w': [2]}\n"
+    )
+    script = "from grace_ext.shapes import shapes_of; print(shapes_of('slow:shapes'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", script], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.stdout == "{'w': (2,)}\n" and "kept by Python" in done.stderr and "kept by C" in done.stderr
+
+
 def test_16_bit_models_are_as_long_as_they_are(tmp_path, monkeypatch):
     """fp16 gains nothing where gradients have 16 bits already."""
     torch = pytest.importorskip("torch")
@@ -333,6 +388,8 @@ def test_16_bit_models_are_as_long_as_they_are(tmp_path, monkeypatch):
     dense, half = (record(grace_ext.grace(spec), shapes, steps=1).nbytes(2) for spec in ("none", "fp16"))
     full = record(grace_ext.grace("none"), {name: spec.shape for name, spec in shapes.items()}, steps=1).nbytes(2)
     assert dense == half < full
+    double = record(grace_ext.grace("none"), {"w": TensorSpec("w", (10,), "float64"), "b": (10,)}, steps=1)
+    assert double.dense == 120 and double.nbytes(2) >= 120
 
 
 def test_a_lazy_model_has_no_shapes(tmp_path, monkeypatch):
@@ -402,7 +459,9 @@ def test_bad_shapes(tmp_path, content, why):
         (["MODEL", "--measure", "--rate", "1gbit", "--workers-per-node", "2"], "in the job; leave out --rate, --workers-per-node"),
         (["MODEL", "auto", "--rate", "1gbit", "--workers", "2"], "changes from step to step, and a plan is of one step; compare what it"),
         (["MODEL", "every(2, none, topk + residual)", "--rate", "1gbit", "--workers", "2"], "'none @ allreduce', 'topk(ratio=0.01) + res"),
-        (["MODEL", "topk + cser(reset_period=2)", "--rate", "1gbit", "--workers", "2"], "exchanges something else from step to step"),
+        (["MODEL", "topk + cser", "--rate", "1gbit", "--workers", "2"], "cser exchanges something else every 8 steps (reset_period)"),
+        (["MODEL", "by_size(large=powersgd_plus + residual)", "--rate", "1gbit", "--workers", "2"], "every 50 steps (refresh_period)"),
+        (["MODEL", "--rate", "1gbit", "--workers", "2", "--latency", f"{'9' * 400}s"], "latency and overhead must be finite"),
         (["MODEL", "--rate", "1gbit", "--workers", "2", "--compute-ms", "inf"], "--compute-ms must be a number of milliseconds, got inf"),
         (["MODEL", "--rate", "1gbit", "--workers", "2", "--picture", "no/x.png"], "cannot write the picture 'no/x.png': it must end"),
         (["MODEL", "--rate", "1gbit", "--workers", "2", "--picture", "."], "cannot write the picture '.'"),
