@@ -70,8 +70,8 @@ class OnLink:
 class Row:
     """A candidate's step. Times are milliseconds: see trace.Timed; `gain`: dense step / this step; `pays`: 'below' the rate of the links
     that is `break_even`, bits per second, or 'above' it, 'always' or 'never' (and `break_even` is None), between 100 kbit/s and 10 Tbit/s;
-    the dense one's is 'never'. `measured_ms`: an exchange that was really made, where it was; `uncalibrated_ms`: what was predicted of
-    it, where some were made."""
+    the dense one's is 'never', that of two levels in a job, whose nodes are not looked at, 'unknown'. `measured_ms`: an exchange that was
+    really made, where it was; `uncalibrated_ms`: what was predicted of it, where some were made."""
 
     spec: str
     nbytes: float
@@ -128,10 +128,12 @@ class Model:
         exchanges = {spec: measured.get(spec, alone[spec]) + timed.exchange - alone[spec] for spec, timed in found.items()}
         steps = {spec: self.compute + exchange for spec, exchange in exchanges.items()}
         dense = steps[next(iter(steps))]
+        told = {spec: not (measured and trace.two_level) for spec, trace in self.traces.items()}
+        even = {spec: self.break_even(spec, link, steps) if told[spec] else (None, "unknown") for spec in steps}
         return [
             Row(
                 spec, self.traces[spec].nbytes(self.n), 1000 * steps[spec], 1000 * exchanges[spec], 1000 * timed.work, 1000 * timed.network,
-                dense / steps[spec], *self.break_even(spec, link, steps), 1000 * measured[spec] if spec in measured else None,
+                dense / steps[spec], *even[spec], 1000 * measured[spec] if spec in measured else None,
                 1000 * alone[spec] if measured else None,
             )
             for spec, timed in found.items()

@@ -61,7 +61,7 @@ def titled(model: Model, link: Link, fitted: bool) -> str:
     if fitted:
         among = f"fitted to {model.n} workers, for others a guess"
     start = f"{1e6 * link.latency:.4g} us a message, {1e6 * link.overhead:.4g} us a collective"
-    return f"{among}: a link of {link.rate / 1e6:.4g} Mbit/s, {start}"
+    return f"{among}:\na link of {link.rate / 1e6:.4g} Mbit/s, {start}"
 
 
 def draw(model: Model, link: Link, advice: Advice, file: Path, *, fitted: bool = False) -> None:

@@ -172,6 +172,14 @@ def test_where_it_pays():
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02) and rows[1].gain > 1
 
 
+def test_where_two_levels_pay_is_not_told_of_a_job():
+    """How many ranks a node has is not looked at, so another rate says nothing of them."""
+    levels = plan.Model({**MODEL.traces, "levels": replace(MODEL.traces["small"], two_level=True)}, 2)
+    link = Link.of("10mbit", 0.0)
+    stated, measured = (levels.rows(plan.OnLink(link), link, seconds)[-1] for seconds in (None, {"dense": 1.0, "levels": 0.5}))
+    assert (stated.pays, measured.pays, measured.break_even) == ("below", "unknown", None)
+
+
 def test_break_even_rates_go_by_what_was_measured():
     """A candidate that really took 0.3 s more than predicted, where half of that is all it could gain."""
     rows = rows_at("40mbit", small=MODEL.timed("small", plan.OnLink(Link.of("40mbit", 0.0))).exchange + 0.3)
@@ -282,8 +290,8 @@ def test_the_picture_has_all_curves(shapes_json, tmp_path):
 def test_the_picture_says_what_its_link_is():
     link = Link(1e8, 2e-4, 1e-3)
     stated, measured = (plan_picture.titled(MODEL, link, fitted) for fitted in (False, True))
-    assert stated == "one worker a node: a link of 100 Mbit/s, 200 us a message, 1000 us a collective"
-    assert measured.startswith("fitted to 2 workers, for others a guess: a link of 100 Mbit/s") and "a node" not in measured
+    assert stated == "one worker a node:\na link of 100 Mbit/s, 200 us a message, 1000 us a collective"
+    assert measured.startswith("fitted to 2 workers, for others a guess:\na link of 100 Mbit/s") and "a node" not in measured
     assert plan_picture.titled(plan.Model({}, 8, per_node=4), link, False).startswith("4 workers a node:")
 
 

@@ -11,13 +11,14 @@ from .launch import job, launcher, run
 from .test_jobs import cases_of, held_in
 
 
-@pytest.mark.parametrize("engine", ["torchrun", "horovodrun", "mpirun"])
+@pytest.mark.parametrize("engine", ["torchrun", "torchrun --no-python", "horovodrun", "mpirun"])
 def test_measure(engine, tmp_path):
     """One document, of rank 0; real collectives of several sizes, and exchanges of dense and of one more."""
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"w": [300, 200], "b": [200]}))
     ask = ["plan", str(file), "topk(ratio=0.01) + residual", "efsignsgd + residual", "--measure", "--exchanges", "1", "--json"]
-    said = run([*launcher(engine, 2), "-m", "grace_ext", *ask])
+    program = ["grace-ext"] if "--no-python" in engine else ["-m", "grace_ext"]
+    said = run([*launcher(engine, 2), *program, *ask])
     (text,) = re.findall(r'\{"model": .*\}', said)
     document = json.loads(text)
     assert document["workers"] == 2 and len(document["rows"]) == 3
