@@ -51,7 +51,9 @@ class Plan:
     @property
     def for_gradients(self) -> Grace:
         """What gradients are exchanged with, in steps where they are."""
-        return self.grace if self.grace.memory.diverges else grace("none")
+        if self.grace.memory.diverges:
+            return self.grace
+        return grace("none @ hierarchical" if self.grace.two_level else "none")
 
     @property
     def for_models(self) -> Grace:

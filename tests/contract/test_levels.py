@@ -90,6 +90,15 @@ def test_linear_ones_equal_the_flat_mean(world, layout):
             assert np.abs(got[name] - want).max(initial=0) <= tolerance * max(1.0, np.abs(want).max(initial=0)), (name, dtype)
 
 
+def test_cser_needs_even_nodes():
+    """Its errors are a node's, and the mean of the models is over ranks."""
+    given = inputs.ranks(5, 0, shapes=SHAPES)
+    cluster = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + cser @ hierarchical"), 5, ranks_per_node=2)
+    with pytest.raises(UnsupportedError, match=r"on nodes of \[2, 2, 1\] ranks"):
+        cluster.step(given, lr=0.1)
+    grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + cser @ hierarchical"), 4, ranks_per_node=2).step(given[:4], lr=0.1)
+
+
 def test_a_sum_is_a_sum():
     """divisor 1, as with op=Sum."""
     cluster = grace_ext.LocalCluster(grace_ext.grace("none @ hierarchical"), 5, ranks_per_node=2)

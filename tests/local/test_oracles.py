@@ -259,7 +259,7 @@ def test_what_the_user_gets_shares_no_memory_with_the_master_copy():
 
 @pytest.mark.parametrize("spec", ["none", "none + residual", "topk(ratio=1.0) + residual"])
 def test_16_bit_parameters_have_a_master_copy_of_full_precision(spec):
-    """The mean of a step of one rank is half the resolution of float16 here: it must add up in the master copy, whatever ranks get of it."""
+    """The mean of a step of one rank is half the resolution of float16 here: it must add up in the master copy."""
     ulp, cluster = 2.0**-11, LocalSGDCluster(spec, 2, every=2)
     models = [{"w": np.ones(300, np.float16)}] * 2
     cluster.start(models)
@@ -291,7 +291,8 @@ def test_cser_keeps_models_and_errors_where_one_is_not_finite():
     models = [problem.initial(np.float32)] * 2
     cluster.start(models)
     for step in range(3):
-        gradients = cluster.gradients([{n: (w + rank + step).astype(np.float32) for n, w in m.items()} for rank, m in enumerate(models)], lr=LR)
+        own = [{n: (w + rank + step).astype(np.float32) for n, w in m.items()} for rank, m in enumerate(models)]
+        gradients = cluster.gradients(own, lr=LR)
         models = cluster.step([{n: w - LR * g[n] for n, w in m.items()} for m, g in zip(models, gradients, strict=True)])
     errors = [{n: s["residual"].copy() for n, s in d.state.items()} for d in cluster.for_gradients]
     bad = [{n: w.copy() for n, w in m.items()} for m in models]

@@ -97,6 +97,12 @@ def test_asynchronous_ranks_have_no_common_step(options):
         plan_of("none", asynchronous=True, **options)
 
 
+@pytest.mark.parametrize("spec", ["by_size", "warmup(then=topk + residual)", "lgreco", "auto"])
+def test_policies_are_refused(spec):
+    with pytest.raises(UnsupportedError, match="LocalSGD sends all drifts through one composition: name that, such as '"):
+        plan_of(spec)
+
+
 def test_what_ranks_compare():
     """Equal texts for equal plans; asynchronous ranks may have schedules of their own."""
     assert str(plan_of("topk(ratio=0.1) + residual", every=4)) == "LocalSGD(every 4 steps) of topk(ratio=0.1) + residual @ allgather"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ...errors import UnsupportedError
 from ...metrics import Measured, Metrics, Report, scalars
 
 
@@ -17,6 +18,11 @@ def MetricsHook(  # noqa: N802 (it stands where a class could)
 
     jsonl, options: as for grace_ext.metrics.Metrics. tensorboard: a folder for event files, written by rank 0 (needs the tensorboard
     package, else ImportError, here). Returns the Metrics, whose `report()` is the latest as a dictionary."""
+    if not hasattr(measured, "measure"):
+        raise UnsupportedError(
+            f"MetricsHook takes a DistributedOptimizer, a DDP hook's state or a bound compression, got {type(measured).__name__}; "
+            "LocalSGD, which sends drifts now and then, has `wire_bytes`"
+        )
     sinks = [*options.pop("sinks", ())]
     if tensorboard is not None:
         sinks.append(_TensorBoard(tensorboard))

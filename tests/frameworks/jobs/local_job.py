@@ -13,7 +13,7 @@ import torch
 
 import grace_ext
 import grace_ext.frameworks.torch as hvd
-from grace_ext.errors import DisagreementError, GraceError, NamesError, RankLeftError, UnsupportedError
+from grace_ext.errors import DisagreementError, GraceError, IncompatiblePartsError, NamesError, RankLeftError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from tests.frameworks import local_training, training  # noqa: E402
@@ -169,6 +169,60 @@ def case_a_rank_that_does_not_come_in_time():
             assert time.time() - begun < 5
         else:
             time.sleep(2.5)
+
+
+def case_cser_ends_after_as_many_steps_on_all_ranks():
+    """One rank exchanges gradients and the other, in sync(), models, both after 5 steps: told before any collective is started."""
+    spec = "topk(ratio=0.1) + cser(reset_period=4)"
+    model, optimizer = train(hvd, spec, 5, timeout=20.0)
+    last = optimizer.sync if hvd.rank() else lambda: run(hvd, model, optimizer, range(5, 6))
+    raises(RankLeftError, "some ranks exchange gradients and others models", last)
+
+
+def case_cser_needs_plain_sgd():
+    spec, model = "topk(ratio=0.1) + cser(reset_period=4)", training.make_model()
+    for optimizer, has in (
+        (torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01), "has weight_decay=0.01"),
+        (torch.optim.ASGD(model.parameters(), lr=0.1), "has lambd="),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "has momentum=0.9"),
+    ):
+        raises(IncompatiblePartsError, has, lambda optimizer=optimizer: hvd.LocalSGD(optimizer, model.named_parameters(), spec))
+
+
+def case_metrics_are_of_gradients():
+    model, optimizer = train(hvd, QSPARSE, 1, every=3)
+    raises(UnsupportedError, "has `wire_bytes`", lambda: hvd.MetricsHook(optimizer))
+
+
+def case_parameters_that_train_later_are_refused():
+    model = training.make_model()
+    frozen = next(model.parameters()).requires_grad_(False)
+    optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), "none", every=2)
+    run(hvd, model, optimizer, range(3))
+    frozen.requires_grad_(True)
+    raises(UnsupportedError, "train now that did not", lambda: run(hvd, model, optimizer, range(3, 4)))
+    raises(UnsupportedError, "wrap the optimizer again", optimizer.sync)
+    frozen.requires_grad_(False)
+    optimizer.sync()
+    assert same_on_all_ranks(model)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    raises(UnsupportedError, "train now that did not", optimizer.sync)
+
+
+def case_a_state_without_ours_starts_anew():
+    """From the weights that are loaded with it, not from an older master copy."""
+    model, optimizer = train(hvd, QSPARSE, 6, every=3)
+    plain = {key: value for key, value in optimizer.state_dict().items() if key != "grace_ext"}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.25)
+    optimizer.load_state_dict(plain)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run(hvd, model, optimizer, range(4))
+    optimizer.sync()
+    assert all((w == 0.25).all() for w in training.weights_of(model).values())
+    assert optimizer.state_dict()["grace_ext"]["model"]["step"] == 4
 
 
 def case_ranks_at_other_steps():

@@ -90,6 +90,7 @@ def case_use():
     local = gnp.LocalSGD("none", COMM, every=2)
     local.start({"w": np.ones(2)})
     raises(NamesError, "they started as", lambda: local.step({"v": np.ones(2)}))
+    raises(GraceError, "has begun with other weights", lambda: local.start({"w": np.zeros(2)}))
     local = gnp.LocalSGD("none", COMM, every=1)
     local.start({"w": np.ones(2)})
     raises(GraceError, "call gradients", lambda: local.step({"w": np.ones(2)}))

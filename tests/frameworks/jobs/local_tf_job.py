@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
-from grace_ext.errors import DisagreementError, UnsupportedError
+from grace_ext.errors import DisagreementError, IncompatiblePartsError, UnsupportedError
 from grace_ext.local import LocalSGDCluster
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -141,6 +141,10 @@ def case_refusals():
     raises(UnsupportedError, "jit_compile", lambda: fit(tiny_model(), sgd(QSPARSE), jit_compile=True))
     legacy = tf.compat.v1.train.GradientDescentOptimizer(0.1)
     raises(UnsupportedError, "Keras 3", lambda: hvd.LocalSGD(legacy))
+    raises(UnsupportedError, "use_ema=True", lambda: hvd.LocalSGD(keras.optimizers.SGD(0.1, use_ema=True)))
+    cser = "topk(ratio=0.1) + cser(reset_period=4)"
+    for more in ({"weight_decay": 0.01}, {"clipnorm": 0.3}, {"gradient_accumulation_steps": 3}):
+        raises(IncompatiblePartsError, next(iter(more)), lambda more=more: hvd.LocalSGD(keras.optimizers.SGD(0.1, **more), cser))
 
 
 hvd.init()
