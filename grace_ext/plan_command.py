@@ -69,15 +69,9 @@ def plan(
     from .shapes import shapes_of
 
     said = {"rate": rate, "latency": latency, "workers": workers, "workers_per_node": workers_per_node, "inside": inside, "fresh": fresh}
-    extra = [f"--{name.replace('_', '-')}" for name, value in said.items() if value != STATED[name]]
-    if measure and extra:
-        raise ParameterError(f"--measure takes network, workers and codecs as they are in the job; leave out {', '.join(extra)}")
-    if not measure and (rate is None or workers is None):
-        raise ParameterError("plan needs --rate and --workers of the network, or --measure in a job that is there")
-    if not math.isfinite(compute_ms):
-        raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
-    if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
-        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in a folder that is there")
+    check_options(said, measure, compute_ms)
+    if not measure:
+        check_picture(picture)
     shapes = shapes_of(model)
     console = Console(stderr=True)
     with ExitStack() as stack, memory_enough(model):
@@ -92,6 +86,8 @@ def plan(
             here = stack.enter_context(transport())
             if here.size < 2:
                 raise UnsupportedError("--measure needs a job of two ranks or more: use horovodrun, torchrun or mpirun, or state --rate")
+            if here.rank == 0:  # who draws; on other hosts the folder need not be there
+                check_picture(picture)
             chosen = planning.candidates(specs or (), here.size)
             effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
             made, network, _ = found = perform(effects, here, {})
@@ -121,6 +117,23 @@ def plan(
         from .plan_picture import draw
 
         draw(made, link, advice, picture, fitted=measure)
+
+
+def check_options(said: dict[str, Any], measure: bool, compute_ms: float) -> None:
+    """said: those of STATED. Raises ParameterError where they do not go together."""
+    extra = [f"--{name.replace('_', '-')}" for name, value in said.items() if value != STATED[name]]
+    if measure and extra:
+        raise ParameterError(f"--measure takes network, workers and codecs as they are in the job; leave out {', '.join(extra)}")
+    if not measure and (said["rate"] is None or said["workers"] is None):
+        raise ParameterError("plan needs --rate and --workers of the network, or --measure in a job that is there")
+    if not math.isfinite(compute_ms):
+        raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
+
+
+def check_picture(picture: Path | None) -> None:
+    """Raises ParameterError where it cannot be written."""
+    if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
+        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in a folder that is there")
 
 
 @contextmanager

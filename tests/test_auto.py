@@ -98,6 +98,23 @@ def test_dense_is_what_was_measured_an_all_reduce():
     assert kinds == ["allreduce"]
 
 
+def test_gradients_of_16_bits_are_probed_as_such():
+    """What is exchanged to choose is as long as what is trained with: fp16 would gain a half on what has 32 bits."""
+    torch = pytest.importorskip("torch")
+    cluster, sums = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2, candidates=['fp16'])"), 2, framework="torch"), []
+    original = cluster_module.execute
+
+    def execute(collectives, ops):
+        sums.append(collectives[0].nbytes if collectives[0].kind == "allreduce" else 0)
+        return original(collectives, ops)
+
+    with mock.patch("grace_ext.policies.auto.SIZES", (64, 4096)), mock.patch.object(cluster_module, "execute", execute):
+        for step in range(2):
+            trained = len(sums)
+            cluster.step([{"w": torch.from_numpy(array["w"]).bfloat16()} for array in gradients(step)])
+    assert len(sums) > trained + 10 and max(sums[trained:]) == max(sums[:trained]) == 120_002
+
+
 def test_in_two_levels_dense_goes_so_too():
     spec = "auto(steps=2, exchanges=0, candidates=['atomo(rank=4) + residual @ hierarchical'])"
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 4, ranks_per_node=2)

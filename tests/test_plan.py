@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from grace_ext import cost, plan, plan_picture, simulate
 from grace_ext.cli import app, main
 from grace_ext.cost import GOODPUT, Link
 from grace_ext.driver import perform
-from grace_ext.errors import ModelError, UnsupportedError
+from grace_ext.errors import ModelError, ParameterError, UnsupportedError
 from grace_ext.probe import MeasuredNetwork, fitted
 from grace_ext.shapes import shapes_of
 from grace_ext.spec import TensorSpec
@@ -285,6 +287,17 @@ def test_the_picture_has_all_curves(shapes_json, tmp_path):
     file = tmp_path / "curves.png"
     said(shapes_json, "efsignsgd + residual", "--rate", "1gbit", "--workers", "8", "--picture", str(file))
     assert file.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_who_draws_needs_the_folder(rank, shapes_json, monkeypatch):
+    """In a job on several hosts it may be on the first one alone."""
+    monkeypatch.setattr("grace_ext.frameworks.launched.transport", lambda: nullcontext(SimpleNamespace(rank=rank, size=2)))
+    done = CliRunner().invoke(app, ["plan", shapes_json, "--measure", "--picture", "no/x.png"])
+    if rank == 0:
+        assert isinstance(done.exception, ParameterError) and "in a folder that is there" in str(done.exception)
+    else:
+        assert isinstance(done.exception, AttributeError)  # at the probe, of this transport that is none
 
 
 def test_the_picture_says_what_its_link_is():
