@@ -112,8 +112,8 @@ class Model:
         if not (trace.two_level and self.per_node > 1):
             return replay(trace.on(self.n), network, self.n, compute)
         nodes, summed = self.n // self.per_node, cost.allreduce(self.inside, self.per_node, trace.dense)
-        if nodes == 1:  # nothing is compressed
-            return Timed(compute + summed, summed, 0.0, summed)
+        if nodes == 1:  # nothing is compressed: it is the dense exchange, and takes as much work
+            return replay(next(iter(self.traces.values())).on(self.n), network, self.n, compute)
         between = replay(trace.on(nodes), network.between(), nodes, compute)
         # What the nodes' first workers get of each collective (levels.Levels._shared): all payloads of a gather, else as much as they gave.
         got = [event.nbytes * (nodes if event.kind == "allgather" else 1) for event in trace.on(nodes) if event.what == "start"]
@@ -182,8 +182,8 @@ def _not_taken(others: Sequence[Row]) -> str:
 
 def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Grace]:
     """The specs to compare, by their full text, dense first; without any named, CANDIDATES, for more than 4 workers what reduces, and with
-    several workers a node all of them in two levels, too."""
-    levels = [f"{text} @ hierarchical" for text in CANDIDATES] if per_node > 1 else []
+    several nodes of several workers all of them in two levels, too."""
+    levels = [f"{text} @ hierarchical" for text in CANDIDATES] if 1 < per_node < n else []
     chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
     graces = [grace(DENSE), *map(grace, chosen)]
     changing = next((g for g in graces if g.plan.changes), None)

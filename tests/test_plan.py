@@ -113,6 +113,17 @@ def test_two_levels_of_sums_are_what_the_simulator_plays(n, per_node):
     assert model.timed("dense", plan.OnLink(link, per_node, fast)).exchange == pytest.approx(played)
 
 
+def test_on_one_node_two_levels_gain_nothing():
+    """Its workers add up gradients, as they do without; so it takes what the dense exchange takes, and is offered to nobody."""
+    link, fast = Link.of("100mbit"), Link.of("20gbit", 1e-5)
+    dense = made(0.3, 1e6, "allreduce")
+    model = plan.Model({"dense": dense, "levels": replace(made(0.1, 1e4), two_level=True)}, 4, per_node=4, inside=fast)
+    rows = model.rows(plan.OnLink(link, 4, fast), link)
+    assert rows[1].exchange_ms == rows[0].exchange_ms == pytest.approx(300 + 1000 * cost.allreduce(fast, 4, 1e6)) and rows[1].gain == 1
+    offered = [plan.candidates((), n, per_node) for n, per_node in ((4, 4), (8, 4), (8, 1))]
+    assert [any("hierarchical" in text for text in texts) for texts in offered] == [False, True, False]
+
+
 def test_two_levels_are_the_nodes_exchange_and_what_is_inside(shapes_json):
     g = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical")
     trace = record(g, SHAPES, steps=1)
