@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .frameworks.base import Transport
 
 #: What ranks say of themselves and need not have in common.
-OWN = {"number": 0, "node": "", "judges": False}
+OWN = {"number": 0, "node": "", "saved_on": "", "judges": False}
 DIGESTS = "digests of parameters"
 NONSENSE = "is not what a rank says of itself"
 FIX = (
@@ -56,7 +56,8 @@ def _told_by_all(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Effect
         number, parameters = other.get("number", 0), other.get("parameters", [])
         if not (
             {"spec", "seed", "version", DIGESTS} & set(mine) <= set(other)
-            and isinstance(number, int) and 0 <= number < 2**53 and isinstance(other.get("node", ""), str)
+            and isinstance(number, int) and 0 <= number < 2**53
+            and isinstance(other.get("node", ""), str) and isinstance(other.get("saved_on", ""), str)
             and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
             and isinstance(other.get(DIGESTS, {}), dict)
         ):  # fmt: skip

@@ -115,6 +115,7 @@ class Driver:
         self._by_rate = [part for leaf in grace.leaves for part in (leaf.memory, leaf.communicator) if part.uses_lr]
         self.state: dict[str, dict[str, Array]] = {}
         self._foreign = False  # the state is of another rank, and lacks what was that rank's own
+        self._saved_on = ""  # the node that the state was this rank's on, where it goes in two levels
         self.step = 0
         self.agreed = False
         #: Whether the last step's state was committed: every rank was finite in every bucket.
@@ -413,6 +414,7 @@ class Driver:
         said = yield from agree(self.ops, self.transport, self._described())
         if self.grace.two_level:
             self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
+            self._check_nodes([(other["saved_on"], other["node"]) for other in said if other["saved_on"]])
             counts = [len(members) for members in self._levels.members]
             if self.grace.diverges and len(set(counts)) > 1:
                 raise UnsupportedError(
@@ -427,6 +429,16 @@ class Driver:
         if self.recorder and all(other["judges"] for other in said):
             yield from self.recorder.advice.probe(self.transport)
         self.agreed = True
+
+    def _check_nodes(self, moves: list[tuple[str, str]]) -> None:
+        """All ranks of a node hold one memory, of the node's gradients; where they share nodes otherwise than when it was saved, there is
+        no such memory. moves: by rank, the node then and now."""
+        then, now = ({move[i] for move in moves} for i in (0, 1))
+        if not len(set(moves)) == len(then) == len(now):
+            raise GraceError(
+                f"these states were saved by ranks that shared {len(then)} nodes otherwise than they share {len(now)} now, and each holds "
+                "its node's memory: start the ranks as they were, or use grace_ext.save and grace_ext.load(..., resize='mean')"
+            )
 
     def compare(self, digests: Mapping[str, str]) -> Effects:
         """Raises DisagreementError, on every rank alike, where ranks do not compress alike, are at different steps, or have different
@@ -448,6 +460,7 @@ class Driver:
             "step": self.step,
             "number": Driver._next_number,
             "node": self.transport.node if self.grace.two_level else "",
+            "saved_on": self._saved_on,
             "judges": bool(self.recorder and self.recorder.advice.judges_times),
         }
 
@@ -456,7 +469,7 @@ class Driver:
         just joined. What was under way is forgotten: its engine has ended."""
         self.abandon()
         self.transport, self.divisor, self._levels = transport, divisor, None
-        self.agreed, self.prefix, self.state = False, "", {}
+        self.agreed, self.prefix, self.state, self._saved_on = False, "", {}, ""
         self.register(())
 
     def join_agreement(self, prefix: str) -> None:
@@ -499,6 +512,7 @@ class Driver:
         self.state, self.step = self.read_state(saved), int(saved["step"])
         self._choices.forget()
         self._foreign = saved["rank"] != self.transport.rank
+        self._saved_on = "" if self._foreign else saved.get("node", "")
         if self._foreign:
             warnings.warn(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "

@@ -8,7 +8,7 @@ import pytest
 
 import grace_ext
 from grace_ext.driver import Driver
-from grace_ext.errors import IncompatiblePartsError, ParameterError, UnsupportedError
+from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError, UnsupportedError
 from grace_ext.frameworks.base import Transport
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
@@ -97,6 +97,21 @@ def test_cser_needs_even_nodes():
     with pytest.raises(UnsupportedError, match=r"on nodes of \[2, 2, 1\] ranks"):
         cluster.step(given, lr=0.1)
     grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + cser @ hierarchical"), 4, ranks_per_node=2).step(given[:4], lr=0.1)
+
+
+def test_states_of_other_nodes_are_refused():
+    """Each of them holds its node's memory: ranks of one node would go on with two, or two nodes with one and the same."""
+    g, given = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical"), inputs.ranks(6, 0, shapes=SHAPES)
+    before = grace_ext.LocalCluster(g, 6, ranks_per_node=2)
+    before.step(given)
+    for per_node in (1, 3, 6):
+        other = grace_ext.LocalCluster(g, 6, ranks_per_node=per_node)
+        other.load_state_dict(before.state_dict())
+        with pytest.raises(GraceError, match="shared 3 nodes otherwise than they share"):
+            other.step(given)
+    same = grace_ext.LocalCluster(g, 6, ranks_per_node=2)
+    same.load_state_dict(before.state_dict())
+    assert all((a == b).all() for a, b in zip(same.step(given).values(), before.step(given).values(), strict=True))
 
 
 def test_a_sum_is_a_sum():
