@@ -210,6 +210,7 @@ class Answers(Target):
         self.name = "meeting, answers"
         entries = b"".join(ENTRY.pack(rank, rank, 5 + rank) + bytes(5 + rank) for rank in range(3))
         self.honest = [LENGTH.pack(1 + len(x)) + tag + x for tag, x in ((b"\0", entries), (b"\0", b""), (b"\1", b'[[1, 2], "left"]'))]
+        self.honest.append(LENGTH.pack(1) + b"\2" + self.honest[0])
 
     def feed(self, number, data):
         ours, theirs = socket.socketpair()
@@ -258,8 +259,8 @@ def _without_socket(meeting: Meeting) -> None:
 
     meeting.size, meeting.timeout, meeting.max_ahead = 1, 0.01, 1
     meeting._changed, meeting._log, meeting._dropped = threading.Condition(), [], 0
-    meeting._had, meeting._step, meeting._asked, meeting._rounds, meeting._told = [0], [0], [(-1, 0, 0)], [0], [0]
-    meeting._gathered, meeting._left = 0, {}
+    meeting._had, meeting._step, meeting._asked, meeting._rounds, meeting._told = [0], [0], [(-1, 0, 0, b"")], [0], [0]
+    meeting._gathered, meeting._left, meeting._heard, meeting._lines = 0, {}, [0], [None]
 
 
 def greeted(hello: bytes) -> bool:
