@@ -74,6 +74,11 @@ class Composition:
         compressor, memory, communicator = self.parts_for(spec)
         return memory.sends * communicator.input_bytes(compressor, spec, size) if spec.size else 0
 
+    def mean_nbytes(self, spec: TensorSpec) -> float:
+        """Expected bytes of the payloads of such a tensor."""
+        compressor, memory, _ = self.parts_for(spec)
+        return memory.sends * compressor.mean_nbytes(spec) if spec.size else 0.0
+
     def to_config(self) -> dict[str, Any]:
         """A JSON-safe dictionary."""
         return {kind: getattr(self, kind).to_config() for kind in ("compressor", "memory", "communicator")}
@@ -306,13 +311,14 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
 
 def plan_from(value: Any) -> Composition | Policy:
     """What a policy may choose: a composition or another policy, from a spec (as `grace` takes it) or an instance; None is 'none'."""
-    if isinstance(value, Grace) and value.seed:
-        raise SpecSyntaxError(f"{value!r}: inside a policy there is no seed; give it to the outermost grace(...)")
     if isinstance(value, Part) and value.kind == "compressor":
         return compose(value)
     if isinstance(value, Mapping) and "id" in value:
         return part_from(policies, value)  # type: ignore[return-value]
-    return grace("none" if value is None else value).plan
+    made = grace("none" if value is None else value)
+    if made.seed:
+        raise SpecSyntaxError(f"{made!r}: inside a policy there is no seed; give it to the outermost grace(...)")
+    return made.plan
 
 
 def _from_spec(spec: str | Mapping[str, Any], seed: int | None) -> tuple[dict[str, Any], int | None]:

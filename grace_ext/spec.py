@@ -152,6 +152,8 @@ def _part(kind: Any, node: ast.expr, text: str) -> Part:
         try:
             args = tuple(value(a, text) for a in node.args)
             knobs = {str(k.arg): value(k.value, text) for k in node.keywords}
+        except SpecSyntaxError:
+            raise
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
@@ -175,6 +177,10 @@ def _value(node: ast.expr, text: str) -> Any:
 def _policy_value(node: ast.expr, text: str) -> Any:
     """A policy's knob: a plain value, or a spec, which stays text."""
     if isinstance(node, ast.Dict):
+        keys = [ast.literal_eval(key) for key in node.keys if key is not None]
+        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+        if twice:
+            raise SpecSyntaxError(f"{ast.unparse(node)} has {twice[0]!r} twice: say each pattern once, the first that matches wins")
         return {ast.literal_eval(key or node): _policy_value(value, text) for key, value in zip(node.keys, node.values, strict=True)}
     try:
         return ast.literal_eval(node)

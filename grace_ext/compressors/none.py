@@ -52,7 +52,10 @@ class NoCompression(Compressor):
         sent = ops.to_bytes(x, spec.dtype)
         if feedback.residual is None:
             return Fused((sent,), None)
-        return Fused((sent,), ops.zeros(spec.size) if spec.dtype == "float32" else x - ops.from_bytes(sent, spec.dtype))
+        if spec.dtype == "float32":
+            return Fused((sent,), ops.zeros(spec.size))
+        # A memory's own float32, of a float64 gradient, comes here, too.
+        return Fused((sent,), ops.cast(x - ops.from_bytes(sent, spec.dtype), "float32"))
 
     def joined(self, specs):
         return JoinedCasts(self, specs)

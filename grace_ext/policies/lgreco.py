@@ -132,7 +132,7 @@ class LGreCo(Policy):
 
     def settle(self, ops, reports, states, found):
         errors = np.mean([np.asarray(report, np.float64).reshape(len(states), -1) for report in reports], axis=0)
-        errors[~(errors >= 0)] = np.nan  # what no rank measures
+        errors[~((errors >= 0) & (errors < np.inf))] = np.nan  # what no rank measures
         solved = self.solve({spec: row.tolist() for spec, row in zip(states, errors, strict=True)})
         if solved is None:
             told = [f"lgreco: no choice keeps the errors within alpha={self.alpha:g} of those of {self.base}; all layers are sent as that"]
@@ -145,11 +145,11 @@ class LGreCo(Policy):
         Tensors that are always sent dense, or have an error that is not known (NaN), are left out, of the budget and of the result."""
         known = [spec for spec, row in errors.items() if self._compresses(spec) and not np.isnan(row).any()]
         table = [errors[spec] for spec in known]
-        sizes = [[leaf.nbytes(spec) for leaf in self.leaves] for spec in known]
+        sizes = [[leaf.mean_nbytes(spec) for leaf in self.leaves] for spec in known]
         at_uniform = [math.fsum(row[self.uniform] for row in rows) for rows in (table, sizes)]
         found = allocate(table, sizes, self.alpha * at_uniform[0])
         if found is None:
-            return None
+            return None if self.alpha < 1 else dict.fromkeys(known, self.uniform)  # only rounding up puts that over its own errors
         # Rounded up, the uniform choice itself may be over its own errors on the grid.
         if self.alpha >= 1 and at_uniform[1] <= math.fsum(row[c] for row, c in zip(sizes, found, strict=True)):
             found = [self.uniform] * len(known)

@@ -1,5 +1,5 @@
-"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once, and what of it error feedback piles up: the
-error tables of L-GreCo."""
+"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once, and what that costs Adam: the error tables of
+L-GreCo."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
     compressors: list[Any] = [choice.compressor for choice in choices]
     if knob == "ratio" and compressors[0].name in BY_MAGNITUDE:
         found = _beyond_the_largest(ops.host(x), [kept(each.ratio, spec.size) for each in compressors])
-    elif knob == "rank":
+    elif knob == "rank" and not compressors[0].unbiased:  # atomo draws, and loses more than what is beyond the rank
         found = _beyond_the_rank(ops.host(x).reshape(spec.shape[0], -1), [each.rank for each in compressors], spec.name)
     else:
         found = [_by_compressing(ops, x, spec, choice) for choice in choices]
@@ -60,6 +60,8 @@ def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[fl
     one, so these are upper bounds."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
+    scale = float(np.abs(matrix).max(initial=0)) or 1.0
+    matrix = matrix / np.float32(scale)  # so that squares are numbers of float32
     rows, columns = matrix.shape
     width = min(rows, max(ranks) + BEYOND)
     total = float(np.sum(matrix.astype(np.float64) ** 2))
@@ -70,7 +72,7 @@ def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[fl
     small = (matrix.T @ basis).astype(np.float64)
     values = np.linalg.eigvalsh(small.T @ small)[::-1].clip(0)  # squared singular values of what the subspace holds
     taken = np.concatenate([[0.0], np.cumsum(values)])
-    return [float(np.sqrt(max(0.0, total - taken[min(r, width)]))) if r < rows else 0.0 for r in ranks]
+    return [scale * float(np.sqrt(max(0.0, total - taken[min(r, width)]))) if r < rows else 0.0 for r in ranks]
 
 
 def _by_compressing(ops: Ops, x: Array, spec: TensorSpec, choice: Composition) -> float:

@@ -39,7 +39,8 @@ class Warmup(Policy):
 
     @property
     def leaves(self):
-        return (*self.then.leaves, *(leaf.dense_step for leaf in self.then.leaves))
+        leaves = self.then.leaves
+        return tuple(dict.fromkeys((*leaves, *(leaf.dense_step for leaf in leaves))))
 
 
 @register("ratio_warmup")

@@ -160,3 +160,40 @@ def test_every_tensor_dense_has_nothing_to_decide():
     for step in range(3):
         out = NUMPY.step(cluster, [{"b": g["small"]} for g in gradients(step)])
     assert np.allclose(out["b"], (gradients(2)[0]["small"] + gradients(2)[1]["small"]) / 2)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "sidco(ratio=0.05) + residual", "wangni(ratio=0.05)", "global_topk(ratio=0.05) + residual", "atomo(rank=4)",
+        "powersgd_plus + residual",
+    ],
+)  # fmt: skip
+def test_payloads_of_any_size_are_priced_by_what_they_are_expected_to_be(base):
+    """The upper bounds of these say nothing of the knob, or that all choices are dearer than dense."""
+    cluster = NUMPY.cluster(grace_ext.grace(f"lgreco(base={base}, every=4, window=2)"), 2)
+    draw, sent = np.random.default_rng(0), []
+    decay = 0.8 ** np.arange(80)
+    for _ in range(8):
+        made = [((draw.standard_normal((120, 80)) * decay) @ draw.standard_normal((80, 80))).astype("f4") for _ in range(6)]
+        NUMPY.step(cluster, [{f"w{i}": made[3 * rank + i] for i in range(3)} for rank in range(2)])
+        sent.append(cluster.wire_bytes[0])
+    assert sent[5] <= 1.3 * sent[1] and sent[5] < 3 * 120 * 80 * 4 / 2, sent
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e-25])
+def test_gradients_of_any_size_have_errors(scale):
+    """Their squares are no numbers of float32."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((300, 20)).astype(np.float32)
+    policy = grace_ext.grace("lgreco(base=powersgd(rank=2) + residual)").policy
+    spec = TensorSpec("w", x.shape)
+    plain, scaled = (policy.errors(NUMPY.ops, spec, (x * np.float32(s)).reshape(-1)) for s in (1.0, scale))
+    assert np.allclose(np.array(scaled) / scale, plain, rtol=1e-4)
+
+
+def test_rounding_alone_is_no_budget_that_cannot_be_kept():
+    """With nothing but the base and less to choose from, alpha=1 is the base's own errors."""
+    policy = grace_ext.grace("lgreco(base=topk(ratio=0.05) + residual, high=1, choices=2)").policy
+    specs = [TensorSpec(f"w{i}", (100, 100)) for i in range(7)]
+    assert policy.solve({spec: [2.0 + i / 7, 1.0 + i / 7] for i, spec in enumerate(specs)}) == dict.fromkeys(specs, policy.uniform)

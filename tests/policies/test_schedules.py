@@ -205,3 +205,19 @@ def test_dense_steps_are_summed_not_gathered(policy, step):
 def test_dense_steps_go_the_way_of_the_others_where_that_is_as_short(between):
     g = grace_ext.grace(f"warmup(steps=2, then=efsignsgd + residual @ {between})")
     assert str(g.parts_for(W, 1)[2]) == str(g.parts_for(W, 5)[2])
+
+
+@pytest.mark.parametrize("policy", ["warmup(steps=2, then=topk + dgc)", "every(2, none, topk + dgc)"])
+def test_dense_steps_of_float64_gradients_keep_the_memorys_float32(world, policy):
+    cluster = world.cluster(grace_ext.grace(policy), 2)
+    for step in range(4):
+        given = [{"w": np.random.default_rng([step, rank]).standard_normal((60, 60))} for rank in range(2)]
+        out = world.step(cluster, given)
+        assert out["w"].dtype == np.float64
+
+
+def test_a_pattern_said_twice_and_a_seed_inside_are_refused():
+    with pytest.raises(grace_ext.errors.SpecSyntaxError, match=r"has 'a\*' twice"):
+        grace_ext.grace("by_name({'a*': none, 'a*': fp16})")
+    with pytest.raises(grace_ext.errors.SpecSyntaxError, match="inside a policy there is no seed"):
+        grace_ext.grace({"policy": {"id": "by_size", "large": {"compressor": "randomk", "memory": "residual", "seed": 4}}})
