@@ -22,7 +22,7 @@ class LocalModel:
         d = 1/R sum_i c_i;   u <- outer_momentum u + d;   x <- x - outer_lr (d + outer_momentum u);   y_i <- x
     The second line is Nesterov momentum as torch has it (DiLoCo, Douillard et al. 2023); by default it is x <- x - d. Without compression
     y_i is sent, and d = x - mean y_i: then x <- mean y_i has no rounding of a difference in it.
-    Where any rank's drift is not finite nothing is applied: all ranks go back to x, and say so.
+    Where any rank's drift is not finite nothing is applied: all ranks go back to x, and say so (CSER's keep their own models).
 
     Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision. Of these
     a rank gets x rounded, and how far it moved counts from there: what is lost in rounding stays in x.

@@ -84,8 +84,7 @@ def plan_of(
     chosen = grace("none" if compression is None else compression)
     if chosen.policy is not None:
         raise UnsupportedError(
-            f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that, such as "
-            f"'{chosen.leaves[-1]}'"
+            f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that"
         )
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every

@@ -50,6 +50,8 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
     check_keras_optimizer(plan.grace, optimizer)
+    if plan.grace.memory.diverges and hasattr(optimizer, "inner_optimizer"):
+        raise UnsupportedError("cser would keep errors at one loss scale and take them back at another; train in bfloat16, without")
     if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
         raise UnsupportedError(
             "use_ema=True puts each rank's own averages into its model, at the end of fit or in between, so ranks would not have the same "

@@ -48,9 +48,10 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
     asynchronous: ranks send when their own schedule says and wait for nobody; the messages are averaged as they come (algorithm 2). A rank
       waits only where it has made more than max_ahead steps more than the slowest.
     outer_lr, outer_momentum: Nesterov momentum on the mean drift (DiLoCo: 0.7 and 0.9).
-    timeout: seconds that a rank waits for the others; then, or at once where one has left, RankLeftError.
+    timeout: seconds that a rank waits for others of which nothing is heard; then, or at once where one has left, RankLeftError.
     process_set: only these ranks take part. simulate: compress at world size 1 too; otherwise a single rank just trains.
-    A memory 'cser' exchanges gradients at every step and resets errors every `reset_period`; the optimizer must be SGD without momentum.
+    A memory 'cser' exchanges gradients at every step and resets errors every `reset_period`; the optimizer must be SGD without momentum and
+      weight decay.
 
     The result is of the optimizer's class, so schedulers work. Beyond it: `sync()`, which every rank calls at the end (and before a
     checkpoint): all have the same model then; `wire_bytes`, what this rank sent in the last step; `state_dict()['grace_ext']`, which

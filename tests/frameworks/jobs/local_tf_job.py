@@ -143,6 +143,8 @@ def case_refusals():
     raises(UnsupportedError, "Keras 3", lambda: hvd.LocalSGD(legacy))
     raises(UnsupportedError, "use_ema=True", lambda: hvd.LocalSGD(keras.optimizers.SGD(0.1, use_ema=True)))
     cser = "topk(ratio=0.1) + cser(reset_period=4)"
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    raises(UnsupportedError, "at one loss scale", lambda: hvd.LocalSGD(scaled, cser))
     for more in ({"weight_decay": 0.01}, {"clipnorm": 0.3}, {"gradient_accumulation_steps": 3}):
         raises(IncompatiblePartsError, next(iter(more)), lambda more=more: hvd.LocalSGD(keras.optimizers.SGD(0.1, **more), cser))
 
