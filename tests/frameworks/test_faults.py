@@ -47,7 +47,12 @@ def installed(engine: str) -> None:
 )
 def test_a_fault_is_an_error_within_the_timeout(lab, engine, fault, tmp_path):
     installed(engine)
-    seen = strike(lab, engine, fault, tmp_path, timeout=TIMEOUT, lasts=25, steps=1000)
+    for attempt in range(4):
+        (tmp_path / str(attempt)).mkdir()
+        seen = strike(lab, engine, fault, tmp_path / str(attempt), timeout=TIMEOUT, lasts=25, steps=1000)
+        # When a rank has ended, horovodrun ends the others, now and then before they have said a word.
+        if engine != "horovodrun" or seen["errors"][0]:
+            break
     assert "CollectiveError: rank 0: collective 'grace/" in seen["errors"][0] and "weights" in seen["errors"][0], seen
     assert seen["seconds"] < TIMEOUT + 12, seen
     assert all(seen["exits"]) and not seen["left"] and not seen["ended"], seen
