@@ -144,11 +144,14 @@ class Model:
         on `link`, by spec; what they take beside what the model says, they take at every rate."""
         dense = next(iter(self.traces))
 
+        def lead(rate: float) -> float:
+            network = OnLink(replace(link, rate=rate), self.per_node, self.inside)
+            return self.timed(dense, network).step - self.timed(spec, network).step
+
+        beside = steps[dense] - steps[spec] - lead(link.rate)
+
         def gained(rate: float) -> float:
-            at, here = (OnLink(replace(link, rate=r), self.per_node, self.inside) for r in (rate, link.rate))
-            return sum(
-                sign * (steps[each] + self.timed(each, at).step - self.timed(each, here).step) for each, sign in ((dense, 1), (spec, -1))
-            )
+            return lead(rate) + beside
 
         low, high = RATES
         pays = "below" if gained(low) > 0 else "above"
