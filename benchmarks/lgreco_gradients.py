@@ -25,7 +25,7 @@ from tta_tasks import CharTransformer
 
 import grace_ext
 from grace_ext.cluster import _ops_of
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import torch_mnist  # noqa: E402

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import communicators, compressors, memories, policies
+from ._version import __version__ as __version__
 from .composition import Grace, grace
 from .errors import GraceError
 from .porting import from_params
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .cluster import LocalCluster
 
-__version__ = "0.1.0"
 __all__ = [
     "Grace", "GraceError", "LocalCluster", "communicators", "compressors", "from_params", "grace", "load", "memories", "policies", "save",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ import numpy as np
 from .effects import Effects, at_once
 from .errors import DisagreementError, PayloadError
 from .exchange import Collective
-from .ops import Ops
-from .payload import VERSION, message, open_message, open_text
+from .parts.ops import Ops
+from .parts.payload import VERSION, message, open_message, open_text
 
 if TYPE_CHECKING:
     from .frameworks.base import Transport

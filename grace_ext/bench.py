@@ -15,11 +15,12 @@ import numpy as np
 
 from . import __version__, compressors, kernels
 from .composition import Grace, grace
-from .exchange import AllReduce, Gather, Job, Scatter, Together, exchange_tensor, initial_state, replaced
+from .exchange import Job, exchange_tensor, initial_state, replaced
 from .frameworks.numpy.compiled import host_ops
 from .frameworks.numpy.ops import NumpyOps
-from .parts import HALVES
-from .spec import StepInfo, TensorSpec
+from .parts.field import HALVES
+from .parts.requests import AllReduce, Gather, Scatter, Together
+from .parts.tensor import StepInfo, TensorSpec
 
 RANKS = 2
 #: A part that would take longer than this for one step is measured on a gradient a 25th as large.

@@ -8,8 +8,8 @@ from typing import Any
 
 from . import communicators, compressors, memories, policies
 from .errors import IncompatiblePartsError
-from .parts import Part, valid_range
-from .spec import TensorSpec
+from .parts.part import Part, valid_range
+from .parts.tensor import TensorSpec
 
 KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators, "policy": policies}
 #: What wire costs are told for.

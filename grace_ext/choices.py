@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .exchange import initial_state
-from .ops import Array, Ops
-from .policies.base import Asked, Policy, as_state, is_own, own_state
-from .spec import StepInfo, TensorSpec
+from .parts.ops import Array, Ops
+from .parts.state import as_state, is_own, own_state
+from .parts.tensor import StepInfo, TensorSpec
+from .policies.base import Asked, Policy
 
 if TYPE_CHECKING:
     from .composition import Grace, Parts

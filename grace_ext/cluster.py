@@ -11,9 +11,9 @@ from .errors import GraceError, NamesError, ParameterError
 from .exchange import Collective
 from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
 from .metrics import Metrics, Report
-from .ops import Ops
-from .parts import HALVES, INTEGERS
-from .spec import TensorSpec
+from .parts.field import HALVES, INTEGERS
+from .parts.ops import Ops
+from .parts.tensor import TensorSpec
 from .statefile import mapped
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy as np
 
 from .errors import PayloadError
 from .kernels.sizes import smallest_elias_fano
-from .ops import Array, Ops
+from .parts.ops import Array, Ops
 
 CODINGS = ("auto", "elias_fano", "bitmap", "golomb", "packed", "block16")
 BLOCK = 1 << 16

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from . import communicators, compressors, memories, policies
 from .communicators.base import Communicator
 from .compressors.base import Compressor
 from .errors import (
@@ -21,9 +20,11 @@ from .errors import (
     UnsupportedError,
 )
 from .memories.base import Memory
-from .parts import Part
+from .parts.part import Part
+from .parts.registry import communicators, compressors, memories, policies
+from .parts.spec import parse, part_from
+from .parts.tensor import TensorSpec
 from .policies.base import Asked, Policy
-from .spec import TensorSpec, parse, part_from
 
 _warned: set[str] = set()
 Parts = tuple[Compressor, Memory, Communicator]

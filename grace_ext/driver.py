@@ -41,10 +41,10 @@ from .effects import Effects, Split, Start, Wait, at_once
 from .errors import GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
 from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state, replaced
 from .levels import Levels
-from .ops import Array, Ops
-from .payload import message, open_message
-from .policies.base import as_state, is_own, own_state
-from .spec import DTYPES, StepInfo, TensorSpec
+from .parts.ops import Array, Ops
+from .parts.payload import message, open_message
+from .parts.state import as_state, is_own, own_state
+from .parts.tensor import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from .composition import Grace, Parts

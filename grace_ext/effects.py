@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from .exchange import Collective
     from .frameworks.base import Transport
-    from .spec import TensorSpec
+    from .parts.tensor import TensorSpec
 
 
 class Start(NamedTuple):

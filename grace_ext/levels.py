@@ -13,8 +13,8 @@ from typing import Any
 
 from .exchange import Collective, Job, Outcome, exchange_bucket
 from .frameworks.base import Transport, arriving, cut
-from .ops import Array, Ops
-from .spec import StepInfo
+from .parts.ops import Array, Ops
+from .parts.tensor import StepInfo
 
 
 class Levels:

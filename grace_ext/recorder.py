@@ -7,8 +7,9 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .advice import Advice
-from .exchange import AllReduce, Collective, Gather, Scatter
-from .spec import StepInfo, TensorSpec
+from .exchange import Collective
+from .parts.requests import AllReduce, Gather, Scatter
+from .parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from .driver import Bucket, Driver

@@ -24,8 +24,8 @@ import numpy as np
 
 from .composition import Composition, Grace, grace
 from .errors import GraceError, ParameterError
-from .parts import Part
-from .policies.base import is_own
+from .parts.part import Part
+from .parts.state import is_own
 
 HOW = ("mean", "keep", "reset")
 State = Mapping[str, Any]

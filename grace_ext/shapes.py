@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .spec import TensorSpec
+from .parts.tensor import TensorSpec
 from .trace import specs_of
 
 Shapes = dict[str, tuple[int, ...] | TensorSpec]

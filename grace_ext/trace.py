@@ -23,8 +23,8 @@ from .exchange import Collective
 from .frameworks.base import Transport
 from .frameworks.numpy.compiled import host_ops
 from .frameworks.numpy.ops import NumpyOps
-from .ops import Ops
-from .spec import TensorSpec
+from .parts.ops import Ops
+from .parts.tensor import TensorSpec
 
 #: By name: dims of a float32 tensor, or what it is.
 Shapes = Mapping[str, tuple[int, ...] | TensorSpec]

@@ -21,9 +21,9 @@ from grace_ext.cli import app, main
 from grace_ext.cost import GOODPUT, Link
 from grace_ext.driver import perform
 from grace_ext.errors import ModelError, ParameterError, UnsupportedError
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.probe import MeasuredNetwork, fitted
 from grace_ext.shapes import shapes_of
-from grace_ext.spec import TensorSpec
 from grace_ext.trace import Event, Trace, record, replay
 
 SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}

@@ -15,7 +15,7 @@ import pytest
 import grace_ext
 from grace_ext.compressors.none import NoCompression
 from grace_ext.errors import GraceError, UnknownPartError
-from grace_ext.registry import Registry
+from grace_ext.parts.registry import Registry
 
 KINDS = {"compressor": "compressors", "memory": "memories", "communicator": "communicators", "policy": "policies"}
 
@@ -147,7 +147,7 @@ def test_entry_points_by_patching(monkeypatch):
         asked.append(group)
         return []
 
-    monkeypatch.setattr("grace_ext.registry.entry_points", entry_points)
+    monkeypatch.setattr("grace_ext.parts.registry.entry_points", entry_points)
     for kind, package in KINDS.items():
         registry = Registry(kind, f"grace_ext.{package}")
         with warnings.catch_warnings():

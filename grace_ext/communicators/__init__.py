@@ -1,6 +1,5 @@
 """Communicators by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
 
-from ..registry import Registry
+from ..parts.registry import communicators as registry
 
-registry = Registry("communicator", "grace_ext.communicators")
 names, get, register = registry.names, registry.get, registry.register

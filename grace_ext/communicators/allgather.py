@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..exchange import Gather
+from ..parts.requests import Gather
 from . import register
 from .base import Communicator, exchanged
 

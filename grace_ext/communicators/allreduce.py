@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..exchange import AllReduce
-from ..parts import HALVES, ITEMSIZE
+from ..parts.field import HALVES, ITEMSIZE
+from ..parts.requests import AllReduce
 from . import register
 from .base import Communicator, exchanged
 

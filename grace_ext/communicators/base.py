@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Exchanged
 from ..errors import IncompatiblePartsError
-from ..parts import Part
-from ..spec import StepInfo, TensorSpec
+from ..parts.part import Part
+from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor, Payload, State
     from ..memories.base import Memory
-    from ..ops import Array, Ops, Zeros
+    from ..parts.ops import Array, Ops, Zeros
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..parts import communicator_knob
+from ..parts.spec import communicator_knob
 from . import get, register
 from .base import Communicator
 

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from ..compressors.base import Exchanged, sent_by
 from ..errors import IncompatiblePartsError, ParameterError, PayloadError
-from ..exchange import Gather, Scatter
-from ..parts import knob
-from ..spec import TensorSpec
+from ..parts.part import knob
+from ..parts.requests import Gather, Scatter
+from ..parts.tensor import TensorSpec
 from . import register
 from .base import Communicator
 
@@ -100,9 +100,7 @@ class ReduceScatter(Communicator):
     def exchange(self, ops, compressor, x, spec, info, state):
         ranges = shards(spec.size, info.size)
         specs = [TensorSpec(f"{spec.name}[{rank}]", (r.stop - r.start,), _wire(spec)) for rank, r in enumerate(ranges)]
-        payloads = [
-            compressor.compress(ops, x[r], s, info, {})[0] if s.size else () for r, s in zip(ranges, specs, strict=True)
-        ]
+        payloads = [compressor.compress(ops, x[r], s, info, {})[0] if s.size else () for r, s in zip(ranges, specs, strict=True)]
         received = yield Scatter([compressor.fields(s) if s.size else () for s in specs], payloads)
         second = compressor.recompressor()
         means = [TensorSpec(f"{spec.name}[{rank}] mean", s.shape, s.dtype) for rank, s in enumerate(specs)]
@@ -132,9 +130,7 @@ class ReduceScatter(Communicator):
             return ops.concat([compressor.decompress(ops, p, s, info) for p, s in zip(payloads, specs, strict=True) if s.size])
 
         def positions():
-            found = [
-                (compressor.positions(ops, p, s, info), r.start) for p, s, r in zip(payloads, specs, ranges, strict=True) if s.size
-            ]
+            found = [(compressor.positions(ops, p, s, info), r.start) for p, s, r in zip(payloads, specs, ranges, strict=True) if s.size]
             return None if any(p is None for p, _ in found) else ops.concat([p + start for p, start in found])
 
         return Exchanged(result, values, changed, positions)

@@ -6,8 +6,8 @@ from typing import ClassVar
 from ..compressors.base import Exchanged, sent_by
 from ..compressors.sparse import Selecting, values_knob
 from ..errors import IncompatiblePartsError
-from ..exchange import Gather, Scatter
-from ..spec import TensorSpec
+from ..parts.requests import Gather, Scatter
+from ..parts.tensor import TensorSpec
 from . import register
 from .base import Communicator
 from .reduce_scatter import shards

@@ -1,6 +1,5 @@
 """Compressors by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
 
-from ..registry import Registry
+from ..parts.registry import compressors as registry
 
-registry = Registry("compressor", "grace_ext.compressors")
 names, get, register = registry.names, registry.get, registry.register

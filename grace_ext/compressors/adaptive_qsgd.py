@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Field
 from .qsgd import _NormQuantizer, bucket_knob, code_bytes

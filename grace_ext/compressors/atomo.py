@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import rng
 from ..errors import PayloadError
-from ..parts import knob
+from ..parts import rng
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field
 

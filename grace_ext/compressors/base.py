@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import PayloadError
-from ..parts import Field, Part
-from ..spec import StepInfo, TensorSpec
+from ..parts.field import Field
+from ..parts.part import Part
+from ..parts.state import State
+from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..communicators.base import Communicator
-    from ..ops import Array, Feedback, Ops, Zeros
+    from ..parts.ops import Array, Feedback, Ops, Zeros
 
-State = Mapping[str, "Array"]
 # The wire form of one tensor: one uint8 array for each field of `fields(spec)`.
 Payload = Sequence["Array"]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..coding import decode_indices, encode_indices
 from ..errors import PayloadError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, sent_by
 from .sparse import VALUES, index_field, index_knob

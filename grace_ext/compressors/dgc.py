@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import rng
-from ..parts import knob
+from ..parts import rng
+from ..parts.part import knob
 from . import register
 from .sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..exchange import Together
+from ..parts.requests import Together
 from . import register
 from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import PayloadError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..parts import part_knob
+from ..parts.spec import part_knob
 from . import register
 from .base import Compressor
 

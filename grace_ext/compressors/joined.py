@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ..errors import IncompatiblePartsError, PayloadError
-from ..ops import Array, Ops
-from ..parts import Field
-from ..payload import pack, unpack
-from ..spec import StepInfo, TensorSpec
+from ..parts.field import Field
+from ..parts.ops import Array, Ops
+from ..parts.payload import pack, unpack
+from ..parts.tensor import StepInfo, TensorSpec
 from .base import Compressor, Payload
 
 if TYPE_CHECKING:

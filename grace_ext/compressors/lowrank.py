@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import kernels, rng
+from .. import kernels
+from ..parts import rng
 from .base import Compressor
 
 

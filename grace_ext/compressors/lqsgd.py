@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
-from ..exchange import Gather
-from ..parts import knob
+from ..parts.part import knob
+from ..parts.requests import Gather
 from . import register
 from .base import Exchanged, Field, sent_by
 from .lowrank import _LowRank, kept_subspace, orthonormalize

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Field
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes

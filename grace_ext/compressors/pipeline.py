@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from ..coding import decode_indices, encode_indices
 from ..errors import IncompatiblePartsError, PayloadError
-from ..parts import knob, part_knob
-from ..spec import TensorSpec
+from ..parts.part import knob
+from ..parts.spec import part_knob
+from ..parts.tensor import TensorSpec
 from . import register
 from .base import Compressor, Field
 from .sparse import AtPositions, Selecting, count_field, finite, get_count, index_field, put_count

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..exchange import AllReduce
-from ..parts import knob
+from ..parts.part import knob
+from ..parts.requests import AllReduce
 from . import register
 from .base import Exchanged, Field
 from .lowrank import _LowRank, kept_subspace, orthonormalize

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import rng
-from ..exchange import AllReduce
-from ..parts import knob
+from ..parts import rng
+from ..parts.part import knob
+from ..parts.requests import AllReduce
 from . import register
 from .lowrank import kept_subspace, orthonormalize
 from .powersgd import _TwoSums, feedback_knob, outcome

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused
 from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import rng
-from ..parts import knob
-from ..spec import TensorSpec
+from ..parts import rng
+from ..parts.part import knob
+from ..parts.tensor import TensorSpec
 from . import register
 from .base import Compressor, Field, Fused
 from .joined import fields_of

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError, UnsupportedError
-from ..exchange import AllReduce, Gather
-from ..parts import knob
+from ..parts.part import knob
+from ..parts.requests import AllReduce, Gather
 from . import register
 from .base import Compressor, Exchanged, Field, sent_by
 from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes

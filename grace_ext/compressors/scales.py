@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import PayloadError
 
 if TYPE_CHECKING:
-    from ..ops import Array, Ops
+    from ..parts.ops import Array, Ops
 
 #: The largest finite float32.
 LARGEST = float(np.finfo(np.float32).max)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ..errors import PayloadError
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused, sent_by
 from .joined import Joined
 from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
 
 if TYPE_CHECKING:
-    from ..ops import Ops
+    from ..parts.ops import Ops
     from .base import Payload
 
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.

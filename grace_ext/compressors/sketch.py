@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field
 from .scales import floats_from_bytes, floats_to_bytes

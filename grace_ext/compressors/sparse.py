@@ -12,14 +12,15 @@ import numpy as np
 
 from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 from ..errors import PayloadError
-from ..ops import Zeros
-from ..parts import ITEMSIZE, knob
+from ..parts.field import ITEMSIZE
+from ..parts.ops import Zeros
+from ..parts.part import knob
 from .base import Compressor, Field, Fused, sent_by
 from .joined import Joined
 
 if TYPE_CHECKING:
-    from ..ops import Array, Feedback, Ops
-    from ..spec import StepInfo, TensorSpec
+    from ..parts.ops import Array, Feedback, Ops
+    from ..parts.tensor import StepInfo, TensorSpec
     from .base import Payload, State
 
 #: Names of the value precisions that a user chooses, and their wire dtypes.
@@ -184,9 +185,7 @@ class Selecting(AtPositions):
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
-    def take_each(
-        self, ops: Ops, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray
-    ) -> tuple[Array, Array, Array] | None:
+    def take_each(self, ops: Ops, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray) -> tuple[Array, Array, Array] | None:
         """For `JoinedSelecting`: of tensors that end there in `grad`, `swept` and what is chosen: (what is compressed, but where there is a
         residual without what is sent; positions; values). None where it is not finite. A subclass that has it says so with `joins`."""
         raise NotImplementedError

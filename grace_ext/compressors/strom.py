@@ -7,7 +7,8 @@ import numpy as np
 
 from ..coding import decode_indices, encode_indices, index_bytes
 from ..errors import PayloadError
-from ..parts import Field, knob
+from ..parts.field import Field
+from ..parts.part import knob
 from . import register
 from .sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, put_count
 

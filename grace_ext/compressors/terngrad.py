@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PayloadError
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused, sent_by
 from .scales import floats_from_bytes, floats_to_bytes

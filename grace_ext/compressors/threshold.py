@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .sparse import Selecting, index_knob, values_knob
 

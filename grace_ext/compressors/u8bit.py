@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused
 from .scales import blocks, floats_from_bytes, floats_to_bytes

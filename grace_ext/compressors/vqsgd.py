@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import rng
 from ..errors import PayloadError
-from ..parts import knob
+from ..parts import rng
+from ..parts.part import knob
 from . import register
 from .base import Compressor, Field
 from .scales import floats_from_bytes, floats_to_bytes

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..errors import CollectiveError, IncompatiblePartsError, PayloadError, UnsupportedError
 from ..exchange import Collective
-from ..ops import Array, Ops
-from ..parts import HALVES, INTEGERS, ITEMSIZE
-from ..payload import split_messages
+from ..parts.field import HALVES, INTEGERS, ITEMSIZE
+from ..parts.ops import Array, Ops
+from ..parts.payload import split_messages
 
 if TYPE_CHECKING:
     from ..composition import Grace

@@ -271,9 +271,7 @@ def copy_eight(context, into, at, values, start):
     return types.void(into, types.int64, values, types.int64), generate
 
 
-def _lanes(
-    context: Any, builder: Any, signature: Any, arguments: Any, element: Any, number: int = LANES, argument: int = 0
-) -> Any:
+def _lanes(context: Any, builder: Any, signature: Any, arguments: Any, element: Any, number: int = LANES, argument: int = 0) -> Any:
     """A pointer to so many elements of the array that is this argument, from the position on that is the next."""
     data = context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
     return builder.bitcast(builder.gep(data, [arguments[argument + 1]]), ir.VectorType(element, number).as_pointer())

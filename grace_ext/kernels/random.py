@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
+from ..parts.rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
 from .compile import i64, inlined, kernel, read, u32, write
 from .elementwise import PIECE
 

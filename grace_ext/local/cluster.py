@@ -10,7 +10,7 @@ from ..cluster import _Slot, _whole_step, run_lockstep
 from ..driver import Driver
 from ..errors import DisagreementError, NamesError, ParameterError
 from ..frameworks.base import Transport
-from ..spec import TensorSpec
+from ..parts.tensor import TensorSpec
 from .line import Entry
 from .messages import Messages
 from .model import LocalModel

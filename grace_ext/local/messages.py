@@ -12,9 +12,9 @@ from ..driver import Driver, perform
 from ..errors import PayloadError
 from ..exchange import Collective
 from ..frameworks.base import Transport
-from ..ops import Ops
-from ..payload import open_message, split_messages, unpack
-from ..spec import StepInfo
+from ..parts.ops import Ops
+from ..parts.payload import open_message, split_messages, unpack
+from ..parts.tensor import StepInfo
 from .line import Entry
 from .model import LocalModel
 from .plan import carried

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import GraceError, NamesError, TensorChangedError
-from ..ops import Array, Ops
-from ..parts import HALVES
-from ..spec import TensorSpec
+from ..parts.field import HALVES
+from ..parts.ops import Array, Ops
+from ..parts.tensor import TensorSpec
 from .plan import Plan
 
 

@@ -83,9 +83,7 @@ def plan_of(
     UnsupportedError for parts that cannot work here."""
     chosen = grace("none" if compression is None else compression)
     if chosen.policy is not None:
-        raise UnsupportedError(
-            f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that"
-        )
+        raise UnsupportedError(f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that")
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:

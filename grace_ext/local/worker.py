@@ -10,8 +10,8 @@ from ..checkpoint import Kept, kept_by
 from ..driver import Driver, perform
 from ..errors import DisagreementError, GraceError
 from ..frameworks.base import Transport
-from ..ops import Ops
-from ..spec import TensorSpec
+from ..parts.ops import Ops
+from ..parts.tensor import TensorSpec
 from .line import Line
 from .meeting import Meeting, address
 from .messages import Messages

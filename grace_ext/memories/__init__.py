@@ -1,6 +1,5 @@
 """Memories by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
 
-from ..registry import Registry
+from ..parts.registry import memories as registry
 
-registry = Registry("memory", "grace_ext.memories")
 names, get, register = registry.names, registry.get, registry.register

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..parts import Part
-from ..spec import StepInfo, TensorSpec
+from ..parts.part import Part
+from ..parts.state import State
+from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor, Exchanged
-    from ..ops import Array, Feedback, Ops
+    from ..parts.ops import Array, Feedback, Ops
 
-State = Mapping[str, "Array"]
 #: Compresses and communicates one flat array: `done = yield from send(p)`.
 Send = Callable[["Array"], Generator[Any, Any, "Exchanged"]]
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..exchange import Together
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
+from ..parts.requests import Together
 from . import register
 from .base import Memory
 

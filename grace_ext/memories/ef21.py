@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Memory
 

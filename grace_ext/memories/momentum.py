@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Memory
 from .dgc import masked

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ops import Feedback
+from ..parts.ops import Feedback
 from . import register
 from .base import Memory
 

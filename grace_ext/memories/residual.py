@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..ops import Feedback
-from ..parts import knob
+from ..parts.ops import Feedback
+from ..parts.part import knob
 from . import register
 from .base import Memory
 

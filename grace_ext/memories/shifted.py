@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from ..errors import IncompatiblePartsError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Memory
 

@@ -1,6 +1,5 @@
 """Policies by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
 
-from ..registry import Registry
+from ..parts.registry import policies as registry
 
-registry = Registry("policy", "grace_ext.policies")
 names, get, register = registry.names, registry.get, registry.register

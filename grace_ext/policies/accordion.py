@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ParameterError
-from ..parts import knob
-from ..spec import TensorSpec
+from ..parts.part import knob
+from ..parts.tensor import TensorSpec
 from . import register
 from .base import Policy, plan_knob
 

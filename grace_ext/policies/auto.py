@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import IncompatiblePartsError, PayloadError
-from ..parts import knob, made_knob
+from ..parts.part import knob, made_knob
 from . import register
 from .base import Policy
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ..parts import Part, made_knob
-from ..spec import StepInfo, TensorSpec
+from ..parts.part import Part, made_knob
+from ..parts.state import State
+from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
     from ..composition import Composition
     from ..driver import Effects
     from ..frameworks.base import Transport
-    from ..ops import Array, Ops
-
-State = Mapping[str, "Array"]
+    from ..parts.ops import Array, Ops
 
 
 class Asked(NamedTuple):
@@ -38,21 +37,6 @@ class Asked(NamedTuple):
     def own(self, key: str) -> Array | None:
         """The value of one of the policy's own keys; None before the first step."""
         return self.state.get(f"{self.path}:{key}")
-
-
-def own_state(path: str, state: State) -> dict[str, Array]:
-    """What of a tensor's state belongs to the policy at this place, by its own keys."""
-    return {key[len(path) + 1 :]: array for key, array in state.items() if key.startswith(f"{path}:")}
-
-
-def is_own(key: str) -> bool:
-    """Whether a key of a tensor's state is a policy's. A rank may go on with another's."""
-    return ":" in key
-
-
-def as_state(path: str, own: State) -> dict[str, Array]:
-    """The inverse."""
-    return {f"{path}:{key}": array for key, array in own.items()}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..parts import made_knob
+from ..parts.part import made_knob
 from . import register
 from .base import Policy, plan_knob
 

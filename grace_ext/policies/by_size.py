@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Policy, plan_knob
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ParameterError
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .allocation import allocate
 from .base import Policy, composition_knob

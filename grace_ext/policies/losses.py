@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import rng
 from ..compressors.sparse import kept
-from ..spec import StepInfo, TensorSpec
+from ..parts import rng
+from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from ..composition import Composition
-    from ..ops import Array, Ops
+    from ..parts.ops import Array, Ops
 
 #: Iterations that estimate the leading singular subspace, and how many columns it has beyond the highest rank.
 ITERATIONS, BEYOND = 5, 4

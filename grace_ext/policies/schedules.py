@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ..parts import knob
+from ..parts.part import knob
 from . import register
 from .base import Policy, composition_knob, plan_knob
 from .knobs import knob_of, with_value

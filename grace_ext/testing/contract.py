@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import grace_ext
-from grace_ext.compressors.base import Compressor
-from grace_ext.errors import PayloadError
-from grace_ext.parts import ITEMSIZE
-from grace_ext.payload import HEADER
-from grace_ext.spec import StepInfo, TensorSpec
 
+from ..compressors.base import Compressor
+from ..errors import PayloadError
+from ..parts.field import ITEMSIZE
+from ..parts.payload import HEADER
+from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
 from .worlds import LR, NUMPY, WORLDS, World, same_bits, states, tapped
 

@@ -12,7 +12,8 @@ from unittest import mock
 import numpy as np
 
 import grace_ext.cluster as cluster_module
-from grace_ext import Grace, LocalCluster
+
+from .. import Grace, LocalCluster
 
 #: The learning rate of tests that are not about it; a power of two, so that it rounds nothing.
 LR = 0.125
@@ -64,8 +65,8 @@ class World:
 
 
 def _numpy() -> list[World]:
-    from grace_ext.frameworks.numpy.compiled import host_ops
-    from grace_ext.frameworks.numpy.ops import NumpyOps
+    from ..frameworks.numpy.compiled import host_ops
+    from ..frameworks.numpy.ops import NumpyOps
 
     plain, compiled = NumpyOps(), host_ops(NumpyOps)
     return [
@@ -79,8 +80,8 @@ def _torch() -> list[World]:
 
     torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 
-    from grace_ext.frameworks.numpy.compiled import host_ops
-    from grace_ext.frameworks.torch.ops import HostOps, TorchOps
+    from ..frameworks.numpy.compiled import host_ops
+    from ..frameworks.torch.ops import HostOps, TorchOps
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         if array.dtype.name == "bfloat16":
@@ -106,8 +107,8 @@ def _torch() -> list[World]:
 def _tensorflow() -> list[World]:
     import tensorflow as tf
 
-    from grace_ext.frameworks.numpy.compiled import host_ops
-    from grace_ext.frameworks.tensorflow.ops import TensorFlowOps
+    from ..frameworks.numpy.compiled import host_ops
+    from ..frameworks.tensorflow.ops import TensorFlowOps
 
     def array(t: tf.Tensor) -> np.ndarray:
         assert isinstance(t, tf.Tensor)

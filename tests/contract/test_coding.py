@@ -8,7 +8,7 @@ import pytest
 import grace_ext
 from grace_ext.coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 from grace_ext.errors import PayloadError
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
 TINY = [(k, d) for d in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 64) for k in range(d + 1)]

@@ -8,8 +8,8 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
-from grace_ext.exchange import Gather, Scatter
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.requests import Gather, Scatter
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states, tapped
 

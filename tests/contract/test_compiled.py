@@ -15,8 +15,8 @@ from grace_ext import compressors, kernels
 from grace_ext.frameworks.numpy.compiled import LEAST, SMALL, CompiledOps, host_ops, sample_step
 from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.frameworks.numpy.quantizing import STRETCH
-from grace_ext.ops import Feedback
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.ops import Feedback
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
 
 COMPILED = next(world for world in WORLDS if world.name == "numpy")

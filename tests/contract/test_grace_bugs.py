@@ -28,7 +28,7 @@ def test_its_tensorflow_forms(world):
 
 def test_random_positions_stay_inside():
     """16, 11: over many steps and small tensors every position is below d, and the last one is drawn, too."""
-    from grace_ext import rng
+    from grace_ext.parts import rng
 
     drawn = {int(p) for step in range(300) for p in rng.sample((step, 7), 5, 2)}
     assert drawn == set(range(5))

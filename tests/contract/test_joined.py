@@ -11,8 +11,8 @@ from grace_ext.compressors.joined import ROOM, SMALL, joined
 from grace_ext.errors import IncompatiblePartsError, PayloadError
 from grace_ext.frameworks.numpy.compiled import host_ops
 from grace_ext.frameworks.numpy.ops import NumpyOps
-from grace_ext.ops import Feedback
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.ops import Feedback
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
 
 if not kernels.enabled():

@@ -16,8 +16,8 @@ from grace_ext.compressors.u8bit import EDGES, LOWEST, TABLE
 from grace_ext.errors import PayloadError
 from grace_ext.frameworks.numpy.compiled import host_ops
 from grace_ext.frameworks.numpy.ops import NumpyOps
-from grace_ext.ops import Feedback
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.ops import Feedback
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 
 pytestmark = pytest.mark.skipif(not kernels.enabled(), reason="kernels are disabled, or numba is not installed")
 

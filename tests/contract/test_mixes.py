@@ -10,7 +10,7 @@ import pytest
 import grace_ext
 from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, PayloadError, UnstableFeedbackWarning
 from grace_ext.frameworks.base import rate_of
-from grace_ext.spec import StepInfo
+from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped
 
@@ -129,7 +129,7 @@ def test_a_peer_that_sends_nan_and_does_not_say_so(text):
     head = {"threshold(threshold=1.0)": 4, "topk(ratio=0.1) > fp16": None}.get(text, 0)
     if head is None:
         g = grace_ext.grace(f"{text} + none @ allgather")
-        spec = grace_ext.spec.TensorSpec("v", (401,))
+        spec = grace_ext.parts.TensorSpec("v", (401,))
         head = g.compressor.fields(spec)[0].max_bytes
 
     def spoil(collectives, ops):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states
 

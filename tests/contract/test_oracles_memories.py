@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import rng
 from grace_ext.errors import IncompatiblePartsError, LearningRateError
-from grace_ext.spec import StepInfo
+from grace_ext.parts import rng
+from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import rng
 from grace_ext.errors import IncompatiblePartsError
+from grace_ext.parts import rng
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import rng
-from grace_ext.spec import StepInfo
+from grace_ext.parts import rng
+from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing.worlds import NUMPY, states
 
 from . import oracles

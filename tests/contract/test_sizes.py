@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.parts import ITEMSIZE
-from grace_ext.payload import HEADER
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.field import ITEMSIZE
+from grace_ext.parts.payload import HEADER
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, tapped
 

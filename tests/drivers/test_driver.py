@@ -11,7 +11,7 @@ import pytest
 import grace_ext
 from grace_ext.driver import Driver, perform
 from grace_ext.frameworks.base import Transport
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits
 

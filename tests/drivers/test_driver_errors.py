@@ -9,7 +9,7 @@ import pytest
 import grace_ext
 from grace_ext.driver import Driver
 from grace_ext.errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import same_bits
 

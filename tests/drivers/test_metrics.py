@@ -15,8 +15,8 @@ from grace_ext.driver import Driver, perform
 from grace_ext.errors import GraceError, ParameterError
 from grace_ext.frameworks.base import Transport
 from grace_ext.metrics import Metrics, scalars
-from grace_ext.payload import HEADER
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.payload import HEADER
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states
 

@@ -15,7 +15,7 @@ from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.frameworks.torch.dist_world import LET_GO
 from grace_ext.frameworks.torch.ops import HostOps
 from grace_ext.frameworks.torch.transports import SingleTransport
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.tensor import TensorSpec
 
 from . import training
 from .launch import ROOT, job, run

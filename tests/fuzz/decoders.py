@@ -23,9 +23,9 @@ from grace_ext.local.meeting import Meeting
 from grace_ext.local.messages import Messages
 from grace_ext.local.model import LocalModel
 from grace_ext.local.plan import plan_of
-from grace_ext.parts import Field
-from grace_ext.payload import HEADER, message, open_message, split_messages, unpack
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.field import Field
+from grace_ext.parts.payload import HEADER, message, open_message, split_messages, unpack
+from grace_ext.parts.tensor import TensorSpec
 
 from .mutate import mutated
 

@@ -21,8 +21,8 @@ from grace_ext.choices import Choices
 from grace_ext.cluster import execute
 from grace_ext.errors import PayloadError
 from grace_ext.exchange import Job, exchange_bucket, initial_state
-from grace_ext.payload import HEADER
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts.payload import HEADER
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 
 from .mutate import mutated
 

@@ -14,7 +14,7 @@ from grace_ext.errors import PayloadError, RankLeftError
 from grace_ext.frameworks.numpy.compiled import host_ops
 from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.local.line import ENTRY, GATHER, LENGTH, REQUEST, Entry, Line, receive_one
-from grace_ext.payload import HEADER, message
+from grace_ext.parts.payload import HEADER, message
 
 from .decoders import Asynchronous, Requests, Said
 

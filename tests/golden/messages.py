@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import grace_ext
-from grace_ext import rng
-from grace_ext.spec import StepInfo, TensorSpec
+from grace_ext.parts import rng
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import World, tapped
 
 #: Every compressor whose bytes are the same in every library, and knobs that change the format.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grace_ext.coding import index_bytes
-from grace_ext.payload import HEADER
+from grace_ext.parts.payload import HEADER
 
 from .problems import Logistic, descend, state_of
 

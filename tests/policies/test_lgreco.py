@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
 SHAPES = {"large": (120, 90), "flat": (60, 50), "small": (30,)}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.policies.losses import losses, of_adam
-from grace_ext.spec import TensorSpec
 from grace_ext.testing.worlds import NUMPY
 
 OPS = NUMPY.ops

@@ -10,7 +10,7 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError, ParameterError, SpecSyntaxError, UnknownPartError, UnsupportedError
-from grace_ext.spec import TensorSpec
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ... import kernels
-from ...ops import Feedback
-from ...parts import ITEMSIZE
-from ...rng import Key
+from ...parts.field import ITEMSIZE
+from ...parts.ops import Feedback
+from ...parts.rng import Key
 from .ops import NumpyOps
 from .quantizing import NOTHING, QuantizingOps, stretches
 

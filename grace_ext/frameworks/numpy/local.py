@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import GraceError, NamesError
 from ...local.plan import plan_of
 from ...local.worker import Worker
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from .compiled import host_ops
 from .mpi import MpiTransport, duplicated
 from .ops import NumpyOps

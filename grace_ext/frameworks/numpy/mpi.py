@@ -24,7 +24,7 @@ from ...driver import Driver, perform
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange import Collective
 from ...metrics import Measured
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ...timeouts import timeout
 from ..base import Carried, Transport, _lengths, arriving, cut
 from .compiled import host_ops

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ... import rng
-from ...ops import Ops
-from ...parts import INTEGERS
-from ...spec import TensorSpec
+from ...parts import rng
+from ...parts.field import INTEGERS
+from ...parts.ops import Ops
+from ...parts.tensor import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
 PIECE = 1 << 15

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ... import kernels
-from ...ops import Feedback
-from ...parts import HALVES
+from ...parts.field import HALVES
+from ...parts.ops import Feedback
 from .ops import NumpyOps, typed
 
 #: Elements that are worked on at a time where several operations look at them; a multiple of 8.

@@ -34,6 +34,7 @@ except ImportError as error:
         )
 else:
     from ...local import post_local as post_local
+
     del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import callbacks as callbacks
     from . import elastic as elastic

@@ -23,7 +23,7 @@ from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...metrics import Measured
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
 from .optimizer import averages, names_of

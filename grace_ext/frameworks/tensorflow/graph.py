@@ -24,7 +24,7 @@ from ...driver import Driver, Start, perform
 from ...elastic import STALE
 from ...errors import GraceError, UnsupportedError
 from ...exchange import Collective
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..base import Transport, by_sum, cut, gathered, to_sum
 from ..process_sets import process_set_of
 from .ops import GraphOps, graph_ops

@@ -13,7 +13,7 @@ from ...checkpoint import Kept, nothing_kept
 from ...errors import NamesError, UnsupportedError
 from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from .graph import GraphExchange, HorovodTransport
 from .optimizer import InFront, check_keras_optimizer, in_front_of, names_of
 

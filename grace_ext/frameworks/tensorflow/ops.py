@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from ... import kernels
 from ...errors import UnsupportedError
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..numpy.compiled import CompiledOps
 from ..numpy.ops import NumpyOps, saturated
 

@@ -18,7 +18,7 @@ from ...composition import Grace, grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
 from ...metrics import Measured, Metrics, Report
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..base import check_optimizer
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of

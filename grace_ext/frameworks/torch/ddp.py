@@ -29,7 +29,7 @@ from ...composition import Grace, grace
 from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...metrics import Measured
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..base import rate_of
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer, named

@@ -138,9 +138,7 @@ def _scale_(tensor: Tensor, factor: float, divisor: int = 1) -> Tensor:
     return tensor.copy_(tensor.double().mul_(factor).div_(divisor))
 
 
-def start_allreduce(
-    tensor: Tensor, op: int, prescale: float, postscale: float, process_set: ProcessSet, in_place: bool = False
-) -> Pending:
+def start_allreduce(tensor: Tensor, op: int, prescale: float, postscale: float, process_set: ProcessSet, in_place: bool = False) -> Pending:
     """Reduces over the ranks of the set; in place, the result is `tensor` itself."""
     if op == Adasum:
         raise UnsupportedError(

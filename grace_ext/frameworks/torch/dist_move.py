@@ -11,16 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .dist_engine import (
-    Average,
-    differentiable,
-    hand_out,
-    start_allgather,
-    start_allreduce,
-    start_alltoall,
-    start_broadcast,
-    start_each,
-)
+from .dist_engine import Average, differentiable, hand_out, start_allgather, start_allreduce, start_alltoall, start_broadcast, start_each
 from .dist_world import ProcessSet, global_process_set, group_of, rank
 
 
@@ -34,9 +25,7 @@ def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet =
     return grouped_allgather([tensor], name, process_set)[0]
 
 
-def grouped_allgather_async(
-    tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
-) -> int:
+def grouped_allgather_async(tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Like allgather_async for several tensors under one handle, whose result is a tuple."""
     return hand_out(start_each(start_allgather, tensors, process_set))
 
@@ -65,16 +54,12 @@ def _averaged(tensors: Sequence[Tensor], process_set: ProcessSet) -> Sequence[Te
     return differentiable(means, lambda grads: _averaged(grads, process_set), tensors)
 
 
-def broadcast_async(
-    tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> int:
+def broadcast_async(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Starts sending root_rank's tensor to all; returns the handle. `tensor` says shape and type on the other ranks."""
     return hand_out(start_broadcast(tensor, root_rank, process_set))
 
 
-def broadcast_async_(
-    tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> int:
+def broadcast_async_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Like broadcast_async, into `tensor` itself (complete once synchronized)."""
     return hand_out(start_broadcast(tensor, root_rank, process_set, True))
 

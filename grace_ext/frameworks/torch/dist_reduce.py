@@ -11,16 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .dist_engine import (
-    Average,
-    Sum,
-    differentiable,
-    hand_out,
-    start_allgather,
-    start_allreduce,
-    start_each,
-    start_reducescatter,
-)
+from .dist_engine import Average, Sum, differentiable, hand_out, start_allgather, start_allreduce, start_each, start_reducescatter
 from .dist_move import grouped_allgather
 from .dist_world import ProcessSet, global_process_set
 
@@ -190,9 +181,7 @@ def grouped_allreduce(
     return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
 
 
-def sparse_allreduce_async(
-    tensor: Tensor, name: str, op: int, process_set: ProcessSet = global_process_set
-) -> Callable[[], Tensor]:
+def sparse_allreduce_async(tensor: Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> Callable[[], Tensor]:
     """Starts the reduction of a sparse COO tensor (Sum, or Average). Returns a function that waits and gives the result."""
     if op not in (Average, Sum):
         raise ValueError(f"op is {op!r}; a sparse reduction knows hvd.Average and hvd.Sum only")

@@ -11,7 +11,7 @@ from ...checkpoint import Kept, nothing_kept
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..base import rate_of
 from . import engine
 from .ops import describe, ops_for

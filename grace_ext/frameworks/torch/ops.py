@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ... import rng
-from ...ops import Ops
-from ...parts import INTEGERS
-from ...spec import TensorSpec
+from ...parts import rng
+from ...parts.field import INTEGERS
+from ...parts.ops import Ops
+from ...parts.tensor import TensorSpec
 from ..numpy.compiled import host_ops
 from ..numpy.ops import LARGEST, NumpyOps, saturated
 

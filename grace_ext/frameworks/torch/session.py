@@ -16,7 +16,7 @@ from ...checkpoint import Kept, kept_by
 from ...composition import Grace
 from ...driver import Driver, perform
 from ...errors import GraceError, NamesError, UnsupportedError
-from ...spec import TensorSpec
+from ...parts.tensor import TensorSpec
 from ..base import Transport, check_optimizer
 from .ops import HostOps, TorchOps, describe, ops_for
 

@@ -18,8 +18,8 @@ import grace_ext
 from grace_ext.driver import Driver, perform
 from grace_ext.errors import DisagreementError, UnsupportedError
 from grace_ext.frameworks import launched
+from grace_ext.parts.tensor import TensorSpec
 from grace_ext.probe import Probe
-from grace_ext.spec import TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import raises  # noqa: E402

@@ -56,7 +56,7 @@ def compare(spec, bucket_bytes=None, steps=3):
             assert_close(got[step], expected, 1e-6)
         except AssertionError as error:
             raise AssertionError(f"{spec}, step {step}: {error}") from None
-        if g.communicator.name == "allgather" and not any(f.variable for f in g.compressor.fields(grace_ext.spec.TensorSpec("x", (99,)))):
+        if g.communicator.name == "allgather" and not any(f.variable for f in g.compressor.fields(grace_ext.parts.TensorSpec("x", (99,)))):
             assert bytes_sent[step] == cluster.wire_bytes[RANK], spec
 
 

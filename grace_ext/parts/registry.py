@@ -16,8 +16,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .errors import GraceError, UnknownPartError
-from .parts import Part
+from ..errors import GraceError, UnknownPartError
+from .part import Part
 
 C = TypeVar("C", bound=type)
 
@@ -75,3 +75,9 @@ class Registry:
                 self._add(entry.name, cls)
             except Exception as error:  # one broken plugin must not take every other part down with it
                 warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", stacklevel=3)
+
+
+compressors = Registry("compressor", "grace_ext.compressors")
+memories = Registry("memory", "grace_ext.memories")
+communicators = Registry("communicator", "grace_ext.communicators")
+policies = Registry("policy", "grace_ext.policies")

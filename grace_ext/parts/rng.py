@@ -63,7 +63,7 @@ def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]
     """int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes laid end to end. By kernels."""
     import numpy as np
 
-    from . import kernels
+    from .. import kernels
 
     positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
     words = np.array(keys, np.uint32).reshape(-1)
@@ -80,7 +80,7 @@ def _half_bits(d: int) -> int:
 def _permuted(key: Key, d: int, k: int) -> np.ndarray:
     import numpy as np
 
-    from . import kernels
+    from .. import kernels
 
     half_bits = _half_bits(d)
     if kernels.enabled():

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .rng import Key
-from .spec import TensorSpec
+from .tensor import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Array = Any
 

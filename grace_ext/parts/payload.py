@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import PayloadError
+from ..errors import PayloadError
+from .field import ITEMSIZE, Field
 from .ops import Array, Ops
-from .parts import ITEMSIZE, Field
 
 MAGIC, VERSION = b"GX", 1
 HEADER = struct.Struct("<2sBBIQQ")

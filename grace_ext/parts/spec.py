@@ -1,4 +1,4 @@
-"""Names and configurations <-> parts, and the two small values that describe one tensor of one step.
+"""Reads spec strings and configurations into parts.
 
 A spec string is `compressor [> compressor of the values] [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own
 expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. Or it is a policy, whose knobs may be specs, quoted or not:
@@ -9,67 +9,16 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from .errors import SpecSyntaxError
-from .parts import Part
-
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What is known of a gradient before it is seen: parameter name, shape and dtype (one of DTYPES)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-
-    @cached_property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense gradient in its own dtype."""
-        return self.size * {"float64": 8, "float32": 4}.get(self.dtype, 2)
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a part may know of the step: `step` counts from 0, `divisor` is the world size for a mean and 1 for a sum, `lr` the
-    current learning rate where an optimizer is bound. Equal on all ranks but for `rank`."""
-
-    step: int
-    rank: int
-    size: int
-    divisor: int
-    seed: int = 0
-    lr: float | None = None
-
-    def shared_key(self, name: str, use: str, step: int | None = None) -> tuple[int, int]:
-        """64 bits that every rank derives alike from (seed, parameter, use, step), as two 32-bit words; see rng.py."""
-        return self._key(name, use, self.step if step is None else step, "shared")
-
-    def private_key(self, name: str, use: str) -> tuple[int, int]:
-        """64 bits of this rank alone, from (seed, parameter, use, step, rank)."""
-        return self._key(name, use, self.step, str(self.rank))
-
-    def _key(self, name: str, use: str, step: int, who: str) -> tuple[int, int]:
-        text = "\0".join((str(self.seed), name, use, str(step), who))
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+from ..errors import SpecSyntaxError
+from .part import Part, made_knob
+from .registry import Registry, communicators, compressors, memories, policies
 
 
 def parse(text: str) -> dict[str, Part]:
     """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said; or 'policy'."""
-    from . import communicators, memories, policies
-
     node = _expression(text)
     if _means_a_policy(node):
         return {"policy": _part(policies, node, text)}
@@ -100,8 +49,6 @@ def parse(text: str) -> dict[str, Part]:
 
 def _means_a_policy(node: ast.expr) -> bool:
     """Whether this is the name of a policy, or rather like one than like a compressor's."""
-    from . import compressors, policies
-
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name) or name.id in compressors.names():
         return False
@@ -115,8 +62,6 @@ def _is_pipeline(node: ast.expr) -> bool:
 
 def _pipeline(stages: list[ast.expr], text: str) -> Part:
     """One compressor, or 'select > values'."""
-    from . import compressors
-
     if len(stages) == 1:
         return _part(compressors, stages[0], text)
     if len(stages) > 2:
@@ -140,15 +85,15 @@ def _expression(text: str) -> ast.expr:
 GRAMMAR = "Write it as 'compressor(knob=value) + memory @ communicator', e.g. 'topk(ratio=0.01) + residual @ allgather'."
 
 
-def _part(kind: Any, node: ast.expr, text: str) -> Part:
-    if _is_pipeline(node) and kind.registry.kind == "compressor":
+def _part(registry: Registry, node: ast.expr, text: str) -> Part:
+    if _is_pipeline(node) and registry.kind == "compressor":
         return _pipeline([node.left, *node.comparators], text)
     if isinstance(node, ast.Constant) and node.value is None:
         node = ast.Name("none")  # a user's None, where a part called none is meant
     if isinstance(node, ast.Name):
-        return kind.get(node.id).create()
+        return registry.get(node.id).create()
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        value = _value if kind.registry.kind != "policy" else _policy_value
+        value = _value if registry.kind != "policy" else _policy_value
         try:
             args = tuple(value(a, text) for a in node.args)
             knobs = {str(k.arg): value(k.value, text) for k in node.keywords}
@@ -158,19 +103,17 @@ def _part(kind: Any, node: ast.expr, text: str) -> Part:
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: give each knob once, by its name. {GRAMMAR}")
-        return kind.get(node.func.id).create(args, knobs)
+        return registry.get(node.func.id).create(args, knobs)
     raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r} in {text!r}. {GRAMMAR}")
 
 
 def _value(node: ast.expr, text: str) -> Any:
     """A knob's value: a plain one, or a compressor or communicator."""
-    from . import communicators, compressors
-
     first = node.left if _is_pipeline(node) else node
     name = first.func if isinstance(first, ast.Call) else first
-    for kind in (compressors, communicators):
-        if isinstance(name, ast.Name) and name.id in kind.names():
-            return _part(kind, node, text)
+    for registry in (compressors, communicators):
+        if isinstance(name, ast.Name) and name.id in registry.names():
+            return _part(registry, node, text)
     return ast.literal_eval(node)
 
 
@@ -188,18 +131,36 @@ def _policy_value(node: ast.expr, text: str) -> Any:
         return ast.unparse(node)
 
 
-def part_from(kind: Any, value: Any) -> Part:
+def part_from(registry: Registry, value: Any) -> Part:
     """A part from an instance, a name with knobs ('topk(ratio=0.01)'), or a configuration ({'id': 'topk', 'ratio': 0.01})."""
     if isinstance(value, Part):
-        expected = kind.registry.kind
+        expected = registry.kind
         if value.kind != expected:
             raise SpecSyntaxError(f"{value} is a {value.kind}, where a {expected} was expected")
         return value
     if value is None:
-        return kind.get("none").create()
+        return registry.get("none").create()
     if isinstance(value, str):
-        return _part(kind, _expression(value), value)
+        return _part(registry, _expression(value), value)
     if isinstance(value, Mapping) and isinstance(value.get("id"), str):
         knobs = {str(k): v for k, v in value.items() if k != "id"}
-        return kind.get(value["id"]).create((), knobs)
-    raise SpecSyntaxError(f"a {kind.registry.kind} is a name, an instance or a dictionary with an 'id', got {value!r}")
+        return registry.get(value["id"]).create((), knobs)
+    raise SpecSyntaxError(f"a {registry.kind} is a name, an instance or a dictionary with an 'id', got {value!r}")
+
+
+def part_knob(default: str, help: str) -> Any:
+    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
+    return made_knob(default, help, "a compressor", _compressor)
+
+
+def communicator_knob(help: str) -> Any:
+    """A field that holds a communicator, likewise, or None."""
+    return made_knob(None, help, "a communicator or None", _communicator)
+
+
+def _compressor(value: Any) -> Part:
+    return part_from(compressors, value)
+
+
+def _communicator(value: Any) -> Part | None:
+    return None if value is None else part_from(communicators, value)

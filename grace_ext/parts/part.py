@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError
+from ..errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError
 
 if TYPE_CHECKING:
-    from .spec import StepInfo
+    from .tensor import StepInfo
 
 
 def knob(
@@ -41,30 +41,6 @@ def made_knob(default: Any, help: str, words: str, make: Callable[[Any], Any]) -
     """A field whose values `make` makes of what is given, or refuses by a GraceError or a ValueError; `words` says what is valid. What it
     makes has `to_config` and `str`; it is always printed."""
     return dataclasses.field(default=default, metadata={"help": help, "make": make, "words": words, "choices": None, "headline": True})
-
-
-def part_knob(default: str, help: str) -> Any:
-    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
-    return made_knob(default, help, "a compressor", _compressor)
-
-
-def communicator_knob(help: str) -> Any:
-    """A field that holds a communicator, likewise, or None."""
-    return made_knob(None, help, "a communicator or None", _communicator)
-
-
-def _compressor(value: Any) -> Part:
-    from . import compressors
-    from .spec import part_from
-
-    return part_from(compressors, value)
-
-
-def _communicator(value: Any) -> Part | None:
-    from . import communicators
-    from .spec import part_from
-
-    return None if value is None else part_from(communicators, value)
 
 
 def valid_range(field: dataclasses.Field) -> str:
@@ -109,9 +85,7 @@ def _valid(field: dataclasses.Field, value: Any) -> Any:
         raise ValueError
     value = float(value) if kind is float else int(value)
     low, high, above = rule["low"], rule["high"], rule["above"]
-    inside = (
-        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    )
+    inside = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
     if not inside:
         raise ValueError
     return value
@@ -193,26 +167,3 @@ class Part:
         values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if shown(f)]
         knobs = ", ".join(f"{name}={value if hasattr(value, 'to_config') else repr(value)}" for name, value in values)
         return f"{self.name}({knobs})" if knobs else self.name
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array of a payload: its name, wire dtype and number of elements; a `variable` one holds at most `count` elements and
-    carries its true count in 4 bytes before it. `joined`: (name, fields) of the tensors whose payloads it holds, one after the other; where
-    it is variable, they say themselves how long they are."""
-
-    name: str
-    dtype: str
-    count: int
-    variable: bool = False
-    joined: tuple[tuple[str, tuple[Field, ...]], ...] = ()
-
-    @property
-    def max_bytes(self) -> int:
-        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable and not self.joined else 0)
-
-
-# bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.
-HALVES = ("float16", "bfloat16")
-INTEGERS = {"int8": 1, "int16": 2, "int32": 4}
-ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **INTEGERS}
