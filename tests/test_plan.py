@@ -271,7 +271,8 @@ def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_pa
     assert specs == ["none @ allreduce", "topk(ratio=0.01) + residual @ allgather", "efsignsgd + residual @ allgather"]
     assert document["spec"] == specs[1] and document["gain"] > 5 and document["workers"] == 8 and document["link"]["rate"] == 1e6
     table = said(*ask)
-    assert specs[1] in table and "below" in table and f"x{document['gain']:.2f}" in table  # from the cache: the same times
+    pays = document["rows"][1]["pays"]  # 'below' a rate, or 'always': that depends on how fast this machine encodes
+    assert pays in ("below", "always") and all(text in table for text in (specs[1], pays, f"x{document['gain']:.2f}"))  # from the cache
     recorded = []
     monkeypatch.setattr(plan, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
     said(*ask)
