@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from tta_tasks import CharTransformer
 
 import grace_ext
-from grace_ext.cluster import _ops_of
+from grace_ext.arrays.libraries import ops_for_framework
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -79,7 +79,7 @@ def lost(spec: TensorSpec, x: np.ndarray, leaf: Any) -> float:
     if compressor.name == "powersgd":
         values = np.linalg.svd(x.reshape(x.shape[0], -1).astype(np.float64), compute_uv=False)
         return float(np.linalg.norm(values[compressor.rank :]))
-    ops, info = _ops_of("numpy"), StepInfo(0, 0, 1, 1)
+    ops, info = ops_for_framework("numpy"), StepInfo(0, 0, 1, 1)
     payload, _ = compressor.compress(ops, x.reshape(-1).copy(), spec, info, {})
     return float(np.linalg.norm(x.reshape(-1).astype(np.float64) - compressor.decompress(ops, payload, spec, info)))
 
@@ -87,7 +87,7 @@ def lost(spec: TensorSpec, x: np.ndarray, leaf: Any) -> float:
 def compared(gradients: dict[str, np.ndarray], base: str) -> dict[str, Any]:
     """Uniform against allocated."""
     policy = grace_ext.grace(policy=grace_ext.policies.get("lgreco")(base=base)).policy
-    ops, by_spec = _ops_of("numpy"), {TensorSpec(name, x.shape): x for name, x in gradients.items()}
+    ops, by_spec = ops_for_framework("numpy"), {TensorSpec(name, x.shape): x for name, x in gradients.items()}
     flat = {spec: x.reshape(-1) for spec, x in by_spec.items()}
     started = time.perf_counter()
     found = policy.solve({spec: policy.errors(ops, spec, x) for spec, x in flat.items()})

@@ -70,8 +70,8 @@ def library(part: str) -> Any:
         from grace_ext.frameworks.torch.ops import TorchOps
 
         return TorchOps("cpu")
-    from grace_ext.frameworks.numpy.compiled import host_ops
-    from grace_ext.frameworks.numpy.ops import NumpyOps
+    from grace_ext.arrays.compiled import host_ops
+    from grace_ext.arrays.numpy import NumpyOps
 
     return NumpyOps() if part in ("plain", "coverage") else host_ops(NumpyOps)
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, compressors, kernels
+from . import __version__, compressors
+from .arrays import kernels
+from .arrays.compiled import host_ops
+from .arrays.numpy import NumpyOps
 from .composition import Grace, grace
 from .exchange import Job, exchange_tensor, initial_state, replaced
-from .frameworks.numpy.compiled import host_ops
-from .frameworks.numpy.ops import NumpyOps
 from .parts.field import HALVES
 from .parts.requests import AllReduce, Gather, Scatter, Together
 from .parts.tensor import StepInfo, TensorSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .arrays import libraries
 from .checkpoint import Kept
 from .driver import Driver, Effects, Start, Wait
 from .errors import GraceError, NamesError, ParameterError
@@ -54,7 +55,7 @@ class LocalCluster:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name} must be a whole number, at least 1, got {value!r}")
         self.grace, self.size, self.framework, self._per_node = grace, size, framework, ranks_per_node
-        self.ops = _ops_of(framework)
+        self.ops = libraries.ops_for_framework(framework)
         self.drivers = [
             Driver(grace, self.ops, _Slot(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
             for rank in range(size)
@@ -207,21 +208,3 @@ def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
         pieces = [cut(c.array, c.sizes) for c in collectives]
         return [list(column) for column in zip(*pieces, strict=True)]
     return [arrays] * len(collectives)  # allgather, broadcast
-
-
-def _ops_of(framework: str) -> Ops:
-    from .frameworks.numpy.compiled import host_ops
-
-    if framework == "numpy":
-        from .frameworks.numpy.ops import NumpyOps
-
-        return host_ops(NumpyOps)
-    if framework == "torch":
-        from .frameworks.torch.ops import HostOps
-
-        return host_ops(HostOps)
-    if framework == "tensorflow":
-        from .frameworks.tensorflow.ops import TensorFlowOps
-
-        return host_ops(TensorFlowOps)
-    raise ParameterError(f"framework must be 'numpy', 'torch' or 'tensorflow', got {framework!r}")

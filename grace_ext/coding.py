@@ -19,8 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from .arrays.kernels.sizes import smallest_elias_fano
 from .errors import PayloadError
-from .kernels.sizes import smallest_elias_fano
 from .parts.ops import Array, Ops
 
 CODINGS = ("auto", "elias_fano", "bitmap", "golomb", "packed", "block16")

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from . import cost, kernels
+from . import cost
+from .arrays import kernels
 from .bench import machine
 from .composition import Grace, grace
 from .cost import Link
@@ -214,7 +215,7 @@ def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Calla
     made = {}
     for text, g in chosen.items():
         tell(text)
-        file = kernels.cache() / "traces" / f"{_key(g, shapes)}.json"
+        file = kernels.cache_folder() / "traces" / f"{_key(g, shapes)}.json"
         made[text] = (None if fresh else _load(file)) or _kept(file, record(g, shapes))
     return made
 

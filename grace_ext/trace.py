@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from .arrays.compiled import host_ops
+from .arrays.numpy import NumpyOps
 from .cluster import execute
 from .composition import Composition, Grace
 from .driver import Driver, Start
 from .errors import UnsupportedError
 from .exchange import Collective
 from .frameworks.base import Transport
-from .frameworks.numpy.compiled import host_ops
-from .frameworks.numpy.ops import NumpyOps
 from .parts.ops import Ops
 from .parts.tensor import TensorSpec
 

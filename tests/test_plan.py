@@ -252,7 +252,7 @@ def test_a_probe_of_a_world_of_one_tells_its_times():
 @pytest.fixture
 def shapes_json(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(plan.kernels, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(plan.kernels, "cache_folder", lambda: tmp_path / "cache")
     file = tmp_path / "model.json"
     file.write_text(json.dumps({name: list(dims) for name, dims in SHAPES.items()}))
     return str(file)

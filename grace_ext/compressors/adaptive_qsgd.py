@@ -15,7 +15,7 @@ from .base import Field
 from .qsgd import _NormQuantizer, bucket_knob, code_bytes
 
 #: Elements that are worked on at a time where several operations look at them.
-PIECE = 1 << 16
+MOMENTS_PIECE = 1 << 16
 
 
 class _Adaptive(_NormQuantizer):
@@ -118,7 +118,7 @@ def _mean_to_spread(ops, x) -> float | None:
     mean = ops.total(x) / len(x)
     if not math.isfinite(mean):
         return None
-    pieces = (ops.cast(x[at : at + PIECE], "float64") - mean for at in range(0, len(x), PIECE))
+    pieces = (ops.cast(x[at : at + MOMENTS_PIECE], "float64") - mean for at in range(0, len(x), MOMENTS_PIECE))
     spread = math.hypot(*(ops.block_norms(piece, len(piece), 2)[0] for piece in pieces)) / len(x) ** 0.5
     if not math.isfinite(spread) or spread <= 1e-6 * abs(mean):
         return None

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import kernels
+from ..arrays import kernels
 from ..parts import rng
 from .base import Compressor
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..arrays import sampling
 from ..parts import rng
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
@@ -144,11 +145,11 @@ class RandomK(_SharedPositions):
     values: str = values_knob()
 
     def _draw(self, spec, info):
-        return rng.sample(info.shared_key(spec.name, "randomk"), spec.size, kept(self.ratio, spec.size))
+        return sampling.sample(info.shared_key(spec.name, "randomk"), spec.size, kept(self.ratio, spec.size))
 
     def draw_each(self, specs, info):
         sizes = [spec.size for spec in specs]
-        return rng.sample_each([info.shared_key(spec.name, "randomk") for spec in specs], sizes, [kept(self.ratio, d) for d in sizes])
+        return sampling.sample_each([info.shared_key(spec.name, "randomk") for spec in specs], sizes, [kept(self.ratio, d) for d in sizes])
 
 
 @register("randblock")

@@ -55,8 +55,8 @@ def _tensorflow() -> Iterator[Transport]:
 
 
 def _mpi() -> Iterator[Transport]:
-    from .numpy.compiled import host_ops
+    from ..arrays.compiled import host_ops
+    from ..arrays.numpy import NumpyOps
     from .numpy.mpi import MpiTransport, load_mpi
-    from .numpy.ops import NumpyOps
 
     yield MpiTransport(host_ops(NumpyOps), load_mpi().COMM_WORLD.Dup())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .. import cluster as gradients_cluster
+from ..arrays import libraries
 from ..cluster import _Slot, _whole_step, run_lockstep
 from ..driver import Driver
 from ..errors import DisagreementError, NamesError, ParameterError
@@ -45,7 +45,7 @@ class LocalSGDCluster:
             raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
         if not asynchronous and isinstance(every, (list, tuple)):
             raise ParameterError("every= by rank is for asynchronous=True; synchronous ranks have one schedule")
-        self.size, self.ops = size, gradients_cluster._ops_of(framework)
+        self.size, self.ops = size, libraries.ops_for_framework(framework)
         self._lr: float | None = None
         own: list[dict[str, Any]] = [{"every": every, "schedule": schedule}] * size
         if asynchronous:

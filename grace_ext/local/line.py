@@ -19,7 +19,7 @@ from ..errors import GraceError, PayloadError, RankLeftError
 REQUEST, ENTRY, LENGTH, HELLO = struct.Struct("<BQQ"), struct.Struct("<IIQ"), struct.Struct("<Q"), struct.Struct("<32sI")
 MEET, POST, GATHER = range(3)
 WAIT = b"\2"
-PIECE = 1 << 20
+RECEIVED_AT_ONCE = 1 << 20
 SECONDS = 10.0  # seconds that a rank waits for the server's answer beyond the time limit, and for a connection
 
 
@@ -114,7 +114,7 @@ def receive_one(line: socket.socket) -> bytes:
 def receive(line: socket.socket, count: int) -> bytes:
     data = bytearray()  # grows with what has come: a length is only what a peer says
     while len(data) < count:
-        piece = line.recv(min(count - len(data), PIECE))
+        piece = line.recv(min(count - len(data), RECEIVED_AT_ONCE))
         if not piece:
             raise EOFError("the connection was closed")
         data += piece

@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 
 import grace_ext.cluster as cluster_module
+from grace_ext.arrays import libraries
 
 from .. import Grace, LocalCluster
 
@@ -34,7 +35,7 @@ class World:
     def cluster(self, g: Grace, size: int) -> LocalCluster:
         if self.native:
             return LocalCluster(g, size, framework=self.framework)
-        with mock.patch.object(cluster_module, "_ops_of", lambda framework: self.ops):
+        with mock.patch.object(libraries, "ops_for_framework", lambda framework: self.ops):
             return LocalCluster(g, size, framework=self.framework)
 
     def tensors(self, mappings: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
@@ -65,8 +66,8 @@ class World:
 
 
 def _numpy() -> list[World]:
-    from ..frameworks.numpy.compiled import host_ops
-    from ..frameworks.numpy.ops import NumpyOps
+    from ..arrays.compiled import host_ops
+    from ..arrays.numpy import NumpyOps
 
     plain, compiled = NumpyOps(), host_ops(NumpyOps)
     return [
@@ -80,7 +81,7 @@ def _torch() -> list[World]:
 
     torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 
-    from ..frameworks.numpy.compiled import host_ops
+    from ..arrays.compiled import host_ops
     from ..frameworks.torch.ops import HostOps, TorchOps
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -107,7 +108,7 @@ def _torch() -> list[World]:
 def _tensorflow() -> list[World]:
     import tensorflow as tf
 
-    from ..frameworks.numpy.compiled import host_ops
+    from ..arrays.compiled import host_ops
     from ..frameworks.tensorflow.ops import TensorFlowOps
 
     def array(t: tf.Tensor) -> np.ndarray:

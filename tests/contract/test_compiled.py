@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import grace_ext
-from grace_ext import compressors, kernels
-from grace_ext.frameworks.numpy.compiled import LEAST, SMALL, CompiledOps, host_ops, sample_step
-from grace_ext.frameworks.numpy.ops import NumpyOps
-from grace_ext.frameworks.numpy.quantizing import STRETCH
+from grace_ext import compressors
+from grace_ext.arrays import kernels
+from grace_ext.arrays.compiled import LEAST, SMALL, CompiledOps, host_ops, sample_step
+from grace_ext.arrays.kernels.sizes import L1_PIECE
+from grace_ext.arrays.numpy import NumpyOps
+from grace_ext.arrays.quantizing import STRETCH
 from grace_ext.parts.ops import Feedback
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
@@ -122,8 +124,8 @@ def test_adding_to_zeros(divisor):
     """As add_sparse, where ranks send the same positions, others, and none; and nothing else is touched."""
     if not kernels.enabled():
         pytest.skip("there are no compiled ops")
-    rng, d = np.random.default_rng(divisor), 3 * kernels.PIECE + 17
-    places = [np.flatnonzero(rng.random(d) < share) for share in (0.02, 0.0, 0.5)] + [np.array([0, 1, kernels.PIECE, d - 1])]
+    rng, d = np.random.default_rng(divisor), 3 * L1_PIECE + 17
+    places = [np.flatnonzero(rng.random(d) < share) for share in (0.02, 0.0, 0.5)] + [np.array([0, 1, L1_PIECE, d - 1])]
     places.append(places[0])
     positions, ends = np.concatenate(places), np.cumsum([len(p) for p in places])
     values = rng.standard_normal(len(positions)).astype(np.float32)
@@ -198,7 +200,7 @@ def test_top_k_is_exact_however_the_sample_misleads():
 
 SCRIPT = """
 import hashlib, numpy as np, grace_ext
-from grace_ext import kernels
+from grace_ext.arrays import kernels
 digest = hashlib.sha256()
 specs = "topk(ratio=0.01) + residual", "efsignsgd + residual", "qsgd(bits=4)", "threshold(threshold=2.0) + residual", "randomk + residual"
 for text in (*specs, "fp16", "terngrad"):
@@ -213,9 +215,9 @@ print(kernels.enabled(), digest.hexdigest())
 
 WITHOUT_COMPRESSION = """
 import numpy as np
-from grace_ext.kernels import compile
+from grace_ext.arrays.kernels import compile
 compile.compresses = lambda: False  # as on processors that cannot
-from grace_ext.kernels import select
+from grace_ext.arrays.kernels import select
 x = np.random.default_rng(0).standard_normal(10_001).astype(np.float32)
 for threshold in (0.01, 1.0, 9.0):
     positions, values = np.empty(20_000, np.int64), np.empty(20_000, np.float32)
@@ -252,7 +254,7 @@ def test_ranks_that_start_together_compile_once(tmp_path):
     if not kernels.enabled():
         pytest.skip("there are no kernels")
     environment = {**os.environ, "GRACE_EXT_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", "from grace_ext import kernels; kernels.load()"]
+    command = [sys.executable, "-c", "from grace_ext.arrays import kernels; kernels.load()"]
     started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [process.communicate(timeout=300)[1] for process in started]
     assert sorted("compiling kernels" in text for text in said) == [False, False, True]

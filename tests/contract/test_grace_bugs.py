@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.arrays import sampling
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY
 
@@ -28,9 +29,7 @@ def test_its_tensorflow_forms(world):
 
 def test_random_positions_stay_inside():
     """16, 11: over many steps and small tensors every position is below d, and the last one is drawn, too."""
-    from grace_ext.parts import rng
-
-    drawn = {int(p) for step in range(300) for p in rng.sample((step, 7), 5, 2)}
+    drawn = {int(p) for step in range(300) for p in sampling.sample((step, 7), 5, 2)}
     assert drawn == set(range(5))
 
 

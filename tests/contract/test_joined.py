@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import compressors, exchange, kernels
+from grace_ext import compressors, exchange
+from grace_ext.arrays import kernels
+from grace_ext.arrays.compiled import host_ops
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.compressors.joined import ROOM, SMALL, joined
 from grace_ext.errors import IncompatiblePartsError, PayloadError
-from grace_ext.frameworks.numpy.compiled import host_ops
-from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.parts.ops import Feedback
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped

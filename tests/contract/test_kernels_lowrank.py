@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import grace_ext
-from grace_ext import kernels
+from grace_ext.arrays import kernels
+from grace_ext.arrays.kernels.sizes import L1_PIECE, L2_PIECE
 from grace_ext.testing.worlds import WORLDS, same_bits, states
 
 TORCH = next(world for world in WORLDS if world.name == "torch-host")
-SIZES = [(1, 1), (3, 16), (5, 33), (6, 147), (4, 2 * kernels.PIECE + 9), (5, kernels.STRETCH + 35)]
+SIZES = [(1, 1), (3, 16), (5, 33), (6, 147), (4, 2 * L1_PIECE + 9), (5, L2_PIECE + 35)]
 by_size = pytest.mark.parametrize(("rows", "columns"), SIZES)
 by_rank = pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8, 9])
 compiled = pytest.mark.skipif(not kernels.enabled(), reason="GRACE_EXT_KERNELS=0, or no numba")

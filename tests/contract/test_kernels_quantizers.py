@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grace_ext
-from grace_ext import kernels
+from grace_ext.arrays import kernels
+from grace_ext.arrays.compiled import host_ops
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.compressors.u8bit import EDGES, LOWEST, TABLE
 from grace_ext.errors import PayloadError
-from grace_ext.frameworks.numpy.compiled import host_ops
-from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.parts.ops import Feedback
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 

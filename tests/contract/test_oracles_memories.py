@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.arrays import sampling
 from grace_ext.errors import IncompatiblePartsError, LearningRateError
-from grace_ext.parts import rng
 from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states
@@ -46,7 +46,7 @@ def randomk(ratio, scale):
         def compress(p):
             d = p[0].size
             k = math.ceil(ratio * d)
-            positions = rng.sample(StepInfo(step=step, rank=0, size=len(p), divisor=len(p)).shared_key(name, "randomk"), d, k)
+            positions = sampling.sample(StepInfo(step=step, rank=0, size=len(p), divisor=len(p)).shared_key(name, "randomk"), d, k)
             sent = np.zeros((len(p), d))
             sent[:, positions] = p.reshape(len(p), d)[:, positions] * (d / k if scale else 1)
             return sent.mean(axis=0).reshape(p[0].shape), sent.reshape(p.shape)

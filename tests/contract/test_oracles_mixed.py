@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.arrays import sampling
 from grace_ext.errors import IncompatiblePartsError
 from grace_ext.parts import rng
 from grace_ext.testing import inputs
@@ -160,7 +161,7 @@ def induced(ratio, second):
     def one(x, rank, step):
         first = only(x, largest(x, count(ratio, x.size)))
         rest = x - first
-        positions = rng.sample(info(step, rank).shared_key("w (rest)", "randomk"), x.size, count(second, x.size))
+        positions = sampling.sample(info(step, rank).shared_key("w (rest)", "randomk"), x.size, count(second, x.size))
         return first + only(rest, positions) * (x.size / len(positions))
 
     return Stepwise(one)

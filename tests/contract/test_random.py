@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.arrays import sampling
 from grace_ext.parts import rng
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
@@ -92,7 +93,7 @@ def test_positions_are_distinct_and_equally_likely(d, k):
     steps = 600
     counts, pairs = np.zeros(d), np.zeros((d, d))
     for step in range(steps):
-        positions = rng.sample(StepInfo(step=step, rank=0, size=1, divisor=1).shared_key("w", "randomk"), d, k)
+        positions = sampling.sample(StepInfo(step=step, rank=0, size=1, divisor=1).shared_key("w", "randomk"), d, k)
         assert positions.size == k and positions[0] >= 0 and positions[-1] < d and (np.diff(positions) > 0).all()
         counts[positions] += 1
         pairs[np.ix_(positions, positions)] += 1
@@ -108,7 +109,7 @@ def test_positions_are_distinct_and_equally_likely(d, k):
 def test_positions_at_the_edges(d):
     """Around powers of two, for one, nearly all and all positions."""
     for k in {1, min(2, d), max(1, d // 3), max(1, d - 1), d}:
-        positions = rng.sample((123, 456), d, k)
+        positions = sampling.sample((123, 456), d, k)
         assert positions.dtype == np.int64 and len(set(positions.tolist())) == k
         assert (np.sort(positions) == positions).all() and positions[0] >= 0 and positions[-1] < d
 
@@ -116,7 +117,7 @@ def test_positions_at_the_edges(d):
 def test_positions_differ_by_name_step_and_seed_not_by_rank():
     """Anagrams differ (GRACE's do not), and what ranks share does not depend on the rank, the world size or `op`."""
     draw = lambda name, **info: tuple(  # noqa: E731
-        rng.sample(StepInfo(**{"step": 0, "rank": 0, "size": 2, "divisor": 2, **info}).shared_key(name, "randomk"), 10_000, 100)
+        sampling.sample(StepInfo(**{"step": 0, "rank": 0, "size": 2, "divisor": 2, **info}).shared_key(name, "randomk"), 10_000, 100)
     )
     assert len({draw("ab"), draw("ba"), draw("ab", step=1), draw("ba", step=1), draw("ab", seed=1), draw("ab\0"), draw("a")}) == 7
     assert draw("ab") == draw("ab", rank=1) == draw("ab", size=8, rank=7) == draw("ab", divisor=1)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from grace_ext.arrays.compiled import host_ops
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.driver import Start
 from grace_ext.frameworks.base import Transport, cut, gathered
-from grace_ext.frameworks.numpy.compiled import host_ops
-from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.parts.field import HALVES
 
 OPS = host_ops(NumpyOps)

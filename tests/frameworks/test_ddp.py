@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.driver import Driver, perform
 from grace_ext.errors import GraceError, NamesError
-from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.frameworks.torch.dist_world import LET_GO
 from grace_ext.frameworks.torch.ops import HostOps
 from grace_ext.frameworks.torch.transports import SingleTransport

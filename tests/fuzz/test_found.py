@@ -10,9 +10,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from grace_ext.arrays.compiled import host_ops
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.errors import PayloadError, RankLeftError
-from grace_ext.frameworks.numpy.compiled import host_ops
-from grace_ext.frameworks.numpy.ops import NumpyOps
 from grace_ext.local.line import ENTRY, GATHER, LENGTH, REQUEST, Entry, Line, receive_one
 from grace_ext.parts.payload import HEADER, message
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import grace_ext
+from grace_ext.arrays import sampling
 from grace_ext.parts import rng
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import World, tapped
@@ -89,8 +90,8 @@ def generator() -> dict[str, object]:
         "key without anything": list(StepInfo(step=0, rank=0, size=1, divisor=1).shared_key("", "")),
         "words (0, 0)": rng.words((0, 0), 8).tolist(),
         "words (1, 2) from 4294967290": rng.words((1, 2), 8, start=2**32 - 6).tolist(),
-        "sample (7, 8) 20 of 1000": rng.sample((7, 8), 1000, 20).tolist(),
-        "sample (7, 8) 3 of 5": rng.sample((7, 8), 5, 3).tolist(),
+        "sample (7, 8) 20 of 1000": sampling.sample((7, 8), 1000, 20).tolist(),
+        "sample (7, 8) 3 of 5": sampling.sample((7, 8), 5, 3).tolist(),
         "normals (3, 4)": rng.normals((3, 4), 6).tobytes().hex(),
     }
 

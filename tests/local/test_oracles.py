@@ -213,7 +213,7 @@ def test_the_same_models_in_every_array_library(world):
                 super().__init__(spec, size, framework=world.framework, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("grace_ext.cluster._ops_of", lambda framework: world.ops)
+            patch.setattr("grace_ext.arrays.libraries.ops_for_framework", lambda framework: world.ops)
             made.append(Wrapped())
         return _Converting(made[0], world)
 

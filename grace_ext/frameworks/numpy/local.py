@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...arrays.compiled import host_ops
+from ...arrays.numpy import NumpyOps
 from ...errors import GraceError, NamesError
 from ...local.plan import plan_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
-from .compiled import host_ops
 from .mpi import MpiTransport, duplicated
-from .ops import NumpyOps
 
 
 class LocalSGD:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...agreement import digest_of
+from ...arrays.compiled import host_ops
+from ...arrays.numpy import NumpyOps
 from ...checkpoint import Kept, kept_by
 from ...composition import Grace, grace
 from ...driver import Driver, perform
@@ -27,8 +29,6 @@ from ...metrics import Measured
 from ...parts.tensor import TensorSpec
 from ...timeouts import timeout
 from ..base import Carried, Transport, _lengths, arriving, cut
-from .compiled import host_ops
-from .ops import NumpyOps
 
 # MPI-3 counts and offsets are C ints.
 LIMIT = 2**31 - 1

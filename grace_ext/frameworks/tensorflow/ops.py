@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from ... import kernels
+from ...arrays import kernels
+from ...arrays.compiled import CompiledOps
+from ...arrays.numpy import NumpyOps, saturated
 from ...errors import UnsupportedError
 from ...parts.tensor import TensorSpec
-from ..numpy.compiled import CompiledOps
-from ..numpy.ops import NumpyOps, saturated
 
 #: Bytes. tf.numpy_function hands over arrays that start at a multiple of it as they are, and copies all others.
 ALIGNMENT = 64

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...arrays.compiled import host_ops
+from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
 from ...parts.field import INTEGERS
 from ...parts.ops import Ops
 from ...parts.tensor import TensorSpec
-from ..numpy.compiled import host_ops
-from ..numpy.ops import LARGEST, NumpyOps, saturated
 
 MASK32 = 0xFFFFFFFF
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .compile import LANES, add_either, f32, f64, i64, inlined, kernel, lowest_one, read, signs, u8, write
-from .elementwise import INFINITY, PIECE, block_sums, compensate, most, side_sums
+from .elementwise import INFINITY, block_sums, compensate, most, side_sums
+from .sizes import L1_PIECE
 
 
 @kernel(read(i64), i64, write(u8))
@@ -96,8 +97,8 @@ def sum_signs(total, data, minus, plus, block, divisor):
     each, blocks = (len(total) + 7) // 8, (len(total) + block - 1) // block
     for b in range(blocks):
         stop = min((b + 1) * block, len(total))
-        for start in range(b * block, stop, PIECE):
-            piece = total[start : min(start + PIECE, stop)]
+        for start in range(b * block, stop, L1_PIECE):
+            piece = total[start : min(start + L1_PIECE, stop)]
             for j in range(len(piece)):
                 piece[j] = 0
             for rank in range(len(plus) // blocks):
@@ -112,8 +113,8 @@ def sum_signs(total, data, minus, plus, block, divisor):
 def vote(total, ballots, ranks, tie):
     """total_j = the sign of (ones - zeros) among bits j of the ranks' ballots, which follow one another; `tie` where it is 0."""
     each = (len(total) + 7) // 8
-    for start in range(0, len(total), PIECE):
-        piece = total[start : start + PIECE]
+    for start in range(0, len(total), L1_PIECE):
+        piece = total[start : start + L1_PIECE]
         for j in range(len(piece)):
             piece[j] = 0
         for rank in range(ranks):
@@ -140,8 +141,8 @@ def pack_signs(x, out):
 def pack_signs_and_most(x, out):
     """pack_signs and most in one pass; stops early where there is Inf or NaN."""
     found = np.uint32(0)
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
         found = max(found, most(piece))
         if found >= INFINITY:
             break
@@ -154,9 +155,9 @@ def compensate_signs(residual, grad, beta, gamma, total, bits, sums):
     """compensate and pack_signs in one pass. Adds to `sums`, which has one element, the sum of all |total_j|, or to its three what
     side_sums finds. Returns whether all of total is finite; stops early where it is not."""
     here = np.empty(1)
-    for start in range(0, len(total), PIECE):
-        x = total[start : start + PIECE]
-        if not compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, x):
+    for start in range(0, len(total), L1_PIECE):
+        x = total[start : start + L1_PIECE]
+        if not compensate(residual[start : start + L1_PIECE], grad[start : start + L1_PIECE], beta, gamma, x):
             return False
         pack_signs(x, bits[start // 8 :])
         if len(sums) == 3:

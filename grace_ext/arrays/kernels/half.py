@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compile import bits_of, f32, flag, float_of, inlined, kernel, read, u16, write
-from .elementwise import INFINITY, MAGNITUDE, PIECE, magnitude
+from .elementwise import INFINITY, L1_PIECE, MAGNITUDE, magnitude
 
 SIGN, LARGEST_HALF, LARGEST_BRAIN = np.uint32(0x8000), np.uint32(0x477FE000), np.uint32(0x7F7F0000)
 S16 = np.uint32(16)
@@ -100,8 +100,8 @@ def widen(out, data, brains):
 def add_halves(total, data, brains, first, divisor):
     """total_j += the value of these 16 bits (with `first`, 0 + that), and divided in the end. Returns whether all values are finite."""
     most = np.uint32(0)
-    for start in range(0, len(total), PIECE):
-        piece, bits = total[start : start + PIECE], data[start : start + PIECE]
+    for start in range(0, len(total), L1_PIECE):
+        piece, bits = total[start : start + L1_PIECE], data[start : start + L1_PIECE]
         for j in range(len(piece)):
             value = wide(bits[j], brains)
             most = max(most, magnitude(value))

@@ -12,7 +12,7 @@ from numba import config, njit, types
 from numba.core.dispatcher import Dispatcher as Kernel  # noqa: F401  (what `kernel` makes)
 from numba.extending import intrinsic, models, overload, register_model
 
-from . import folder
+from .cache import kernels_folder
 
 # Arguments. Arrays that a kernel only reads may be read-only ones: what a transport or TensorFlow owns.
 f32, f64, flag = types.float32, types.float64, types.boolean
@@ -33,7 +33,7 @@ def kernel(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
     """Compiles a function for these argument types, or loads what was compiled before."""
 
     def compiled(function: Callable) -> Any:
-        before, config.CACHE_DIR = config.CACHE_DIR, str(folder())
+        before, config.CACHE_DIR = config.CACHE_DIR, str(kernels_folder())
         try:
             return njit(tuple(arguments), cache=True, nogil=True, error_model="numpy", **options)(function)
         finally:

@@ -15,3 +15,15 @@ def smallest_elias_fano(k: int, d: int) -> tuple[int, int]:
         if size < least:
             best, least = low, size
     return best, least
+
+
+#: The bits of an infinite float32: those of finite magnitudes are below.
+INFINITY = 0x7F800000
+
+
+#: Elements that stay in the first-level cache while kernels look at them again.
+L1_PIECE = 2048
+
+
+#: And in the second-level cache, a few times as many.
+L2_PIECE = 16384

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ...parts import rng
-from ...parts.field import INTEGERS
-from ...parts.ops import Ops
-from ...parts.tensor import TensorSpec
+from ..parts import rng
+from ..parts.field import INTEGERS
+from ..parts.ops import Ops
+from ..parts.tensor import TensorSpec
 
 # Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
-PIECE = 1 << 15
+BITS_PIECE = 1 << 15
 # The largest finite value of each dtype, exact in float32 (and in float64).
 LARGEST: dict[Any, float] = {
     "float16": 65504.0,
@@ -190,8 +190,8 @@ class NumpyOps(Ops):
             return codes.astype(f"<u{width // 8}").view(np.uint8)
         shifts = np.arange(width, dtype=np.uint32)
         pieces = [
-            np.packbits((codes[i : i + PIECE, None].astype(np.uint32) >> shifts).astype(np.uint8) & 1, bitorder="little")
-            for i in range(0, codes.size, PIECE)
+            np.packbits((codes[i : i + BITS_PIECE, None].astype(np.uint32) >> shifts).astype(np.uint8) & 1, bitorder="little")
+            for i in range(0, codes.size, BITS_PIECE)
         ]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
 
@@ -200,8 +200,8 @@ class NumpyOps(Ops):
             return np.ascontiguousarray(data).view(f"<u{width // 8}")[:count].astype(np.int64)
         codes = np.empty(count, np.int64)
         weights = (1 << np.arange(width, dtype=np.int64)).astype(np.float64)  # exact below 2**53, and matmul is fast
-        for i in range(0, count, PIECE):
-            n = min(PIECE, count - i)
+        for i in range(0, count, BITS_PIECE):
+            n = min(BITS_PIECE, count - i)
             bits = np.unpackbits(data[i * width // 8 :], count=n * width, bitorder="little").reshape(n, width)
             codes[i : i + n] = bits @ weights
         return codes

@@ -6,7 +6,8 @@ import numpy as np
 
 from .bits import bit_positions
 from .compile import LANES, compresses, f32, flag, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
-from .elementwise import INFINITY, PIECE, compensate, magnitude
+from .elementwise import INFINITY, compensate, magnitude
+from .sizes import L1_PIECE
 
 ONE = np.uint64(1)
 NOT_FINITE = -1
@@ -61,11 +62,11 @@ def take(x, start, threshold, places, positions, values):
 
 @kernel(read(f32), u32, write(i64), write(f32), write(f32))
 def collect(x, threshold, positions, values, taken):
-    """The x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops where there might not be room for a PIECE. Returns
+    """The x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops where L1_PIECE more might have no room. Returns
     (how many were found, or NOT_FINITE; the position it came to). `taken` is x's own memory, where what is found is to become zero."""
-    found, places = 0, np.empty(PIECE, np.int32)
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
+    found, places = 0, np.empty(L1_PIECE, np.int32)
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
         if found + len(piece) > len(values):
             return found, start
         here = take(piece, start, threshold, places, positions[found:], values[found:])
@@ -83,8 +84,8 @@ def gather_above(x, threshold, out):
     """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to, the
     least of them as bits, or those of Inf)."""
     found, least = 0, INFINITY
-    for start in range(0, len(x), PIECE):
-        piece, into = x[start : start + PIECE], out[found:]
+    for start in range(0, len(x), L1_PIECE):
+        piece, into = x[start : start + L1_PIECE], out[found:]
         if len(into) < len(piece):
             return found, start, least
         here = _magnitudes(piece, threshold, into)
@@ -107,12 +108,12 @@ def total_above(x, least):
 def sweep(residual, grad, beta, gamma, threshold, total, positions, values, spent):
     """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, but zero where its magnitude reaches the threshold, and
     those. Stops and returns as collect. `spent` is the gradient, where it is to become zeros as far as that came and all is finite."""
-    found, places = 0, np.empty(PIECE, np.int32)
-    for start in range(0, len(total), PIECE):
-        piece = total[start : start + PIECE]
+    found, places = 0, np.empty(L1_PIECE, np.int32)
+    for start in range(0, len(total), L1_PIECE):
+        piece = total[start : start + L1_PIECE]
         if found + len(piece) > len(values):
             return found, start
-        before, new = residual[start : start + PIECE], grad[start : start + PIECE]
+        before, new = residual[start : start + L1_PIECE], grad[start : start + L1_PIECE]
         for j in range(len(piece)):
             piece[j] = beta * before[j] + gamma * new[j]
         here = take(piece, start, threshold, places, positions[found:], values[found:])
@@ -120,7 +121,7 @@ def sweep(residual, grad, beta, gamma, threshold, total, positions, values, spen
             return here, start
         for j in range(here):
             piece[places[j]] = 0
-        spent[start : start + PIECE] = 0
+        spent[start : start + L1_PIECE] = 0
         found += here
     return found, len(total)
 
@@ -130,11 +131,11 @@ def compensate_at(residual, grad, beta, gamma, positions, total, values, spent):
     """values = beta residual_j + gamma grad_j at these ascending positions; total_j = the same everywhere else, and zero there. Returns
     whether all are finite; `spent` as for sweep."""
     at = 0
-    for start in range(0, len(total), PIECE):
-        piece = total[start : start + PIECE]
-        if not compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, piece):
+    for start in range(0, len(total), L1_PIECE):
+        piece = total[start : start + L1_PIECE]
+        if not compensate(residual[start : start + L1_PIECE], grad[start : start + L1_PIECE], beta, gamma, piece):
             return False
-        spent[start : start + PIECE] = 0
+        spent[start : start + L1_PIECE] = 0
         while at < len(positions) and positions[at] < start + len(piece):
             values[at], piece[positions[at] - start] = piece[positions[at] - start], 0
             at += 1
@@ -170,8 +171,8 @@ def add_sparse(total, positions, values, ends, divisor):
     at = np.zeros(ranks, np.int64)
     for r in range(1, ranks):
         at[r] = ends[r - 1]
-    for start in range(0, len(total), PIECE):
-        piece = total[start : start + PIECE]
+    for start in range(0, len(total), L1_PIECE):
+        piece = total[start : start + L1_PIECE]
         end = start + len(piece)
         for j in range(len(piece)):
             piece[j] = 0
@@ -191,12 +192,12 @@ def add_sparse(total, positions, values, ends, divisor):
 @kernel(write(f32), read(i64), read(f32), read(i64), f32)
 def add_to_zeros(total, positions, values, ends, divisor):
     """add_sparse, where total holds zeros: looks at nothing else of it than what is added to."""
-    ranks, touched = len(ends), np.zeros(PIECE // 64, np.uint64)
+    ranks, touched = len(ends), np.zeros(L1_PIECE // 64, np.uint64)
     at = np.zeros(ranks, np.int64)
     for r in range(1, ranks):
         at[r] = ends[r - 1]
-    for start in range(0, len(total), PIECE):
-        piece = total[start : start + PIECE]
+    for start in range(0, len(total), L1_PIECE):
+        piece = total[start : start + L1_PIECE]
         end = start + len(piece)
         for r in range(ranks):
             j = at[r]

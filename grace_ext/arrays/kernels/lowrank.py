@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import PIECE, STRETCH
 from .compile import LANES, every, f32, f64, i64, inlined, kernel, larger, largest, load, read, store, sum_of, write
 from .elementwise import INFINITY, magnitude
+from .sizes import L1_PIECE, L2_PIECE
 
 
 @kernel(read(f32), read(f32), fastmath={"reassoc", "contract"})
@@ -75,8 +75,8 @@ def project(x, p, rows, rank, q):
     of columns that stay in the second-level cache with their sums."""
     columns, together, fours = len(x) // rows, rows // 4 * 4, rank // 4 * 4
     whole = columns // LANES * LANES
-    for start in range(0, whole, STRETCH):
-        end = min(whole, start + STRETCH)
+    for start in range(0, whole, L2_PIECE):
+        end = min(whole, start + L2_PIECE)
         for i in range(0, together, 4):
             first = i * columns
             second, third, fourth = first + columns, first + 2 * columns, first + 3 * columns
@@ -107,8 +107,8 @@ def subtract_product(x, a, b, rows, rank):
     """x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the cache."""
     columns = len(x) // rows
     for i in range(rows):
-        for start in range(0, columns, PIECE):
-            piece = x[i * columns + start : min(i * columns + start + PIECE, (i + 1) * columns)]
+        for start in range(0, columns, L1_PIECE):
+            piece = x[i * columns + start : min(i * columns + start + L1_PIECE, (i + 1) * columns)]
             for r in range(rank):
                 add_multiple(piece, -a[i * rank + r], b[r * columns + start : r * columns + start + len(piece)])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..parts.rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
+from ...parts.rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
 from .compile import i64, inlined, kernel, read, u32, write
-from .elementwise import PIECE
+from .elementwise import L1_PIECE
 
 M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(15), np.uint32(16)
 
@@ -36,9 +36,9 @@ def random_words(k0, k1, out):
 def scramble(k0, k1, half, x):
     """Each of x, numbers of 2 * half bits, becomes its image under a keyed Feistel network."""
     mask, shift = np.uint32((1 << half) - 1), np.uint32(half)
-    left, right = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32)
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
+    left, right = np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.uint32)
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
         lefts, rights = left[: len(piece)], right[: len(piece)]
         for j in range(len(piece)):
             lefts[j], rights[j] = np.uint32(piece[j] >> np.int64(shift)), np.uint32(np.uint32(piece[j]) & mask)
@@ -59,9 +59,9 @@ def permuted(k0, k1, half, d, out):
     for j in range(len(out)):
         out[j] = j
     scramble(k0, k1, half, out)
-    outside, again = np.empty(PIECE, np.int64), np.empty(PIECE, np.int64)
-    for start in range(0, len(out), PIECE):
-        piece, count = out[start : start + PIECE], 0
+    outside, again = np.empty(L1_PIECE, np.int64), np.empty(L1_PIECE, np.int64)
+    for start in range(0, len(out), L1_PIECE):
+        piece, count = out[start : start + L1_PIECE], 0
         for j in range(len(piece)):
             outside[count] = j
             count += piece[j] >= d

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import PIECE
 from .compile import bits_of, f32, f64, float_of, i64, inlined, kernel, read, write
+from .sizes import L1_PIECE
 
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
@@ -37,8 +37,8 @@ def compensate(residual, grad, beta, gamma, out):
 def most(x):
     """The bits of max |x_j|; Inf and NaN are above all numbers. Stops early where there is one."""
     found = np.uint32(0)
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
         for j in range(len(piece)):
             found = max(found, magnitude(piece[j]))
         if found >= INFINITY:
@@ -71,8 +71,8 @@ def block_squares(x, block, out):
     """out_b = the sum of x_j^2 over block b, in float64."""
     for b in range(len(out)):
         total = 0.0
-        for at in range(b * block, min((b + 1) * block, len(x)), PIECE):
-            total += squares(x[at : min(at + PIECE, (b + 1) * block)])
+        for at in range(b * block, min((b + 1) * block, len(x)), L1_PIECE):
+            total += squares(x[at : min(at + L1_PIECE, (b + 1) * block)])
         out[b] = total
 
 
@@ -103,8 +103,8 @@ def side_sums(x, out):
 @kernel(read(f32), write(f64), fastmath={"reassoc"})
 def magnitude_stats(x, out):
     """Adds to out[0] the sum of |x_j| and to out[1] how many are not zero; out[2] becomes the largest, Inf for NaN."""
-    for start in range(0, len(x), PIECE):
-        piece = x[start : start + PIECE]
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
         total, number, found = 0.0, np.uint32(0), np.uint32(0)
         for j in range(len(piece)):
             total += np.float64(abs(piece[j]))
@@ -118,10 +118,10 @@ def magnitude_stats(x, out):
 @kernel(read(f32), read(f32), f32, f32, write(f32), write(f64), write(f32))
 def compensate_stats(residual, grad, beta, gamma, total, out, spent):
     """compensate and magnitude_stats in one pass. `spent` is the gradient, where it is to become zeros as far as all is finite."""
-    for start in range(0, len(total), PIECE):
-        x = total[start : start + PIECE]
-        compensate(residual[start : start + PIECE], grad[start : start + PIECE], beta, gamma, x)
+    for start in range(0, len(total), L1_PIECE):
+        x = total[start : start + L1_PIECE]
+        compensate(residual[start : start + L1_PIECE], grad[start : start + L1_PIECE], beta, gamma, x)
         magnitude_stats(x, out)
         if out[2] == np.inf:
             break
-        spent[start : start + PIECE] = 0
+        spent[start : start + L1_PIECE] = 0

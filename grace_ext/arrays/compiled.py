@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ... import kernels
-from ...parts.field import ITEMSIZE
-from ...parts.ops import Feedback
-from ...parts.rng import Key
-from .ops import NumpyOps
+from ..parts.field import ITEMSIZE
+from ..parts.ops import Feedback
+from ..parts.rng import Key
+from . import kernels
+from .kernels.sizes import INFINITY, L1_PIECE
+from .numpy import NumpyOps
 from .quantizing import NOTHING, QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
@@ -101,7 +102,7 @@ class CompiledOps(QuantizingOps):
     # --- questions about values -------------------------------------------------------------------------------------
     def all_finite(self, x: np.ndarray) -> bool:
         x = x.reshape(-1)
-        return bool(self.kernels.most(x) < kernels.INFINITY) if _float32(x) else super().all_finite(x)
+        return bool(self.kernels.most(x) < INFINITY) if _float32(x) else super().all_finite(x)
 
     def any_nonzero(self, x: np.ndarray) -> bool:
         return bool(self.kernels.most(x)) if _float32(x) else super().any_nonzero(x)
@@ -163,9 +164,9 @@ class CompiledOps(QuantizingOps):
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
         """The magnitudes that reach a threshold above zero, in order, and the least of them."""
-        at, pieces, bits, least = 0, [], max(np.float32(threshold).view(np.uint32), TINY), kernels.INFINITY
+        at, pieces, bits, least = 0, [], max(np.float32(threshold).view(np.uint32), TINY), INFINITY
         while at < x.size:
-            out = np.empty(x.size // 3 + kernels.PIECE, np.float32)
+            out = np.empty(x.size // 3 + L1_PIECE, np.float32)
             found, came_to, its_least = self.kernels.gather_above(x[at:], bits, out)
             pieces.append(out[:found])
             at, least = at + came_to, min(least, its_least)
@@ -182,7 +183,7 @@ class CompiledOps(QuantizingOps):
 
     def _collected(self, size: int, run: Any) -> Found | None:
         """What `run(start, positions, values)` finds, called again with more room until it came to the end; None where it found NaN."""
-        pieces, at, room = [], 0, size // 32 + kernels.PIECE
+        pieces, at, room = [], 0, size // 32 + L1_PIECE
         while at < size:
             positions, values = np.empty(room, np.int64), np.empty(room, np.float32)
             found, came_to = run(at, positions, values)
@@ -304,7 +305,7 @@ class CompiledOps(QuantizingOps):
         """(signs, packed; whether any element is not zero); None where x is not finite."""
         signs = np.empty((x.size + 7) // 8, np.uint8)
         most = self.kernels.pack_signs_and_most(x, signs)
-        return (signs, most > 0) if most < kernels.INFINITY else None
+        return (signs, most > 0) if most < INFINITY else None
 
     def compensate_signs(self, feedback: Feedback, grad: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """(what is compressed, its signs packed, float64[number]: with 1 the sum of its magnitudes, with 3 that of what is below zero, that

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from .compile import copy_eight, f32, flag, float_of, i32, i64, kernel, read, u8, u32, write
-from .elementwise import INFINITY, PIECE, magnitude
+from .elementwise import INFINITY, magnitude
 from .random import word
+from .sizes import L1_PIECE
 
 S8, S9, S16, S23 = np.uint32(8), np.uint32(9), np.uint32(16), np.uint32(23)
 MANTISSA, LOW16 = np.uint32(2**23 - 1), np.uint32(2**16 - 1)
@@ -76,8 +77,8 @@ def encode_powers(x, left, lowest, wide, k0, k1, out):
     """Exponents rounded at random. With `wide`, all of them, and the signs are sent apart; else those above `lowest`, 127 at most, with the
     sign on top. Returns whether all of x is finite."""
     most = np.uint32(0)
-    for at in range(0, len(x), PIECE):
-        end = min(at + PIECE, len(x))
+    for at in range(0, len(x), L1_PIECE):
+        end = min(at + L1_PIECE, len(x))
         piece, base, codes = x[at:end], np.uint32(k0 + at), out[at:end]
         for j in range(len(piece)):
             bits = magnitude(piece[j])
@@ -102,9 +103,9 @@ def encode_powers(x, left, lowest, wide, k0, k1, out):
 def add_powers(total, codes, signs, first, divisor):
     """total_j += 2^(code - 127), negative where the sign bit is 0 (with `first`, 0 + that), and divided in the end. Returns whether all
     codes are exponents of numbers."""
-    room = np.empty(PIECE, np.uint32)
-    for at in range(0, len(total), PIECE):
-        end = min(at + PIECE, len(total))
+    room = np.empty(L1_PIECE, np.uint32)
+    for at in range(0, len(total), L1_PIECE):
+        end = min(at + L1_PIECE, len(total))
         piece, exponents, data = total[at:end], codes[at:end], signs[at // 8 :]
         most = np.uint8(0)
         for j in range(len(piece)):
@@ -129,12 +130,12 @@ def add_powers(total, codes, signs, first, divisor):
 def encode_book(x, left, scales, block, table, lowest, book, out):
     """The place in the book of |x_j| / scales[j // block], with 128 on top where x_j < 0. `table` says it for the quotient's upper 16 bits,
     from `lowest` on (see u8bit). In loops of their own, the others become vector instructions around the look-ups, which do not."""
-    quotients, entries, values = np.empty(PIECE, np.uint32), np.empty(PIECE, np.uint32), np.empty(PIECE, np.float32)
+    quotients, entries, values = np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.float32)
     for b in range(len(scales)):
         unit = scales[b] if scales[b] > 0 else np.float32(1)
         last = min((b + 1) * block, len(x))
-        for at in range(b * block, last, PIECE):
-            end = min(at + PIECE, last)
+        for at in range(b * block, last, L1_PIECE):
+            end = min(at + L1_PIECE, last)
             piece, codes, q, entry = x[at:end], out[at:end], quotients[: end - at], entries[: end - at]
             for j in range(len(q)):
                 q[j] = max(magnitude(piece[j] / unit), lowest) - lowest
@@ -158,8 +159,8 @@ def add_book(total, codes, scales, book, block, first, divisor):
     """total_j += book[code j] scales[j // block] (with `first`, 0 + that), and divided in the end."""
     for b in range(len(scales)):
         last = min((b + 1) * block, len(total))
-        for at in range(b * block, last, PIECE):
-            end = min(at + PIECE, last)
+        for at in range(b * block, last, L1_PIECE):
+            end = min(at + L1_PIECE, last)
             piece, places = total[at:end], codes[at:end]
             for j in range(len(piece)):
                 piece[j] = (np.float32(0) if first else piece[j]) + book[places[j]] * scales[b]

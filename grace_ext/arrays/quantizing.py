@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import kernels
-from ...parts.field import HALVES
-from ...parts.ops import Feedback
-from .ops import NumpyOps, typed
+from ..parts.field import HALVES
+from ..parts.ops import Feedback
+from .kernels.sizes import INFINITY
+from .numpy import NumpyOps, typed
 
 #: Elements that are worked on at a time where several operations look at them; a multiple of 8.
 STRETCH = 1 << 16
@@ -84,4 +84,4 @@ class QuantizingOps(NumpyOps):
     def measured(self, sources: Sources) -> float | None:
         """The largest magnitude of what is compressed, the residual added; None where it is not finite."""
         most = max(int(self.kernels.most(x)) for _, x, _ in self.pieces(sources))
-        return float(np.uint32(most).view(np.float32)) if most < kernels.INFINITY else None
+        return float(np.uint32(most).view(np.float32)) if most < INFINITY else None

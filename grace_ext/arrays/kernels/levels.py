@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from .compile import f32, f64, flag, i32, i64, kernel, read, u8, u32, write
-from .elementwise import PIECE, compensate, squares
+from .elementwise import compensate, squares
 from .random import word
+from .sizes import L1_PIECE
 
 S8 = np.uint32(8)
 
@@ -92,12 +93,12 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
     """The norms and the packed codes of x. Norms stop at `largest`; blocks whose norm is under `smallest` are zero. Where `left` has
     elements it is the same array as x: it becomes p = beta residual + gamma grad first, and what is not sent in the end. Returns whether
     all of x is finite."""
-    room, sign = np.empty(PIECE, np.int32), np.int32(1 << (width - 1))
+    room, sign = np.empty(L1_PIECE, np.int32), np.int32(1 << (width - 1))
     for b in range(len(norms)):
         first, last = b * block, min((b + 1) * block, len(x))
         total = 0.0
-        for at in range(first, last, PIECE):
-            end = min(at + PIECE, last)
+        for at in range(first, last, L1_PIECE):
+            end = min(at + L1_PIECE, last)
             if len(left):
                 compensate(residual[at:end], grad[at:end], beta, gamma, left[at:end])
             total += squares(x[at:end])
@@ -106,8 +107,8 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
         norm = np.float32(min(np.sqrt(total), largest))
         norms[b] = norm = norm if norm >= smallest else np.float32(0)
         scale, unit = np.float32(levels) / norm if norm > 0 else np.float32(0), norm / np.float32(levels)
-        for at in range(first, last, PIECE):
-            end = min(at + PIECE, last)
+        for at in range(first, last, L1_PIECE):
+            end = min(at + L1_PIECE, last)
             codes = room[: end - at]
             round_randomly(x[at:end], scale, levels, sign, np.uint32(k0 + at), k1, codes)
             pack_piece(codes, width, at, out)
@@ -123,11 +124,11 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
 def add_levels(total, data, units, block, width, levels, first, divisor):
     """total_j += the signed level of code j times units[j // block] (with `first`, 0 + that), and divided in the end. Returns False where a
     level is above `levels`."""
-    room, sign = np.empty(PIECE, np.int32), np.int32(1 << (width - 1))
+    room, sign = np.empty(L1_PIECE, np.int32), np.int32(1 << (width - 1))
     for b in range(len(units)):
         last = min((b + 1) * block, len(total))
-        for at in range(b * block, last, PIECE):
-            end = min(at + PIECE, last)
+        for at in range(b * block, last, L1_PIECE):
+            end = min(at + L1_PIECE, last)
             codes, piece = room[: end - at], total[at:end]
             unpack_piece(data, width, at, codes)
             most = np.int32(0)

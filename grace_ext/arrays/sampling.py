@@ -1,0 +1,61 @@
+"""Draws positions without replacement: k of d, in O(k), the same on every rank that has the key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ..parts.rng import FEISTEL_ROUNDS, Key, mix
+from . import kernels
+
+
+@lru_cache(maxsize=256)  # the encoder, and the decoder for each rank, want the same positions in the same step, of all tensors
+def sample(key: Key, d: int, k: int) -> np.ndarray:
+    """int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
+
+    The positions are the images of 0..k-1 under a keyed permutation of [0, d): a Feistel network over the next even power of
+    two, applied again to whatever falls outside (cycle walking), which keeps it a permutation."""
+    if k >= d:
+        return np.arange(d, dtype=np.int64)
+    positions = np.sort(_permuted(key, d, k))
+    positions.flags.writeable = False  # shared by all who ask
+    return positions
+
+
+def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes laid end to end. By kernels."""
+    positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
+    words = np.array(keys, np.uint32).reshape(-1)
+    kernels.load().permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
+    positions.sort()  # those of each array are above those of all before it
+    return positions
+
+
+def _half_bits(d: int) -> int:
+    """Of each half of the numbers that the Feistel network takes: at least those below d."""
+    return max(1, ((d - 1).bit_length() + 1) // 2)
+
+
+def _permuted(key: Key, d: int, k: int) -> np.ndarray:
+    half_bits = _half_bits(d)
+    if kernels.enabled():
+        out = np.empty(k, np.int64)
+        kernels.load().permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)
+        return out
+    half, mask = np.uint32(half_bits), np.uint32((1 << half_bits) - 1)
+
+    def permute(x: np.ndarray) -> np.ndarray:
+        left, right = (x >> half).astype(np.uint32), (x & mask).astype(np.uint32)
+        for turn in range(FEISTEL_ROUNDS):
+            scrambled = mix(mix(right + np.uint32((key[0] + turn * 0x9E3779B9) & 0xFFFFFFFF)) ^ np.uint32(key[1]))
+            left, right = right, (left ^ scrambled) & mask
+        return (left.astype(np.uint64) << np.uint64(half_bits)) | right
+
+    x = permute(np.arange(k, dtype=np.uint64))
+    outside = np.flatnonzero(x >= d)
+    while outside.size:
+        x[outside] = permute(x[outside])
+        outside = outside[x[outside] >= d]
+    return x.astype(np.int64)
