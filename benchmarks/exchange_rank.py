@@ -99,7 +99,7 @@ def replace_residuals(held: dict[str, torch.Tensor], prefix: str, job: dict[str,
 
 def links(repeats: int = 7) -> list[tuple[str, int, int, float]]:
     """Not a system: plain collectives of several sizes, for the cost model, on the transport that carries ours (probe.Point)."""
-    from grace_ext.driver import perform
+    from grace_ext.exchange.perform import perform
     from grace_ext.frameworks.torch import engine
     from grace_ext.frameworks.torch.ops import ops_for
     from grace_ext.probe import Probe

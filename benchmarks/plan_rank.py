@@ -14,7 +14,7 @@ from exchange_base import DistWorld, HorovodWorld
 from exchange_rank import Ours
 
 from grace_ext import plan
-from grace_ext.driver import perform
+from grace_ext.exchange.perform import perform
 from grace_ext.frameworks.torch import engine
 from grace_ext.frameworks.torch.ops import ops_for
 from grace_ext.plan_measure import probed, rows_of

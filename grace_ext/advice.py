@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .driver import Effects
-    from .frameworks.base import Transport
+    from .exchange.transport import Transport
     from .probe import MeasuredNetwork
     from .recorder import Recorder, Watch
 

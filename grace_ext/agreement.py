@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .effects import Effects, at_once
 from .errors import DisagreementError, PayloadError
-from .exchange import Collective
+from .exchange.effects import Collective, Effects
+from .exchange.message import VERSION, message, open_message, open_text
+from .exchange.perform import at_once
 from .parts.ops import Ops
-from .parts.payload import VERSION, message, open_message, open_text
 
 if TYPE_CHECKING:
-    from .frameworks.base import Transport
+    from .exchange.transport import Transport
 
 #: What ranks say of themselves and need not have in common.
 OWN = {"number": 0, "node": "", "saved_on": "", "judges": False}
 DIGESTS = "digests of parameters"
-NONSENSE = "is not what a rank says of itself"
+NONSENSE = "is not a rank's description of itself"
 FIX = (
     "Give every rank the same start (hvd.broadcast_parameters and hvd.broadcast_optimizer_state, or the checkpoint of one step), and let "
     "no rank change parameters by itself"

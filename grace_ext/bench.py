@@ -18,7 +18,7 @@ from .arrays import kernels
 from .arrays.compiled import host_ops
 from .arrays.numpy import NumpyOps
 from .composition import Grace, grace
-from .exchange import Job, exchange_tensor, initial_state, replaced
+from .exchange.tensor import Job, exchange_tensor, initial_state, replaced
 from .parts.field import HALVES
 from .parts.requests import AllReduce, Gather, Scatter, Together
 from .parts.tensor import StepInfo, TensorSpec
@@ -150,7 +150,7 @@ class _Run:
         """(seconds of encoding, of decoding per rank)"""
         info = StepInfo(number, 0, RANKS, RANKS)
         self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
-        running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info, [False])
+        running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info)
         spent, answer, self.nbytes, self.decoding = 0.0, None, 0, 0.0
         while True:
             start = time.perf_counter()

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .agreement import tell
-from .driver import perform
 from .errors import CheckpointError, GraceError, ParameterError
+from .exchange.perform import perform
 from .resize import HOW, resized, told
 from .statefile import decode, encode, exchanges, mapped
 
 if TYPE_CHECKING:
-    from .frameworks.base import Transport
+    from .exchange.transport import Transport
 
 LOG = logging.getLogger("grace_ext")
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .exchange import initial_state
+from .exchange.tensor import initial_state
 from .parts.ops import Array, Ops
 from .parts.state import as_state, is_own, own_state
 from .parts.tensor import StepInfo, TensorSpec

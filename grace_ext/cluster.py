@@ -7,40 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from .arrays import libraries
 from .checkpoint import Kept
-from .driver import Driver, Effects, Start, Wait
+from .driver import Driver, Effects
 from .errors import GraceError, NamesError, ParameterError
-from .exchange import Collective
-from .frameworks.base import Carried, Transport, cut, rank_ordered_sum
+from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics import Metrics, Report
-from .parts.field import HALVES, INTEGERS
-from .parts.ops import Ops
 from .parts.tensor import TensorSpec
 from .statefile import mapped
 
 if TYPE_CHECKING:
     from .composition import Grace
-
-
-class _Slot(Transport):
-    """One rank's place in the cluster. Its collectives are executed by the cluster, when every rank waits for them."""
-
-    splits = True
-
-    def __init__(self, rank: int, size: int, ops: Ops, per_node: int):
-        self.rank, self.size, self.ops, self._per_node = rank, size, ops, per_node
-
-    @property
-    def node(self) -> str:
-        return str(self.rank // self._per_node)
-
-    def carry(self, collective: Collective) -> Carried:
-        return (yield collective)  # `execute` has them all
-
-    def start(self, collective: Collective, name: str) -> Any:
-        raise GraceError("a rank of a LocalCluster is stepped by the cluster")
-
-    def wait(self, handle: Any) -> Any:
-        raise GraceError("a rank of a LocalCluster is stepped by the cluster")
 
 
 class LocalCluster:
@@ -57,7 +32,7 @@ class LocalCluster:
         self.grace, self.size, self.framework, self._per_node = grace, size, framework, ranks_per_node
         self.ops = libraries.ops_for_framework(framework)
         self.drivers = [
-            Driver(grace, self.ops, _Slot(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
+            Driver(grace, self.ops, LockstepTransport(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
             for rank in range(size)
         ]
         self._lr: float | None = None
@@ -152,59 +127,3 @@ def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:
         return (yield from driver.finish())
     finally:
         driver.abandon()  # where another rank's error ended the step
-
-
-def run_lockstep(ranks: Sequence[Effects], ops: Ops, per_node: int) -> list[Any]:
-    """Runs the effects of all ranks side by side; when all wait for a collective, it is executed. Returns what each rank returned."""
-    pending: dict[str, list[Collective]] = {}
-    answers: list[Any] = [None] * len(ranks)
-    try:
-        while True:
-            effects, returned = [], []
-            for rank, answer in zip(ranks, answers, strict=True):
-                try:
-                    effects.append(rank.send(answer))
-                except StopIteration as stop:
-                    returned.append(stop.value)
-            if returned:
-                return returned
-            answers = [None] * len(ranks)
-            if isinstance(effects[0], Start):
-                pending[effects[0].name] = [effect.collective for effect in effects]
-            elif isinstance(effects[0], Wait):
-                answers = _executed(pending.pop(effects[0].name), per_node, ops)
-    finally:
-        for rank in ranks:
-            rank.close()
-
-
-def _executed(collectives: Sequence[Collective], per_node: int, ops: Ops) -> list[Any]:
-    """One collective of all ranks, or one in each of the groups that it is for: the result for each rank."""
-    level = collectives[0].group  # the first rank is the first of its node: never idle
-    if level == "all":
-        return execute(collectives, ops)
-    every = range(len(collectives))
-    groups = [every[i : i + per_node] for i in every[::per_node]] if level == "inside" else [every[::per_node]]
-    answers: list[Any] = [None] * len(every)
-    for ranks in groups:
-        for rank, answer in zip(ranks, execute([collectives[rank] for rank in ranks], ops), strict=True):
-            answers[rank] = answer
-    return answers
-
-
-def execute(collectives: Sequence[Collective], ops: Ops) -> list[Any]:
-    """One collective of all ranks: the result for each. Sums are made in rank order."""
-    first, arrays = collectives[0], [c.array for c in collectives]
-    if first.kind == "allreduce":
-        if first.dtype in HALVES:
-            arrays = [ops.from_bytes(array, first.dtype) for array in arrays]
-        total = rank_ordered_sum(arrays)
-        if first.dtype not in INTEGERS:
-            total = total / first.divisor
-        if first.dtype in HALVES:
-            total = ops.to_bytes(total, first.dtype)
-        return [total] * len(collectives)
-    if first.kind == "alltoall":
-        pieces = [cut(c.array, c.sizes) for c in collectives]
-        return [list(column) for column in zip(*pieces, strict=True)]
-    return [arrays] * len(collectives)  # allgather, broadcast

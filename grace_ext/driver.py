@@ -27,8 +27,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +35,21 @@ import numpy as np
 
 from .agreement import agree, compare, few
 from .choices import Choices
-from .compressors.joined import SMALL
-from .effects import Effects, Split, Start, Wait, at_once
+from .compressors.forms.merged import SMALL
 from .errors import GraceError, NamesError, PayloadError, TensorChangedError, UnsupportedDtypeError, UnsupportedError
-from .exchange import Collective, Job, Outcome, exchange_bucket, initial_state, replaced
-from .levels import Levels
+from .exchange.bucket import exchange_bucket
+from .exchange.effects import Collective, Effects, Split, Start, Wait
+from .exchange.hierarchy import TwoLevel
+from .exchange.message import message, open_message
+from .exchange.perform import at_once
+from .exchange.tensor import Job, Outcome, initial_state, replaced
 from .parts.ops import Array, Ops
-from .parts.payload import message, open_message
 from .parts.state import as_state, is_own, own_state
 from .parts.tensor import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from .composition import Grace, Parts
-    from .frameworks.base import Transport
+    from .exchange.transport import Transport
     from .recorder import Recorder
 
 LOG = logging.getLogger("grace_ext")
@@ -59,7 +60,7 @@ class Bucket:
     """Consecutive parameters that travel in one message, and the exchange under way for them."""
 
     def __init__(self, specs: list[TensorSpec]):
-        self.specs = sorted(specs, key=lambda spec: spec.size > SMALL)  # neighbours can be joined, see exchange.py
+        self.specs = sorted(specs, key=lambda spec: spec.size > SMALL)  # neighbours can be merged, see exchange.py
         self.names = frozenset(spec.name for spec in specs)
         self.digest, self.number = 0, 0
         self.running: Generator | None = None
@@ -101,7 +102,7 @@ class Driver:
                 f"{grace} needs groups of ranks for 'hierarchical', which are not available here; use what is between the nodes by itself"
             )
         self.grace, self.ops, self.transport = grace, ops, transport
-        self._levels: Levels | None = None  # known once ranks have agreed
+        self._two_level: TwoLevel | None = None  # known once ranks have agreed
         self.divisor = transport.size if divisor is None else divisor
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
@@ -294,7 +295,7 @@ class Driver:
                 if self.recorder:
                     self.recorder.begin(self._info)
             jobs = [self._job(spec) for spec in bucket.specs]
-            how = self._levels.exchange if self._levels else partial(exchange_bucket, self.ops)
+            how = self._two_level.exchange if self._two_level else partial(exchange_bucket, self.ops)
             exchange = how(jobs, self._info, bucket.digest, self.transport.carry)
             bucket.running = self.recorder.bucket(exchange) if self.recorder else exchange
             yield from self._advance(bucket, None)
@@ -413,15 +414,15 @@ class Driver:
         at once, and ranks may have made different numbers of drivers before (for process sets)."""
         said = yield from agree(self.ops, self.transport, self._described())
         if self.grace.two_level:
-            self._levels = Levels(self.transport.rank, [other["node"] for other in said], self.ops)
+            self._two_level = TwoLevel(self.transport.rank, [other["node"] for other in said], self.ops)
             self._check_nodes([(other["saved_on"], other["node"]) for other in said if other["saved_on"]])
-            counts = [len(members) for members in self._levels.members]
+            counts = [len(members) for members in self._two_level.members]
             if self.grace.diverges and len(set(counts)) > 1:
                 raise UnsupportedError(
                     f"{self.grace} on nodes of {counts} ranks: in two levels a node counts once, and the mean of the models, which undoes "
                     "errors, counts ranks; use as many ranks on every node, or a flat communicator"
                 )
-            yield Split(self._levels.groups)
+            yield Split(self._two_level.groups)
         self._tell(self._choices.told())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
@@ -468,7 +469,7 @@ class Driver:
         """Goes on among other ranks, with an empty memory and a new agreement; parameters are to be registered again, as on a rank that has
         just joined. What was under way is forgotten: its engine has ended."""
         self.abandon()
-        self.transport, self.divisor, self._levels = transport, divisor, None
+        self.transport, self.divisor, self._two_level = transport, divisor, None
         self.agreed, self.prefix, self.state, self._saved_on = False, "", {}, ""
         self.register(())
 
@@ -567,38 +568,3 @@ class Driver:
             shapes, found = ({key: len(array) for key, array in x.items()} for x in (expected, arrays))
             if shapes != found:
                 raise GraceError(f"the state of {name!r} has {found} elements, expected {shapes}")
-
-
-@contextmanager
-def telling(transport: Transport, name: str, parameters: Sequence[TensorSpec] = ()) -> Iterator[None]:
-    """An engine's error says little: makes it a CollectiveError (of a kind that the engine's users expect)."""
-    try:
-        yield
-    except GraceError:
-        raise
-    except RuntimeError as error:
-        raise transport.failure(str(error), name, [spec.name for spec in parameters], transport.rank) from error
-
-
-def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
-    """Executes a driver's effects on a transport; `handles` holds what is under way between calls."""
-    answer = None
-    try:
-        while True:
-            try:
-                effect = effects.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            answer = None
-            if isinstance(effect, Start):
-                among = transport.among(effect.collective.group)
-                with telling(transport, effect.name, effect.parameters):
-                    handles[effect.name] = among, among and among.start(effect.collective, effect.name)
-            elif isinstance(effect, Split):
-                transport.split(effect.groups)
-            else:
-                among, handle = handles.pop(effect.name)
-                with telling(transport, effect.name, effect.parameters):
-                    answer = among.wait(handle) if among else None
-    finally:
-        effects.close()  # so that an engine's error reaches the driver at once

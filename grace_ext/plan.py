@@ -116,7 +116,7 @@ class Model:
         if nodes == 1:  # nothing is compressed: it is the dense exchange, and takes as much work
             return replay(next(iter(self.traces.values())).on(self.n), network, self.n, compute)
         between = replay(trace.on(nodes), network.between(), nodes, compute)
-        # What the nodes' first workers get of each collective (levels.Levels._shared): all payloads of a gather, else as much as they gave.
+        # What the nodes' first workers get of each collective (hierarchy.py): all payloads of a gather, else as much as they gave.
         got = [event.nbytes * (nodes if event.kind == "allgather" else 1) for event in trace.on(nodes) if event.what == "start"]
         inside = summed + sum(cost.broadcast(self.inside, self.per_node, nbytes) for nbytes in got)
         return replace(between, step=between.step + inside, exchange=between.exchange + inside, network=between.network + inside)

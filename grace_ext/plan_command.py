@@ -65,7 +65,7 @@ def plan(
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     from . import plan as planning
     from .cost import Link
-    from .driver import perform
+    from .exchange.perform import perform
     from .shapes import shapes_of
 
     said = {"rate": rate, "latency": latency, "workers": workers, "workers_per_node": workers_per_node, "inside": inside, "fresh": fresh}

@@ -14,8 +14,8 @@ import numpy as np
 from .composition import Grace
 from .cost import GOODPUT, Link
 from .driver import Driver, Effects, Start, Wait
-from .exchange import Collective
-from .frameworks.base import Transport
+from .exchange.effects import Collective
+from .exchange.transport import Transport
 from .trace import Shapes, gradients, specs_of
 
 KINDS = ("allreduce", "allgather", "alltoall")

@@ -7,13 +7,13 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .advice import Advice
-from .exchange import Collective
+from .exchange.effects import Collective
 from .parts.requests import AllReduce, Gather, Scatter
 from .parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
     from .driver import Bucket, Driver
-    from .exchange import Job
+    from .exchange.tensor import Job
     from .metrics import Metrics
 
 clock = time.perf_counter

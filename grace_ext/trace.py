@@ -17,12 +17,12 @@ import numpy as np
 
 from .arrays.compiled import host_ops
 from .arrays.numpy import NumpyOps
-from .cluster import execute
 from .composition import Composition, Grace
 from .driver import Driver, Start
 from .errors import UnsupportedError
-from .exchange import Collective
-from .frameworks.base import Transport
+from .exchange.effects import Collective
+from .exchange.lockstep import execute
+from .exchange.transport import Transport
 from .parts.ops import Ops
 from .parts.tensor import TensorSpec
 
@@ -89,7 +89,7 @@ class _Overwriting(NumpyOps):
         return True
 
 
-class _Slot(Transport):
+class _PretendedTransport(Transport):
     """One rank's place, with the abilities of the engine that is pretended. No shortcuts of two ranks: what they do stands for n."""
 
     pair = False
@@ -133,7 +133,9 @@ def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, 
 
 def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like: Transport | None) -> tuple[Event, ...]:
     ops = host_ops(_Overwriting)
-    drivers = [Driver(g, ops, _Slot(rank, n, ops, like), read_lr=lambda: lr, diverging=True, in_place=True) for rank in range(n)]
+    drivers = [
+        Driver(g, ops, _PretendedTransport(rank, n, ops, like), read_lr=lambda: lr, diverging=True, in_place=True) for rank in range(n)
+    ]
     # numpy has no bfloat16; a float16 is as long.
     specs = [replace(spec, dtype="float16") if spec.dtype == "bfloat16" else spec for spec in specs_of(shapes)]
     drawn = [gradients(shapes, rank) for rank in range(n)]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import grace_ext
-import grace_ext.cluster as cluster_module
 from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError
+from grace_ext.exchange import lockstep
 
 SPEC = "auto(steps=2, candidates=['topk(ratio=0.01) + residual', 'efsignsgd + residual'])"
 
@@ -21,13 +21,13 @@ def gradients(step: int) -> list[dict[str, np.ndarray]]:
 
 def slowed(rate: float):
     """A LocalCluster whose collectives take as long as their bytes at this rate."""
-    original = cluster_module.execute
+    original = lockstep.execute
 
     def execute(collectives, ops):
         time.sleep(max(c.nbytes for c in collectives) / rate)
         return original(collectives, ops)
 
-    return mock.patch.object(cluster_module, "execute", execute)
+    return mock.patch.object(lockstep, "execute", execute)
 
 
 def test_it_measures_dense_steps_and_compresses_on_a_slow_network(caplog):
@@ -84,7 +84,7 @@ def test_it_decides_after_steps_that_were_not_finite(caplog):
 def test_dense_is_what_was_measured_an_all_reduce():
     """Whatever the candidates' communicator: gathering whole gradients of many ranks would be dear."""
     kinds = []
-    original = cluster_module.execute
+    original = lockstep.execute
 
     def execute(collectives, ops):
         kinds.append(collectives[0].kind)
@@ -93,7 +93,7 @@ def test_dense_is_what_was_measured_an_all_reduce():
     cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=9, candidates=['efsignsgd + residual'])"), 3)
     given = {"w": np.ones((300, 200), np.float32)}
     cluster.step([given] * 3)
-    with mock.patch.object(cluster_module, "execute", execute):
+    with mock.patch.object(lockstep, "execute", execute):
         cluster.step([given] * 3)
     assert kinds == ["allreduce"]
 
@@ -102,13 +102,13 @@ def test_gradients_of_16_bits_are_probed_as_such():
     """What is exchanged to choose is as long as what is trained with: fp16 would gain a half on what has 32 bits."""
     torch = pytest.importorskip("torch")
     cluster, sums = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2, candidates=['fp16'])"), 2, framework="torch"), []
-    original = cluster_module.execute
+    original = lockstep.execute
 
     def execute(collectives, ops):
         sums.append(collectives[0].nbytes if collectives[0].kind == "allreduce" else 0)
         return original(collectives, ops)
 
-    with mock.patch("grace_ext.policies.auto.SIZES", (64, 4096)), mock.patch.object(cluster_module, "execute", execute):
+    with mock.patch("grace_ext.policies.auto.SIZES", (64, 4096)), mock.patch.object(lockstep, "execute", execute):
         for step in range(2):
             trained = len(sums)
             cluster.step([{"w": torch.from_numpy(array["w"]).bfloat16()} for array in gradients(step)])

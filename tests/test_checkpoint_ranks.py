@@ -12,7 +12,7 @@ from grace_ext import checkpoint
 from grace_ext.checkpoint import kept_by
 from grace_ext.driver import Driver
 from grace_ext.errors import CheckpointError
-from grace_ext.frameworks.base import Transport
+from grace_ext.exchange.transport import Transport
 
 from . import resume_matrix
 from .drivers.hub import OPS

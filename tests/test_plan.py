@@ -19,8 +19,8 @@ import grace_ext
 from grace_ext import cost, plan, plan_picture, simulate
 from grace_ext.cli import app, main
 from grace_ext.cost import GOODPUT, Link
-from grace_ext.driver import perform
 from grace_ext.errors import ModelError, ParameterError, UnsupportedError
+from grace_ext.exchange.perform import perform
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.probe import MeasuredNetwork, fitted
 from grace_ext.shapes import shapes_of

@@ -17,9 +17,9 @@ class _EveryPayload(Communicator):
 
     def exchange(self, ops, compressor, x, spec, info, state):
         payload, state = compressor.compress(ops, x, spec, info, state)
-        return (yield from self.carry(ops, compressor, payload, spec, info, state))
+        return (yield from self.send(ops, compressor, payload, spec, info, state))
 
-    def carry(self, ops, compressor, payload, spec, info, state, out=None):
+    def send(self, ops, compressor, payload, spec, info, state, out=None):
         payloads = yield Gather(compressor.fields(spec), payload, by_broadcast=self.by_broadcast)
         return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info, out), spec, info, state)
 

@@ -24,9 +24,9 @@ class Allreduce(Communicator):
 
     def exchange(self, ops, compressor, x, spec, info, state):
         payload, state = compressor.compress(ops, x, spec, info, state)
-        return (yield from self.carry(ops, compressor, payload, spec, info, state))
+        return (yield from self.send(ops, compressor, payload, spec, info, state))
 
-    def carry(self, ops, compressor, payload, spec, info, state, out=None):
+    def send(self, ops, compressor, payload, spec, info, state, out=None):
         if compressor.votes:
             counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
             return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)

@@ -23,7 +23,7 @@ class Communicator(Part):
     """A generator that yields requests (see exchange.py) and never blocks."""
 
     kind: ClassVar[str] = "communicator"
-    #: It sends one payload a tensor, as the compressor made it, and `carry` takes that.
+    #: It sends one payload a tensor, as the compressor made it, and `send` takes that.
     carries_payloads: ClassVar[bool] = False
     #: It exchanges inside the nodes first, and only then, by `inner`, between them (levels.py).
     two_level: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class Communicator(Part):
     ) -> Generator[Any, Any, Exchanged]:
         """Compresses x, yields requests, is resumed with their results, and aggregates."""
 
-    def carry(
+    def send(
         self, ops: Ops, compressor: Compressor, payload: Payload, spec: TensorSpec, info: StepInfo, state: State,
         out: Array | Zeros | None = None,
     ) -> Generator[Any, Any, Exchanged]:  # fmt: skip

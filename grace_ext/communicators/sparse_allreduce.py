@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..compressors.base import Exchanged, sent_by
-from ..compressors.sparse import Selecting, values_knob
+from ..compressors.forms.sparse import Selecting, values_knob
 from ..errors import IncompatiblePartsError
 from ..parts.requests import Gather, Scatter
 from ..parts.tensor import TensorSpec

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..coding import decode_indices, encode_indices, index_bytes
 from . import register
 from .base import Field
-from .scales import floats_from_bytes, floats_to_bytes
-from .sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob
+from .forms.positions import decode_indices, encode_indices, index_bytes
+from .forms.scales import floats_from_bytes, floats_to_bytes
+from .forms.sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
 
 @register("adaq")

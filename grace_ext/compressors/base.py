@@ -46,6 +46,10 @@ class Fused(NamedTuple):
     zeroed: bool = False
 
 
+#: What an exchange in rounds of its own gives: the result, what was not sent, and the new state.
+RoundsDone = tuple["Array", "Array", State]
+
+
 @dataclass(frozen=True)
 class Compressor(Part):
     """Turns a flat float array into a packed payload and back.
@@ -157,7 +161,7 @@ class Compressor(Part):
 
     def fused_rounds(
         self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State, out: Array | None
-    ) -> Generator[Any, Any, tuple[Array, Array, State]] | None:
+    ) -> Generator[Any, Any, RoundsDone] | None:
         """As `fused`, for a compressor that communicates in rounds of its own: a generator of all of them that returns (the result, in
         `out` where that is given; what was not sent; the new state)."""
         return None
@@ -166,7 +170,7 @@ class Compressor(Part):
         """The state (or what changes of it) once the result is known, which is the same on all ranks."""
         return {}
 
-    def joined(self, specs: tuple[TensorSpec, ...]) -> Compressor | None:
+    def merged(self, specs: tuple[TensorSpec, ...]) -> Compressor | None:
         """What compresses the concatenation of such small tensors, with the bytes of each by itself, one after the other; None where that
         is no shorter way. For compressors without a state that have `fused`."""
         return None

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..coding import decode_indices, encode_indices
 from ..errors import PayloadError
 from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, sent_by
-from .sparse import VALUES, index_field, index_knob
+from .forms.positions import decode_indices, encode_indices
+from .forms.sparse import VALUES, index_field, index_knob
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import numpy as np
 from ..parts import rng
 from ..parts.part import knob
 from . import register
-from .sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
+from .forms.sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
 
 #: A sample holds so many elements at most for each that it is to place above the threshold, which is then off by 1 / sqrt(400).
 MOST_PER_KEPT = 400

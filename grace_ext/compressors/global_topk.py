@@ -8,7 +8,7 @@ import numpy as np
 
 from ..parts.requests import Together
 from . import register
-from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+from .forms.sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 
 
 def choose(asked):

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import register
 from .base import Compressor, Field, Fused
-from .joined import JoinedCasts
+from .forms.merged import MergedCasts
 
 
 class _Half(Compressor):
@@ -46,8 +46,8 @@ class _Half(Compressor):
             finite = ops.kernels.narrow_sum(residual, grad, beta, gamma, self._brains, out, left)
         return Fused((out.view(np.uint8),), left) if finite else None
 
-    def joined(self, specs):
-        return JoinedCasts(self, specs)
+    def merged(self, specs):
+        return MergedCasts(self, specs)
 
     def add_compiled(self, ops, total, payload, spec, first, divisor):
         if not ops.kernels.narrow:

@@ -11,7 +11,7 @@ from ..parts.part import knob
 from ..parts.requests import Gather
 from . import register
 from .base import Exchanged, Field, sent_by
-from .lowrank import _LowRank, kept_subspace, orthonormalize
+from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 LARGEST = float(np.finfo(np.float32).max)
 

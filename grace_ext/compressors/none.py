@@ -7,7 +7,7 @@ import numpy as np
 
 from . import register
 from .base import Compressor, Field, Fused
-from .joined import JoinedCasts
+from .forms.merged import MergedCasts
 
 
 @register("none")
@@ -57,5 +57,5 @@ class NoCompression(Compressor):
         # A memory's own float32, of a float64 gradient, comes here, too.
         return Fused((sent,), ops.cast(x - ops.from_bytes(sent, spec.dtype), "float32"))
 
-    def joined(self, specs):
-        return JoinedCasts(self, specs)
+    def merged(self, specs):
+        return MergedCasts(self, specs)

@@ -8,8 +8,8 @@ import numpy as np
 from ..parts.part import knob
 from . import register
 from .base import Field
-from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
-from .signs import TwoSided
+from .forms.scales import blocks, counts, floats_from_bytes, floats_to_bytes
+from .forms.two_sided import TwoSided
 
 
 @register("onebit")

@@ -4,14 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..coding import decode_indices, encode_indices
 from ..errors import IncompatiblePartsError, PayloadError
 from ..parts.part import knob
 from ..parts.spec import part_knob
 from ..parts.tensor import TensorSpec
 from . import register
 from .base import Compressor, Field
-from .sparse import AtPositions, Selecting, count_field, finite, get_count, index_field, put_count
+from .forms.positions import decode_indices, encode_indices
+from .forms.sparse import AtPositions, Selecting, count_field, finite, get_count, index_field, put_count
 
 
 @register("pipeline")

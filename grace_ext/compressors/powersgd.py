@@ -9,7 +9,7 @@ from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
 from .base import Exchanged, Field
-from .lowrank import _LowRank, kept_subspace, orthonormalize
+from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 
 class Factors(NamedTuple):

@@ -9,7 +9,7 @@ from ..parts import rng
 from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
-from .lowrank import kept_subspace, orthonormalize
+from .forms.lowrank import kept_subspace, orthonormalize
 from .powersgd import _TwoSums, feedback_knob, outcome
 
 

@@ -10,7 +10,7 @@ from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused
-from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
+from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
 #: So that norm / s times s does not overflow.
 LARGEST_NORM = LARGEST * 0.99999

@@ -13,8 +13,8 @@ from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
 from .base import Compressor, Field, Fused
-from .joined import fields_of
-from .sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, values_knob
+from .forms.merged import fields_of
+from .forms.sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, values_knob
 
 
 class _SharedPositions(Compressor):
@@ -35,7 +35,7 @@ class _SharedPositions(Compressor):
         starts = accumulate((spec.size for spec in specs), initial=0)
         return np.concatenate([start + self._draw(spec, info) for start, spec in zip(starts, specs, strict=False)])
 
-    def joined(self, specs):
+    def merged(self, specs):
         return None if self.scale else _Joined(self, specs)
 
     @property
@@ -93,7 +93,7 @@ class _SharedPositions(Compressor):
 
 @dataclass(frozen=True)
 class _Joined(_SharedPositions):
-    """Several small tensors as one: see joined.py. Not registered."""
+    """Several small tensors as one: see merged.py. Not registered."""
 
     each: Any
     specs: tuple[TensorSpec, ...]
@@ -112,7 +112,7 @@ class _Joined(_SharedPositions):
     @cached_property
     def _fields(self):
         tensors = fields_of(self.each, self.specs)
-        return (Field("values", VALUES[self.values], sum(field.count for _, (field,) in tensors), joined=tensors),)
+        return (Field("values", VALUES[self.values], sum(field.count for _, (field,) in tensors), merged=tensors),)
 
     def positions(self, ops, payload, spec, info):
         key = info.seed, info.step

@@ -10,7 +10,7 @@ from ..parts.part import knob
 from ..parts.requests import AllReduce, Gather
 from . import register
 from .base import Compressor, Exchanged, Field, sent_by
-from .scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
+from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
 
 @register("scaled_int")

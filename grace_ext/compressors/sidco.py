@@ -8,7 +8,7 @@ import numpy as np
 
 from ..parts.part import knob
 from . import register
-from .sparse import Selecting, index_knob, kept, ratio_knob, values_knob
+from .forms.sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 
 
 def exponential(mean: float, ratio: float) -> float:

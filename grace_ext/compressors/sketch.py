@@ -9,7 +9,7 @@ from ..errors import PayloadError
 from ..parts.part import knob
 from . import register
 from .base import Compressor, Field
-from .scales import floats_from_bytes, floats_to_bytes
+from .forms.scales import floats_from_bytes, floats_to_bytes
 
 
 @register("sketch")

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..coding import decode_indices, encode_indices, index_bytes
 from ..errors import PayloadError
 from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, put_count
+from .forms.positions import decode_indices, encode_indices, index_bytes
+from .forms.sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, put_count
 
 LEVEL_BITS = 16
 

@@ -9,7 +9,7 @@ from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused, sent_by
-from .scales import floats_from_bytes, floats_to_bytes
+from .forms.scales import floats_from_bytes, floats_to_bytes
 
 #: The five trits of each byte below 3**5, as elements in {-1, 0, 1}, lowest first.
 TRITS = (np.arange(243)[:, None] // 3 ** np.arange(5) % 3 - 1).astype(np.float32)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..parts.part import knob
 from . import register
-from .sparse import Selecting, index_knob, values_knob
+from .forms.sparse import Selecting, index_knob, values_knob
 
 
 @register("threshold")
@@ -23,7 +23,7 @@ class Threshold(Selecting):
     Source: Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization); Strom 2015.
     """
 
-    joins: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     threshold: float = knob(0.01, "smallest magnitude that is sent, in units of the gradient", low=0, headline=True)
     values: str = values_knob()
     index: str = index_knob()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from . import register
-from .sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
+from .forms.sparse import Selecting, index_knob, kept, largest, ratio_knob, values_knob
 
 
 @register("topk")
@@ -19,7 +19,7 @@ class TopK(Selecting):
     """
 
     exactly: ClassVar[bool] = True
-    joins: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     ratio: float = ratio_knob()
     values: str = values_knob()
     index: str = index_knob()

@@ -8,7 +8,7 @@ from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
 from .base import Compressor, Field, Fused
-from .scales import blocks, floats_from_bytes, floats_to_bytes
+from .forms.scales import blocks, floats_from_bytes, floats_to_bytes
 
 
 def _book() -> np.ndarray:

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..coding import decode_indices, encode_indices, index_bytes
 from . import register
 from .base import Compressor, Field
-from .scales import LARGEST, floats_from_bytes, floats_to_bytes
-from .sparse import count_field, expect_bytes, finite, get_count, index_field, index_knob, kept, put_count, ratio_knob
+from .forms.positions import decode_indices, encode_indices, index_bytes
+from .forms.scales import LARGEST, floats_from_bytes, floats_to_bytes
+from .forms.sparse import count_field, expect_bytes, finite, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 PASSES = 50

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays import libraries
-from ..cluster import _Slot, _whole_step, run_lockstep
+from ..cluster import _whole_step
 from ..driver import Driver
 from ..errors import DisagreementError, NamesError, ParameterError
-from ..frameworks.base import Transport
+from ..exchange.lockstep import LockstepTransport, run_lockstep
+from ..exchange.transport import Transport
 from ..parts.tensor import TensorSpec
 from .line import Entry
 from .messages import Messages
@@ -54,7 +55,7 @@ class LocalSGDCluster:
         self.models = [LocalModel(plan_of(compression, asynchronous=asynchronous, **each, **options), self.ops) for each in own]
         self.plan = self.models[0].plan
         self._messages = [Messages(model, rank, size) for rank, model in enumerate(self.models)] if asynchronous else []
-        slots: list[Transport] = [_Slot(rank, size, self.ops, 1) for rank in range(size)]
+        slots: list[Transport] = [LockstepTransport(rank, size, self.ops, 1) for rank in range(size)]
         self.for_gradients = [Driver(self.plan.for_gradients, self.ops, slot, read_lr=lambda: self._lr, diverging=True) for slot in slots]
         self.for_models = [m.driver for m in self._messages] or [Driver(self.plan.for_models, self.ops, slot) for slot in slots]
         self._log: list[Entry] = []

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..compressors.base import sent_by
-from ..driver import Driver, perform
+from ..driver import Driver
 from ..errors import PayloadError
-from ..exchange import Collective
-from ..frameworks.base import Transport
+from ..exchange.effects import Collective
+from ..exchange.message import open_message, split_messages
+from ..exchange.perform import perform
+from ..exchange.transport import Transport
 from ..parts.ops import Ops
-from ..parts.payload import open_message, split_messages, unpack
+from ..parts.payload import unpack
 from ..parts.tensor import StepInfo
 from .line import Entry
 from .model import LocalModel

@@ -7,9 +7,10 @@ from typing import Any
 
 from ..agreement import agree, tell
 from ..checkpoint import Kept, kept_by
-from ..driver import Driver, perform
+from ..driver import Driver
 from ..errors import DisagreementError, GraceError
-from ..frameworks.base import Transport
+from ..exchange.perform import perform
+from ..exchange.transport import Transport
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
 from .line import Line

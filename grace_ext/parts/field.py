@@ -8,18 +8,18 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Field:
     """One array of a payload: its name, wire dtype and number of elements; a `variable` one holds at most `count` elements and
-    carries its true count in 4 bytes before it. `joined`: (name, fields) of the tensors whose payloads it holds, one after the other; where
+    carries its true count in 4 bytes before it. `merged`: (name, fields) of the tensors whose payloads it holds, one after the other; where
     it is variable, they say themselves how long they are."""
 
     name: str
     dtype: str
     count: int
     variable: bool = False
-    joined: tuple[tuple[str, tuple[Field, ...]], ...] = ()
+    merged: tuple[tuple[str, tuple[Field, ...]], ...] = ()
 
     @property
     def max_bytes(self) -> int:
-        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable and not self.joined else 0)
+        return self.count * ITEMSIZE[self.dtype] + (4 if self.variable and not self.merged else 0)
 
 
 # bfloat16 has no numpy dtype: on the wire and in payloads it is the 16 bits, held as uint16.

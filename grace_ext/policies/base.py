@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..composition import Composition
     from ..driver import Effects
-    from ..frameworks.base import Transport
+    from ..exchange.transport import Transport
     from ..parts.ops import Array, Ops
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compressors.sparse import kept
+from ..compressors.forms.sparse import kept
 from ..parts import rng
 from ..parts.tensor import StepInfo, TensorSpec
 

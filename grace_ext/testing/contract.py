@@ -15,8 +15,8 @@ import grace_ext
 
 from ..compressors.base import Compressor
 from ..errors import PayloadError
+from ..exchange.message import HEADER
 from ..parts.field import ITEMSIZE
-from ..parts.payload import HEADER
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
 from .worlds import LR, NUMPY, WORLDS, World, same_bits, states, tapped

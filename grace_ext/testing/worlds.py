@@ -12,9 +12,10 @@ from unittest import mock
 import numpy as np
 
 import grace_ext.cluster as cluster_module
-from grace_ext.arrays import libraries
 
 from .. import Grace, LocalCluster
+from ..arrays import libraries
+from ..exchange import lockstep
 
 #: The learning rate of tests that are not about it; a power of two, so that it rounds nothing.
 LR = 0.125
@@ -145,7 +146,7 @@ class Seen:
 def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) -> Iterator[list[Seen]]:
     """Records all collectives of all LocalClusters but the start-up agreement; `change(collectives, ops)` may replace them."""
     seen: list[Seen] = []
-    original = cluster_module.execute
+    original = lockstep.execute
 
     def execute(collectives, ops):
         if collectives[0].label.startswith("agree"):
@@ -158,7 +159,7 @@ def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) 
         seen.append(Seen(first.kind, first.label, first.dtype, [a.tobytes() for a in arrays], sizes))
         return original(collectives, ops)
 
-    with mock.patch.object(cluster_module, "execute", execute):
+    with mock.patch.object(lockstep, "execute", execute):
         yield seen
 
 

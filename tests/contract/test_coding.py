@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
+from grace_ext.compressors.forms.positions import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 from grace_ext.errors import PayloadError
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import NUMPY

@@ -13,9 +13,9 @@ import pytest
 import grace_ext
 from grace_ext.communicators.base import Communicator
 from grace_ext.compressors.base import Compressor
-from grace_ext.compressors.joined import Joined
-from grace_ext.compressors.signs import TwoSided
-from grace_ext.compressors.sparse import AtPositions, Selecting
+from grace_ext.compressors.forms.merged import Merged
+from grace_ext.compressors.forms.sparse import AtPositions, Selecting
+from grace_ext.compressors.forms.two_sided import TwoSided
 from grace_ext.errors import BiasedCompressorWarning
 from grace_ext.memories.base import Memory
 from grace_ext.policies.base import Policy
@@ -41,7 +41,7 @@ def test_every_part_of_the_package_is_registered_and_frozen(kind):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     registered = {package.get(name) for name in package.names()}
-    bases = {base, AtPositions, Selecting, TwoSided} | _subclasses(Joined)
+    bases = {base, AtPositions, Selecting, TwoSided} | _subclasses(Merged)
     ours = [c for c in _subclasses(base) - bases if c.__module__.startswith("grace_ext.")]
     own = {c for c in ours if not c.__name__.startswith("_")}
     assert own and own <= registered

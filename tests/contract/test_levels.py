@@ -9,7 +9,7 @@ import pytest
 import grace_ext
 from grace_ext.driver import Driver
 from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError, UnsupportedError
-from grace_ext.frameworks.base import Transport
+from grace_ext.exchange.transport import Transport
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
 

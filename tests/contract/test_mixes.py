@@ -9,7 +9,7 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, PayloadError, UnstableFeedbackWarning
-from grace_ext.frameworks.base import rate_of
+from grace_ext.frameworks.optimizers import rate_of
 from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped

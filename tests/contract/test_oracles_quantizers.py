@@ -10,8 +10,8 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import ParameterError
+from grace_ext.exchange.message import HEADER
 from grace_ext.parts import rng
-from grace_ext.parts.payload import HEADER
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, states, tapped

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grace_ext
-from grace_ext.coding import decode_indices, encode_indices, index_bytes, max_index_bytes
+from grace_ext.compressors.forms.positions import decode_indices, encode_indices, index_bytes, max_index_bytes
 from grace_ext.errors import PayloadError
-from grace_ext.parts.payload import HEADER
+from grace_ext.exchange.message import HEADER
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, tapped

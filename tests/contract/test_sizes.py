@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.exchange.message import HEADER
 from grace_ext.parts.field import ITEMSIZE
-from grace_ext.parts.payload import HEADER
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, tapped

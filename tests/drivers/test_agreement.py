@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from grace_ext.agreement import digest_of
-from grace_ext.driver import perform
 from grace_ext.elastic import carried_over
 from grace_ext.errors import CollectiveError, DisagreementError, GraceError, ParameterError
+from grace_ext.exchange.perform import perform
 from grace_ext.resize import resized
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import same_bits

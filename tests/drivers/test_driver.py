@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.driver import Driver, perform
-from grace_ext.frameworks.base import Transport
+from grace_ext.driver import Driver
+from grace_ext.exchange.perform import perform
+from grace_ext.exchange.transport import Transport
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits

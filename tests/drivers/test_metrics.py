@@ -11,11 +11,12 @@ import pytest
 
 import grace_ext
 from grace_ext.advice import allowed_residual
-from grace_ext.driver import Driver, perform
+from grace_ext.driver import Driver
 from grace_ext.errors import GraceError, ParameterError
-from grace_ext.frameworks.base import Transport
+from grace_ext.exchange.message import HEADER
+from grace_ext.exchange.perform import perform
+from grace_ext.exchange.transport import Transport
 from grace_ext.metrics import Metrics, scalars
-from grace_ext.parts.payload import HEADER
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states

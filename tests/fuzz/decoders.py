@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 
 import grace_ext
-from grace_ext.coding import CODINGS, decode_indices, encode_indices
-from grace_ext.driver import Driver, perform
+from grace_ext.compressors.forms.positions import CODINGS, decode_indices, encode_indices
+from grace_ext.driver import Driver
 from grace_ext.errors import DisagreementError, PayloadError, RankLeftError
-from grace_ext.frameworks.base import Transport
+from grace_ext.exchange.message import HEADER, message, open_message, split_messages
+from grace_ext.exchange.perform import perform
+from grace_ext.exchange.transport import Transport
 from grace_ext.local.line import ENTRY, HELLO, LENGTH, REQUEST, Entry, Line
 from grace_ext.local.meeting import Meeting
 from grace_ext.local.messages import Messages
 from grace_ext.local.model import LocalModel
 from grace_ext.local.plan import plan_of
 from grace_ext.parts.field import Field
-from grace_ext.parts.payload import HEADER, message, open_message, split_messages, unpack
+from grace_ext.parts.payload import unpack
 from grace_ext.parts.tensor import TensorSpec
 
 from .mutate import mutated

@@ -16,12 +16,13 @@ from unittest import mock
 import numpy as np
 
 import grace_ext
-from grace_ext import exchange
 from grace_ext.choices import Choices
-from grace_ext.cluster import execute
 from grace_ext.errors import PayloadError
-from grace_ext.exchange import Job, exchange_bucket, initial_state
-from grace_ext.parts.payload import HEADER
+from grace_ext.exchange import tensor as exchange
+from grace_ext.exchange.bucket import exchange_bucket
+from grace_ext.exchange.lockstep import execute
+from grace_ext.exchange.message import HEADER
+from grace_ext.exchange.tensor import Job, initial_state
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 
 from .mutate import mutated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 
-from grace_ext.parts.payload import HEADER, MAGIC
+from grace_ext.exchange.message import HEADER, MAGIC
 
 INTEGERS = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e-38, 3.4e38, -3.4e38, float("inf"), float("-inf"), float("nan"))

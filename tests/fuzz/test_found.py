@@ -13,8 +13,8 @@ import pytest
 from grace_ext.arrays.compiled import host_ops
 from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.errors import PayloadError, RankLeftError
+from grace_ext.exchange.message import HEADER, message
 from grace_ext.local.line import ENTRY, GATHER, LENGTH, REQUEST, Entry, Line, receive_one
-from grace_ext.parts.payload import HEADER, message
 
 from .decoders import Asynchronous, Requests, Said
 
@@ -41,7 +41,7 @@ def test_what_a_rank_says_before_the_first_step(change):
     if change is None:
         assert target._run(spoken(json.dumps(said).encode())).seen
         return
-    with pytest.raises(PayloadError, match="what a rank says of itself") as caught:
+    with pytest.raises(PayloadError, match="a rank's description of itself") as caught:
         target._run(spoken(change))
     assert caught.value.rank == 1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grace_ext.coding import index_bytes
-from grace_ext.parts.payload import HEADER
+from grace_ext.compressors.forms.positions import index_bytes
+from grace_ext.exchange.message import HEADER
 
 from .problems import Logistic, descend, state_of
 

@@ -44,7 +44,7 @@ def parts() -> tuple[Sequence[str], Sequence[str]]:
     """Names of the modules of kernels, in two parts that take about as long to compile."""
     from .compile import converts_halves
 
-    return ("bits", "elementwise", "select", "joined"), ("codes", "random", "levels", "lowrank", *(["half"] if converts_halves() else []))
+    return ("bits", "elementwise", "select", "merged"), ("codes", "random", "levels", "lowrank", *(["half"] if converts_halves() else []))
 
 
 def compiled_part(names: Sequence[str]) -> list[ModuleType]:

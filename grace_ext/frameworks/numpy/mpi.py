@@ -22,13 +22,14 @@ from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
 from ...checkpoint import Kept, kept_by
 from ...composition import Grace, grace
-from ...driver import Driver, perform
+from ...driver import Driver
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
-from ...exchange import Collective
+from ...exchange.effects import Collective
+from ...exchange.perform import perform
+from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
 from ...metrics import Measured
 from ...parts.tensor import TensorSpec
 from ...timeouts import timeout
-from ..base import Carried, Transport, _lengths, arriving, cut
 
 # MPI-3 counts and offsets are C ints.
 LIMIT = 2**31 - 1
@@ -70,7 +71,7 @@ class MpiTransport(Transport):
     def carry(self, collective: Collective) -> Carried:
         """As every transport; a gather of unknown lengths first gathers these, 8 bytes a rank, and pads nothing."""
         if collective.kind == "allgather" and collective.sizes is None:
-            sizes = yield from _lengths(self, collective)
+            sizes = yield from exchange_lengths(self, collective)
             collective = collective._replace(sizes=sizes)
         return (yield from super().carry(collective))
 

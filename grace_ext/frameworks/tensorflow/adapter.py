@@ -20,8 +20,9 @@ import tensorflow as tf
 
 from ...checkpoint import Kept, kept_by
 from ...composition import Grace
-from ...driver import Driver, perform
+from ...driver import Driver
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
+from ...exchange.perform import perform
 from ...metrics import Measured
 from ...parts.tensor import TensorSpec
 from .graph import GraphExchange, HorovodTransport

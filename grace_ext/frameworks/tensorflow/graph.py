@@ -20,12 +20,13 @@ import numpy as np
 import tensorflow as tf
 
 from ...composition import Grace
-from ...driver import Driver, Start, perform
+from ...driver import Driver, Start
 from ...elastic import STALE
 from ...errors import GraceError, UnsupportedError
-from ...exchange import Collective
+from ...exchange.effects import Collective
+from ...exchange.perform import perform
+from ...exchange.transport import Transport, by_sum, cut, gathered, to_sum
 from ...parts.tensor import TensorSpec
-from ..base import Transport, by_sum, cut, gathered, to_sum
 from ..process_sets import process_set_of
 from .ops import GraphOps, graph_ops
 

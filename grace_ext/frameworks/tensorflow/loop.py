@@ -22,9 +22,10 @@ import numpy as np
 import tensorflow as tf
 
 from ...composition import Grace
-from ...driver import Start, perform
+from ...driver import Start
 from ...errors import GraceError
-from ...exchange import Collective
+from ...exchange.effects import Collective
+from ...exchange.perform import perform
 from .graph import GraphExchange, HorovodTransport
 
 #: What a collective carries, by its kind and element type, which makes a branch of the switch with each group of ranks that there are

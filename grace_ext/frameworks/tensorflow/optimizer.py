@@ -15,11 +15,12 @@ import tensorflow as tf
 from ...agreement import digest_of
 from ...checkpoint import Kept, kept_by, nothing_kept
 from ...composition import Grace, grace
-from ...driver import Driver, perform
+from ...driver import Driver
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...exchange.perform import perform
 from ...metrics import Measured, Metrics, Report
 from ...parts.tensor import TensorSpec
-from ..base import check_optimizer
+from ..optimizers import check_optimizer
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
 from .trackable import Memory

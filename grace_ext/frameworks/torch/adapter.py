@@ -20,7 +20,7 @@ from ...composition import Grace
 from ...driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics import Measured
-from ..base import rate_of
+from ..optimizers import rate_of
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ...agreement import compare
-from ...driver import perform
 from ...errors import UnsupportedError
+from ...exchange.perform import perform
 from . import engine
 from .adapter import BoundCompression
 from .ddp import DDPState

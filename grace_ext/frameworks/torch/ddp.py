@@ -30,7 +30,7 @@ from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...metrics import Measured
 from ...parts.tensor import TensorSpec
-from ..base import rate_of
+from ..optimizers import rate_of
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer, named
 from .transports import DistTransport, SingleTransport

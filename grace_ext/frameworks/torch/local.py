@@ -12,7 +12,7 @@ from ...errors import GraceError, NamesError, UnsupportedError
 from ...local.plan import Plan, plan_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
-from ..base import rate_of
+from ..optimizers import rate_of
 from . import engine
 from .ops import describe, ops_for
 from .session import check_none_new, check_torch_optimizer, named

@@ -13,11 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...agreement import agree
 from ...checkpoint import Kept, nothing_kept
 from ...composition import Grace, grace
-from ...driver import Driver, perform
+from ...driver import Driver
 from ...elastic import STALE
 from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
+from ...exchange.perform import perform
 from ...metrics import Measured
-from ..base import rate_of
+from ..optimizers import rate_of
 from . import engine
 from .ops import ops_for
 from .session import Session, check_none_new, check_torch_optimizer, named, require_sum_or_mean

@@ -14,10 +14,12 @@ import torch
 from ...agreement import digest_of
 from ...checkpoint import Kept, kept_by
 from ...composition import Grace
-from ...driver import Driver, perform
+from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
+from ...exchange.perform import perform
+from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
-from ..base import Transport, check_optimizer
+from ..optimizers import check_optimizer
 from .ops import HostOps, TorchOps, describe, ops_for
 
 FSDP = (

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from ...errors import CollectiveError, UnsupportedError
-from ...exchange import Collective
+from ...exchange.effects import Collective
+from ...exchange.transport import Transport, arriving, by_sum, cut, gathered, to_sum
 from ...timeouts import timeout
-from ..base import Transport, arriving, by_sum, cut, gathered, to_sum
 from ..process_sets import process_set_of
 from .dist_world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps

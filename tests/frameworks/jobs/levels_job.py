@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import grace_ext
-from grace_ext.driver import Driver, perform
+from grace_ext.driver import Driver
 from grace_ext.errors import DisagreementError, UnsupportedError
+from grace_ext.exchange.perform import perform
 from grace_ext.frameworks import launched
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.probe import Probe

@@ -25,7 +25,7 @@ from mpi_setup import (
 
 import grace_ext
 from grace_ext.errors import UnsupportedError
-from grace_ext.exchange import Collective
+from grace_ext.exchange.effects import Collective
 
 from cases import assert_same, raises, run_cases  # isort: skip
 

@@ -24,7 +24,7 @@ from grace_ext.errors import (
     UnsupportedDtypeError,
     UnsupportedError,
 )
-from grace_ext.parts.payload import message
+from grace_ext.exchange.message import message
 
 from cases import assert_same, raises, run_cases  # isort: skip
 from mpi4py import MPI  # isort: skip

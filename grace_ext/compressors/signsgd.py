@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -11,13 +9,10 @@ from ..errors import PayloadError
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused, sent_by
-from .joined import Joined
-from .scales import blocks, counts, floats_from_bytes, floats_to_bytes
+from .base import Compressor, Field, Fused
 
 if TYPE_CHECKING:
-    from ..parts.ops import Ops
-    from .base import Payload
+    pass
 
 # Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
 TIE_BREAK = 2.0**-13
@@ -164,124 +159,3 @@ class Signum(_Vote):
         mean = self._mean(ops, x, state)
         done = yield from communicator.exchange(ops, SignSGD(self.ties), mean, spec, info, state)
         return done._replace(state={**done.state, "signum_momentum": mean})
-
-
-class TwoSided(Compressor):
-    """Base of compressors whose payload is floats and then signs: what elements below zero stand for, and what the others do, by block."""
-
-    #: How many `floats` wants for each tensor: 1, that of all magnitudes, or 3; see `ops.compensate_signs`.
-    number_of_sums: ClassVar[int] = 1
-    block: int | None
-
-    @abstractmethod
-    def sides(self, ops: Ops, floats: Payload) -> tuple[np.ndarray, np.ndarray]:
-        """float32[number of blocks], on the host: what elements below zero stand for, and the others. Raises PayloadError."""
-
-    @abstractmethod
-    def floats(self, ops: Ops, sums: np.ndarray, d: np.ndarray) -> Payload:
-        """The payload's floats for tensors of one block, of `d` elements each, from the sums of each."""
-
-    def decompress(self, ops, payload, spec, info):
-        block, _ = blocks(spec.size, self.block)
-        below, above = (ops.spread(values, block, spec.size) for values in self.sides(ops, payload[:-1]))
-        return ops.where(ops.unpack_signs(payload[-1], spec.size) > 0, above, below)
-
-    def combine(self, ops, payloads, spec, info, out=None):
-        block, number = blocks(spec.size, self.block)
-        if not ops.kernels or (number > 1 and block % 8):
-            return super().combine(ops, payloads, spec, info, out)
-        sides = []
-        for rank, payload in enumerate(payloads):
-            with sent_by(rank, spec.name):
-                sides.append(self.sides(ops, payload[:-1]))
-        below, above = (np.concatenate(side) for side in zip(*sides, strict=True))
-        total, signs = ops.empty(spec.size) if out is None else out, ops.concat([payload[-1] for payload in payloads])
-        ops.kernels.sum_signs(total, signs, below, above, block, np.float32(info.divisor))
-        return total
-
-    def fused(self, ops, grad, feedback, spec, info, state):
-        if feedback.residual is None or blocks(spec.size, self.block)[1] > 1 or grad.dtype != np.float32:
-            return None
-        if (done := ops.compensate_signs(feedback, grad, self.number_of_sums)) is None:
-            return None
-        x, signs, sums = done
-        floats = self.floats(ops, sums[:, None], np.array([spec.size]))
-        (below,), (above,) = self.sides(ops, floats)
-        ops.kernels.subtract_signs(x, below, above)
-        return Fused((*floats, signs), x)
-
-    def joined(self, specs):
-        return JoinedSigns(self, specs) if all(blocks(spec.size, self.block)[1] == 1 for spec in specs) else None
-
-
-class JoinedSigns(Joined):
-    """Of signs.py's TwoSided, each tensor of one block."""
-
-    @cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the payload the bytes are of (the floats: the first of all tensors, then the second of all; the signs)."""
-        number = len(self.each.fields(self.specs[0])) - 1
-        whole = [4 * number + (spec.size + 7) // 8 for spec in self.specs]
-        starts = np.cumsum([0, *whole[:-1]])
-        floats = starts[None, :, None] + 4 * np.arange(number)[:, None, None] + np.arange(4)
-        signs = [np.arange(start + 4 * number, start + size) for start, size in zip(starts, whole, strict=True)]
-        return floats.reshape(number, -1), np.concatenate(signs)
-
-    def fused(self, ops, grad, feedback, spec, info, state):
-        if feedback.residual is None:
-            return None
-        floats_at, signs_at = self._places
-        total, signs, sums = ops.empty(spec.size), np.empty(len(signs_at), np.uint8), np.zeros((len(self.specs), self.each.number_of_sums))
-        factors = np.float32(feedback.beta), np.float32(feedback.gamma)
-        if not ops.kernels.compensate_signs_each(feedback.residual, grad, *factors, self.ends, total, signs, sums.reshape(-1)):
-            return None
-        floats = self.each.floats(ops, sums.T, self.sizes)
-        ops.kernels.subtract_signs_each(total, *self.each.sides(ops, floats), self.ends)
-        payload = np.empty(floats_at.size + len(signs), np.uint8)
-        payload[signs_at] = signs
-        for places, piece in zip(floats_at, floats, strict=True):
-            payload[places] = piece
-        return Fused((payload,), total)
-
-    def add_all(self, ops, total, payloads, spec, info):
-        floats_at, signs_at = self._places
-        try:
-            sides = [self.each.sides(ops, [data[places] for places in floats_at]) for (data,) in payloads]
-        except PayloadError:
-            return False
-        below, above = (np.concatenate(side) for side in zip(*sides, strict=True))
-        signs = np.concatenate([data[signs_at] for (data,) in payloads])
-        ops.kernels.sum_signs_each(total, signs, below, above, self.ends, np.float32(info.divisor))
-        return True
-
-
-@register("efsignsgd")
-@dataclass(frozen=True)
-class EFSignSGD(TwoSided):
-    """Sends signs and one scale a block, the mean magnitude.
-
-    C(x) = (||x||_1 / d) sign(x), per block of `block` elements (default: the whole tensor); zeros count as +1.
-    x: float[d] -> ceil(d / 8) bytes of signs and 4 bytes a block. The mean of the ranks is the result.
-    Contraction delta = ||x||_1^2 / (d ||x||_2^2), 2/pi for Gaussian entries; biased: pair with 'residual'. A zero block decodes to zeros.
-    Smaller blocks follow the gradient more closely and cost 4 bytes each. Source: Karimireddy, Rebjock, Stich, Jaggi 2019.
-    """
-
-    wants_memory: ClassVar[bool] = True
-    block: int | None = knob(None, "elements that share a scale; None: the whole tensor", low=1)
-
-    def delta(self, d):
-        return 1 / min(d, self.block or d)
-
-    def fields(self, spec):
-        return Field("scales", "float32", blocks(spec.size, self.block)[1]), Field("signs", "uint8", (spec.size + 7) // 8)
-
-    def compress(self, ops, x, spec, info, state):
-        scales = ops.block_norms(x, blocks(spec.size, self.block)[0], 1) / counts(spec.size, self.block)
-        return (floats_to_bytes(ops, scales), ops.pack_signs(x)), state
-
-    def sides(self, ops, floats):
-        scales = floats_from_bytes(ops, floats[0], "scale")
-        return -scales, scales
-
-    def floats(self, ops, sums, d):
-        return (floats_to_bytes(ops, sums[0] / d),)

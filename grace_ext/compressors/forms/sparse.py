@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from ..coding import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
-from ..errors import PayloadError
-from ..parts.field import ITEMSIZE
-from ..parts.ops import Zeros
-from ..parts.part import knob
-from .base import Compressor, Field, Fused, sent_by
-from .joined import Joined
+from ...errors import PayloadError
+from ...parts.field import ITEMSIZE
+from ...parts.ops import Zeros
+from ...parts.part import knob
+from ..base import Compressor, Field, Fused, sent_by
+from .merged import Merged
+from .positions import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 
 if TYPE_CHECKING:
-    from ..parts.ops import Array, Feedback, Ops
-    from ..parts.tensor import StepInfo, TensorSpec
-    from .base import Payload, State
+    from ...parts.ops import Array, Feedback, Ops
+    from ...parts.tensor import StepInfo, TensorSpec
+    from ..base import Payload, State
 
 #: Names of the value precisions that a user chooses, and their wire dtypes.
 VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -131,7 +131,7 @@ class Selecting(AtPositions):
     #: The number of positions depends on the shape alone.
     exactly: ClassVar[bool] = False
     #: It has `take_each`.
-    joins: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
     # A subclass has knobs of these names, or keeps these.
     values = "fp32"
     index = "auto"
@@ -186,12 +186,12 @@ class Selecting(AtPositions):
         return None if x is None else (x, None)
 
     def take_each(self, ops: Ops, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray) -> tuple[Array, Array, Array] | None:
-        """For `JoinedSelecting`: of tensors that end there in `grad`, `swept` and what is chosen: (what is compressed, but where there is a
-        residual without what is sent; positions; values). None where it is not finite. A subclass that has it says so with `joins`."""
+        """For `MergedSelecting`: of tensors that end there in `grad`, `swept` and what is chosen: (what is compressed, but where there is a
+        residual without what is sent; positions; values). None where it is not finite. A subclass that has it says so with `merges`."""
         raise NotImplementedError
 
-    def joined(self, specs):
-        return JoinedSelecting(self, specs) if self.joins and self.index == "auto" else None
+    def merged(self, specs):
+        return MergedSelecting(self, specs) if self.merges and self.index == "auto" else None
 
     def among(self, ops: Ops, values: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State] | None:
         """(which of these candidates to send, bool[m]; the new state); None where they are not the right ones."""
@@ -246,7 +246,7 @@ class Selecting(AtPositions):
         return decode_indices(ops, payload[1], len(values), spec.size, self.index), values
 
 
-class JoinedSelecting(Joined):
+class MergedSelecting(Merged):
     """Of sparse.py's Selecting, with the index coding 'auto'."""
 
     @cached_property
@@ -272,7 +272,7 @@ class JoinedSelecting(Joined):
         counts = np.diff(found, prepend=0).tolist()
         codes = sum(index_bytes(count, own.size) for count, own in zip(counts, self.specs, strict=True))
         payload = np.zeros(len(sent) + codes + 8 * counted * len(self.specs), np.uint8)
-        ops.kernels.join_sparse(positions, sent, ITEMSIZE[self.each.wire], found, self.ends, counted, payload)
+        ops.kernels.merge_sparse(positions, sent, ITEMSIZE[self.each.wire], found, self.ends, counted, payload)
         return Fused((payload,), left)
 
     def _with_whole(self, ops, x, left, positions, values, found, whole):

@@ -19,9 +19,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from .arrays.kernels.sizes import smallest_elias_fano
-from .errors import PayloadError
-from .parts.ops import Array, Ops
+from ...arrays.kernels.sizes import smallest_elias_fano
+from ...errors import PayloadError
+from ...parts.ops import Array, Ops
 
 CODINGS = ("auto", "elias_fano", "bitmap", "golomb", "packed", "block16")
 BLOCK = 1 << 16

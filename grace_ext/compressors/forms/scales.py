@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import PayloadError
+from ...errors import PayloadError
 
 if TYPE_CHECKING:
-    from ..parts.ops import Array, Ops
+    from ...parts.ops import Array, Ops
 
 #: The largest finite float32.
 LARGEST = float(np.finfo(np.float32).max)

@@ -1,8 +1,8 @@
-"""Exchanges in two levels: which ranks share a node, and a bucket's exchange that is dense inside the nodes and compressed between them.
+"""Exchanges in two levels: gradients are summed uncompressed inside each node, and exchanged compressed between the nodes.
 
-All ranks of a node do the same things in the same order, so driver.py's argument holds as it is: a collective between nodes is started
-on the first rank of each, and on the others an idle one stands in its place; then its result is broadcast inside. No rank runs ahead
-of its node, and what all of a node decode and remember is the same.
+All ranks of a node do the same things in the same order, so the deadlock argument of driver.py holds unchanged: a collective between nodes
+starts on the first rank of each node, while the node's other ranks yield an idle one in its place; then its result is broadcast inside.
+No rank runs ahead of its node, and all ranks of a node decode and remember the same.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from .exchange import Collective, Job, Outcome, exchange_bucket
-from .frameworks.base import Transport, arriving, cut
-from .parts.ops import Array, Ops
-from .parts.tensor import StepInfo
+from ..parts.ops import Array, Ops
+from ..parts.tensor import StepInfo
+from .bucket import BucketExchange, exchange_bucket
+from .effects import Collective
+from .fusing import Carry
+from .tensor import Job, Outcome
+from .transport import Carried, Transport, arriving, cut
 
 
-class Levels:
-    """One rank's place. nodes: by rank, the name of the node it is on; nodes are numbered in the order of their first ranks."""
+class TwoLevel:
+    """Places one rank among the nodes. nodes: by rank, the name of its node; nodes are numbered in the order of their first ranks."""
 
     def __init__(self, rank: int, nodes: Sequence[str], ops: Ops):
         names = list(dict.fromkeys(nodes))
@@ -29,14 +32,14 @@ class Levels:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The ranks of each node, and at last the first of every node."""
+        """The ranks of each node, and last the first rank of every node."""
         return [*self.members, [members[0] for members in self.members]]
 
-    def exchange(self, jobs: Sequence[Job], info: StepInfo, digest: int, carry: Any) -> Generator[Any, Any, tuple[list[Outcome], bool]]:
-        """As exchange_bucket, for this rank's gradients; `carry` is for a job whose ranks are all on nodes of their own."""
+    def exchange(self, jobs: Sequence[Job], info: StepInfo, digest: int, carry: Carry) -> BucketExchange:
+        """Exchanges this rank's gradients, as exchange_bucket does. `carry` is used if every rank has a node of its own."""
         if self.nodes == self.ranks:
             return (yield from exchange_bucket(self.ops, jobs, info, digest, carry))
-        # A sum over all ranks has divisor 1, and so have those inside and between; else both divide by the nodes, and this by the rest.
+        # A sum over all ranks has divisor 1 on both levels; a mean is divided by the nodes between them, and by the rest inside.
         divisor = self.nodes if info.divisor != 1 else 1
         summed = yield from self._inside(jobs, info.divisor / divisor)
         own = [job._replace(grad=grad) for job, grad in zip(jobs, summed, strict=True)]
@@ -46,21 +49,24 @@ class Levels:
         info = dataclasses.replace(info, rank=self.node, size=self.nodes, divisor=divisor)
         return (yield from exchange_bucket(self.ops, own, info, digest, self.carry))
 
-    def _inside(self, jobs: Sequence[Job], ranks: float) -> Generator[Any, Any, list[Array]]:
-        """The jobs' gradients, added up inside the node, by the mean number of ranks a node: one collective for each precision."""
+    def _inside(self, jobs: Sequence[Job], ranks: float) -> Generator[list[Collective], list[Any], list[Array]]:
+        """Sums the jobs' gradients inside the node and divides by `ranks`, the mean number of ranks per node. One collective for each
+        precision."""
         ops, dtypes = self.ops, ["float64" if job.spec.dtype == "float64" else "float32" for job in jobs]
         used = sorted(set(dtypes))
         wholes = [ops.concat([job.grad for job, its in zip(jobs, dtypes, strict=True) if its == dtype]) for dtype in used]
-        asked = [Collective("allreduce", whole, f"inside.{d}", dtype=d, group="inside") for d, whole in zip(used, wholes, strict=True)]
-        totals = yield asked
+        totals = yield [
+            Collective("allreduce", whole, f"inside.{dtype}", dtype=dtype, group="inside")
+            for dtype, whole in zip(used, wholes, strict=True)
+        ]
         pieces = {}
         for dtype, total in zip(used, totals, strict=True):
             sizes = [job.spec.size for job, its in zip(jobs, dtypes, strict=True) if its == dtype]
             pieces[dtype] = iter(cut(ops.cast(total / ranks, dtype), sizes))
         return [next(pieces[dtype]) for dtype in dtypes]
 
-    def carry(self, collective: Collective) -> Generator[Collective, Any, Any]:
-        """A collective of the nodes: between their first ranks, and its result to the others."""
+    def carry(self, collective: Collective) -> Carried:
+        """Carries a collective of the nodes: between their first ranks, and its result to the nodes' other ranks."""
         steps, answer = self._between.carry(collective), None
         while True:
             try:
@@ -73,8 +79,8 @@ class Levels:
                 result = yield basic._replace(group="idle", array=basic.array[:0])
             answer = yield from self._shared(basic, result)
 
-    def _shared(self, basic: Collective, result: Any) -> Generator[Collective, Any, Any]:
-        """What the node's first rank got, on all ranks of the node."""
+    def _shared(self, basic: Collective, result: Any) -> Carried:
+        """Broadcasts what the node's first rank got to all ranks of the node."""
         ops, label = self.ops, basic.label + ".inside"
         if basic.kind == "allreduce":
             sizes = [basic.nbytes]
@@ -90,12 +96,13 @@ class Levels:
 
 
 class _Between(Transport):
-    """The nodes as ranks: says what carries what between them, and starts nothing."""
+    """Stands for the nodes as ranks: it says how collectives between nodes are carried, and starts nothing."""
 
     def __init__(self, rank: int, size: int, ops: Ops):
         self.rank, self.size, self.ops = rank, size, ops
 
     def start(self, collective: Collective, name: str) -> Any:
-        raise NotImplementedError("the transport of the first ranks does")
+        raise NotImplementedError("the transport of the nodes' first ranks starts it")
 
-    wait = start  # type: ignore[assignment]
+    def wait(self, handle: Any) -> Any:
+        raise NotImplementedError("the transport of the nodes' first ranks waits for it")

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import compressors, exchange
+from grace_ext import compressors
 from grace_ext.arrays import kernels
 from grace_ext.arrays.compiled import host_ops
 from grace_ext.arrays.numpy import NumpyOps
-from grace_ext.compressors.joined import ROOM, SMALL, joined
+from grace_ext.compressors.forms.merged import ROOM, SMALL
 from grace_ext.errors import IncompatiblePartsError, PayloadError
+from grace_ext.exchange import bucket
+from grace_ext.exchange.merge import _merged as merged
 from grace_ext.parts.ops import Feedback
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
@@ -21,12 +23,12 @@ if not kernels.enabled():
 
 COMPILED = next(world for world in WORLDS if world.name == "numpy")
 PLAIN = next(world for world in WORLDS if world.name == "numpy-plain")
-#: Odd sizes, one element, none, what is too large to be joined, and more than has room in one.
+#: Odd sizes, one element, none, what is too large to be merged, and more than has room in one.
 SHAPES = {
     "bias": (7,), "one": (1,), "empty": (0,), "filter": (3, 5, 11), "large": (SMALL + 1,), "scale": (64,), "two": (2,), "wide": (1, 1001),
     **{f"block{i}": (SMALL,) for i in range(ROOM // SMALL)}, "last": (129,),
 }  # fmt: skip
-JOINED = [
+MERGED = [
     "topk(ratio=0.01)", "topk(ratio=0.3)", "topk(ratio=1.0)", "topk(values='fp16')", "threshold(threshold=0.0)",
     "threshold(threshold=0.01)", "threshold(threshold=0.03)", "threshold(threshold=0.02, values='bf16')",
     "threshold(threshold=9.0)", "randomk(ratio=0.05)", "randomk(values='fp16')", "randblock(ratio=0.1)", "efsignsgd", "onebit",
@@ -50,27 +52,27 @@ def gradients(step: int, size: int, dtype: str = "float32") -> list[dict[str, np
 def run(world, g, size: int, dtype: str = "float32"):
     """(bytes of all collectives, results and states, how many tensors went as one) of three steps."""
     cluster, outs, together = world.cluster(g, size), [], []
-    before = exchange.joint
+    before = bucket.merge
 
     def counted(ops, jobs, info):
         done = before(ops, jobs, info)
         together.append(len(jobs) if done else 0)
         return done
 
-    exchange.joint = counted
+    bucket.merge = counted
     try:
         with np.errstate(all="ignore"), tapped() as seen:
             for step in range(3):
                 outs.append(world.step(cluster, gradients(step, size, dtype)))
     finally:
-        exchange.joint = before
+        bucket.merge = before
     return [one.buffers for one in seen], [*outs, *states(cluster, world)], sum(together)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("memory", ["residual(beta=0.9, gamma=0.5)", "none"])
 @pytest.mark.parametrize("communicator", ["allgather", "broadcast", "allreduce"])
-@pytest.mark.parametrize("text", JOINED)
+@pytest.mark.parametrize("text", MERGED)
 def test_the_same_as_one_by_one(text, communicator, memory, size):
     try:
         g = grace_ext.grace(f"{text} + {memory} @ {communicator}")
@@ -90,19 +92,19 @@ def test_the_same_as_one_by_one(text, communicator, memory, size):
 
 @pytest.mark.parametrize("text", ["topk + residual", "none", "efsignsgd + residual"])
 def test_narrow_gradients(text):
-    """They are joined with their like; float64 goes by itself."""
-    for dtype, joins in (("float16", True), ("float64", False)):
+    """They are merged with their like; float64 goes by itself."""
+    for dtype, merges in (("float16", True), ("float64", False)):
         g = grace_ext.grace(text)
         wire, ours, together = run(COMPILED, g, 2, dtype)
         wire0, theirs, _ = run(PLAIN, g, 2, dtype)
-        assert wire == wire0 and bool(together) == joins
+        assert wire == wire0 and bool(together) == merges
         assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["topk", "threshold", "randomk", "efsignsgd", "onebit", "none"])
 def test_one_that_is_not_finite_skips_the_step_everywhere(name, value):
-    """The rank that has it sends its tensors one by one, the other joins them: they understand each other."""
+    """The rank that has it sends its tensors one by one, the other merges them: they understand each other."""
     cluster = COMPILED.cluster(grace_ext.grace(f"{name} + residual"), 2)
     cluster.step(gradients(0, 2))
     before, bad = states(cluster, COMPILED), gradients(1, 2)
@@ -119,7 +121,7 @@ INFO = StepInfo(3, 0, 2, 2)
 
 def one(text: str):
     g = grace_ext.grace(f"{text} + residual")
-    compressor, spec = joined(g.compressor, g.communicator, SPECS)
+    compressor, spec = merged(g.compressor, g.communicator, SPECS)
     return g.compressor, compressor, spec
 
 
@@ -172,4 +174,4 @@ def test_only_compressors_without_a_state_are_joined():
     for name in compressors.names():
         g = grace_ext.grace(f"{name} + {compressors.get(name)().natural_memory}")
         if g.compressor.keeps_state or not hasattr(g.compressor, "fused"):
-            assert g.compressor.joined(SPECS) is None, name
+            assert g.compressor.merged(SPECS) is None, name

@@ -56,7 +56,7 @@ def extent(data, counts, items, variable):
 
 
 @kernel(read(i64), read(u8), i64, read(i64), read(i64), flag, write(u8))
-def join_sparse(positions, values, item, found, ends, counted, out):
+def merge_sparse(positions, values, item, found, ends, counted, out):
     """The payloads of compressors/sparse.py, one after the other, into `out`, zeros at first: each tensor's values, of `item` bytes, and
     their positions, which end at `found`; both after their number where they are counted."""
     at, first, start = 0, 0, 0

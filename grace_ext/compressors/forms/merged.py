@@ -1,6 +1,6 @@
 """Small tensors of one bucket, laid end to end, as one: what is done for each of a hundred biases costs more than the work on them.
 
-The bytes are those of each tensor by itself, one after the other, so that it does not matter which rank joins what.
+The bytes are those of each tensor by itself, one after the other, so that it does not matter which rank merges what.
 """
 
 from __future__ import annotations
@@ -8,36 +8,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..errors import IncompatiblePartsError, PayloadError
-from ..parts.field import Field
-from ..parts.ops import Array, Ops
-from ..parts.payload import pack, unpack
-from ..parts.tensor import StepInfo, TensorSpec
-from .base import Compressor, Payload
+from ...errors import PayloadError
+from ...parts.field import Field
+from ...parts.ops import Array, Ops
+from ...parts.payload import pack, unpack
+from ...parts.tensor import StepInfo, TensorSpec
+from ..base import Compressor, Payload
 
 if TYPE_CHECKING:
-    from ..communicators.base import Communicator
+    pass
 
-#: Elements of a tensor that may be joined, and of those that are joined to one: they stay in the cache.
+#: Elements of a tensor that may be merged, and of those that are merged to one: they stay in the cache.
 SMALL, ROOM = 1 << 14, 1 << 17
-
-
-@lru_cache(maxsize=1024)  # of each bucket of a model, at every step
-def joined(compressor: Compressor, communicator: Communicator, specs: tuple[TensorSpec, ...]) -> tuple[Compressor, TensorSpec] | None:
-    """What compresses the concatenation of such tensors, of one dtype, and what that is. None where the communicator cannot carry it."""
-    one = compressor.joined(specs)
-    if one is None:
-        return None
-    try:
-        communicator.check(one)
-    except IncompatiblePartsError:
-        return None
-    return one, TensorSpec(", ".join(spec.name for spec in specs), (sum(spec.size for spec in specs),), specs[0].dtype)
 
 
 def fields_of(each: Compressor, specs: tuple[TensorSpec, ...]) -> tuple[tuple[str, tuple[Field, ...]], ...]:
@@ -46,7 +33,7 @@ def fields_of(each: Compressor, specs: tuple[TensorSpec, ...]) -> tuple[tuple[st
 
 
 @dataclass(frozen=True)
-class Joined(Compressor):
+class Merged(Compressor):
     """Several tensors as one, each compressed by itself. Not registered. Subclasses say how that is done at once: `fused`, `add_all`."""
 
     each: Any
@@ -112,7 +99,7 @@ class Joined(Compressor):
         """`combine`, into `total`; False where something is wrong with a payload."""
 
 
-class JoinedCasts(Joined):
+class MergedCasts(Merged):
     """Of compressors that send every element in one form and nothing else: all is as of one tensor, but the names in errors."""
 
     summable: ClassVar[bool] = True
@@ -120,7 +107,7 @@ class JoinedCasts(Joined):
     @cached_property
     def _fields(self):
         tensors = fields_of(self.each, self.specs)
-        return (Field("values", tensors[0][1][0].dtype, int(self.ends[-1]), joined=tensors),)
+        return (Field("values", tensors[0][1][0].dtype, int(self.ends[-1]), merged=tensors),)
 
     def fused(self, ops, grad, feedback, spec, info, state):
         return self.each.fused(ops, grad, feedback, spec, info, state)

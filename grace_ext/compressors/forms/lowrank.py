@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..arrays import kernels
-from ..parts import rng
-from .base import Compressor
+from ...arrays import kernels
+from ...parts import rng
+from ..base import Compressor
 
 
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:

@@ -1,0 +1,130 @@
+"""Fuses the requests of a bucket's tensors: one round's requests of one kind travel in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..parts.field import HALVES, INTEGERS, ITEMSIZE, Field
+from ..parts.ops import Array, Ops
+from ..parts.payload import pack, unpack
+from ..parts.requests import AllReduce, Scatter
+from ..parts.tensor import StepInfo, TensorSpec
+from .effects import Collective
+from .message import HEADER, message, open_message
+
+#: Expresses a collective by those that an engine has (Transport.carry).
+Carry = Callable[[Collective], Generator[Collective, Any, Any]]
+#: Requests of one kind, each with the place of its tensor in the bucket.
+Group = Sequence[tuple[int, Any]]
+#: (the answer to each request, by the place of its tensor; whether every rank was finite)
+Answers = tuple[dict[int, Any], bool]
+
+
+@dataclass
+class BucketStep:
+    """What all collectives of one bucket share during one step. specs: of the tensors, in order. finite: whether every gradient of this
+    rank has been finite so far."""
+
+    ops: Ops
+    info: StepInfo
+    digest: int
+    carry: Carry
+    specs: Sequence[TensorSpec]
+    finite: bool = True
+
+
+def by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, Group]:
+    """Groups requests that one collective can carry together, in an order that all ranks share."""
+    groups: dict[str, list[tuple[int, Any]]] = {}
+    for index, request in requests:
+        if isinstance(request, AllReduce):
+            kind = "sum-integers" if request.dtype in INTEGERS else "sum-" + request.dtype
+        elif isinstance(request, Scatter):
+            kind = "scatter"
+        else:
+            kind = "broadcast" if request.by_broadcast else "gather"
+        groups.setdefault(kind, []).append((index, request))
+    return dict(sorted(groups.items()))
+
+
+def fused(step: BucketStep, kind: str, group: Group, turn: int) -> Generator[Collective, Any, Answers]:
+    """Carries a group of requests of one kind by one collective, in round `turn` of the bucket."""
+    label = f"{kind}.{turn}"
+    if kind.startswith("sum-"):
+        return _sum(step, group, label)
+    if kind == "scatter":
+        return _scatter(step, group, label)
+    return _gather(step, kind, group, label)
+
+
+def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:
+    """Sums the arrays, and one element more that says whether a rank was not finite: NaN, or 1 among integers."""
+    ops, finite = step.ops, step.finite
+    dtype = max((request.dtype for _, request in group), key=ITEMSIZE.__getitem__)
+    divisor = step.info.divisor
+    if dtype in INTEGERS:
+        tail, divisor = ops.arange(1) + int(not finite), 1
+    elif dtype in HALVES:
+        tail = ops.to_bytes(ops.zeros(1) if finite else ops.full_nan(1), dtype)
+    else:
+        tail = ops.cast(ops.zeros(1) if finite else ops.full_nan(1), "float64" if dtype == "float64" else "float32")
+    whole = ops.concat([*(request.array for _, request in group), tail])
+    total = yield from step.carry(Collective("allreduce", whole, label, divisor, dtype=dtype))
+    told = total[-len(tail) :]
+    if dtype in INTEGERS:
+        all_finite = not int(told[0])
+    else:
+        all_finite = ops.all_finite(ops.from_bytes(told, dtype) if dtype in HALVES else told)
+    answers, at = {}, 0
+    for index, request in group:
+        answers[index] = total[at : at + len(request.array)]
+        at += len(request.array)
+    return answers, all_finite
+
+
+def _scatter(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:
+    """Sends each rank one message, with its shares of all tensors."""
+    ops, info, data = step.ops, step.info, []
+    for rank in range(info.size):
+        pieces = [piece for _, request in group for piece in pack(ops, request.fields[rank], request.payloads[rank])]
+        data.append(message(ops, pieces, digest=step.digest, step=info.step, finite=step.finite))
+    sizes = tuple(len(piece) for piece in data)
+    variable = any(field.variable for _, request in group for fields in request.fields for field in fields)
+    mine = [request.fields[info.rank] for _, request in group]
+    limits = (_longest(mine),) * info.size
+    collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None, limits=limits)
+    received = yield from step.carry(collective)
+    return _opened(step, group, [mine] * info.size, received)
+
+
+def _gather(step: BucketStep, kind: str, group: Group, label: str) -> Generator[Collective, Any, Answers]:
+    """Sends all ranks one message, with the payloads of all tensors."""
+    ops, info = step.ops, step.info
+    pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
+    finite = step.finite and all(request.finite for _, request in group)
+    data = message(ops, pieces, digest=step.digest, step=info.step, finite=finite)
+    by_rank = [[request.by_rank[rank] if request.by_rank else request.fields for _, request in group] for rank in range(info.size)]
+    limits = tuple(_longest(one) for one in by_rank)
+    sizes = None if any(field.variable for one in by_rank for fields in one for field in fields) else limits
+    collective = "broadcast" if kind == "broadcast" else "allgather"
+    received = yield from step.carry(Collective(collective, data, label, sizes=sizes, limits=limits))
+    return _opened(step, group, by_rank, received)
+
+
+def _longest(fields_of_all: Sequence[Sequence[Field]]) -> int:
+    """Returns the bytes of the longest message with these fields."""
+    return HEADER.size + sum(field.max_bytes for fields in fields_of_all for field in fields)
+
+
+def _opened(step: BucketStep, group: Group, fields_by_rank: Sequence[Sequence[Sequence[Field]]], received: Sequence[Array]) -> Answers:
+    """Reads the ranks' messages, given the fields of each of the group's requests: the answer to each is its payloads, by rank."""
+    finite, by_rank = True, []
+    for rank, (its_data, its_fields) in enumerate(zip(received, fields_by_rank, strict=True)):
+        body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank)
+        tensors = [(step.specs[index].name, fields) for (index, _), fields in zip(group, its_fields, strict=True)]
+        by_rank.append(list(unpack(step.ops, body, tensors, rank)))
+        finite = finite and its_finite
+    answers = {index: [payloads[place] for payloads in by_rank] for place, (index, _) in enumerate(group)}
+    return answers, finite
