@@ -18,7 +18,7 @@ import numpy as np
 import grace_ext
 from grace_ext.choices import Choices
 from grace_ext.errors import PayloadError
-from grace_ext.exchange import tensor as exchange
+from grace_ext.exchange import fusing
 from grace_ext.exchange.bucket import exchange_bucket
 from grace_ext.exchange.lockstep import execute
 from grace_ext.exchange.message import HEADER
@@ -76,14 +76,14 @@ class ExchangeTarget:
     def _honest(self) -> list[list[Any]]:
         """Rank 0's replies by round, and the slots."""
         layouts: list[Any] = []
-        plain = exchange.unpack
+        plain = fusing.unpack
 
         def unpack(ops, body, tensors, rank):
             layouts.append((rank, [field for _, fields in tensors for field in fields]))
             return plain(ops, body, tensors, rank)
 
         replies, ranks, asked = [], [self._run(0), self._run(1)], []
-        with mock.patch.object(exchange, "unpack", unpack):
+        with mock.patch.object(fusing, "unpack", unpack):
             answers: list[Any] = [None, None]
             while True:
                 found = [_next(rank, answer) for rank, answer in zip(ranks, answers, strict=True)]

@@ -133,7 +133,7 @@ def case_bad_payload():
             data[8] ^= RANK == 0
             return data
 
-        with mock.patch("grace_ext.exchange.message", corrupt):
+        with mock.patch("grace_ext.exchange.fusing.message", corrupt):
             raises(PayloadError, "payload of rank 0", lambda: ours.step(gradients(RANK, 1)))
         raises(GraceError, "error in the middle of a step", lambda: ours.step(gradients(RANK, 1)))
         assert_same(ours.state_dict()["state"], state["state"])
