@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from . import communicators, compressors, memories, policies
 from ._version import __version__ as __version__
-from .composition import Grace, grace
+from .composition.composition import Grace
+from .composition.making import grace
+from .composition.porting import from_params
 from .errors import GraceError
-from .porting import from_params
 
 if TYPE_CHECKING:
     from .checkpoint import load, save

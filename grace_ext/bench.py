@@ -17,7 +17,8 @@ from . import __version__, compressors
 from .arrays import kernels
 from .arrays.compiled import host_ops
 from .arrays.numpy import NumpyOps
-from .composition import Grace, grace
+from .composition.composition import Grace
+from .composition.making import grace
 from .exchange.tensor import Job, exchange_tensor, initial_state, replaced
 from .parts.field import HALVES
 from .parts.requests import AllReduce, Gather, Scatter, Together

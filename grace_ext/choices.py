@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .composition.route import Query
 from .exchange.tensor import initial_state
 from .parts.ops import Array, Ops
 from .parts.state import as_state, is_own, own_state
 from .parts.tensor import StepInfo, TensorSpec
-from .policies.base import Asked, Policy
+from .policies.base import Policy
 
 if TYPE_CHECKING:
-    from .composition import Grace, Parts
+    from .composition.composition import Grace, Parts
 
 States = dict[str, dict[str, Array]]
 
@@ -41,18 +42,18 @@ class Choices:
                 if policy.whole_model and spec.size:
                     self.groups.setdefault(path, (policy, []))[1].append(spec)
 
-    def told(self) -> list[str]:
+    def notices(self) -> list[str]:
         """What the user should know of the policies, now that the parameters are known."""
         by_place: dict[str, tuple[Any, list[TensorSpec]]] = {}
         for spec in self.specs if self.grace.policy else ():
             for path, policy in self.grace.policy.reached(spec, "policy"):  # type: ignore[union-attr]
                 if isinstance(policy, Policy):
                     by_place.setdefault(path, (policy, []))[1].append(spec)
-        return [sentence for policy, specs in by_place.values() for sentence in policy.told(specs)]
+        return [sentence for policy, specs in by_place.values() for sentence in policy.notices(specs)]
 
     def choose(self, step: int, states: Mapping[str, Mapping[str, Array]]) -> bool:
         """Chooses for this step; returns whether anything is chosen anew."""
-        if self.parts and not self.grace.plan.changes:
+        if self.parts and not self.grace.route.changes:
             return False
         before = self.parts
         self.parts = {spec.name: self._parts_of(spec, step, states.get(spec.name, {})) for spec in self.specs}
@@ -60,7 +61,7 @@ class Choices:
 
     def _parts_of(self, spec: TensorSpec, step: int, state: Mapping[str, Array]) -> Parts:
         """Grace.parts_for, remembered: compositions live as long as the policy that has them."""
-        leaf = self.grace.plan.choose(Asked(spec, step, state))
+        leaf = self.grace.route.choose(Query(spec, step, state))
         key = spec.name, id(leaf)
         if key not in self._known:
             self._known[key] = self.grace.parts_of(leaf, spec)
@@ -104,7 +105,7 @@ class Choices:
         return {
             path: (policy, specs)
             for path, (policy, specs) in self.groups.items()
-            if policy.due(Asked(specs[0], step, states.get(specs[0].name, {}), path))
+            if policy.due(Query(specs[0], step, states.get(specs[0].name, {}), path))
         }
 
     def shared(self) -> set[str]:

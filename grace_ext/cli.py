@@ -15,7 +15,7 @@ from rich.table import Table
 
 from . import __version__, check
 from .catalogue import KINDS, describe
-from .composition import grace
+from .composition.making import grace
 from .errors import GraceError, UnknownPartError
 from .plan_command import plan
 

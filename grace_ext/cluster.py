@@ -15,7 +15,7 @@ from .parts.tensor import TensorSpec
 from .statefile import mapped
 
 if TYPE_CHECKING:
-    from .composition import Grace
+    from .composition.composition import Grace
 
 
 class LocalCluster:

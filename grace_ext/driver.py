@@ -48,7 +48,7 @@ from .parts.state import as_state, is_own, own_state
 from .parts.tensor import DTYPES, StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from .composition import Grace, Parts
+    from .composition.composition import Grace, Parts
     from .exchange.transport import Transport
     from .recorder import Recorder
 
@@ -423,7 +423,7 @@ class Driver:
                     "errors, counts ranks; use as many ranks on every node, or a flat communicator"
                 )
             yield Split(self._two_level.groups)
-        self._tell(self._choices.told())
+        self._tell(self._choices.notices())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"

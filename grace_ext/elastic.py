@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .communicators.reduce_scatter import shards
-from .composition import Grace, grace
+from .composition.composition import Grace
+from .composition.making import grace
 from .errors import ParameterError
 from .resize import HOW, resized
 

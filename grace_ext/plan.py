@@ -17,7 +17,8 @@ from pathlib import Path
 from . import cost
 from .arrays import kernels
 from .bench import machine
-from .composition import Grace, grace
+from .composition.composition import Grace
+from .composition.making import grace
 from .cost import Link
 from .errors import ParameterError
 from .trace import Event, Network, Shapes, Timed, Trace, record, replay, specs_of
@@ -190,7 +191,7 @@ def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Gra
     levels = [f"{text} @ hierarchical" for text in CANDIDATES] if 1 < per_node < n else []
     chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
     graces = [grace(DENSE), *map(grace, chosen)]
-    changing = next((g for g in graces if g.plan.changes), None)
+    changing = next((g for g in graces if g.route.changes), None)
     if changing:
         among = ", ".join(f"'{leaf}'" for leaf in changing.leaves)
         raise ParameterError(f"{changing} changes from step to step, and a plan is of one step; compare what it chooses among: {among}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .composition import Grace
+from .composition.composition import Grace
 from .driver import Effects
 from .plan import Model, Row
 from .probe import SIZES, Probe

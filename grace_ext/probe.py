@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .composition import Grace
+from .composition.composition import Grace
 from .cost import GOODPUT, Link
 from .driver import Driver, Effects, Start, Wait
 from .exchange.effects import Collective

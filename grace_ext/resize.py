@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from .composition import Composition, Grace, grace
+from .composition.composition import Composition, Grace
+from .composition.making import grace
 from .errors import GraceError, ParameterError
 from .parts.part import Part
 from .parts.state import is_own

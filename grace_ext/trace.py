@@ -17,7 +17,7 @@ import numpy as np
 
 from .arrays.compiled import host_ops
 from .arrays.numpy import NumpyOps
-from .composition import Composition, Grace
+from .composition.composition import Composition, Grace
 from .driver import Driver, Start
 from .errors import UnsupportedError
 from .exchange.effects import Collective

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import grace_ext
-from grace_ext import composition, from_params, grace
+from grace_ext import from_params, grace
+from grace_ext.composition import making
 from grace_ext.errors import (
     BiasedCompressorWarning,
     GraceError,
@@ -201,7 +202,7 @@ def test_impossible_mixes_name_the_way_out():
 
 def test_a_biased_compressor_without_memory_warns_once():
     """Naming the way out; not where '+ none' says that it is meant, nor for unbiased ones."""
-    composition._warned.clear()
+    making.warned.clear()
     with pytest.warns(BiasedCompressorWarning, match=r"topk\(ratio=0.37\) is biased.*topk\(ratio=0.37\) \+ residual") as caught:
         grace("topk(ratio=0.37)")
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -251,7 +252,7 @@ def test_grace_parameters_that_are_wrong():
 
 def test_missing_grace_parameters_are_said_once():
     """They take OUR default (0.01, where GRACE has 0.3), and one warning says so."""
-    composition._warned.clear()
+    making.warned.clear()
     with pytest.warns(UserWarning, match=r"compressor topk: ratio=0.01") as caught:
         assert from_params({"compressor": "topk", "memory": "residual"}) == grace("topk(ratio=0.01) + residual")
     assert len(caught) == 1

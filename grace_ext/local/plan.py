@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import communicators
-from ..composition import Grace, grace
+from ..composition.composition import Grace
+from ..composition.making import grace
 from ..compressors.base import Compressor
 from ..errors import IncompatiblePartsError, ParameterError, UnsupportedError
 from ..memories.base import Memory

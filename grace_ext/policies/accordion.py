@@ -9,7 +9,7 @@ from ..errors import ParameterError
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
-from .base import Policy, plan_knob
+from .base import Policy, route_knob
 
 SAMPLE = TensorSpec("", (512, 512))
 
@@ -32,24 +32,24 @@ class Accordion(Policy):
 
     varies: ClassVar[bool] = True
     learns: ClassVar[bool] = True
-    high: Any = plan_knob("topk(ratio=0.01) + residual", "what critical steps go through: sends more")
-    low: Any = plan_knob("topk(ratio=0.001) + residual", "what all others go through: sends less")
+    high: Any = route_knob("topk(ratio=0.01) + residual", "what critical steps go through: sends more")
+    low: Any = route_knob("topk(ratio=0.001) + residual", "what all others go through: sends less")
     threshold: float = knob(0.5, "relative change of the norm that is critical", above=0, high=1e6, headline=True)
     interval: int = knob(100, "steps from one decision to the next", low=1, headline=True)
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = [max(leaf.nbytes(SAMPLE) for leaf in plan.leaves) for plan in (self.high, self.low)]
+        sizes = [max(leaf.nbytes(SAMPLE) for leaf in composition.leaves) for composition in (self.high, self.low)]
         if sizes[0] < sizes[1]:
             raise ParameterError(
                 f"accordion: high must send at least as much as low; of a 512 x 512 gradient {self.high} sends {sizes[0]:,} bytes and "
                 f"{self.low} {sizes[1]:,}. Exchange them"
             )
 
-    def choose(self, asked):
-        regime = asked.own("regime")
+    def choose(self, query):
+        regime = query.own("regime")
         which = "high" if regime is None or float(regime[1]) else "low"
-        return getattr(self, which).choose(asked.under(which))
+        return getattr(self, which).choose(query.under(which))
 
     def branches(self, spec):
         return {"high": self.high, "low": self.low}

@@ -19,20 +19,21 @@ class Specs(tuple):
     """Compositions. Their configuration is a list of their specs."""
 
     def to_config(self) -> list[str]:
-        return [str(plan) for plan in self]
+        return [str(candidate) for candidate in self]
 
     def __str__(self) -> str:
         return str(self.to_config())
 
 
 def _specs(value: Any) -> Specs:
-    from ..composition import Composition, plan_from
+    from ..composition.composition import Composition
+    from ..composition.making import route_from
     from ..plan import CANDIDATES, DENSE
 
     if isinstance(value, str):
         raise ValueError
-    plans = [plan_from(spec) for spec in (value or [text for text in CANDIDATES if text != DENSE])]
-    if any(not isinstance(plan, Composition) for plan in plans):
+    plans = [route_from(spec) for spec in (value or [text for text in CANDIDATES if text != DENSE])]
+    if any(not isinstance(route, Composition) for route in plans):
         raise ValueError
     return Specs(dict.fromkeys(plans))
 
@@ -71,17 +72,17 @@ class Auto(Policy):
 
     @cached_property
     def leaves(self):
-        from ..composition import compose
+        from ..composition.making import compose
 
         levels = bool(self.candidates) and self.candidates[0].communicator.two_level
         return (compose("none", None, "hierarchical" if levels else None), *self.candidates)
 
-    def choose(self, asked):
-        return self.leaves[self._chosen(asked) or 0]
+    def choose(self, query):
+        return self.leaves[self._chosen(query) or 0]
 
     @staticmethod
-    def _chosen(asked) -> int | None:
-        choice = asked.own("choice")
+    def _chosen(query) -> int | None:
+        choice = query.own("choice")
         return None if choice is None or choice[0] < 0 else int(choice[0])
 
     def variants(self, spec):
@@ -94,13 +95,13 @@ class Auto(Policy):
     def _choice(ops, number: int):
         return ops.upload(np.array([number], np.float32))
 
-    def due(self, asked):
+    def due(self, query):
         # Later where that step was not finite, as the first ones of loss scaling often are.
-        return asked.step + 1 >= self.steps and self._chosen(asked) is None
+        return query.step + 1 >= self.steps and self._chosen(query) is None
 
     def survey(self, transport, specs, compute, prefix):
         """See Policy.survey: what plan.advise says, on all ranks alike."""
-        from ..composition import Grace
+        from ..composition.composition import Grace
         from ..plan import advise
         from ..plan_measure import probed, rows_of
         from ..probe import Probe

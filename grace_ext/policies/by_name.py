@@ -7,26 +7,26 @@ from typing import Any
 
 from ..parts.part import made_knob
 from . import register
-from .base import Policy, plan_knob
+from .base import Policy, route_knob
 
 
 class Patterns(tuple):
     """(pattern, composition or policy) in their order. Its configuration is a list of pairs, because the order counts."""
 
     def to_config(self) -> list[list[Any]]:
-        return [[pattern, plan.to_config()] for pattern, plan in self]
+        return [[pattern, route.to_config()] for pattern, route in self]
 
     def __str__(self) -> str:
-        return "{" + ", ".join(f"{pattern!r}: {plan}" for pattern, plan in self) + "}"
+        return "{" + ", ".join(f"{pattern!r}: {route}" for pattern, route in self) + "}"
 
 
 def _patterns(value: Any) -> Patterns:
-    from ..composition import plan_from
+    from ..composition.making import route_from
 
     pairs = list(value.items()) if isinstance(value, Mapping) else [tuple(pair) for pair in value]
     if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in pairs) or len(dict(pairs)) < len(pairs):
         raise ValueError
-    return Patterns((pattern, plan_from(plan)) for pattern, plan in pairs)
+    return Patterns((pattern, route_from(route)) for pattern, route in pairs)
 
 
 @register("by_name")
@@ -42,30 +42,30 @@ class ByName(Policy):
     """
 
     patterns: Any = made_knob((), "the first that matches counts", "specs by pattern, such as {'*.bias': 'none'}", _patterns)
-    default: Any = plan_knob("none", "what tensors go through that match no pattern")
+    default: Any = route_knob("none", "what tensors go through that match no pattern")
 
     def _match(self, name: str) -> tuple[str, Any]:
         """(the knob's name in paths, the spec)."""
-        for number, (pattern, plan) in enumerate(self.patterns):
+        for number, (pattern, route) in enumerate(self.patterns):
             if fnmatchcase(name, pattern):
-                return f"patterns[{number}]", plan
+                return f"patterns[{number}]", route
         return "default", self.default
 
-    def choose(self, asked):
-        knob, plan = self._match(asked.spec.name)
-        return plan.choose(asked.under(knob))
+    def choose(self, query):
+        knob, route = self._match(query.spec.name)
+        return route.choose(query.under(knob))
 
     def branches(self, spec):
         return dict([self._match(spec.name)])
 
     def children(self):
-        return [self.default, *(plan for _, plan in self.patterns)]
+        return [self.default, *(route for _, route in self.patterns)]
 
     @property
     def leaves(self):
         return tuple(leaf for child in self.children() for leaf in child.leaves)
 
-    def told(self, specs):
+    def notices(self, specs):
         said, first = [], {}
         for pattern, _ in self.patterns:
             names = [spec.name for spec in specs if fnmatchcase(spec.name, pattern)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..parts.part import knob
 from . import register
-from .base import Policy, plan_knob
+from .base import Policy, route_knob
 
 
 @register("by_size")
@@ -20,20 +20,20 @@ class BySize(Policy):
     """
 
     min_elements: int = knob(1024, "tensors with fewer elements are small", low=0, headline=True)
-    small: Any = plan_knob("none", "what small tensors go through")
-    large: Any = plan_knob("topk(ratio=0.01) + residual", "what all others go through")
+    small: Any = route_knob("none", "what small tensors go through")
+    large: Any = route_knob("topk(ratio=0.01) + residual", "what all others go through")
 
     def _knob(self, spec) -> str:
         return "small" if spec.size < self.min_elements else "large"
 
-    def choose(self, asked):
-        which = self._knob(asked.spec)
-        return getattr(self, which).choose(asked.under(which))
+    def choose(self, query):
+        which = self._knob(query.spec)
+        return getattr(self, which).choose(query.under(which))
 
     def branches(self, spec):
         return {self._knob(spec): getattr(self, self._knob(spec))}
 
-    def told(self, specs):
+    def notices(self, specs):
         largest = max((spec.size for spec in specs), default=0)
         if largest >= self.min_elements:
             return []

@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IncompatiblePartsError
 
 if TYPE_CHECKING:
-    from ..composition import Composition
+    from ..composition.composition import Composition
 
 
-def knob_of(plan: Composition, names: Sequence[str], asker: str) -> tuple[str, Any]:
+def knob_of(composition: Composition, names: Sequence[str], asker: str) -> tuple[str, Any]:
     """(name, value) of the first of these knobs that the compressor, or what selects in a pipeline, has. Raises IncompatiblePartsError."""
-    owner = _owner(plan.compressor)
+    owner = _owner(composition.compressor)
     for name in names:
         value = getattr(owner, name, None) if name in {field.name for field in dataclasses.fields(owner)} else None
         if value is not None:
             return name, value
     raise IncompatiblePartsError(
-        f"{asker} changes {' or '.join(names)} of a compressor, and {plan.compressor} has none that is set; use one such as "
+        f"{asker} changes {' or '.join(names)} of a compressor, and {composition.compressor} has none that is set; use one such as "
         "topk(ratio=0.01), powersgd(rank=4) or qsgd(bits=4)"
     )
 
 
-def with_value(plan: Composition, name: str, value: Any) -> Composition:
+def with_value(composition: Composition, name: str, value: Any) -> Composition:
     """The composition with another value of that knob."""
-    compressor = plan.compressor
+    compressor = composition.compressor
     owner: Any = dataclasses.replace(_owner(compressor), **{name: value})  # type: ignore[type-var]
     if compressor.name == "pipeline":
         owner = dataclasses.replace(compressor, select=owner)  # type: ignore[call-arg]
-    return dataclasses.replace(plan, compressor=owner)
+    return dataclasses.replace(composition, compressor=owner)
 
 
 def _owner(compressor: Any) -> Any:

@@ -95,8 +95,8 @@ class LGreCo(Policy):
         """The number of the base among the choices."""
         return self.values.index(self._knob[1])
 
-    def choose(self, asked):
-        setting = asked.own("setting")
+    def choose(self, query):
+        setting = query.own("setting")
         return self.leaves[self.uniform if setting is None else int(setting[0])]
 
     def variants(self, spec):
@@ -116,8 +116,8 @@ class LGreCo(Policy):
         fresh = place == 0 or not len(state["sum"])  # a window begins, or a step of it was not committed
         return {"sum": ops.cast(ops.copy(grad) if fresh else state["sum"] + grad, "float32")}
 
-    def due(self, asked):
-        return (asked.step + 1) % self.every == 0
+    def due(self, query):
+        return (query.step + 1) % self.every == 0
 
     def report(self, ops, states, found):
         rows = [self.errors(ops, spec, state["sum"]) for spec, state in states.items()]

@@ -12,7 +12,7 @@ from ..parts import rng
 from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from ..composition import Composition
+    from ..composition.composition import Composition
     from ..parts.ops import Array, Ops
 
 #: Iterations that estimate the leading singular subspace, and how many columns it has beyond the highest rank.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..parts.part import knob
 from . import register
-from .base import Policy, composition_knob, plan_knob
+from .base import Policy, composition_knob, route_knob
 from .knobs import knob_of, with_value
 
 
@@ -25,11 +25,11 @@ class Warmup(Policy):
 
     varies: ClassVar[bool] = True
     steps: int = knob(100, "dense steps at first", low=0, headline=True)
-    then: Any = plan_knob("topk(ratio=0.01) + residual", "what comes after")
+    then: Any = route_knob("topk(ratio=0.01) + residual", "what comes after")
 
-    def choose(self, asked):
-        leaf = self.then.choose(asked.under("then"))
-        return leaf.dense_step if asked.step < self.steps else leaf
+    def choose(self, query):
+        leaf = self.then.choose(query.under("then"))
+        return leaf.dense_step if query.step < self.steps else leaf
 
     def branches(self, spec):
         return {"then": self.then}
@@ -71,8 +71,8 @@ class RatioWarmup(Policy):
         factor = target ** (1 / (self.stages + 1))
         return (*(with_value(self.then, "ratio", max(factor ** (t + 1), target)) for t in range(self.stages)), self.then)
 
-    def choose(self, asked):
-        return self.leaves[min(asked.step * self.stages // self.steps, self.stages)]
+    def choose(self, query):
+        return self.leaves[min(query.step * self.stages // self.steps, self.stages)]
 
     def variants(self, spec):
         return self.leaves
@@ -91,12 +91,12 @@ class Every(Policy):
 
     varies: ClassVar[bool] = True
     n: int = knob(100, "steps from one to the next", low=1, headline=True)
-    then: Any = plan_knob("none", "what these steps go through")
-    otherwise: Any = plan_knob("topk(ratio=0.01) + residual", "what all others go through")
+    then: Any = route_knob("none", "what these steps go through")
+    otherwise: Any = route_knob("topk(ratio=0.01) + residual", "what all others go through")
 
-    def choose(self, asked):
-        which = "otherwise" if asked.step % self.n else "then"
-        return getattr(self, which).choose(asked.under(which))
+    def choose(self, query):
+        which = "otherwise" if query.step % self.n else "then"
+        return getattr(self, which).choose(query.under(which))
 
     def branches(self, spec):
         return {"then": self.then, "otherwise": self.otherwise}

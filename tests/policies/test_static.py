@@ -41,7 +41,7 @@ def test_quotes_instances_and_configurations_mean_the_same():
     expected = grace_ext.grace("by_size(large=topk(ratio=0.01) + residual)")
     by_size, topk = grace_ext.policies.get("by_size"), grace_ext.grace("topk(ratio=0.01) + residual")
     assert expected == grace_ext.grace("by_size(large='topk(ratio=0.01) + residual')")
-    assert expected == grace_ext.grace(policy=by_size(large=topk)) == grace_ext.grace(by_size(large=topk.plan))
+    assert expected == grace_ext.grace(policy=by_size(large=topk)) == grace_ext.grace(by_size(large=topk.route))
     assert expected == grace_ext.grace({"policy": {"id": "by_size", "large": topk.to_config() | {"seed": 0}}})
     assert grace_ext.grace("by_name({'a': none})") == grace_ext.grace({"policy": {"id": "by_name", "patterns": {"a": "none"}}})
     assert grace_ext.grace("by_size(small=None)") == grace_ext.grace("by_size")

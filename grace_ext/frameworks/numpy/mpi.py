@@ -21,7 +21,8 @@ from ...agreement import digest_of
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
 from ...checkpoint import Kept, kept_by
-from ...composition import Grace, grace
+from ...composition.composition import Grace
+from ...composition.making import grace
 from ...driver import Driver
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange.effects import Collective
@@ -91,7 +92,7 @@ class MpiTransport(Transport):
         if collective.kind == "allgather" and sum(sizes) <= LIMIT:
             out = np.empty(sum(sizes), np.uint8)
             return collective, cut(out, sizes), [comm.Iallgatherv(data, [out, sizes])]
-        # Asked for, or a gather whose offsets would not fit: every rank knows all sizes, so all decide alike.
+        # Query for, or a gather whose offsets would not fit: every rank knows all sizes, so all decide alike.
         outs = [data if rank == self.rank else np.empty(size, np.uint8) for rank, size in enumerate(sizes)]
         return collective, outs, [comm.Ibcast(out, root=rank) for rank, out in enumerate(outs) if len(out)]
 

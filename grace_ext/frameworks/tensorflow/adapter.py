@@ -19,7 +19,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from ...checkpoint import Kept, kept_by
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...driver import Driver
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...exchange.perform import perform
@@ -30,7 +30,7 @@ from .loop import exchange_of
 from .optimizer import averages, names_of
 
 
-def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool) -> BoundCompression:
+def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool, **for_torch: Any) -> BoundCompression:
     """See Grace.bind."""
     if any(not isinstance(v, tf.Variable) for v in variables):
         raise UnsupportedError(

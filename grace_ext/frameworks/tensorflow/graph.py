@@ -19,7 +19,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...driver import Driver, Start
 from ...elastic import STALE
 from ...errors import GraceError, UnsupportedError

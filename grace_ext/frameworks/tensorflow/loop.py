@@ -21,7 +21,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...driver import Start
 from ...errors import GraceError
 from ...exchange.effects import Collective
@@ -178,4 +178,4 @@ def _place(collective: Collective) -> int:
 
 def exchange_of(grace: Grace, *args: Any, **options: Any) -> GraphExchange:
     """The exchange for this Grace: traced collective by collective where all steps and ranks have the same ones, else as a loop."""
-    return (LoopExchange if grace.plan.changes or grace.two_level else GraphExchange)(grace, *args, **options)
+    return (LoopExchange if grace.route.changes or grace.two_level else GraphExchange)(grace, *args, **options)

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from ...agreement import digest_of
 from ...checkpoint import Kept, kept_by, nothing_kept
-from ...composition import Grace, grace
+from ...composition.composition import Grace
+from ...composition.making import grace
 from ...driver import Driver
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange.perform import perform

@@ -9,7 +9,7 @@ from typing import Any
 import horovod.tensorflow as api
 import tensorflow as tf
 
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...errors import UnsupportedError
 from ...metrics import Metrics, Report
 from .optimizer import Exchanges, chosen_compression

@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...checkpoint import Kept
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics import Measured

@@ -25,7 +25,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ...checkpoint import Kept
-from ...composition import Grace, grace
+from ...composition.composition import Grace
+from ...composition.making import grace
 from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...metrics import Measured

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...agreement import agree
 from ...checkpoint import Kept, nothing_kept
-from ...composition import Grace, grace
+from ...composition.composition import Grace
+from ...composition.making import grace
 from ...driver import Driver
 from ...elastic import STALE
 from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError

@@ -13,7 +13,7 @@ import torch
 
 from ...agreement import digest_of
 from ...checkpoint import Kept, kept_by
-from ...composition import Grace
+from ...composition.composition import Grace
 from ...driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from . import communicators, compressors, memories
-from .composition import Grace, _warned, grace
-from .errors import ParameterError
+from .. import communicators, compressors, memories
+from ..errors import ParameterError
+from .composition import Grace
+from .making import grace, warned
 
 # GRACE's keys -> (kind, our knob), for the parts that have such a knob.
 PARAMS = {
@@ -80,8 +81,8 @@ def from_params(params: Mapping[str, Any]) -> Grace:
         for f in dataclasses.fields(cls)
         if f.name not in knobs[kind] and f.name in {ours for _, ours in PARAMS.values()}
     }
-    if defaults and str(sorted(defaults)) not in _warned:
-        _warned.add(str(sorted(defaults)))
+    if defaults and str(sorted(defaults)) not in warned:
+        warned.add(str(sorted(defaults)))
         warnings.warn("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)), stacklevel=2)
     parts = {kind: cls.create((), knobs[kind]) for kind, cls in classes.items()}
     return grace(**parts)

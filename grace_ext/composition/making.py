@@ -1,0 +1,120 @@
+"""Makes a Grace from names: reads specs and configurations, fills in defaults, and warns of parts that train badly together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning
+from ..parts.part import Part
+from ..parts.registry import communicators, compressors, memories, policies
+from ..parts.spec import parse, part_from
+from .composition import Composition, Grace
+from .route import Route
+
+#: The warnings that this process has given: each is given once.
+warned: set[str] = set()
+
+
+def grace(
+    spec: str | Mapping[str, Any] | Grace | Route | None = None,
+    *,
+    compressor: Any = None,
+    memory: Any = None,
+    communicator: Any = None,
+    policy: Any = None,
+    seed: int | None = None,
+) -> Grace:
+    """Returns the Grace that a spec names: three parts for all tensors, or a policy.
+
+    spec: a string ('topk(ratio=0.01) + residual @ allgather', 'by_size(large=topk + residual)') or a configuration (`to_config()`). The
+      parts, or the policy, can be given by keyword instead, as names, configurations or instances.
+    The memory defaults to none (with one warning if the compressor is biased), the communicator to the compressor's natural one:
+      allreduce if its payloads can be summed, else allgather.
+    seed: the base of all randomness, the same on all ranks.
+    Raises UnknownPartError, ParameterError, SpecSyntaxError or IncompatiblePartsError.
+    """
+    given: dict[str, Any] = {"compressor": compressor, "memory": memory, "communicator": communicator, "policy": policy}
+    if spec is not None:
+        if any(value is not None for value in given.values()):
+            raise SpecSyntaxError("give a spec, or the parts by keyword, not both")
+        if isinstance(spec, Route):
+            return Grace(spec, _seed(seed))
+        given, seed = _from_spec(spec.to_config() if isinstance(spec, Grace) else spec, seed)
+    if given.get("policy") is None:
+        return Grace(compose(**{kind: given.get(kind) for kind in ("compressor", "memory", "communicator")}), _seed(seed))
+    if any(value is not None for kind, value in given.items() if kind != "policy"):
+        raise SpecSyntaxError("a policy is a spec by itself: name compressor, memory and communicator in its knobs")
+    return Grace(_policy(given["policy"]), _seed(seed))
+
+
+def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Composition:
+    """Returns the composition of these parts, checked to fit. Raises as `grace` does."""
+    if compressor is None:
+        raise SpecSyntaxError("name a compressor, one of: " + ", ".join(compressors.names()))
+    chosen: Any = part_from(compressors, compressor)
+    remembers: Any = part_from(memories, memory or "none")
+    carries: Any = part_from(communicators, communicator or ("allreduce" if chosen.summable else "allgather"))
+    result = Composition(chosen, remembers, carries)
+    result.check()
+    if memory is None and chosen.wants_memory:
+        _warn_once(
+            str(chosen),
+            f"{chosen} is biased and has no memory: what it drops is lost, and training may stall. Add error feedback: "
+            f"'{chosen} + residual' (or write '+ none' if you mean it)",
+            BiasedCompressorWarning,
+        )
+    omega = chosen.omega(4096) if chosen.unbiased and remembers.feeds_back else None
+    if omega is not None and omega >= 1:
+        _warn_once(
+            str(result),
+            f"{chosen} is random, with a variance of up to {omega:.3g} times its input: what {remembers.name!r} remembers of it can grow "
+            "without bound. Use memory 'none' or 'diana' with it, or a contraction such as 'topk > qsgd'",
+            UnstableFeedbackWarning,
+        )
+    return result
+
+
+def _warn_once(about: str, text: str, category: type[Warning]) -> None:
+    if about not in warned:
+        warned.add(about)
+        warnings.warn(text, category, stacklevel=4)
+
+
+def route_from(value: Any) -> Route:
+    """Returns the composition or policy that a spec (as `grace` takes it) or an instance stands for; None stands for 'none'."""
+    if isinstance(value, Part) and value.kind == "compressor":
+        return compose(value)
+    if isinstance(value, Mapping) and "id" in value:
+        return _policy(value)
+    made = grace("none" if value is None else value)
+    if made.seed:
+        raise SpecSyntaxError(f"{made!r}: a spec inside a policy has no seed of its own; give it to the outermost grace(...)")
+    return made.route
+
+
+def _policy(value: Any) -> Route:
+    policy = part_from(policies, value)
+    assert isinstance(policy, Route)  # the registry holds subclasses of Policy only
+    return policy
+
+
+def _from_spec(spec: str | Mapping[str, Any], seed: int | None) -> tuple[dict[str, Any], int | None]:
+    if isinstance(spec, str):
+        return dict(parse(spec)), seed
+    if not isinstance(spec, Mapping):
+        raise SpecSyntaxError(f"a spec is a string or a dictionary, got {spec!r}")
+    unknown = sorted(set(spec) - {"compressor", "memory", "communicator", "policy", "seed"})
+    if unknown:
+        raise SpecSyntaxError(
+            f"unknown key {', '.join(map(repr, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed"
+        )
+    return {key: value for key, value in spec.items() if key != "seed"}, spec.get("seed") if seed is None else seed
+
+
+def _seed(seed: Any) -> int:
+    seed = 0 if seed is None else seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ParameterError(f"seed must be a whole number, got {seed!r}")
+    return seed
