@@ -26,9 +26,9 @@ from exchange_systems import specs
 from rich.console import Console
 
 import grace_ext
-from grace_ext.cost import Link, Work, allreduce, crossing, exchange
 from grace_ext.parts.tensor import TensorSpec
-from grace_ext.probe import fitted
+from grace_ext.planning.cost import Link, Work, allreduce, crossing, exchange
+from grace_ext.planning.probe import fitted
 
 COST, PICTURES = RESULTS.with_name("cost.json"), ROOT / "docs" / "pictures"
 WORKERS = tuple(2**i for i in range(1, 11))

@@ -102,7 +102,7 @@ def links(repeats: int = 7) -> list[tuple[str, int, int, float]]:
     from grace_ext.exchange.perform import perform
     from grace_ext.frameworks.torch import engine
     from grace_ext.frameworks.torch.ops import ops_for
-    from grace_ext.probe import Probe
+    from grace_ext.planning.probe import Probe
 
     engine.api.init()
     transport = engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)

@@ -13,19 +13,19 @@ import torch
 from exchange_base import DistWorld, HorovodWorld
 from exchange_rank import Ours
 
-from grace_ext import plan
 from grace_ext.exchange.perform import perform
 from grace_ext.frameworks.torch import engine
 from grace_ext.frameworks.torch.ops import ops_for
-from grace_ext.plan_measure import probed, rows_of
-from grace_ext.probe import Probe
+from grace_ext.planning import candidates, plan
+from grace_ext.planning.measure import probed, rows_of
+from grace_ext.planning.probe import Probe
 
 
 def planned(job: dict[str, Any]) -> dict[str, Any]:
     """As the command does it, on the transport that the optimizer will use."""
     engine.api.init()
     transport = engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
-    chosen = plan.candidates(job["specs"], transport.size)
+    chosen = candidates.candidates(job["specs"], transport.size)
     shapes = {name: tuple(dims) for name, dims in job["shapes"].items()}
     found = perform(probed(Probe(transport), chosen, shapes, compute=0.0, exchanges=job["exchanges"]), transport, {})
     advice = plan.advise(rows_of(found))

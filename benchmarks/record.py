@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from grace_ext.bench import processor
+from grace_ext.planning.bench import processor
 
 PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
 

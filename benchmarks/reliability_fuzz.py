@@ -153,7 +153,7 @@ def guided(count: int, file: Path, seed: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["grace_ext"]):
-        import grace_ext.driver  # noqa: F401
+        import grace_ext.driver.driver  # noqa: F401
 
         chosen = targets("coverage")
     counts = Counts(file, count)

@@ -22,7 +22,8 @@ import torch
 
 import grace_ext
 import grace_ext.frameworks.torch as hvd
-from grace_ext.metrics import Metrics
+from grace_ext.driver.observer import Observer
+from grace_ext.metrics.metrics import Metrics
 
 EVERY = 100
 SPECS = ("topk(ratio=0.01) + residual", "powersgd(rank=4) + residual", "qsgd(bits=4) + none")
@@ -62,21 +63,21 @@ def measure(make: Callable[[str], tuple[Callable[[], None], Any]], spec: str, pa
     step, driver = make(spec)
     step()
     Metrics(10**9).attach(driver, network=False)  # closely at its first step only
-    recorder = driver.recorder
+    recorder = driver.observer
     for _ in range(3):
         step()
     plain, ratios, extra = [], [], []
     for i in range(2 * pairs):  # off, on, on, off: a drift falls on both
         times = {}
         for on in (i % 2 == 0, i % 2 == 1):
-            driver.recorder = recorder if on else None
+            driver.observer = recorder if on else Observer()
             times[on] = timed(step)
         plain.append(times[False])
         ratios.append(times[True] / times[False])
     for _ in range(looks):
-        driver.recorder = None
+        driver.observer = Observer()
         without = timed(step)
-        driver.recorder, recorder.measured_at = recorder, -1
+        driver.observer, recorder.measured_at = recorder, -1
         extra.append(timed(step) - without)
     return {"plain": statistics.median(plain), "ratio": statistics.median(ratios), "look": statistics.median(extra)}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import record
 
-from grace_ext.check import tool
+from grace_ext.cli.check import tool
 
 RANK = Path(__file__).with_name("reliability_soak_rank.py")
 MPI = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]

@@ -14,7 +14,7 @@ import numpy as np
 
 import grace_ext
 import grace_ext.frameworks.numpy as gnp
-from grace_ext.advice import allowed_residual
+from grace_ext.metrics.advice import allowed_residual
 
 from mpi4py import MPI  # isort: skip
 

@@ -18,7 +18,7 @@ from .composition.porting import from_params
 from .errors import GraceError
 
 if TYPE_CHECKING:
-    from .checkpoint import load, save
+    from .checkpoints.checkpoint import load, save
     from .cluster import LocalCluster
 
 __all__ = [
@@ -33,7 +33,7 @@ def __getattr__(name: str):
 
         return LocalCluster
     if name in ("load", "save"):
-        from . import checkpoint
+        from .checkpoints import checkpoint
 
         return getattr(checkpoint, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arrays import libraries
-from .checkpoint import Kept
-from .driver import Driver, Effects
+from .checkpoints.saveable import Saveable
+from .checkpoints.statefile import mapped
+from .driver.driver import Driver
 from .errors import GraceError, NamesError, ParameterError
 from .exchange.lockstep import LockstepTransport, run_lockstep
-from .metrics import Metrics, Report
+from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
-from .statefile import mapped
 
 if TYPE_CHECKING:
     from .composition.composition import Grace
@@ -61,7 +61,7 @@ class LocalCluster:
         self._check(gradients)
         self.drivers[0].check_rate(lr)
         self._lr = lr
-        ranks = [_whole_step(d, m) for d, m in zip(self.drivers, gradients, strict=True)]
+        ranks = [d.exchange(m) for d, m in zip(self.drivers, gradients, strict=True)]
         by_rank = run_lockstep(ranks, self.ops, self._per_node)
         return by_rank if self.grace.diverges else by_rank[0]
 
@@ -105,25 +105,15 @@ class LocalCluster:
             if state["rank"] != driver.transport.rank:
                 raise GraceError(f"the state of rank {state['rank']} stands in the place of rank {driver.transport.rank}")
 
-    def _kept(self) -> Kept:
+    def _saveable(self) -> Saveable:
         def read() -> list[dict[str, Any]]:
             return [mapped(state, self.ops.host) for state in self.state_dict()["ranks"]]
 
         def uploaded(states: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             return [mapped(state, self.ops.upload) for state in states]
 
-        return Kept(
+        return Saveable(
             range(self.size), self.size, None, read,
             lambda states: self._check_states(uploaded(states)),
             lambda states: self.load_state_dict({"version": 1, "ranks": uploaded(states)}),
         )  # fmt: skip
-
-
-def _whole_step(driver: Driver, gradients: Mapping[str, Any]) -> Effects:
-    # Gradients arrive in parameter order, not the mapping's: ranks of one lockstep must do the same things at the same time.
-    try:
-        for name in reversed(list(driver.specs)):
-            yield from driver.put(name, gradients[name])
-        return (yield from driver.finish())
-    finally:
-        driver.abandon()  # where another rank's error ended the step

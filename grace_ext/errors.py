@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 
 class GraceError(Exception):
@@ -115,3 +116,9 @@ class UnstableFeedbackWarning(UserWarning):
 
 class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""
+
+
+def few(names: Iterable[str]) -> str:
+    """The first five of them."""
+    shown = list(itertools.islice(names, 6))
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")

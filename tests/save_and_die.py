@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grace_ext
-from grace_ext import checkpoint
+from grace_ext.checkpoints import checkpoint
 
 from . import resume_matrix
 

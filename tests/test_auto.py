@@ -108,7 +108,7 @@ def test_gradients_of_16_bits_are_probed_as_such():
         sums.append(collectives[0].nbytes if collectives[0].kind == "allreduce" else 0)
         return original(collectives, ops)
 
-    with mock.patch("grace_ext.policies.auto.SIZES", (64, 4096)), mock.patch.object(lockstep, "execute", execute):
+    with mock.patch("grace_ext.planning.auto.SIZES", (64, 4096)), mock.patch.object(lockstep, "execute", execute):
         for step in range(2):
             trained = len(sums)
             cluster.step([{"w": torch.from_numpy(array["w"]).bfloat16()} for array in gradients(step)])

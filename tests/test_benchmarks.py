@@ -23,8 +23,8 @@ import shapes  # noqa: E402
 import targets  # noqa: E402
 
 import grace_ext  # noqa: E402
-from grace_ext.cost import Link, allgather, allreduce, alltoall  # noqa: E402
-from grace_ext.probe import SIZES, fitted  # noqa: E402
+from grace_ext.planning.cost import Link, allgather, allreduce, alltoall  # noqa: E402
+from grace_ext.planning.probe import SIZES, fitted  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext import checkpoint
+from grace_ext.checkpoints import checkpoint
+from grace_ext.checkpoints.statefile import decode, encode
 from grace_ext.errors import CheckpointError, GraceError, ParameterError
-from grace_ext.statefile import decode, encode
 
 from . import catalog, resume_matrix
 

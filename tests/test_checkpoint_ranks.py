@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import grace_ext
-from grace_ext import checkpoint
-from grace_ext.checkpoint import kept_by
-from grace_ext.driver import Driver
+from grace_ext.checkpoints import files as checkpoint_files
+from grace_ext.checkpoints.saveable import saveable_by
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import CheckpointError
 from grace_ext.exchange.transport import Transport
 
@@ -45,8 +45,8 @@ class Holder:
         self.driver.register(cluster.drivers[0].specs.values())
         self.driver.load_state_dict(cluster.state_dict()["ranks"][transport.rank])
 
-    def _kept(self):
-        return kept_by(self.driver.transport, self.driver.state_dict, self.driver.read_state, self.driver.load_state_dict)
+    def _saveable(self):
+        return saveable_by(self.driver.transport, self.driver.state_dict, self.driver.read_state, self.driver.load_state_dict)
 
     def bits(self) -> dict[str, bytes]:
         return {key: x.tobytes() for key, x in self.driver.state_dict()["state"].items()}
@@ -94,14 +94,14 @@ def test_each_rank_writes_its_own_file(tmp_path):
 
 def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch):
     on_all([trained(3)] * 2, lambda holder, rank: grace_ext.save(holder, tmp_path))
-    before, write = files(tmp_path), checkpoint._write
+    before, write = files(tmp_path), checkpoint_files.write
 
     def full(path, data):
         if path.name.startswith("rank-00001"):
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint_files, "write", full)
     _, outcomes = on_all([trained(4)] * 2, lambda holder, rank: grace_ext.save(holder, tmp_path))
     assert_all_said(outcomes, "rank 1", "No space left")
     assert files(tmp_path) == before
@@ -110,14 +110,14 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch):
 def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
     """Rank 0 alone writes it. The files stay until the next save, because a rename may have been done when an error is seen."""
     on_all([trained(3)] * 2, lambda holder, rank: grace_ext.save(holder, tmp_path))
-    write = checkpoint._write
+    write = checkpoint_files.write
 
     def full(path, data):
-        if path.name == checkpoint.MANIFEST:
+        if path.name == checkpoint_files.MANIFEST:
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint_files, "write", full)
     _, outcomes = on_all([trained(4)] * 2, lambda holder, rank: grace_ext.save(holder, tmp_path))
     assert_all_said(outcomes, "rank 0", "No space left")
     assert grace_ext.load(resume_matrix.cluster_of(SPEC), tmp_path) == 3

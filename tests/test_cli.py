@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import grace_ext
-from grace_ext.catalogue import KINDS
-from grace_ext.cli import app
+from grace_ext.cli.app import app
+from grace_ext.cli.catalogue import KINDS
 
 RUN = CliRunner()
 

@@ -16,15 +16,19 @@ import pytest
 from typer.testing import CliRunner
 
 import grace_ext
-from grace_ext import cost, plan, plan_picture, simulate
-from grace_ext.cli import app, main
-from grace_ext.cost import GOODPUT, Link
+from grace_ext.cli.app import app, main
 from grace_ext.errors import ModelError, ParameterError, UnsupportedError
 from grace_ext.exchange.perform import perform
 from grace_ext.parts.tensor import TensorSpec
-from grace_ext.probe import MeasuredNetwork, fitted
-from grace_ext.shapes import shapes_of
-from grace_ext.trace import Event, Trace, record, replay
+from grace_ext.planning import cached, cost, plan, simulate
+from grace_ext.planning import picture as plan_picture
+from grace_ext.planning.candidates import candidates
+from grace_ext.planning.cost import GOODPUT, Link
+from grace_ext.planning.measure import exchange_seconds
+from grace_ext.planning.models import shapes_of
+from grace_ext.planning.network import OnLink
+from grace_ext.planning.probe import MeasuredNetwork, fitted
+from grace_ext.planning.trace import Event, Trace, record, replay
 
 SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}
 START = Event("start", name="a", kind="allgather", nbytes=100)
@@ -83,7 +87,7 @@ def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
     """Of one bucket nothing overlaps: work, and cost.py's network."""
     trace = record(grace_ext.grace("topk(ratio=0.1) + residual"), SHAPES, steps=1)
     link = Link.of("10mbit", 1e-3)
-    timed = plan.Model({"x": trace}, 8).timed("x", plan.OnLink(link))
+    timed = plan.Model({"x": trace}, 8).timed("x", OnLink(link))
     assert timed.exchange == pytest.approx(trace.work(8) + cost.allgather(link, 8, trace.nbytes(8)), rel=0.01)
 
 
@@ -93,7 +97,7 @@ def test_workers_of_a_node_share_its_link(n, per_node, nbytes):
     """As the simulator plays it, message by message; broadcasts nearly, as their rounds run into each other there. Inside one node nothing
     crosses a link."""
     link, fast = Link.of("1gbit", 1e-4, 1e-3), Link.of("20gbit", 1e-5, 1e-3)
-    network = plan.OnLink(link, per_node, fast)
+    network = OnLink(link, per_node, fast)
     ways = {"allreduce": "ring", "allgather": "all-gather", "alltoall": "all-to-all", "broadcast": "broadcast"}
     for kind, algorithm in ways.items():
         played = simulate.seconds(algorithm, n, link, nbytes, per_node=min(n, per_node), inside=fast)
@@ -110,7 +114,7 @@ def test_two_levels_of_sums_are_what_the_simulator_plays(n, per_node):
     played = simulate.seconds("two-level sum", n, link, m, per_node=per_node, inside=fast, dense=m)
     if n == per_node:
         played = cost.allreduce(fast, per_node, m)  # and the sum is there: nothing is handed on
-    assert model.timed("dense", plan.OnLink(link, per_node, fast)).exchange == pytest.approx(played)
+    assert model.timed("dense", OnLink(link, per_node, fast)).exchange == pytest.approx(played)
 
 
 def test_on_one_node_two_levels_gain_nothing():
@@ -118,9 +122,9 @@ def test_on_one_node_two_levels_gain_nothing():
     link, fast = Link.of("100mbit"), Link.of("20gbit", 1e-5)
     dense = made(0.3, 1e6, "allreduce")
     model = plan.Model({"dense": dense, "levels": replace(made(0.1, 1e4), two_level=True)}, 4, per_node=4, inside=fast)
-    rows = model.rows(plan.OnLink(link, 4, fast), link)
+    rows = model.rows(OnLink(link, 4, fast), link)
     assert rows[1].exchange_ms == rows[0].exchange_ms == pytest.approx(300 + 1000 * cost.allreduce(fast, 4, 1e6)) and rows[1].gain == 1
-    offered = [plan.candidates((), n, per_node) for n, per_node in ((4, 4), (8, 4), (8, 1))]
+    offered = [candidates((), n, per_node) for n, per_node in ((4, 4), (8, 4), (8, 1))]
     assert [any("hierarchical" in text for text in texts) for texts in offered] == [False, True, False]
 
 
@@ -128,7 +132,7 @@ def test_two_levels_are_the_nodes_exchange_and_what_is_inside(shapes_json):
     g = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical")
     trace = record(g, SHAPES, steps=1)
     link, fast = Link.of("10mbit", 1e-3), Link.of("10gbit", 1e-5)
-    timed = plan.Model({"x": trace}, 8, per_node=4, inside=fast).timed("x", plan.OnLink(link, 4))
+    timed = plan.Model({"x": trace}, 8, per_node=4, inside=fast).timed("x", OnLink(link, 4))
     m, work = trace.nbytes(2), trace.work(2)
     inside = cost.two_level(fast, 4, trace.dense, 0, 2 * m)
     assert timed.exchange == pytest.approx(work + cost.allgather(link, 2, m) + inside, rel=0.01)
@@ -150,9 +154,9 @@ def made(work: float, nbytes: float, kind: str = "allgather") -> Trace:
 MODEL = plan.Model({"dense": made(0.0, 1e6, "allreduce"), "small": made(0.2, 1e4), "slow": made(5.0, 10.0)}, 2)
 
 
-def rows_at(rate: str, **measured: float) -> list[plan.Row]:
+def rows_at(rate: str, **measured: float) -> list[plan.Prediction]:
     link = Link.of(rate, 0.0)
-    return MODEL.rows(plan.OnLink(link), link, measured)
+    return MODEL.rows(OnLink(link), link, measured)
 
 
 def test_the_fastest_is_recommended_with_its_gain():
@@ -163,7 +167,7 @@ def test_the_fastest_is_recommended_with_its_gain():
     assert rows[1].step_ms == pytest.approx(1000 * small) and rows[0].gain == 1
     # 0.2 s of work are worth 990,000 bytes
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02)
-    at = plan.OnLink(Link(rows[1].break_even, 0.0))
+    at = OnLink(Link(rows[1].break_even, 0.0))
     assert MODEL.timed("small", at).step == pytest.approx(MODEL.timed("dense", at).step, rel=0.02)
 
 
@@ -179,7 +183,7 @@ def test_where_it_pays():
     """Less work for more bytes pays above a rate; fewer messages always; what takes longer in both, never."""
     traces = {"dense": made(0.2, 1e4), "eager": made(0.0, 1e6), "less": made(0.1, 1e3), "more": made(0.3, 1e6)}
     link = Link.of("1gbit", 0.0)
-    rows = plan.Model(traces, 2).rows(plan.OnLink(link), link)
+    rows = plan.Model(traces, 2).rows(OnLink(link), link)
     assert [row.pays for row in rows] == ["never", "above", "always", "never"]
     assert [row.break_even is None for row in rows] == [True, False, True, True]
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.2 / GOODPUT, rel=0.02) and rows[1].gain > 1
@@ -189,13 +193,13 @@ def test_where_two_levels_pay_is_not_told_of_a_job():
     """How many ranks a node has is not looked at, so another rate says nothing of them."""
     levels = plan.Model({**MODEL.traces, "levels": replace(MODEL.traces["small"], two_level=True)}, 2)
     link = Link.of("10mbit", 0.0)
-    stated, measured = (levels.rows(plan.OnLink(link), link, seconds)[-1] for seconds in (None, {"dense": 1.0, "levels": 0.5}))
+    stated, measured = (levels.rows(OnLink(link), link, seconds)[-1] for seconds in (None, {"dense": 1.0, "levels": 0.5}))
     assert (stated.pays, measured.pays, measured.break_even) == ("below", "unknown", None)
 
 
 def test_break_even_rates_go_by_what_was_measured():
     """A candidate that really took 0.3 s more than predicted, where half of that is all it could gain."""
-    rows = rows_at("40mbit", small=MODEL.timed("small", plan.OnLink(Link.of("40mbit", 0.0))).exchange + 0.3)
+    rows = rows_at("40mbit", small=MODEL.timed("small", OnLink(Link.of("40mbit", 0.0))).exchange + 0.3)
     assert rows[1].gain < 1 and rows[1].pays == "below" and rows[1].break_even < 4e7
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.5 / GOODPUT, rel=0.02)
 
@@ -214,7 +218,7 @@ def test_real_exchanges_stand_for_themselves():
     assert told[1].uncalibrated_ms == pytest.approx(plain[1].exchange_ms)
     assert told[2].measured_ms is None and told[2].exchange_ms == pytest.approx(plain[2].exchange_ms)
     # what overlaps does so whatever else it takes: here half a second of computing hides nothing
-    busy = plan.Model(MODEL.traces, 2, compute=0.5).rows(plan.OnLink(Link.of("10mbit", 0.0)), Link.of("10mbit", 0.0), {"small": 0.5})
+    busy = plan.Model(MODEL.traces, 2, compute=0.5).rows(OnLink(Link.of("10mbit", 0.0)), Link.of("10mbit", 0.0), {"small": 0.5})
     assert busy[1].step_ms == pytest.approx(1000)
 
 
@@ -241,18 +245,18 @@ def test_what_starting_takes_grows_with_the_workers():
 def test_a_probe_of_a_world_of_one_tells_its_times():
     torch_transports = pytest.importorskip("grace_ext.frameworks.torch.transports")
     from grace_ext.frameworks.torch.ops import HostOps
-    from grace_ext.probe import Probe
+    from grace_ext.planning.probe import Probe
 
     here = torch_transports.SingleTransport(HostOps())
     assert perform(Probe(here).largest([1.5, -2.0]), here, {}) == [1.5, -2.0]
-    assert perform(Probe(here).exchange(grace_ext.grace("none"), SHAPES, steps=1), here, {}) > 0
+    assert perform(exchange_seconds(Probe(here), grace_ext.grace("none"), SHAPES, steps=1), here, {}) > 0
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def shapes_json(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(plan.kernels, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(cached.kernels, "cache_folder", lambda: tmp_path / "cache")
     file = tmp_path / "model.json"
     file.write_text(json.dumps({name: list(dims) for name, dims in SHAPES.items()}))
     return str(file)
@@ -274,7 +278,7 @@ def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_pa
     pays = document["rows"][1]["pays"]  # 'below' a rate, or 'always': that depends on how fast this machine encodes
     assert pays in ("below", "always") and all(text in table for text in (specs[1], pays, f"x{document['gain']:.2f}"))  # from the cache
     recorded = []
-    monkeypatch.setattr(plan, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
+    monkeypatch.setattr(cached, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
     said(*ask)
     assert not recorded
     said(*ask, "--fresh")
@@ -330,7 +334,7 @@ def test_the_picture_shows_what_the_table_says():
     found = plan_picture.curves(model, link, workers=(2, 4, 16, 62, 64))
     for spec, curve in (("dense", "dense, ring"), ("flat", "flat"), ("levels", "levels")):
         for n in (2, 4, 16, 64):
-            assert found[curve][n] == pytest.approx(model.of(n).timed(spec, plan.OnLink(link, min(n, 4), fast)).exchange), (spec, n)
+            assert found[curve][n] == pytest.approx(model.of(n).timed(spec, OnLink(link, min(n, 4), fast)).exchange), (spec, n)
         assert 62 not in found[curve]  # does not fill nodes of 4
     for n in (16, 64):
         played = simulate.seconds("two-level sum", n, link, 5e5, per_node=4, inside=fast, dense=1e6)
@@ -352,7 +356,7 @@ def test_what_changes_untold_is_seen():
     """A part of another package, or without a knob for its period."""
     with pytest.raises(UnsupportedError, match=r"cser\(reset_period=2\) @ allgather exchanges something else from step to step"):
         record(grace_ext.grace("topk + cser(reset_period=2)"), SHAPES)
-    assert plan.candidates(["topk + cser(reset_period=1)"], 2)  # every step is like the others
+    assert candidates(["topk + cser(reset_period=1)"], 2)  # every step is like the others
 
 
 def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
@@ -404,7 +408,7 @@ def test_what_is_printed_later_than_it_is_said(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import ctypes, sys\nprint('kept by Python', file=sys.__stdout__)\nctypes.CDLL(None).printf(b'kept by C\\n')\nshapes = {'w': [2]}\n"
     )
-    script = "from grace_ext.shapes import shapes_of; print(shapes_of('slow:shapes'))"
+    script = "from grace_ext.planning.models import shapes_of; print(shapes_of('slow:shapes'))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     paths = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run([sys.executable, "-c", script], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 import grace_ext
-from grace_ext.catalogue import KINDS, describe
-from grace_ext.cli import facts
+from grace_ext.cli.app import facts
+from grace_ext.cli.catalogue import KINDS, describe
 
 DOCS = Path(__file__).parents[1] / "docs" / "parts"
 SIDE = 32

@@ -120,7 +120,7 @@ class ReduceScatter(Communicator):
             if self.keeps_state(compressor) and not self._idle(info):
                 changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, mine, info), "float32")
         if self.follow_rate and self.keeps_state(compressor) and not self._idle(info):
-            changed["shard_rate"] = ops.zeros(1) + self.rate(info)
+            changed["shard_rate"] = ops.zeros(1) + self.learning_rate(info)
         by_rank = [second.fields(s) if s.size else () for s in means]
         gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)
         shares = enumerate(zip(gathered, means, strict=True))
@@ -143,7 +143,7 @@ class ReduceScatter(Communicator):
 
     def _idle(self, info) -> bool:
         """A step whose result the optimizer multiplies with 0, so that what it sends is not applied."""
-        return self.follow_rate and not self.rate(info)
+        return self.follow_rate and not self.learning_rate(info)
 
     def input_bytes(self, compressor, spec, n):
         specs = [TensorSpec(spec.name, (r.stop - r.start,), _wire(spec)) for r in shards(spec.size, n)]

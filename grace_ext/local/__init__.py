@@ -1,7 +1,7 @@
 """Local-update training: ranks train models of their own and exchange, from time to time, how far these have moved.
 
-`schedule.py` says when, `plan.py` checks what goes with what, `model.py` is the algorithm on one rank, `worker.py` runs it over a real
-engine (with `meeting.py`, where ranks wait for each other), `messages.py` is the asynchronous form, `cluster.py` simulates N ranks.
+`schedule.py` says when, `settings.py` checks what goes with what, `model.py` is the algorithm on one rank, `worker.py` runs it over a real
+engine (with `server.py`, where ranks wait for each other), `messages.py` is the asynchronous form, `cluster.py` simulates N ranks.
 """
 
 from __future__ import annotations

@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..arrays import libraries
-from ..cluster import _whole_step
-from ..driver import Driver
+from ..driver.driver import Driver
 from ..errors import DisagreementError, NamesError, ParameterError
 from ..exchange.lockstep import LockstepTransport, run_lockstep
 from ..exchange.transport import Transport
 from ..parts.tensor import TensorSpec
-from .line import Entry
+from .connection import Entry
 from .messages import Messages
 from .model import LocalModel
-from .plan import plan_of
-from .worker import forget_errors
+from .settings import settings_of
 
 
 class LocalSGDCluster:
@@ -52,12 +50,14 @@ class LocalSGDCluster:
         if asynchronous:
             by_rank = [_by_rank(each, size) for each in (every, schedule)]
             own = [{"every": one, "schedule": other} for one, other in zip(*by_rank, strict=True)]
-        self.models = [LocalModel(plan_of(compression, asynchronous=asynchronous, **each, **options), self.ops) for each in own]
-        self.plan = self.models[0].plan
+        self.models = [LocalModel(settings_of(compression, asynchronous=asynchronous, **each, **options), self.ops) for each in own]
+        self.settings = self.models[0].settings
         self._messages = [Messages(model, rank, size) for rank, model in enumerate(self.models)] if asynchronous else []
         slots: list[Transport] = [LockstepTransport(rank, size, self.ops, 1) for rank in range(size)]
-        self.for_gradients = [Driver(self.plan.for_gradients, self.ops, slot, read_lr=lambda: self._lr, diverging=True) for slot in slots]
-        self.for_models = [m.driver for m in self._messages] or [Driver(self.plan.for_models, self.ops, slot) for slot in slots]
+        self.for_gradients = [
+            Driver(self.settings.for_gradients, self.ops, slot, read_lr=lambda: self._lr, diverging=True) for slot in slots
+        ]
+        self.for_models = [m.driver for m in self._messages] or [Driver(self.settings.for_models, self.ops, slot) for slot in slots]
         self._log: list[Entry] = []
         self._had = [0] * size
         #: Bytes of each rank's own input buffers to collectives in the last step (asynchronous: of its message).
@@ -107,8 +107,8 @@ class LocalSGDCluster:
         if not self._messages and self.models[0].together:
             return list(models)
         after = self._synchronize(models, list(range(self.size)))
-        for driver in self.for_gradients if self.plan.grace.memory.diverges and self.for_models[0].committed else ():
-            forget_errors(driver)
+        for driver in self.for_gradients if self.settings.grace.memory.diverges and self.for_models[0].committed else ():
+            driver.clear_state("residual")
         return after
 
     def _synchronize(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:
@@ -134,7 +134,7 @@ class LocalSGDCluster:
         return after
 
     def _exchange(self, drivers: list[Driver], tensors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        given = run_lockstep([_whole_step(driver, mapping) for driver, mapping in zip(drivers, tensors, strict=True)], self.ops, 1)
+        given = run_lockstep([driver.exchange(mapping) for driver, mapping in zip(drivers, tensors, strict=True)], self.ops, 1)
         self.wire_bytes = [sent + driver.wire_bytes for sent, driver in zip(self.wire_bytes, drivers, strict=True)]
         return given
 

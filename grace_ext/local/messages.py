@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..compressors.base import sent_by
-from ..driver import Driver
+from ..driver.driver import Driver
 from ..errors import PayloadError
 from ..exchange.effects import Collective
 from ..exchange.message import open_message, split_messages
@@ -17,9 +17,9 @@ from ..exchange.transport import Transport
 from ..parts.ops import Ops
 from ..parts.payload import unpack
 from ..parts.tensor import StepInfo
-from .line import Entry
+from .connection import Entry
 from .model import LocalModel
-from .plan import carried
+from .settings import with_allgather
 
 
 class _Outbox(Transport):
@@ -51,8 +51,8 @@ class Messages:
     def __init__(self, model: LocalModel, rank: int, size: int):
         self.model, self.ops, self.size = model, model.ops, size
         self._outbox = _Outbox(model.ops, rank)
-        self.driver = Driver(carried(model.plan.grace), model.ops, self._outbox)
-        self.driver.agreed = True  # with itself
+        self.driver = Driver(with_allgather(model.settings.grace), model.ops, self._outbox)
+        self.driver.skip_agreement()
 
     def begin(self) -> None:
         """Once the model knows its parameters."""
@@ -62,10 +62,7 @@ class Messages:
         """The message of this rank's drift, empty where that is not finite. The memory counts it as sent."""
         self._outbox.sent = []
         drift = self.model.outgoing(values)
-        handles: dict[str, Any] = {}
-        for name in self.driver.specs:
-            perform(self.driver.put(name, drift[name]), self._outbox, handles)
-        perform(self.driver.finish(), self._outbox, handles)
+        perform(self.driver.exchange(drift), self._outbox, {})
         return b"".join(self._outbox.sent) if self.driver.committed else b""
 
     def apply(self, entries: Iterable[Entry]) -> dict[str, Any]:

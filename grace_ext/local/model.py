@@ -11,7 +11,7 @@ from ..errors import GraceError, NamesError, TensorChangedError
 from ..parts.field import HALVES
 from ..parts.ops import Array, Ops
 from ..parts.tensor import TensorSpec
-from .plan import Plan
+from .settings import Settings
 
 
 class LocalModel:
@@ -28,8 +28,8 @@ class LocalModel:
     a rank gets x rounded, and how far it moved counts from there: what is lost in rounding stays in x.
     """
 
-    def __init__(self, plan: Plan, ops: Ops):
-        self.plan, self.ops = plan, ops
+    def __init__(self, settings: Settings, ops: Ops):
+        self.settings, self.ops = settings, ops
         self.specs: dict[str, TensorSpec] = {}  # of the parameters
         self.master: dict[str, Array] = {}
         self.outer: dict[str, Array] = {}  # u
@@ -66,7 +66,7 @@ class LocalModel:
     # --- steps ------------------------------------------------------------------------------------------------------
     def exchanges_gradients(self) -> bool:
         """Whether the gradients of the step that comes next are exchanged."""
-        return self.plan.by_gradients or self.step < self.plan.schedule.start
+        return self.settings.by_gradients or self.step < self.settings.schedule.start
 
     def advance(self) -> str:
         """One more local step was made. What comes now: 'synchronize', 'rebase' (see there), or '': nothing."""
@@ -75,7 +75,7 @@ class LocalModel:
         if averaged:
             self.last = self.step
             return "" if self.exchanges_gradients() else "rebase"
-        return "synchronize" if self.plan.schedule.due(self.step, self.last) else ""
+        return "synchronize" if self.settings.schedule.due(self.step, self.last) else ""
 
     def rebase(self, values: Mapping[str, Any]) -> None:
         """After the last step with averaged gradients: the ranks' models, which are the same, are the master copy from here on."""
@@ -90,7 +90,7 @@ class LocalModel:
             given = self.ops.ingest(self.ops.emit(self.ops.copy(master), spec)) if spec.dtype in HALVES else master
             if not self.sends_models:
                 mine = given - mine
-            elif spec.dtype in HALVES and self.plan.lossless:
+            elif spec.dtype in HALVES and self.settings.lossless:
                 mine = mine + (master - given)
             else:
                 mine = self.ops.copy(mine)
@@ -100,17 +100,17 @@ class LocalModel:
     @property
     def together(self) -> bool:
         """Whether the model is the one that all ranks had at the last synchronization."""
-        return self.last == self.step and not self.plan.grace.memory.diverges
+        return self.last == self.step and not self.settings.grace.memory.diverges
 
     @property
     def sends_models(self) -> bool:
         """Whether y is sent instead of x - y."""
-        return self.plan.lossless or self.plan.grace.memory.diverges
+        return self.settings.lossless or self.settings.grace.memory.diverges
 
     def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any] | None:
         """The model from here on, in the user's tensors, given what the driver returned for `outgoing`, and whether all were finite. None
         where each rank keeps its own."""
-        if not committed and self.plan.grace.memory.diverges:  # there is no earlier model that all had: gradients were exchanged
+        if not committed and self.settings.grace.memory.diverges:  # there is no earlier model that all had: gradients were exchanged
             warnings.warn(
                 f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors",
                 stacklevel=2,
@@ -130,12 +130,12 @@ class LocalModel:
 
     def _moved(self, name: str, mean: Array) -> Array:
         x = self.master[name]
-        if not self.plan.has_outer:
+        if not self.settings.has_outer:
             return self.ops.copy(mean) if self.sends_models else x - mean
         drift = x - mean if self.sends_models else mean
-        momentum, before = self.plan.outer_momentum, self.outer.get(name)
+        momentum, before = self.settings.outer_momentum, self.outer.get(name)
         self.outer[name] = u = drift if before is None else before * momentum + drift
-        return x - (drift + u * momentum) * self.plan.outer_lr
+        return x - (drift + u * momentum) * self.settings.outer_lr
 
     def values(self) -> dict[str, Any]:
         """The master copy as the user's tensors, which share no memory with it."""
@@ -154,7 +154,7 @@ class LocalModel:
         """{'plan', 'step', 'last', 'arrays': {'master/<parameter>': array, 'outer/<parameter>': array}}, copies."""
         kept = {"master": self.master, "outer": self.outer}
         arrays = {f"{kind}/{name}": self.ops.copy(array) for kind, of in kept.items() for name, array in of.items()}
-        return {"plan": str(self.plan), "step": self.step, "last": self.last, "arrays": arrays}
+        return {"plan": str(self.settings), "step": self.step, "last": self.last, "arrays": arrays}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit, with the parameters as they were when it was saved. Raises GraceError, and changes nothing, where it does
@@ -165,8 +165,8 @@ class LocalModel:
 
     def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """The arrays of a state by kind and parameter, copied and checked."""
-        if saved.get("plan") != str(self.plan):
-            raise GraceError(f"this state was saved by {saved.get('plan')}, this is {self.plan}")
+        if saved.get("plan") != str(self.settings):
+            raise GraceError(f"this state was saved by {saved.get('plan')}, this is {self.settings}")
         kept: dict[str, dict[str, Array]] = {"master": {}, "outer": {}}
         for key, array in saved["arrays"].items():
             kind, name = key.split("/", 1)

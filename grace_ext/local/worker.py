@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..agreement import agree, tell
-from ..checkpoint import Kept, kept_by
-from ..driver import Driver
+from ..checkpoints.saveable import Saveable, saveable_by
+from ..driver.agreement import agree, share
+from ..driver.driver import Driver
 from ..errors import DisagreementError, GraceError
 from ..exchange.perform import perform
 from ..exchange.transport import Transport
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
-from .line import Line
-from .meeting import Meeting, address
+from .connection import Connection
 from .messages import Messages
 from .model import LocalModel
-from .plan import Plan
+from .server import Server, address
+from .settings import Settings
 
 
 class Worker:
@@ -27,24 +27,24 @@ class Worker:
     An engine that runs drivers in another way (TensorFlow's graphs) calls the pieces of these methods.
     """
 
-    def __init__(self, plan: Plan, ops: Ops, transport: Transport, read_lr: Callable[[], float | None] = lambda: None):
-        self.plan, self.ops, self.transport = plan, ops, transport
-        self.model = LocalModel(plan, ops)
-        self.messages = Messages(self.model, transport.rank, transport.size) if plan.asynchronous else None
-        self.for_gradients = Driver(plan.for_gradients, ops, transport, read_lr=read_lr, diverging=True)
-        self.for_models = self.messages.driver if self.messages else Driver(plan.for_models, ops, transport)
-        self._line: Line | None = None
+    def __init__(self, settings: Settings, ops: Ops, transport: Transport, read_lr: Callable[[], float | None] = lambda: None):
+        self.settings, self.ops, self.transport = settings, ops, transport
+        self.model = LocalModel(settings, ops)
+        self.messages = Messages(self.model, transport.rank, transport.size) if settings.asynchronous else None
+        self.for_gradients = Driver(settings.for_gradients, ops, transport, read_lr=read_lr, diverging=True)
+        self.for_models = self.messages.driver if self.messages else Driver(settings.for_models, ops, transport)
+        self._line: Connection | None = None
         self._meetings = self._said = 0  # meetings so far; bytes on the line before this step
         self._used: list[Driver] = []  # in this step
         self._together = True  # asynchronous ranks have no messages that others have not had
 
     # --- the first step ---------------------------------------------------------------------------------------------
     def begin(self, specs: Sequence[TensorSpec], values: Mapping[str, Any]) -> None:
-        """Before the first step, on every rank: all must have the same plan, parameters and model. Raises DisagreementError on all."""
+        """Before the first step, on every rank: all must have the same settings, parameters and model. Raises DisagreementError on all."""
         loaded = bool(self.model.master)
         self.model.begin(specs, values)
         mine = {
-            "spec": str(self.plan), "seed": self.plan.grace.seed, "number": 0,
+            "spec": str(self.settings), "seed": self.settings.grace.seed, "number": 0,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in specs],
         }  # fmt: skip
         try:
@@ -59,9 +59,9 @@ class Worker:
             raise
 
     def _meet_first(self) -> None:
-        meeting = Meeting(self.transport.size, self.plan.timeout, self.plan.max_ahead) if self.transport.rank == 0 else None
+        meeting = Server(self.transport.size, self.settings.timeout, self.settings.max_ahead) if self.transport.rank == 0 else None
         mine = {"model": self.model.digest(), **(address(meeting) if meeting else {})}
-        said = perform(tell(self.ops, self.transport, mine), self.transport, {})
+        said = perform(share(self.ops, self.transport, mine), self.transport, {})
         differing = [rank for rank, other in enumerate(said) if other["model"] != said[0]["model"]]
         if differing:
             raise DisagreementError(
@@ -70,7 +70,7 @@ class Worker:
                 "pass hvd.callbacks.BroadcastGlobalVariablesCallback(0)",
                 said,
             )
-        self._line = Line(self.transport.rank, said[0], self.plan.timeout)
+        self._line = Connection(self.transport.rank, said[0], self.settings.timeout)
 
     # --- steps ------------------------------------------------------------------------------------------------------
     def begin_step(self) -> bool:
@@ -114,8 +114,8 @@ class Worker:
         if self.model.together:
             return None
         new = self.synchronize(values)
-        if self.plan.grace.memory.diverges and self.for_models.committed:
-            forget_errors(self.for_gradients)
+        if self.settings.grace.memory.diverges and self.for_models.committed:
+            self.for_gradients.clear_state("residual")  # CSER: the mean of the models has all in it that was not sent
         return new
 
     def post(self, values: Mapping[str, Any], gather: bool = False) -> dict[str, Any]:
@@ -136,10 +136,7 @@ class Worker:
         self._meetings += 1
 
     def _exchange(self, driver: Driver, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        handles: dict[str, Any] = {}
-        for name in reversed(driver.specs):  # the order of the buckets, which therefore start as early as they can
-            perform(driver.put(name, tensors[name]), self.transport, handles)
-        return perform(driver.finish(), self.transport, handles)
+        return perform(driver.exchange(tensors), self.transport, {})
 
     @property
     def wire_bytes(self) -> int:
@@ -170,12 +167,6 @@ class Worker:
         self.for_gradients.read_state(saved["gradients"])
         self.for_models.read_state(saved["models"])
 
-    def kept(self) -> Kept:
+    def saveable(self) -> Saveable:
         """For grace_ext.save and load."""
-        return kept_by(self.transport, self.state_dict, self.check_state, self.load_state_dict)
-
-
-def forget_errors(driver: Driver) -> None:
-    """CSER, after the mean of the models was taken: it has all in it that was not sent."""
-    for state in driver.state.values():
-        state["residual"] = driver.ops.zeros(len(state["residual"]))
+        return saveable_by(self.transport, self.state_dict, self.check_state, self.load_state_dict)

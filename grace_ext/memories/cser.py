@@ -41,11 +41,11 @@ class CSER(Memory):
         return grad
 
     def after(self, ops, compensated, sent, spec, info, state):
-        rate = self.rate(info) * info.size / info.divisor  # a sum moves the model n times as far as a mean
+        rate = self.learning_rate(info) * info.size / info.divisor  # a sum moves the model n times as far as a mean
         return {"residual": ops.cast(state["residual"] + (compensated - sent.values()) * rate, "float32")}
 
     def exchange(self, ops, send, grad, spec, info, state):
-        rate, scale = self.rate(info), info.size / info.divisor
+        rate, scale = self.learning_rate(info), info.size / info.divisor
         done = yield from send(grad)
         kept = self.after(ops, grad, done, spec, info, state)
         output = done.aggregate + (grad - done.values()) * scale

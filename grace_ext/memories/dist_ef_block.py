@@ -40,22 +40,22 @@ class DistEFBlock(Memory):
         return {**state, "momentum": ops.zeros(spec.size)} if self.momentum else state
 
     def absorb(self, ops, grad, spec, info, state):
-        if not self.momentum or not self.rate(info):
+        if not self.momentum or not self.learning_rate(info):
             return {}
         return {"momentum": ops.cast(state["momentum"] * self.momentum + grad, "float32")}
 
     def before(self, ops, grad, spec, info, state):
-        if not self.rate(info):
+        if not self.learning_rate(info):
             return ops.zeros(spec.size)
         if self.momentum:
             grad = grad + state["momentum"] * self.momentum if self.nesterov else state["momentum"]
         return grad + state["residual"] * self.rate_change(float(state["residual_rate"][0]), info)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        rate = self.rate(info)
+        rate = self.learning_rate(info)
         if not rate:
             return {}
         return {"residual": self.unsent(ops, compensated, sent), "residual_rate": ops.zeros(1) + rate}
 
     def on_aggregate(self, ops, mean, spec, info, state):
-        return (mean if self.rate(info) else ops.zeros(spec.size)), {}
+        return (mean if self.learning_rate(info) else ops.zeros(spec.size)), {}

@@ -31,12 +31,12 @@ class EFSignSGDMemory(Memory):
         return {"residual": ops.zeros(spec.size)}
 
     def before(self, ops, grad, spec, info, state):
-        rate = self.rate(info)
+        rate = self.learning_rate(info)
         return state["residual"] + grad * rate if rate else ops.zeros(spec.size)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": self.unsent(ops, compensated, sent)} if self.rate(info) else {}
+        return {"residual": self.unsent(ops, compensated, sent)} if self.learning_rate(info) else {}
 
     def on_aggregate(self, ops, mean, spec, info, state):
-        rate = self.rate(info)
+        rate = self.learning_rate(info)
         return (mean / rate if rate else ops.zeros(spec.size)), {}

@@ -107,7 +107,7 @@ class Part:
     zero_sum_state: ClassVar[tuple[str, ...]] = ()
     #: Keys that are, on all ranks, the mean (or, for a sum, the sum) over the ranks of another key, which is each rank's own.
     mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    #: It divides by, or multiplies with, the current learning rate (`rate(info)`), so an optimizer must be bound.
+    #: It divides by, or multiplies with, the current learning rate (`learning_rate(info)`), so an optimizer must be bound.
     uses_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class Part:
             raise ParameterError(f"{cls.name}: {problem}; {has}")
         return cls(**given, **knobs)
 
-    def rate(self, info: StepInfo) -> float:
+    def learning_rate(self, info: StepInfo) -> float:
         """The current learning rate. Raises LearningRateError where there is none."""
         if info.lr is None:
             raise LearningRateError(
@@ -153,7 +153,7 @@ class Part:
         """lr_before / lr, in float32; 1 where there was none before. lr is not 0."""
         import numpy as np
 
-        return float(np.float32(before) / np.float32(self.rate(info))) if before else 1.0
+        return float(np.float32(before) / np.float32(self.learning_rate(info))) if before else 1.0
 
     def to_config(self) -> dict[str, Any]:
         """{'id': name, every knob: its value}, made of JSON types only."""

@@ -23,10 +23,11 @@ C = TypeVar("C", bound=type)
 
 
 class Registry:
-    """The known parts of one kind. `package` is both the package of the built-ins and the entry-point group."""
+    """The known parts of one kind. package: the package of the built-ins, and the entry-point group. also: modules of other packages that
+    have built-ins, too."""
 
-    def __init__(self, kind: str, package: str):
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, package: str, also: tuple[str, ...] = ()):
+        self.kind, self.package, self._also = kind, package, also
         self._classes: dict[str, type] = {}
         self._loaded = False
 
@@ -67,6 +68,8 @@ class Registry:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
+        for name in self._also:
+            importlib.import_module(name)
         for entry in entry_points(group=self.package):
             try:
                 cls = entry.load()
@@ -80,4 +83,4 @@ class Registry:
 compressors = Registry("compressor", "grace_ext.compressors")
 memories = Registry("memory", "grace_ext.memories")
 communicators = Registry("communicator", "grace_ext.communicators")
-policies = Registry("policy", "grace_ext.policies")
+policies = Registry("policy", "grace_ext.policies", also=("grace_ext.planning.auto",))  # auto plans

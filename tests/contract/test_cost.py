@@ -7,8 +7,8 @@ import math
 import pytest
 
 import grace_ext
-from grace_ext.cost import Link, Work, allgather, allreduce, alltoall, broadcast, crossing, exchange, gather_limit, network
 from grace_ext.errors import ParameterError
+from grace_ext.planning.cost import Link, Work, allgather, allreduce, alltoall, broadcast, crossing, exchange, gather_limit, network
 
 #: A byte takes a microsecond, a message a millisecond more.
 SLOW = Link(8e6, latency=1e-3, goodput=1.0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError, UnsupportedError
 from grace_ext.exchange.transport import Transport
 from grace_ext.testing import inputs

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.catalogue import fits
+from grace_ext.cli.catalogue import fits
 from grace_ext.errors import IncompatiblePartsError
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY

@@ -429,7 +429,7 @@ def test_cser_keeps_what_the_models_share(world, text, size):
 
 def test_cser_needs_a_wrapper_that_averages():
     """An optimizer that expects the same result everywhere is told so."""
-    from grace_ext.driver import Driver
+    from grace_ext.driver.driver import Driver
     from grace_ext.errors import UnsupportedError
 
     from ..drivers.hub import Native

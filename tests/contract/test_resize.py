@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.checkpoints.resize import resized, told
 from grace_ext.errors import GraceError, ParameterError
-from grace_ext.resize import resized, told
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY
 

@@ -6,9 +6,9 @@ import heapq
 
 import pytest
 
-from grace_ext import cost, simulate
-from grace_ext.cost import Link
 from grace_ext.errors import ParameterError
+from grace_ext.planning import cost, simulate
+from grace_ext.planning.cost import Link
 
 #: A byte takes a microsecond, a message a millisecond more; inside a node a hundredth of both.
 SLOW = Link(8e6, latency=1e-3, overhead=0.25, goodput=1.0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from grace_ext.arrays.compiled import host_ops
 from grace_ext.arrays.numpy import NumpyOps
-from grace_ext.driver import Start
+from grace_ext.driver.driver import Start
 from grace_ext.exchange.transport import Transport, cut, gathered
 from grace_ext.parts.field import HALVES
 

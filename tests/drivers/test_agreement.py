@@ -7,14 +7,15 @@ import threading
 import numpy as np
 import pytest
 
-from grace_ext.agreement import digest_of
-from grace_ext.elastic import carried_over
+from grace_ext.checkpoints.elastic import carried_over
+from grace_ext.checkpoints.resize import resized
+from grace_ext.driver.agreement import digest_of
 from grace_ext.errors import CollectiveError, DisagreementError, GraceError, ParameterError
 from grace_ext.exchange.perform import perform
-from grace_ext.resize import resized
+from grace_ext.frameworks.horovod import tell_horovod
+from grace_ext.frameworks.timeouts import timeout
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import same_bits
-from grace_ext.timeouts import tell_horovod, timeout
 
 from .hub import Concatenating, Hub, Native, Poor
 from .test_driver import SHAPES, drivers, run, shuffled

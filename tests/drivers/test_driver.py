@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.exchange.perform import perform
 from grace_ext.exchange.transport import Transport
 from grace_ext.parts.tensor import TensorSpec

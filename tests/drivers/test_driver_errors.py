@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 import grace_ext
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import DisagreementError, GraceError, NamesError, TensorChangedError, UnsupportedDtypeError
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs

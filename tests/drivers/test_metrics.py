@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.advice import allowed_residual
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
+from grace_ext.driver.observer import Observer
 from grace_ext.errors import GraceError, ParameterError
 from grace_ext.exchange.message import HEADER
 from grace_ext.exchange.perform import perform
 from grace_ext.exchange.transport import Transport
-from grace_ext.metrics import Metrics, scalars
+from grace_ext.metrics.advice import allowed_residual
+from grace_ext.metrics.metrics import Metrics, scalars
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states
@@ -43,7 +44,7 @@ def test_results_states_and_bytes_are_those_without_metrics(spec):
         for before, *others in zip(*(states(cluster, NUMPY) for cluster in (plain, measured, alone)), strict=True):
             assert all(same_bits(before, other) for other in others)
         assert plain.wire_bytes == measured.wire_bytes == [report["total"]["bytes"] for report in measured.metrics()]
-    assert all(driver.recorder is None for driver in plain.drivers) and plain.metrics() == []
+    assert all(type(driver.observer) is Observer for driver in plain.drivers) and plain.metrics() == []
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grace_ext.check import tool
+from grace_ext.cli.check import tool
 
 from .launch import JOBS, environment
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grace_ext.check import tool
+from grace_ext.cli.check import tool
 
 ROOT = Path(__file__).parents[2]
 JOBS = Path(__file__).parent / "jobs"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grace_ext.statefile import decode, exchanges
+from grace_ext.checkpoints.statefile import decode, exchanges
 
 from .launch import job
 

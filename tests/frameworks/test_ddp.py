@@ -10,10 +10,10 @@ import pytest
 
 import grace_ext
 from grace_ext.arrays.numpy import NumpyOps
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import GraceError, NamesError
 from grace_ext.exchange.perform import perform
-from grace_ext.frameworks.torch.dist_world import LET_GO
+from grace_ext.frameworks.torch.dist.world import LET_GO
 from grace_ext.frameworks.torch.ops import HostOps
 from grace_ext.frameworks.torch.transports import SingleTransport
 from grace_ext.parts.tensor import TensorSpec

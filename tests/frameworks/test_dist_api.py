@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import grace_ext.frameworks.torch.dist_api as hvd
+import grace_ext.frameworks.torch.dist.api as hvd
 from grace_ext.errors import GraceError, UnsupportedError
 
 JOB = Path(__file__).parent / "jobs" / "dist_api_job.py"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from grace_ext.check import horovod_built
+from grace_ext.cli.check import horovod_built
 
 from .elastic import kill_and_grow
 from .launch import job, launcher

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grace_ext.check import tool
+from grace_ext.cli.check import tool
 
 from .faults import strike
 from .full_disk import save_on_a_full_disk

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import pytest
 
-from grace_ext.check import DONE, horovod_built, tool
+from grace_ext.cli.check import DONE, horovod_built, tool
 
 from .launch import JOBS, ROOT, environment, run
 

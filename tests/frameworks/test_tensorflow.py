@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from grace_ext.check import DONE
+from grace_ext.cli.check import DONE
 
 from .launch import environment, launcher, run
 from .test_jobs import cases_of, held

@@ -15,16 +15,16 @@ import numpy as np
 
 import grace_ext
 from grace_ext.compressors.forms.positions import CODINGS, decode_indices, encode_indices
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import DisagreementError, PayloadError, RankLeftError
 from grace_ext.exchange.message import HEADER, message, open_message, split_messages
 from grace_ext.exchange.perform import perform
 from grace_ext.exchange.transport import Transport
-from grace_ext.local.line import ENTRY, HELLO, LENGTH, REQUEST, Entry, Line
-from grace_ext.local.meeting import Meeting
+from grace_ext.local.connection import ENTRY, HELLO, LENGTH, REQUEST, Connection, Entry
 from grace_ext.local.messages import Messages
 from grace_ext.local.model import LocalModel
-from grace_ext.local.plan import plan_of
+from grace_ext.local.server import Server
+from grace_ext.local.settings import settings_of
 from grace_ext.parts.field import Field
 from grace_ext.parts.payload import unpack
 from grace_ext.parts.tensor import TensorSpec
@@ -179,8 +179,8 @@ class Asynchronous(Target):
         self.receiver = self._messages(0)
 
     def _messages(self, rank: int) -> Messages:
-        plan = plan_of(self._spec_of(self.name), every=2, asynchronous=True)
-        model = LocalModel(plan, self.ops)
+        settings = settings_of(self._spec_of(self.name), every=2, asynchronous=True)
+        model = LocalModel(settings, self.ops)
         model.begin([TensorSpec(name, x.shape) for name, x in self.values.items()], self.values)
         made = Messages(model, rank, 2)
         made.begin()
@@ -217,7 +217,7 @@ class Answers(Target):
     def feed(self, number, data):
         ours, theirs = socket.socketpair()
         try:
-            line = Line.__new__(Line)
+            line = Connection.__new__(Connection)
             line.rank, line._timeout, line.sent, line._socket = 0, 1.0, 0, ours
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
@@ -240,7 +240,7 @@ class Requests(Target):
         self.honest = [LENGTH.pack(len(x)) + x for x in requests] + [b"".join(LENGTH.pack(len(x)) + x for x in requests)]
 
     def feed(self, number, data):
-        meeting = Meeting.__new__(Meeting)
+        meeting = Server.__new__(Server)
         _without_socket(meeting)
         with socket.create_server(("127.0.0.1", 0)) as server:
             theirs = socket.create_connection(server.getsockname())
@@ -255,7 +255,7 @@ class Requests(Target):
         return "accepted" if answered else "refused"
 
 
-def _without_socket(meeting: Meeting) -> None:
+def _without_socket(meeting: Server) -> None:
     """Of one rank, with no thread that accepts others."""
     import threading
 
@@ -267,7 +267,7 @@ def _without_socket(meeting: Meeting) -> None:
 
 def greeted(hello: bytes) -> bool:
     """Whether a meeting of one rank takes a stranger that says this; it must close the line otherwise, and go on."""
-    meeting = Meeting(1, 5.0, 1)
+    meeting = Server(1, 5.0, 1)
     with socket.create_connection(("127.0.0.1", meeting.port)) as stranger:
         with contextlib.suppress(OSError):  # the meeting may have closed the line before it heard all
             stranger.sendall(hello)

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 
 import grace_ext
-from grace_ext.choices import Choices
+from grace_ext.driver.choices import Choices
 from grace_ext.errors import PayloadError
 from grace_ext.exchange import fusing
 from grace_ext.exchange.bucket import exchange_bucket

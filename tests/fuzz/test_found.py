@@ -14,7 +14,7 @@ from grace_ext.arrays.compiled import host_ops
 from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.errors import PayloadError, RankLeftError
 from grace_ext.exchange.message import HEADER, message
-from grace_ext.local.line import ENTRY, GATHER, LENGTH, REQUEST, Entry, Line, receive_one
+from grace_ext.local.connection import ENTRY, GATHER, LENGTH, REQUEST, Connection, Entry, receive_one
 
 from .decoders import Asynchronous, Requests, Said
 
@@ -87,7 +87,7 @@ def test_an_asynchronous_message_of_nan_is_refused():
 def answered(reply: bytes, before: bytes = b"") -> list[Entry]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        line = Line.__new__(Line)
+        line = Connection.__new__(Connection)
         line.rank, line._timeout, line.sent, line._socket = 0, 1.0, 0, ours
         theirs.sendall(before + LENGTH.pack(len(reply)) + reply)
         theirs.shutdown(socket.SHUT_WR)

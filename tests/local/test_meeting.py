@@ -9,16 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import grace_ext.local.meeting as meeting_module
+import grace_ext.local.server as meeting_module
 from grace_ext.errors import RankLeftError
-from grace_ext.local.line import HELLO, Line
-from grace_ext.local.meeting import Meeting, address
+from grace_ext.local.connection import HELLO, Connection
+from grace_ext.local.server import Server, address
 
 
 def lines(size, timeout=20.0, max_ahead=1000):
-    meeting = Meeting(size, timeout, max_ahead)
+    meeting = Server(size, timeout, max_ahead)
     where = address(meeting)
-    return [Line(rank, where, timeout) for rank in range(size)]
+    return [Connection(rank, where, timeout) for rank in range(size)]
 
 
 def at_once(*calls):
@@ -111,14 +111,14 @@ def test_the_log_has_one_order_and_every_message_once():
 
 def test_what_is_posted_after_a_gathering_is_not_part_of_it(monkeypatch):
     """Rank 1's answer is made late: rank 2 has had its own by then, and has posted again."""
-    real = Meeting._gather
+    real = Server._gather
 
     def late(self, rank):
         real(self, rank)
         if rank == 1:
             assert self._changed.wait_for(lambda: any(entry.data == b"later" for entry in self._log), 10)
 
-    monkeypatch.setattr(Meeting, "_gather", late)
+    monkeypatch.setattr(Server, "_gather", late)
     a, b, c = lines(3)
     first, second, third = at_once(
         lambda: a.post(0, 4, b"a", gather=True),
@@ -187,24 +187,24 @@ def test_rank_0_gets_the_gathering_last(monkeypatch):
 
 
 def test_rank_0_leaving_is_told():
-    meeting = Meeting(2, 20.0, 1000)
+    meeting = Server(2, 20.0, 1000)
     where = address(meeting)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
-        line = Line(1, {**where, "hosts": ["127.0.0.1"], "port": elsewhere.getsockname()[1]}, 20.0)
+        line = Connection(1, {**where, "hosts": ["127.0.0.1"], "port": elsewhere.getsockname()[1]}, 20.0)
         accepted, _ = elsewhere.accept()
         accepted.close()
         with pytest.raises(RankLeftError, match="rank 0, where ranks meet, has left"):
             line.meet(0, 0)
-    Line(0, where, 20.0), Line(1, where, 20.0)
+    Connection(0, where, 20.0), Connection(1, where, 20.0)
 
 
 def test_strangers_are_sent_away():
-    meeting = Meeting(2, 20.0, 1000)
+    meeting = Server(2, 20.0, 1000)
     where = address(meeting)
     with socket.create_connection(("127.0.0.1", where["port"]), timeout=10) as stranger:
         stranger.sendall(HELLO.pack(b"x" * 32, 1))
         assert stranger.recv(1) == b""
-    a, b = (Line(rank, where, 20.0) for rank in range(2))
+    a, b = (Connection(rank, where, 20.0) for rank in range(2))
     at_once(lambda: a.meet(0, 1), lambda: b.meet(0, 1))
 
 
@@ -212,4 +212,4 @@ def test_nobody_there():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(RankLeftError, match=f"cannot be reached at 127.0.0.1:{port}"):
-        Line(1, {"hosts": ["127.0.0.1"], "port": port, "token": "00" * 32}, 1.0)
+        Connection(1, {"hosts": ["127.0.0.1"], "port": port, "token": "00" * 32}, 1.0)

@@ -352,7 +352,7 @@ def test_model_state():
     other.load_state_dict(saved)
     assert (other.step, other.last) == (5, 3)
     with pytest.raises(NamesError, match="another model: b differ"):
-        other.begin([grace_ext.composition.TensorSpec("w", (9, 7), "float64")], {"w": np.zeros((9, 7))})
+        other.begin([grace_ext.parts.TensorSpec("w", (9, 7), "float64")], {"w": np.zeros((9, 7))})
     assert not other.begun
     with pytest.raises(GraceError, match=r"saved by LocalSGD\(every 3 steps, outer_lr=0.5"):
         LocalSGDCluster("none", 2, every=4).models[0].load_state_dict(saved)

@@ -8,8 +8,8 @@ import pytest
 
 from grace_ext.errors import IncompatiblePartsError, ParameterError, UnsupportedError
 from grace_ext.local import Schedule, post_local
-from grace_ext.local.plan import plan_of
 from grace_ext.local.schedule import schedule_of
+from grace_ext.local.settings import settings_of
 
 
 def steps_of(schedule, until):
@@ -63,7 +63,7 @@ def test_when(given, expected):
 )
 def test_bad_values(given, match):
     with pytest.raises(ParameterError, match=match):
-        plan_of(**{"compression": "none", **given})
+        settings_of(**{"compression": "none", **given})
     with pytest.raises(ParameterError, match="start"):
         post_local(-1)
 
@@ -88,25 +88,25 @@ def test_bad_values(given, match):
 )
 def test_parts_that_cannot_work_are_refused(spec, options, match):
     with pytest.raises(IncompatiblePartsError, match=match):
-        plan_of(spec, **options)
+        settings_of(spec, **options)
 
 
 @pytest.mark.parametrize("options", [{"outer_momentum": 0.9}, {"schedule": post_local(4)}])
 def test_asynchronous_ranks_have_no_common_step(options):
     with pytest.raises(UnsupportedError, match="all ranks make together"):
-        plan_of("none", asynchronous=True, **options)
+        settings_of("none", asynchronous=True, **options)
 
 
 @pytest.mark.parametrize("spec", ["by_size", "warmup(then=topk + residual)", "lgreco", "auto"])
 def test_policies_are_refused(spec):
     with pytest.raises(UnsupportedError, match="LocalSGD sends all drifts through one composition: name that"):
-        plan_of(spec)
+        settings_of(spec)
 
 
 def test_what_ranks_compare():
     """Equal texts for equal plans; asynchronous ranks may have schedules of their own."""
-    assert str(plan_of("topk(ratio=0.1) + residual", every=4)) == "LocalSGD(every 4 steps) of topk(ratio=0.1) + residual @ allgather"
-    assert str(plan_of("none", schedule=[1, 3])) != str(plan_of("none", schedule=[2, 3]))
-    assert str(plan_of("none", schedule=post_local(3))) != str(plan_of("none"))
-    assert str(plan_of("none", every=2, asynchronous=True)) == str(plan_of("none", every=3, asynchronous=True))
-    assert str(plan_of("none", outer_lr=0.7)) != str(plan_of("none"))
+    assert str(settings_of("topk(ratio=0.1) + residual", every=4)) == "LocalSGD(every 4 steps) of topk(ratio=0.1) + residual @ allgather"
+    assert str(settings_of("none", schedule=[1, 3])) != str(settings_of("none", schedule=[2, 3]))
+    assert str(settings_of("none", schedule=post_local(3))) != str(settings_of("none"))
+    assert str(settings_of("none", every=2, asynchronous=True)) == str(settings_of("none", every=3, asynchronous=True))
+    assert str(settings_of("none", outer_lr=0.7)) != str(settings_of("none"))

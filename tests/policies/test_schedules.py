@@ -219,5 +219,5 @@ def test_dense_steps_of_float64_gradients_keep_the_memorys_float32(world, policy
 def test_a_pattern_said_twice_and_a_seed_inside_are_refused():
     with pytest.raises(grace_ext.errors.SpecSyntaxError, match=r"has 'a\*' twice"):
         grace_ext.grace("by_name({'a*': none, 'a*': fp16})")
-    with pytest.raises(grace_ext.errors.GraceError, match="inside a policy there is no seed"):
+    with pytest.raises(grace_ext.errors.GraceError, match="a spec inside a policy has no seed of its own"):
         grace_ext.grace({"policy": {"id": "by_size", "large": {"compressor": "randomk", "memory": "residual", "seed": 4}}})

@@ -8,7 +8,7 @@ from typing import Any
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
 from ...errors import GraceError, NamesError
-from ...local.plan import plan_of
+from ...local.settings import settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from .mpi import MpiTransport, duplicated
@@ -30,11 +30,11 @@ class LocalSGD:
     """
 
     def __init__(self, compression: Any = None, comm: Any = None, *, simulate: bool = False, **options: Any):
-        self.plan = plan_of(compression, **options)
+        self.settings = settings_of(compression, **options)
         self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
         self._alone = self._transport.size == 1 and not simulate
-        self._worker = Worker(self.plan, self._transport.ops, self._transport, lambda: self._lr)
+        self._worker = Worker(self.settings, self._transport.ops, self._transport, lambda: self._lr)
         self._in_step = False
 
     def start(self, weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,20 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from ...agreement import digest_of
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
-from ...checkpoint import Kept, kept_by
+from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.composition import Grace
 from ...composition.making import grace
-from ...driver import Driver
+from ...driver.agreement import digest_of
+from ...driver.driver import Driver
 from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
 from ...exchange.effects import Collective
 from ...exchange.perform import perform
 from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
-from ...metrics import Measured
+from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from ...timeouts import timeout
+from ..timeouts import timeout
 
 # MPI-3 counts and offsets are C ints.
 LIMIT = 2**31 - 1
@@ -172,9 +172,7 @@ class Exchange(Measured):
         self._lr = lr
         handles: dict[str, Any] = {}
         try:
-            for name in reversed(self._driver.specs):  # the order of the buckets, which therefore start as early as they can
-                perform(self._driver.put(name, gradients[name]), self._transport, handles)
-            return perform(self._driver.finish(), self._transport, handles)
+            return perform(self._driver.exchange(gradients), self._transport, handles)
         except DisagreementError:  # raised by all ranks, with nothing under way
             self._driver.register(())
             raise
@@ -215,10 +213,10 @@ class Exchange(Measured):
         Raises GraceError, and changes nothing, if it does not fit."""
         self._driver.load_state_dict(saved)
 
-    def _kept(self) -> Kept:
+    def _saveable(self) -> Saveable:
         if self._over:
             raise GraceError(f"this Exchange {self._over}; its state_dict() is that of the last whole step")
-        return kept_by(self._transport, self.state_dict, self._driver.read_state, self._driver.load_state_dict)
+        return saveable_by(self._transport, self.state_dict, self._driver.read_state, self._driver.load_state_dict)
 
     def close(self) -> None:
         """Frees the duplicated communicator. Collective: every rank calls it, or none does (MPI then frees it when the process ends)."""

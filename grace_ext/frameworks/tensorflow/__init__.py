@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from ...errors import UnsupportedError
-from ...timeouts import tell_horovod
+from ..horovod import tell_horovod
 
 if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
     # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
@@ -38,9 +38,9 @@ else:
     del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import callbacks as callbacks
     from . import elastic as elastic
+    from .agreement import check_agreement as check_agreement
     from .callbacks import broadcast_variables as broadcast_variables
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
-    from .optimizer import check_agreement as check_agreement
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape

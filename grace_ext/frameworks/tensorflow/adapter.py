@@ -18,16 +18,16 @@ from typing import Any
 import horovod.tensorflow as hvd
 import tensorflow as tf
 
-from ...checkpoint import Kept, kept_by
+from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.composition import Grace
-from ...driver import Driver
+from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...exchange.perform import perform
-from ...metrics import Measured
+from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
+from .exchanges import averages, names_of
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
-from .optimizer import averages, names_of
 
 
 def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool, **for_torch: Any) -> BoundCompression:
@@ -162,5 +162,5 @@ class BoundCompression(Measured):
             driver.register([spec for spec in self._specs if spec.name == name])
             driver.read_state(state)
 
-    def _kept(self) -> Kept:
-        return kept_by(HorovodTransport(self._process_set), self.state_dict, self._check, self.load_state_dict)
+    def _saveable(self) -> Saveable:
+        return saveable_by(HorovodTransport(self._process_set), self.state_dict, self._check, self.load_state_dict)

@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from ...errors import ParameterError
-from ...metrics import TIMES, Report, scalars
-from .optimizer import check_agreement, without_xla
+from ...metrics.metrics import TIMES, Report, scalars
+from .agreement import check_agreement
+from .in_front import without_xla
 
 MEASURED = ("relative_error", "residual_norm", "gradient_norm", *TIMES)
 

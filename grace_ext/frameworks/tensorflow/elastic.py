@@ -18,7 +18,7 @@ from horovod.common.elastic import ObjectState
 from horovod.common.exceptions import HorovodInternalError
 from horovod.tensorflow.elastic import TensorFlowState as TensorFlowState
 
-from ...elastic import carried_over, check_how
+from ...checkpoints.elastic import carried_over, check_how
 from ...errors import GraceError
 from .callbacks import broadcast_variables
 from .optimizer import _Distributed

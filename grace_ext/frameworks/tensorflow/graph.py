@@ -19,15 +19,15 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from ...checkpoints.elastic import STALE
 from ...composition.composition import Grace
-from ...driver import Driver, Start
-from ...elastic import STALE
+from ...driver.driver import Driver, Start
 from ...errors import GraceError, UnsupportedError
 from ...exchange.effects import Collective
 from ...exchange.perform import perform
 from ...exchange.transport import Transport, by_sum, cut, gathered, to_sum
 from ...parts.tensor import TensorSpec
-from ..process_sets import process_set_of
+from ..horovod import process_set_of
 from .ops import GraphOps, graph_ops
 
 
@@ -154,7 +154,7 @@ class GraphExchange:
         pretended = Alone(self.transport.ops, self.transport.pair)
         driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
         driver.register(self.driver.specs.values())
-        driver.agreed, driver.step = True, step
+        driver.skip_agreement(step)
         pieces: list[Any] = []
         handles: dict[str, Any] = {}
         for bucket in driver.buckets:
@@ -239,8 +239,7 @@ class GraphExchange:
             raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
         self._abandon()
         self._before_step(self.driver.step)
-        lr = None if np.isnan(rate) else float(rate)
-        self.driver.read_lr = lambda: lr
+        self.driver.set_learning_rate(None if np.isnan(rate) else float(rate))
 
     def _abandon(self) -> None:
         """Forgets a step that was begun and not ended (an error elsewhere in the graph)."""

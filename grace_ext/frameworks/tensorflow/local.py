@@ -9,13 +9,14 @@ import horovod.tensorflow as api
 import numpy as np
 import tensorflow as tf
 
-from ...checkpoint import Kept, nothing_kept
+from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...errors import NamesError, UnsupportedError
-from ...local.plan import Plan, plan_of
+from ...local.settings import Settings, settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
+from .exchanges import names_of
 from .graph import GraphExchange, HorovodTransport
-from .optimizer import InFront, check_keras_optimizer, in_front_of, names_of
+from .in_front import InFront, check_keras_optimizer, in_front_of
 
 NOTHING, SYNCHRONIZE, REBASE = range(3)
 
@@ -45,29 +46,29 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
     The result is of the same Keras class. Beyond Keras it has `sync()`, which every rank calls after fit (all have the same model then),
     `wire_bytes`, and `grace_state_dict()` / `load_grace_state_dict()`, which resume bit for bit with every rank's own model.
     """
-    plan = plan_of(
+    settings = settings_of(
         compression, every=every, schedule=schedule, max_gap=max_gap, asynchronous=asynchronous, max_ahead=max_ahead, outer_lr=outer_lr,
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
-    check_keras_optimizer(plan.grace, optimizer)
-    if plan.grace.memory.diverges and hasattr(optimizer, "inner_optimizer"):
+    check_keras_optimizer(settings.grace, optimizer)
+    if settings.grace.memory.diverges and hasattr(optimizer, "inner_optimizer"):
         raise UnsupportedError("cser would keep errors at one loss scale and take them back at another; train in bfloat16, without")
     if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
         raise UnsupportedError(
             "use_ema=True puts each rank's own averages into its model, at the end of fit or in between, so ranks would not have the same "
             "model; average what LocalSGD has synchronized, by a callback after it"
         )
-    return in_front_of(optimizer, _LocalSGD, _grace=_Local(plan, process_set, simulate))
+    return in_front_of(optimizer, _LocalSGD, _grace=_Local(settings, process_set, simulate))
 
 
 class _Local:
     """The exchanges of one optimizer, as TensorFlow operations around a Worker."""
 
-    def __init__(self, plan: Plan, process_set: Any, simulate: bool):
-        self.plan, self._process_set = plan, process_set
+    def __init__(self, settings: Settings, process_set: Any, simulate: bool):
+        self.settings, self._process_set = settings, process_set
         self.idle = not process_set.included() or (process_set.size() == 1 and not simulate)
         transport = HorovodTransport(process_set)
-        self.worker = Worker(plan, transport.ops, transport)
+        self.worker = Worker(settings, transport.ops, transport)
         self._takes_part = process_set.included()
         self._by_gradients: list[GraphExchange] = []  # in usual steps, and in CSER's resets
         self._by_models: GraphExchange | None = None
@@ -84,23 +85,23 @@ class _Local:
             return
         self.worker.begin(specs, _values(variables))
         by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
-        rehearsed = [0, self.plan.schedule.gap - 1] if self.plan.grace.memory.diverges else [0]
+        rehearsed = [0, self.settings.schedule.gap - 1] if self.settings.grace.memory.diverges else [0]
         self._by_gradients = [
             GraphExchange(by_gradients.grace, specs, self._process_set, average=True, driver=by_gradients, rehearsed=step)
             for step in rehearsed
         ]
-        if not self.plan.asynchronous:
+        if not self.settings.asynchronous:
             self._by_models = GraphExchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
 
-    def _kept(self) -> Kept:
-        return nothing_kept(self._takes_part) if self.idle else self.worker.kept()
+    def _saveable(self) -> Saveable:
+        return nothing_saveable(self._takes_part) if self.idle else self.worker.saveable()
 
     # --- operations -------------------------------------------------------------------------------------------------
     def gradients(self, gradients: list[Any], variables: Sequence[Any], lr: Any) -> list[Any]:
         """What is to be applied: these, or in steps that exchange gradients what comes of them."""
-        begun = tf.numpy_function(lambda: np.array([self.worker.begin_step(), self.plan.resets(self.worker.model.step)]), [], tf.bool)
+        begun = tf.numpy_function(lambda: np.array([self.worker.begin_step(), self.settings.resets(self.worker.model.step)]), [], tf.bool)
         begun.set_shape([2])
-        if not self.plan.by_gradients and not self.plan.schedule.start:
+        if not self.settings.by_gradients and not self.settings.schedule.start:
             return gradients
         if any(isinstance(g, tf.IndexedSlices) for g in gradients):
             raise UnsupportedError("sparse gradients (IndexedSlices) cannot be averaged in LocalSGD; use tf.convert_to_tensor on them")
@@ -117,13 +118,13 @@ class _Local:
         what.set_shape([])
         no = lambda: tf.constant(False)  # noqa: E731
         tf.cond(tf.equal(what, SYNCHRONIZE), lambda: self._synchronize(variables), no)
-        if self.plan.schedule.start:
+        if self.settings.schedule.start:
             tf.cond(tf.equal(what, REBASE), lambda: self._rebase(variables), no)
 
     def _synchronize(self, variables: Sequence[Any]) -> tf.Tensor:
         values = [_tensor(v) for v in variables]
         types = [tf.as_dtype(v.dtype) for v in variables]
-        if self.plan.asynchronous:
+        if self.settings.asynchronous:
             new = _called(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
         else:
             assert self._by_models is not None
@@ -195,8 +196,8 @@ class _LocalSGD(InFront):
         """Resumes bit for bit on the same rank, with the model that was saved with it."""
         self._grace.worker.load_state_dict(saved)
 
-    def _kept(self) -> Kept:
-        return self._grace._kept()
+    def _saveable(self) -> Saveable:
+        return self._grace._saveable()
 
 
 def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:

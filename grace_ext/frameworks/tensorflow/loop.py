@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from ...composition.composition import Grace
-from ...driver import Start
+from ...driver.driver import Start
 from ...errors import GraceError
 from ...exchange.effects import Collective
 from ...exchange.perform import perform
@@ -113,10 +113,7 @@ class LoopExchange(GraphExchange):
 
     def _whole_step(self, values: Sequence[np.ndarray]) -> Any:
         by_name = dict(zip(self.driver.specs, values, strict=True))
-        for bucket in self.driver.buckets:
-            for spec in bucket.specs:
-                yield from self.driver.put(spec.name, by_name[spec.name])
-        outputs = yield from self.driver.finish()
+        outputs = yield from self.driver.exchange(by_name)
         self._outputs = list(outputs.values())
 
     def _go_on(self, *arrays: np.ndarray) -> list[np.ndarray]:

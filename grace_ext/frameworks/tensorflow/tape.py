@@ -11,11 +11,11 @@ import tensorflow as tf
 
 from ...composition.composition import Grace
 from ...errors import UnsupportedError
-from ...metrics import Metrics, Report
-from .optimizer import Exchanges, chosen_compression
+from ...metrics.metrics import Metrics, Report
+from .exchanges import GradientExchange, chosen_compression
 
 # Tapes come and go with every step; the memory must not. It belongs to the Grace that the user made once, and to the variables.
-_exchanges: dict[tuple[int, ...], tuple[Any, dict, Exchanges, list[Any]]] = {}
+_exchanges: dict[tuple[int, ...], tuple[Any, dict, GradientExchange, list[Any]]] = {}
 
 ANEW = (
     "a tape for these variables got another Grace of the same spec than before ({}): made anew at each step, it would lose its memory. "
@@ -23,7 +23,7 @@ ANEW = (
 )
 
 
-def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> Exchanges:
+def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> GradientExchange:
     """The exchange of these variables with this Grace, made once."""
     key = tuple(id(v) for v in variables) + settings
     g = chosen_compression(compression)
@@ -72,7 +72,7 @@ class _Tape:
         self._local.add(id(source))
 
     @tf.autograph.experimental.do_not_convert
-    def memory(self, sources: Any) -> Exchanges:
+    def memory(self, sources: Any) -> GradientExchange:
         """What all tapes with this compression and these settings share for these variables: for grace_ext.save and load, and by
         `trackable()` for tf.train.Checkpoint. It may be had before the first step."""
         settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
@@ -80,7 +80,7 @@ class _Tape:
             self._compression,
             [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
             settings,
-            lambda g: Exchanges(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
+            lambda g: GradientExchange(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
         )
 
     @tf.autograph.experimental.do_not_convert

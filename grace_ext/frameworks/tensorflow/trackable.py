@@ -6,10 +6,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from ...statefile import decode, encode, exchanges
+from ...checkpoints.statefile import decode, driver_states, encode
 
 
-class Memory(tf.train.experimental.PythonState):
+class TrackedState(tf.train.experimental.PythonState):
     """What tf.train.Checkpoint writes of an optimizer's or tape's exchange: this rank's state, in the bytes of a safetensors file. It is
     restored where the optimizer is, also before the first step."""
 
@@ -17,10 +17,10 @@ class Memory(tf.train.experimental.PythonState):
         self._exchange = exchange
 
     def serialize(self) -> bytes:
-        return encode(self._exchange._kept().read()[0])
+        return encode(self._exchange._saveable().read()[0])
 
     def deserialize(self, string_value: bytes) -> None:
-        kept, state = self._exchange._kept(), decode(string_value)
-        if any(exchanges(state)):
+        kept, state = self._exchange._saveable(), decode(string_value)
+        if any(driver_states(state)):
             kept.check([state])
             kept.write([state])

@@ -14,7 +14,7 @@ if ENGINE == "horovod":
     del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
     from . import elastic as elastic
 else:
-    from .dist_api import *  # noqa: F403
+    from .dist.api import *  # noqa: F403
 
 from ...local import post_local as post_local
 from .agreement import check_agreement as check_agreement

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ...checkpoint import Kept
+from ...checkpoints.saveable import Saveable
 from ...composition.composition import Grace
-from ...driver import Driver
+from ...driver.driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
-from ...metrics import Measured
+from ...metrics.metrics import Measured
 from ..optimizers import rate_of
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
@@ -97,8 +97,8 @@ class BoundCompression(Measured):
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         self._get_session().load_state_dict(saved)
 
-    def _kept(self) -> Kept:
-        return self._get_session().kept()
+    def _saveable(self) -> Saveable:
+        return self._get_session().saveable()
 
     def _get_session(self) -> Session:
         if self._session is None:  # at the first use: Horovod may be initialised after bind

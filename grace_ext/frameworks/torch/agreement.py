@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...agreement import compare
+from ...driver.agreement import compare
 from ...errors import UnsupportedError
 from ...exchange.perform import perform
 from . import engine

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ...checkpoint import Kept
+from ...checkpoints.saveable import Saveable
 from ...composition.composition import Grace
 from ...composition.making import grace
-from ...driver import Driver
+from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
-from ...metrics import Measured
+from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from .ops import HostOps, TorchOps, describe
@@ -107,8 +107,8 @@ class DDPState(Measured):
         """Resumes bit for bit; raises GraceError if the state does not fit."""
         self._session().load_state_dict(dict(saved))
 
-    def _kept(self) -> Kept:
-        return self._session().kept()
+    def _saveable(self) -> Saveable:
+        return self._session().saveable()
 
     def _session(self) -> Session:
         """Made at first use: a module may be handed over before there is a process group, or before it is on its device."""

@@ -15,7 +15,7 @@ import horovod.torch.elastic as horovod_elastic
 from horovod.torch.elastic import ElasticSampler as ElasticSampler
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
 
-from ...elastic import carried_over, check_how
+from ...checkpoints.elastic import carried_over, check_how
 from . import engine
 from .optimizer import _Distributed, broadcast_optimizer_state
 

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from ...errors import UnsupportedError
-from ...timeouts import tell_horovod
+from ..horovod import tell_horovod
 from .ops import HostOps, TorchOps
 from .transports import DistTransport, HorovodTransport, SingleTransport
 
@@ -44,7 +44,7 @@ if ENGINE == "horovod":
 
     tell_horovod()
 else:
-    from . import dist_api as api  # type: ignore[no-redef]
+    from .dist import api as api  # type: ignore[no-redef]
 
 
 def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | DistTransport | SingleTransport:
@@ -53,6 +53,6 @@ def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | D
         return SingleTransport(ops)
     if ENGINE == "horovod":
         return HorovodTransport(ops, api, process_set)
-    from .dist_world import group_of
+    from .dist.world import group_of
 
     return DistTransport(ops, group_of(process_set))

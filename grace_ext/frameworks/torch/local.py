@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ...checkpoint import Kept, nothing_kept
+from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...errors import GraceError, NamesError, UnsupportedError
-from ...local.plan import Plan, plan_of
+from ...local.settings import Settings, settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
@@ -57,22 +57,22 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
     checkpoint): all have the same model then; `wire_bytes`, what this rank sent in the last step; `state_dict()['grace_ext']`, which
     resumes bit for bit with every rank's own parameters.
     """
-    plan = plan_of(
+    settings = settings_of(
         compression, every=every, schedule=schedule, max_gap=max_gap, asynchronous=asynchronous, max_ahead=max_ahead, outer_lr=outer_lr,
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
-    check_torch_optimizer(plan.grace, optimizer)
+    check_torch_optimizer(settings.grace, optimizer)
     cls: Any = type(type(optimizer).__name__, (_LocalSGD, type(optimizer)), {"__module__": __name__})
     wrapped = cls.__new__(cls)
     wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
-    wrapped._begin(plan, named_parameters, process_set, simulate)
+    wrapped._begin(settings, named_parameters, process_set, simulate)
     return wrapped
 
 
 class _LocalSGD(torch.optim.Optimizer):
     """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
 
-    def _begin(self, plan: Plan, named_parameters: Any, process_set: Any, simulate: bool) -> None:
+    def _begin(self, settings: Settings, named_parameters: Any, process_set: Any, simulate: bool) -> None:
         self._worker: Worker | None = None
         self._takes_part = process_set.included()
         if not process_set.included() or (process_set.size() == 1 and not simulate):
@@ -86,7 +86,7 @@ class _LocalSGD(torch.optim.Optimizer):
             raise NamesError(f"named_parameters lacks {len(own) - len(self._parameters)} of the optimizer's {len(own)} parameters")
         self._ops = ops = ops_for(next(iter(self._parameters.values())).device)
         transport = engine.transport(ops, process_set)
-        self._fresh = lambda: Worker(plan, ops, transport, lambda: rate_of(self.param_groups))
+        self._fresh = lambda: Worker(settings, ops, transport, lambda: rate_of(self.param_groups))
         self._worker = self._fresh()
 
     def step(self, closure: Any = None) -> Any:
@@ -157,8 +157,8 @@ class _LocalSGD(torch.optim.Optimizer):
             device = next(iter(self._parameters.values())).device
             self._worker.load_state_dict(_mapped(own, lambda tensor: self._ops.from_torch(tensor.to(device))))
 
-    def _kept(self) -> Kept:
-        return self._worker.kept() if self._worker else nothing_kept(self._takes_part)
+    def _saveable(self) -> Saveable:
+        return self._worker.saveable() if self._worker else nothing_saveable(self._takes_part)
 
 
 def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:

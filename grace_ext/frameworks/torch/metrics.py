@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UnsupportedError
-from ...metrics import Measured, Metrics, Report, scalars
+from ...metrics.metrics import Measured, Metrics, Report, scalars
 
 
 def MetricsHook(  # noqa: N802 (it stands where a class could)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...agreement import agree
-from ...checkpoint import Kept, nothing_kept
+from ...checkpoints.elastic import STALE
+from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...composition.composition import Grace
 from ...composition.making import grace
-from ...driver import Driver
-from ...elastic import STALE
+from ...driver.agreement import agree
+from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
 from ...exchange.perform import perform
-from ...metrics import Measured
+from ...metrics.metrics import Measured
 from ..optimizers import rate_of
 from . import engine
 from .ops import ops_for
@@ -348,8 +348,8 @@ class _Distributed(Measured, torch.optim.Optimizer):
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         self._synchronized, self._should_synchronize, self._pending = False, True, False
 
-    def _kept(self) -> Kept:
-        return self._session.kept() if self._session else nothing_kept(self.process_set.included())
+    def _saveable(self) -> Saveable:
+        return self._session.saveable() if self._session else nothing_saveable(self.process_set.included())
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None, *, memory: bool = True) -> None:

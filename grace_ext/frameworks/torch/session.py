@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ...agreement import digest_of
-from ...checkpoint import Kept, kept_by
+from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.composition import Grace
-from ...driver import Driver
+from ...driver.agreement import digest_of
+from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform
 from ...exchange.transport import Transport
@@ -167,10 +167,10 @@ class Session:
         state = {key: self.ops.from_torch(torch.as_tensor(array).to(device)) for key, array in saved["state"].items()}
         self.driver.load_state_dict({**saved, "state": state})
 
-    def kept(self) -> Kept:
+    def saveable(self) -> Saveable:
         """For grace_ext.save and load."""
         driver = self.driver
-        return kept_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
+        return saveable_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ...errors import CollectiveError, UnsupportedError
 from ...exchange.effects import Collective
 from ...exchange.transport import Transport, arriving, by_sum, cut, gathered, to_sum
-from ...timeouts import timeout
-from ..process_sets import process_set_of
-from .dist_world import HorovodInternalError, let_go_at_exit
+from ..horovod import process_set_of
+from ..timeouts import timeout
+from .dist.world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps

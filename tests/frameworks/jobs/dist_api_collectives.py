@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-import grace_ext.frameworks.torch.dist_api as hvd
+import grace_ext.frameworks.torch.dist.api as hvd
 
 t = torch.tensor
 

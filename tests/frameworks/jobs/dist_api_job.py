@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from dist_api_collectives import close, gradient_of, same, t
 
-import grace_ext.frameworks.torch.dist_api as hvd
+import grace_ext.frameworks.torch.dist.api as hvd
 from grace_ext.errors import UnsupportedError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
-from grace_ext.agreement import digest_of
+from grace_ext.driver.agreement import digest_of
 
 FOLDER, SPEC = Path(sys.argv[1]), sys.argv[2]
 

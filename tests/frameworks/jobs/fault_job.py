@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grace_ext.agreement import digest_of
+from grace_ext.driver.agreement import digest_of
 
 BY, FOLDER, STEPS = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 COUNT = 1_000_000

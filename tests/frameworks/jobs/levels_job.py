@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 import grace_ext
-from grace_ext.driver import Driver
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import DisagreementError, UnsupportedError
 from grace_ext.exchange.perform import perform
 from grace_ext.frameworks import launched
 from grace_ext.parts.tensor import TensorSpec
-from grace_ext.probe import Probe
+from grace_ext.planning.probe import Probe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cases import raises  # noqa: E402

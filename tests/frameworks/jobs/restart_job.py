@@ -63,5 +63,5 @@ for step in range(load(), 12):
 hvd.check_agreement(optimizer)
 if hvd.rank() == 0:
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    print("WEIGHTS", grace_ext.agreement.digest_of(flat.numpy()), RESTARTS, flush=True)
+    print("WEIGHTS", grace_ext.driver.agreement.digest_of(flat.numpy()), RESTARTS, flush=True)
 hvd.shutdown()

@@ -17,7 +17,7 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import DisagreementError, GraceError, NamesError, UnsupportedError
-from grace_ext.metrics import Metrics
+from grace_ext.metrics.metrics import Metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tf_training as problem  # noqa: E402

@@ -49,7 +49,7 @@ def case_keras_optimizer_in_one_traced_graph():
         for step in range(problem.STEPS):
             apply(problem.gradients_of([v.value for v in variables], hvd.rank(), step))
             sent.append(optimizer.wire_bytes)
-        assert len(traces) == 1 and (len(set(sent)) > 1) == grace_ext.grace(spec).plan.changes, (spec, sent)
+        assert len(traces) == 1 and (len(set(sent)) > 1) == grace_ext.grace(spec).route.changes, (spec, sent)
         assert_as_in_cluster(variables, spec, [v.path for v in variables])
 
 

@@ -1,0 +1,82 @@
+"""Elastic jobs: an exchange's memory when ranks leave and join. For every framework; grace_ext/resize.py has the equations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..communicators.reduce_scatter import shards
+from ..composition.composition import Grace
+from ..composition.making import grace
+from ..errors import ParameterError
+from .resize import HOW, resized
+
+LOG = logging.getLogger("grace_ext")
+STALE = (
+    "this optimizer exchanges among {} ranks, and Horovod has {} now: in an elastic job use hvd.elastic.run and the states of "
+    "grace_ext.frameworks.{{torch,tensorflow}}.elastic, which bring the compression's memory to the new ranks"
+)
+
+
+def check_how(how: str) -> str:
+    """Raises ParameterError for what `resized` does not know."""
+    if how not in HOW:
+        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
+    return how
+
+
+def carried_over(
+    gather: Callable[[Any], list[Any]], own: Mapping[str, Any] | None, rank: int, size: int, how: str
+) -> dict[str, Any] | None:
+    """This rank's Driver.state_dict() in the new world of `size` ranks; None where no rank has any. Collective.
+
+    own: this rank's state_dict of the old world, with numpy arrays, and 'sizes', the elements of each parameter by name; None on a rank
+      that has just joined.
+    gather: gives every rank's object by (new) rank. One parameter's arrays of all ranks are in memory at a time.
+    how: see `resized`. The memory of a rank that died is lost with it: its share of what was unsent counts as zero.
+    """
+    about = {key: value for key, value in (own or {}).items() if key != "state"}
+    heads = gather((about, list(own["state"])) if own else None)
+    there = [head for head in heads if head]
+    if not there:
+        return None
+    sizes = there[0][0]["sizes"]
+    there = [({key: value for key, value in head.items() if key != "sizes"}, keys) for head, keys in there]
+    if own and all(head and (head[0]["rank"], head[0]["size"]) == (place, size) for place, head in enumerate(heads)):
+        return {key: value for key, value in own.items() if key != "sizes"}  # the same ranks as before
+    old = there[0][0]["size"]
+    if rank == 0:
+        lost = f"; the memory of {old - len(there)} ranks is lost with them" if old > len(there) else ""
+        LOG.warning("%d of %d ranks went on in a world of %d: their memory is resized (%s)%s", len(there), old, size, how, lost)
+    state: dict[str, Any] = {}
+    for parameter in dict.fromkeys(key.split("/", 1)[1] for key in there[0][1]):
+        mine = {key: array for key, array in own["state"].items() if key.split("/", 1)[1] == parameter} if own else None
+        of_all = [part for part in gather(mine) if part is not None]
+        if len(there) < old:
+            ranks = [head["rank"] for head, _ in there]
+            mine = _shards(grace(there[0][0]["spec"]), ranks, of_all, sizes[parameter], (old, size), rank, how)
+            of_all = [{key: array for key, array in part.items() if key not in mine} for part in of_all]
+            state.update(mine)
+        states = [{**head, "state": part} for (head, _), part in zip(there, of_all, strict=True)]
+        state.update(resized(states, size, how)[rank]["state"])
+    return {**there[0][0], "rank": rank, "size": size, "state": state}
+
+
+def _shards(
+    g: Grace, ranks: Sequence[int], of_all: Sequence[dict[str, Any]], elements: int, sizes: tuple[int, int], rank: int, how: str
+) -> dict[str, Any]:
+    """The new rank's shards of a parameter's arrays of which each rank has one (reduce_scatter's), from what these old `ranks` have of
+    them. Those of ranks that died are zero."""
+    old, new = sizes
+    sharded = {key for leaf in g.leaves for key in leaf.communicator.sharded_state}
+    mine = {}
+    for key in [key for key in of_all[0] if key.split("/", 1)[0] in sharded]:
+        whole = np.zeros(elements, of_all[0][key].dtype)
+        for its_rank, arrays in zip(ranks, of_all, strict=True):
+            whole[shards(elements, old)[its_rank]] = arrays[key]
+        piece = whole[shards(elements, new)[rank]]
+        mine[key] = np.zeros_like(piece) if how == "reset" else piece.copy()
+    return mine

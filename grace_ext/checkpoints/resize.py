@@ -1,0 +1,200 @@
+"""The state of an exchange for another number of ranks: pure functions from the states of all old ranks to those of the new ones.
+
+What was not sent is owed to the model. With residuals e_1 ... e_n it would have reached the aggregate as
+
+    u = (1/n) sum_i e_i        of a mean,            u = sum_i e_i        of a sum (op=Sum),
+
+because aggregates of n ranks are divided by n. So what must be kept is u, the MEAN of the residuals where gradients are averaged, not
+their sum: had three ranks' sum been given to two, it would count 3/2 times. Every new rank j of m gets
+
+    e'_j = u                   of a mean,            e'_j = u / m         of a sum,
+
+in float64, rounded once, which makes the new u equal to the old one. The same holds for everything else that a rank keeps for itself and
+that enters the aggregate linearly: momentum before compression, estimates and shifts (ef21, diana, ef_star).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..composition.composition import Composition, Grace
+from ..composition.making import grace
+from ..errors import GraceError, ParameterError
+from ..parts.part import Part
+from ..parts.state import is_own
+
+HOW = ("mean", "keep", "reset")
+State = Mapping[str, Any]
+
+
+def resized(states: Sequence[State], size: int, how: str = "mean") -> list[dict[str, Any]]:
+    """The Driver.state_dict() of each of `size` new ranks, with numpy arrays, from those of the old ranks, in rank order.
+
+    how: 'mean': what was unsent keeps its effect on the aggregate, by the equations above. 'keep': the rank in place j goes on with the
+      state in place j; what ranks beyond `size` held is lost, and new ranks start at zero. 'reset': all start at zero.
+    States that are missing (a rank died; each state says of how many it was one) count as zero: nothing is made up for them.
+    What all ranks share (a momentum of the aggregate, powersgd's Q, policies' state, the step) is carried over in all three. What is the
+    mean over the ranks of another key (ef21's `ef21_mean`) is made anew from that, so that they belong together. Shards that follow one
+    another (reduce_scatter's `shard_residual`) are cut anew, but for 'reset'.
+    Raises ParameterError for another `how` or a size below 1, and GraceError where the states are not of one exchange at one step, or
+    cannot be for other ranks: 'cser' with errors that are not in the models yet, 'keep' with 'hierarchical' or 'ef_star'.
+    """
+    if how not in HOW:
+        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ParameterError(f"a number of ranks is a whole number, at least 1, got {size!r}")
+    states = list(states)
+    old = _Old(states)
+    old.check(how)
+    made: list[dict[str, Any]] = [{} for _ in range(size)]
+    for key in old.keys():
+        for into, array in zip(made, old.resized_key(key, size, how), strict=True):
+            into[key] = array
+    for key, source in old.derived():
+        mean = _total([state[source] for state in made]) / (size if old.mean else 1)
+        for state in made:
+            state[key] = _rounded(mean, state[source])
+    about = {key: value for key, value in states[0].items() if key not in ("rank", "size", "state", "node")}
+    return [{**about, "rank": rank, "size": size, "state": state} for rank, state in enumerate(made)]
+
+
+def told(before: Sequence[State], after: Sequence[State], how: str) -> str:
+    """What a resize did, for the log: the norm of what was unsent in the aggregate before and after, and of what was lost."""
+    old, new = _Old(before), _Old(after)
+    owed, due, lost = 0.0, 0.0, 0.0
+    for key in old.keys():
+        if old.kind(key) in ("own", "sharded"):
+            was, now = old.effect(key), new.effect(key)
+            owed, due, lost = owed + _square(was), due + _square(now), lost + _square(was - now)
+    return (
+        f"resize={how!r} from {old.size} to {new.size} ranks: what they had not sent has norm {math.sqrt(owed):.6g} in the aggregate, "
+        f"{math.sqrt(due):.6g} after it; changed by {math.sqrt(lost):.3g}"
+    )
+
+
+class _Old:
+    """The states of the old ranks, and what their keys mean."""
+
+    def __init__(self, states: Sequence[State]):
+        if not states:
+            raise GraceError("there is no state to resize; pass those of the old ranks, in rank order")
+        first = states[0]
+        for state in states[1:]:
+            odd = [key for key in ("version", "spec", "size", "step", "op") if state.get(key) != first.get(key)]
+            if odd or set(state["state"]) != set(first["state"]):
+                what = ", ".join(f"{key} {first.get(key)!r} and {state.get(key)!r}" for key in odd) or "other parameters or keys"
+                raise GraceError(f"the states of ranks {first['rank']} and {state['rank']} are not of one exchange at one step: {what}")
+        self.states, self.size, self.mean = states, int(first["size"]), first.get("op", "mean") == "mean"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said when the user composed it
+            self.grace: Grace = grace(first["spec"])
+        self._kinds = dict(_kinds(self.grace))
+        self._derived = {key: source for part in _parts(self.grace) for key, source in part.mean_state.items()}
+        if self.grace.two_level:
+            self._one_a_node()
+
+    def _one_a_node(self) -> None:
+        """All ranks of a node hold the node's state: one of them counts."""
+        if len(self.states) < self.size:
+            raise GraceError(f"{self.grace} keeps a state for each node, and {self.size - len(self.states)} ranks' states are missing")
+        by_node = {state["node"]: state for state in self.states}
+        self.states, self.size = list(by_node.values()), len(by_node)
+
+    def check(self, how: str) -> None:
+        diverging = [memory.name for memory in self.grace.memories if memory.diverges]
+        if diverging and any(np.any(_host(x)) for state in self.states for key, x in state["state"].items() if self.kind(key) == "own"):
+            raise GraceError(
+                f"memory {diverging[0]!r}: the ranks' models differ by what they have not sent, so another number of ranks would need "
+                "other models; call sync() on all ranks before saving"
+            )
+        if self.grace.two_level and (how == "keep" or not self.mean):
+            raise GraceError(f"{self.grace} keeps a state for each node, and which ranks share a node is not known yet: use resize='mean'")
+        if how == "keep" and any(self.kind(key) == "shift" for key in self.keys()):
+            raise GraceError("memory 'ef_star': shifts add up to zero over all ranks, and those of some do not; use resize='mean'")
+
+    def keys(self) -> list[str]:
+        return list(self.states[0]["state"])
+
+    def kind(self, key: str) -> str:
+        """'shared', 'borrowed', 'sharded', 'derived', 'shift' or 'own', the last of which are a rank's part of the aggregate."""
+        part = key.split("/", 1)[0]
+        return "shared" if is_own(part) else self._kinds.get(part, "own")
+
+    def arrays(self, key: str) -> list[np.ndarray]:
+        return [_host(state["state"][key]) for state in self.states]
+
+    def effect(self, key: str) -> np.ndarray:
+        """float64: what the ranks' arrays add to the aggregate."""
+        if self.kind(key) == "sharded":
+            return np.concatenate(self.arrays(key)).astype(np.float64)
+        return _total(self.arrays(key)) / (self.size if self.mean else 1)
+
+    def resized_key(self, key: str, size: int, how: str) -> list[np.ndarray]:
+        """This key for each of the new ranks."""
+        kind, arrays = self.kind(key), self.arrays(key)
+        if kind in ("shared", "borrowed", "derived"):
+            return [arrays[rank % len(arrays)].copy() for rank in range(size)]
+        if kind == "sharded":
+            whole = self._whole(key, arrays)
+            bounds = [len(whole) * rank // size for rank in range(size + 1)]
+            pieces = [whole[start:end].copy() for start, end in zip(bounds, bounds[1:], strict=False)]
+            return [np.zeros_like(piece) for piece in pieces] if how == "reset" else pieces
+        if how == "mean":
+            part = _rounded(self.effect(key) / (1 if self.mean else size), arrays[0])
+            return [part.copy() for _ in range(size)]
+        kept = [array.copy() for array in arrays[:size]] if how == "keep" else []
+        return kept + [np.zeros_like(arrays[0]) for _ in range(size - len(kept))]
+
+    def _whole(self, key: str, arrays: list[np.ndarray]) -> np.ndarray:
+        """The shards of all ranks, one after the other. Shard i of n of d elements ends at d (i + 1) // n."""
+        if len(arrays) < self.size:
+            raise GraceError(f"{key}: the shards of {self.size - len(arrays)} ranks are missing, and where theirs began is not known")
+        return np.concatenate(arrays)
+
+    def derived(self) -> Iterator[tuple[str, str]]:
+        """The keys that are means over ranks, and of which keys."""
+        for key in self.keys():
+            part, name = key.split("/", 1)
+            if part in self._derived:
+                yield key, f"{self._derived[part]}/{name}"
+
+
+def _parts(g: Grace) -> Iterator[Part]:
+    for leaf in g.leaves:
+        assert isinstance(leaf, Composition)
+        yield from (leaf.memory, leaf.compressor, leaf.communicator)
+
+
+def _kinds(g: Grace) -> Iterator[tuple[str, str]]:
+    for part in _parts(g):
+        yield from ((key, "shared") for key in part.shared_state)
+        yield from ((key, "borrowed") for key in part.borrowed_state)
+        yield from ((key, "sharded") for key in part.sharded_state)
+        yield from ((key, "shift") for key in part.zero_sum_state)
+        yield from ((key, "derived") for key in part.mean_state)
+
+
+def _host(array: Any) -> np.ndarray:
+    """numpy's form of an array of any library that has one; of torch's, those on the CPU."""
+    return np.asarray(array)
+
+
+def _total(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """float64, added in rank order."""
+    total = np.zeros(arrays[0].shape, np.float64)
+    for array in arrays:
+        total += array
+    return total
+
+
+def _rounded(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return values.astype(like.dtype)
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.dot(x.ravel(), x.ravel()))

@@ -1,0 +1,190 @@
+"""The command line: `grace-ext list | show NAME | check | bench | plan`, each with --json: one document on stdout, nothing else there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import __version__
+from ..composition.making import grace
+from ..errors import GraceError, UnknownPartError
+from . import check
+from .catalogue import KINDS, describe
+from .plan import plan
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Gradient compression by name.", pretty_exceptions_enable=False)
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"grace-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@app.command("list")
+def list_parts(as_json: JsonOption = False) -> None:
+    """All parts by name, those of installed plugins included."""
+    catalogue = {kind: [describe(kind, name) for name in module.names()] for kind, module in KINDS.items()}
+    if as_json:
+        typer.echo(json.dumps(catalogue))
+        return
+    console = Console()
+    for kind, parts in catalogue.items():
+        title = KINDS[kind].__name__.rpartition(".")[2]
+        table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold underline")
+        sized = kind == "compressor"
+        for heading in ("name", *(["bits"] if sized else []), "knobs", "what it does"):
+            table.add_column(heading, justify="right" if heading == "bits" else "left")
+        for part in parts:
+            bits = [f"{part['bits_per_element']:.3g}"] if sized else []
+            knobs = ", ".join(f"{k['name']}={k['default']}" for k in part["knobs"])
+            table.add_row(f"[bold]{part['name']}[/]", *bits, knobs, part["summary"])
+        console.print(table)
+        console.print()
+    note = "bits: on the wire for each element of a 1000 x 1000 gradient, with the default knobs (at most, where sizes vary)."
+    console.print(note, style="dim")
+
+
+@app.command()
+def show(name: str, as_json: JsonOption = False) -> None:
+    """One part: what it computes and sends, its knobs, what it goes with."""
+    found = [describe(kind, name) for kind, module in KINDS.items() if name in module.names()]
+    if not found:
+        nearest: list[str] = []
+        for module in KINDS.values():
+            try:
+                module.get(name)
+            except UnknownPartError as error:
+                nearest += error.nearest
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        typer.echo(f"no part named {name!r}{hint} `grace-ext list` prints all.", err=True)
+        raise typer.Exit(2)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    console = Console()
+    for part in found:
+        console.print(f"[bold]{part['kind']} {part['name']}[/]\n")
+        console.print(part["text"], markup=False, highlight=False, soft_wrap=True)
+        for knob in part["knobs"]:
+            console.print(f"\n  [bold]{knob['name']}[/] = {knob['default']!r}", highlight=False, end="")
+            console.print(f"   {knob['range']}\n      {knob['help']}", markup=False, highlight=False, end="")
+        console.print("\n")
+        for label, value in facts(part):
+            console.print(f"[bold]{label}:[/] ", end="")
+            console.print(value, markup=False, highlight=False)
+        console.print()
+
+
+def facts(part: dict[str, Any]) -> list[tuple[str, str]]:
+    """What follows from a part's declarations, in words."""
+    found = []
+    if part["kind"] == "compressor":
+        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits an element of a 1000 x 1000 gradient, with the default knobs"))
+        natural = part["natural"]
+        found.append(("Meant for", f"{part['name']} + {natural['memory']} @ {natural['communicator']}"))
+    for kind in ("compressors", "memories", "communicators"):
+        if kind in part:
+            found.append((f"Fitting {kind}", ", ".join(part[kind]) or "none"))
+    traits = [name.replace("_", " ") for name, value in part["properties"].items() if value]
+    return [*found, ("Properties", ", ".join(traits))] if traits else found
+
+
+@app.command("check")
+def check_installation(
+    as_json: JsonOption = False,
+    run: Annotated[bool, typer.Option(help="Run the two-rank self-checks.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail too where an engine is missing or built for other versions.")] = False,
+) -> None:
+    """What is installed, what was built with what, and a two-rank exchange on every engine that is here."""
+    console = Console(stderr=as_json)
+    report = check.versions()
+    if not as_json:
+        _print_versions(console, report)
+    report["checks"] = []
+    for job in check.jobs() if run else []:
+        if job.missing:
+            outcome = {"name": job.name, "ok": None, "detail": job.missing}
+        else:
+            with console.status(f"{job.name} ..."):
+                outcome = check.run(job)
+        report["checks"].append(outcome)
+        if not as_json:
+            mark = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]not here[/]"}[outcome["ok"]]
+            console.print(f"  {outcome['name']:<32} {mark}  ", end="")
+            console.print(outcome["detail"], markup=False, highlight=False)
+    report["ok"] = check.verdict(report, strict)
+    if as_json:
+        typer.echo(json.dumps(report))
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command("bench")
+def bench_parts(
+    specs: Annotated[list[str] | None, typer.Argument(help="Specs, or names (then with their natural memory); default: all.")] = None,
+    elements: Annotated[int, typer.Option(min=4, help="Elements of the gradient.")] = 25_000_000,
+    times: Annotated[int, typer.Option(min=1, help="Steps that are timed, after two that are not.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """How long parts take on this machine, one thread, in multiples of a memory copy measured beside them; what they send and lose."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
+        os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
+    from ..planning import bench
+
+    texts, done = bench.specs(tuple(specs or ())), []
+    for text in texts:
+        grace(text)  # a mistake is told before anything is measured
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(texts))
+        for text, row in zip(texts, bench.rows(texts, elements, times), strict=True):
+            progress.update(task, advance=1, description=text)
+            done.append(row)
+    if as_json:
+        typer.echo(json.dumps({"machine": bench.machine(), "rows": [asdict(row) for row in done]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("spec", "elements", "encode", "decode a rank", "bytes/element", "error"):
+        table.add_column(heading, justify="left" if heading == "spec" else "right")
+    for row in done:
+        times_ = (f"{row.encode:.1f}x", f"{row.decode:.1f}x" if row.decode else "-")
+        table.add_row(row.spec, f"{row.elements:,}", *times_, f"{row.bytes_per_element:.4g}", f"{row.error:.3g}")
+    console = Console()
+    console.print(table)
+    console.print(f"x: multiples of a copy of the gradient, {done[-1].copy_ms:.1f} ms for {done[-1].elements:,} elements", style="dim")
+
+
+app.command("plan")(plan)
+
+
+def _print_versions(console: Console, report: dict[str, Any]) -> None:
+    for name, version in report["packages"].items():
+        console.print(f"  {name:<16} {version or '-'}", highlight=False)
+    built = report["horovod_built"]
+    if built:
+        console.print("  Horovod was built with " + ", ".join(f"{k} {v}" for k, v in built.items()), highlight=False)
+    for problem in report["problems"]:
+        console.print(f"  [yellow]{problem}[/]")
+    console.print()
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line, not a trace."""
+    try:
+        app()
+    except GraceError as error:
+        typer.echo(f"grace-ext: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,179 @@
+"""`grace-ext plan`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import ModelError, ParameterError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ..planning.plan import Recommendation
+
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.'
+MEASURE = (
+    "Probe the job that this runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., torchrun --no-python ... "
+    "grace-ext plan ... (horovodrun puts the rank before each line of stdout: for --json use another)."
+)
+PICTURES = (".png", ".svg", ".pdf")
+#: What --measure finds by itself, and the values that stand for 'not said'.
+STATED = {"rate": None, "latency": "50us", "workers": None, "workers_per_node": 1, "inside": "20gbit", "fresh": False}
+
+
+def seconds(text: str) -> float:
+    """From a time in words, '50us' or '1.5ms'. Raises ParameterError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", text.strip().lower())
+    if not found:
+        raise ParameterError(f"a time is a number and one of {', '.join(SECONDS)}, such as 50us or 1.5ms, got {text!r}")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    specs: Annotated[list[str] | None, typer.Argument(help="Specs to compare with dense; default: a few that keep accuracy.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Of each node's link: 100mbit, 2.5gbit, ...")] = None,
+    latency: Annotated[str, typer.Option(help="Of a message, software included.")] = "50us",
+    workers: Annotated[int | None, typer.Option(min=2, help="Workers that exchange gradients.")] = None,
+    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers that share a node's link.")] = 1,
+    inside: Annotated[str, typer.Option(help="Rate between workers of one node.")] = "20gbit",
+    compute_ms: Annotated[float, typer.Option(min=0, help="Forward and backward pass, which the exchange may overlap.")] = 0.0,
+    measure: Annotated[bool, typer.Option("--measure", help=MEASURE)] = False,
+    exchanges: Annotated[int, typer.Option(min=0, help="With --measure: real exchanges of so many candidates, beside dense.")] = 3,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, whatever is in the cache.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="File for scaling curves up to 4,096 workers, simulated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+) -> None:
+    """What compression gains for this model on this network: step times of candidates, at what rates each pays, and what to use.
+
+    Codecs are timed on this machine, one thread, on the model's own shapes; the network is stated, or with --measure probed in your own
+    job, with a few real exchanges. Speed only: what each spec does to accuracy is in docs/accuracy.md.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
+        os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
+    from ..exchange.perform import perform
+    from ..planning import plan as planning
+    from ..planning.cached import traces
+    from ..planning.candidates import candidates
+    from ..planning.cost import Link
+    from ..planning.models import shapes_of
+    from ..planning.network import INSIDE, OnLink
+
+    said = {"rate": rate, "latency": latency, "workers": workers, "workers_per_node": workers_per_node, "inside": inside, "fresh": fresh}
+    check_options(said, measure, compute_ms)
+    if not measure:
+        check_picture(picture)
+    shapes = shapes_of(model)
+    console = Console(stderr=True)
+    with ExitStack() as stack, memory_enough(model):
+        status = stack.enter_context(console.status("reading the model"))
+        tell = lambda text: status.update(f"timing {text}")  # noqa: E731
+        document: dict[str, Any] = {"model": model, "tensors": len(shapes)}
+        if measure:
+            from ..frameworks.launched import transport
+            from ..planning.measure import probed, rows_of
+            from ..planning.probe import Probe
+
+            here = stack.enter_context(transport())
+            if here.size < 2:
+                raise UnsupportedError("--measure needs a job of two ranks or more: use horovodrun, torchrun or mpirun, or state --rate")
+            if here.rank == 0:  # who draws; on other hosts the folder need not be there
+                check_picture(picture)
+            chosen = candidates(specs or (), here.size)
+            effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
+            made, network, _ = found = perform(effects, here, {})
+            rows = rows_of(found)
+            link, first = network.link, here.rank == 0
+            document["collectives"] = network.points
+        else:
+            assert rate is not None and workers is not None
+            link, first = Link.of(rate, seconds(latency)), True
+            if workers % workers_per_node:
+                raise ParameterError(f"{workers} workers do not fill nodes of {workers_per_node}: give a multiple of it")
+            chosen = candidates(specs or (), workers, workers_per_node)
+            recorded = traces(chosen, shapes, fresh=fresh, tell=tell)
+            among = {"per_node": workers_per_node, "inside": Link.of(inside, INSIDE.latency)}
+            made = planning.Model(recorded, workers, compute=compute_ms / 1000, **among)
+            rows = made.rows(OnLink(link, **among), link)
+    if not first:
+        return
+    advice = planning.advise(rows)
+    per_node = None if measure else made.per_node  # a probe sees the network, not its nodes
+    document |= {"workers": made.n, "workers_per_node": per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
+    if as_json:
+        typer.echo(json.dumps(document, allow_nan=False))
+    else:
+        report(advice, document)
+    if picture:
+        from ..planning.picture import draw
+
+        draw(made, link, advice, picture, fitted=measure)
+
+
+def check_options(said: dict[str, Any], measure: bool, compute_ms: float) -> None:
+    """said: those of STATED. Raises ParameterError where they do not go together."""
+    extra = [f"--{name.replace('_', '-')}" for name, value in said.items() if value != STATED[name]]
+    if measure and extra:
+        raise ParameterError(f"--measure takes network, workers and codecs as they are in the job; leave out {', '.join(extra)}")
+    if not measure and (said["rate"] is None or said["workers"] is None):
+        raise ParameterError("plan needs --rate and --workers of the network, or --measure in a job that is there")
+    if not math.isfinite(compute_ms):
+        raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
+
+
+def check_picture(picture: Path | None) -> None:
+    """Raises ParameterError where it cannot be written."""
+    if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
+        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in a folder that is there")
+
+
+@contextmanager
+def memory_enough(model: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise ModelError(f"{model!r} is too large to time codecs on gradients of its shapes in this machine's memory: {error}") from error
+
+
+def report(advice: Recommendation, document: dict[str, Any]) -> None:
+    """The table and the advice."""
+    console, link = Console(), document["link"]
+    console.width = max(console.width, 120)  # specs are long
+    measured = any(row.measured_ms for row in advice.rows)
+    table = Table(box=None, pad_edge=False)
+    headings = ["spec", "sent a worker", "step", "gain", "work", "network", "pays", *(["measured"] if measured else [])]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "spec" else "right")
+    for row in sorted(advice.rows, key=lambda row: row.step_ms):
+        even = "-" if row.spec == advice.rows[0].spec else " ".join([row.pays, *([words(row.break_even)] if row.break_even else [])])
+        seen = [] if not measured else [f"{row.measured_ms:.4g} ms" if row.measured_ms else "-"]
+        cells = (f"{row.step_ms:.4g} ms", f"x{row.gain:.2f}", f"{row.work_ms:.4g} ms", f"{row.network_ms:.4g} ms", even)
+        style = "bold" if row.spec == advice.spec else None
+        table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
+    console.print(table)
+    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.4g} us a message, {1e6 * link['overhead']:.4g} us a collective"
+    among = f", {document['workers_per_node']} a node; {at}" if document["workers_per_node"] else f" of this job; measured, like {at}"
+    console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
+    console.print("work: encoding and decoding; network: all collectives, one after another; they overlap where they can.", style="dim")
+    console.print("pays: at what rates of the link it is faster than dense. Accuracy is not looked at: docs/accuracy.md.", style="dim")
+    console.print(f"\n[bold]{advice.spec}[/]: {advice.reason}.", highlight=False)
+
+
+def words(rate: float) -> str:
+    """A rate in bits per second, in words."""
+    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6)):
+        if rate >= size:
+            return f"{rate / size:.3g} {unit}"
+    return f"{rate / 1e3:.3g} kbit/s"

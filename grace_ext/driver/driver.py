@@ -1,0 +1,464 @@
+"""The driver: one rank's pending gradients, their order, rounds, commit and rollback. Written once for every world.
+
+It never touches a network. Its methods are generators of two effects, Start(name, collective) and Wait(name), and one more, Split, once,
+if an exchange has two levels. exchange/perform.py executes them on a transport, exchange/lockstep.py for N ranks in one process.
+
+Why it cannot deadlock, whatever order the gradients arrive in:
+  1. Buckets are made from the parameter list alone, which all ranks share (checked in 5), and are started in one fixed order: bucket i
+     never before bucket i - 1. A bucket whose turn it is starts inside `put`, so communication overlaps the backward pass.
+  2. `put` only starts; nothing waits inside a hook. All waiting is in `finish`, which every rank calls once per step.
+  3. `finish` first starts all buckets that remain (a parameter without a gradient takes part with zeros), so that when the first
+     Wait happens, every rank has started, or will start without waiting for anyone, the first round of every bucket.
+  4. Later rounds are started in the order (round, bucket), each after the wait for that bucket's round before it. So the sequence of
+     starts is the same on all ranks: engines that match collectives by name and engines that match by order both pair them rightly.
+  5. At the first step `put` starts nothing. `finish` first exchanges (spec, parameters, version) under a constant name, and raises on
+     every rank alike if they differ; so ranks that disagree never start collectives that do not match.
+
+Commit. A part returns new state; it is kept aside until every bucket is through, and committed only if every rank was finite in every
+bucket. An exception anywhere leaves the state of the last committed step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from ..composition.composition import Grace, Parts
+from ..errors import GraceError, NamesError, UnsupportedError
+from ..exchange.bucket import exchange_bucket
+from ..exchange.effects import Effects, Split, Start, Wait
+from ..exchange.hierarchy import TwoLevel
+from ..exchange.tensor import Job, Outcome, replaced
+from ..exchange.transport import Transport
+from ..parts.ops import Array, Ops
+from ..parts.tensor import StepInfo, TensorSpec
+from . import layout, state
+from .agreement import agree, check_nodes, compare
+from .choices import Choices
+from .layout import BUCKET_BYTES, Bucket
+from .observer import Observer
+
+LOG = logging.getLogger("grace_ext")
+
+
+class Driver:
+    """One rank of one exchange.
+
+    divisor: the world size for a mean (the default), 1 for a sum. read_lr: returns the current learning rate, or None.
+    diverging: whether the caller averages models, so that results may differ from rank to rank (memory 'cser').
+    in_place: whether results are written over the gradients, if `ops.overwrite` can."""
+
+    _next_number = 0  # free for the names of a driver's collectives, in this process
+
+    def __init__(
+        self,
+        grace: Grace,
+        ops: Ops,
+        transport: Transport,
+        *,
+        divisor: int | None = None,
+        read_lr: Callable[[], float | None] = lambda: None,
+        bucket_bytes: int = BUCKET_BYTES,
+        diverging: bool = False,
+        in_place: bool = False,
+    ):
+        diverges = [memory.name for memory in grace.memories if memory.diverges]
+        if diverges and not diverging:
+            raise UnsupportedError(
+                f"memory {diverges[0]!r} lets the ranks' models differ between resets; it works with a wrapper that averages models "
+                "(LocalSGD), not behind an optimizer that expects the same gradient everywhere"
+            )
+        if grace.two_level and not transport.splits:
+            raise UnsupportedError(
+                f"{grace} needs groups of ranks for 'hierarchical', which are not available here; use the communicator between the nodes "
+                "by itself"
+            )
+        self.grace, self.ops, self.transport = grace, ops, transport
+        self._two_level: TwoLevel | None = None  # known once ranks have agreed
+        self.divisor = transport.size if divisor is None else divisor
+        self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
+        self._in_place = in_place
+        self._ended = time.perf_counter()  # when the last step did
+        self._compute = float("inf")  # seconds from there to the end of a backward pass: the fewest, as some have a pause in them
+        self.prefix = ""  # of the names of collectives; agreed on at the first step
+        self.specs: dict[str, TensorSpec] = {}
+        self.buckets: list[Bucket] = []
+        self._bucket_of: dict[str, Bucket] = {}
+        self._choices = Choices(grace)
+        self._by_rate = [part for leaf in grace.leaves for part in (leaf.memory, leaf.communicator) if part.uses_lr]
+        self.state: dict[str, dict[str, Array]] = {}
+        self._foreign = False  # whether the state is another rank's, and lacks what was that rank's own
+        self._saved_on = ""  # the node that the state was this rank's on, if it is exchanged in two levels
+        self.step = 0
+        self.agreed = False
+        #: Whether the last step's state was committed: every rank was finite in every bucket.
+        self.committed = True
+        self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only if `roll_back` may be called
+        #: Bytes that this rank handed to collectives in the last finished step, headers and all rounds included.
+        self.wire_bytes = 0
+        self.observer = Observer()
+        self.abandon()
+
+    def observe(self, observer: Observer) -> None:
+        """Lets this observer watch the driver from the next step on. Raises GraceError in the middle of a step."""
+        if self.under_way:
+            raise GraceError("metrics are turned on between steps, not while gradients are under way")
+        self.observer = observer
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+    def register(self, specs: Iterable[TensorSpec]) -> None:
+        """Fixes the parameters, in an order that is the same on all ranks, and packs them into buckets, last parameters first
+        (their gradients come first in a backward pass). Raises NamesError, UnsupportedDtypeError, or GraceError if a state that was loaded
+        before does not fit them."""
+        self.specs = layout.checked(specs)
+        self._choices = Choices(self.grace, self.specs.values())
+        nbytes = {spec.name: spec.nbytes for spec in reversed(self.specs.values())}
+        self.buckets = [Bucket([self.specs[name] for name in names]) for names in self.packed(nbytes)]
+        self._lay_out()
+        try:
+            state.check(self.ops, self._choices, self.specs, self._step_info(), self.state, fill=self._foreign)
+        except GraceError:
+            self.specs, self.buckets = {}, []
+            raise
+
+    def packed(self, nbytes: Mapping[str, int]) -> list[list[str]]:
+        """Splits the names of these parameters, given in order with their bytes, into the groups that travel together."""
+        return layout.packed(nbytes, float("inf") if layout.one_bucket_because(self.grace) else self.bucket_bytes)
+
+    def _log(self, sentences: list[str]) -> None:
+        # Not by a warning: one rank alone must not raise if warnings are errors, because the others would wait for it.
+        for sentence in sentences if self.transport.rank == 0 else ():
+            LOG.warning(sentence)
+
+    def regroup(self, groups: Iterable[Iterable[str]]) -> None:
+        """Packs the registered parameters into these buckets instead, for a framework that makes buckets of its own. All ranks must pass
+        the same groups. State is kept by name, so nothing else changes. Buckets that have started in this step must stay as they are."""
+        lists = [list(names) for names in groups]
+        because = layout.one_bucket_because(self.grace)
+        if because and len(lists) > 1:
+            raise UnsupportedError(because)
+        if sorted(itertools.chain.from_iterable(lists)) != sorted(self.specs):
+            raise NamesError("the buckets must hold every registered parameter once")
+        if any(bucket.names != set(names) for bucket, names in zip(self.buckets[: self._next], lists, strict=False)):
+            raise GraceError("a bucket that has started cannot be regrouped")
+        later = [[self.specs[name] for name in names] for names in lists[self._next :]]
+        self.buckets = self.buckets[: self._next] + [Bucket(group) for group in later]
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Sets what follows from the buckets, and does not change from step to step."""
+        self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
+        for number, bucket in enumerate(self.buckets):
+            bucket.number = number
+        self._choose(anew=True)
+        for bucket in self.buckets[self._next :]:
+            bucket.missing = sum(spec.name not in self._arrived for spec in bucket.specs)
+
+    def _choose(self, anew: bool = False) -> None:
+        """Chooses what each tensor goes through at this step, which the digest in the headers of messages names."""
+        if self._choices.choose(self.step, self.state) or anew:
+            for bucket in self.buckets:
+                bucket.digest = layout.digest(self.grace, bucket.specs, self._choices.parts)
+
+    def check(self, name: str, tensor: Any) -> None:
+        """Raises NamesError or TensorChangedError if this tensor is not what was registered under its name."""
+        layout.check_tensor(self.specs, name, *self.ops.describe(tensor))
+
+    def check_rate(self, lr: float | None) -> None:
+        """Raises LearningRateError if a part needs the learning rate and there is none."""
+        for part in self._by_rate:
+            part.learning_rate(dataclasses.replace(self._step_info(), lr=lr))
+
+    def set_learning_rate(self, lr: float | None) -> None:
+        """Sets the learning rate of the steps to come, in place of what `read_lr` returned."""
+        self.read_lr = lambda: lr
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun, and has not ended."""
+        return bool(self._arrived) or self._info is not None
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """By name: the parts that each tensor goes through at the step that is under way, or was the last."""
+        return self._choices.parts
+
+    def exchange(self, gradients: Mapping[str, Any]) -> Effects:
+        """Makes one whole step with these gradients, by name: `put` for all of them, then `finish`, whose results it returns."""
+        try:
+            for name in reversed(self.specs):  # the order of the buckets, which therefore start as early as they can
+                yield from self.put(name, gradients[name])
+            return (yield from self.finish())
+        finally:
+            self.abandon()  # if the generator was closed, because another rank failed
+
+    def put(self, name: str, tensor: Any) -> Effects:
+        """Takes one gradient and starts every bucket whose turn it is. Never waits. The tensor must not change until `finish`."""
+        self.check(name, tensor)
+        if name in self._arrived:
+            raise GraceError(f"a second gradient for {name!r} came before the step was finished")
+        self._arrived[name] = tensor
+        self._bucket_of[name].missing -= 1
+        try:
+            if self.agreed:
+                yield from self.observer.effects(self._start_ready())
+        except BaseException:
+            self.abandon()  # nothing can be known of what was started
+            raise
+
+    def finish(self) -> Effects:
+        """Ends the step. Returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
+        self._compute = min(self._compute, time.perf_counter() - self._ended)
+        outputs = yield from self.observer.effects(self._finish())
+        self.observer.finished()
+        return outputs
+
+    def _finish(self) -> Effects:
+        try:
+            self.check_rate(self.read_lr())
+            if not self.agreed:
+                yield from self.agree()
+            yield from self._start_ready(all_of_them=True)
+            while any(bucket.running for bucket in self.buckets):
+                for bucket in self.buckets:
+                    if bucket.running:
+                        results = []
+                        for name in bucket.waiting:
+                            results.append((yield Wait(name, bucket.specs)))
+                        yield from self._advance(bucket, results)
+            if all(bucket.finite for bucket in self.buckets):
+                yield from self._settle()
+            return self._commit()
+        finally:
+            self.abandon()
+            self._ended = time.perf_counter()
+
+    def _start_ready(self, all_of_them: bool = False) -> Effects:
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
+            if not all_of_them and bucket.missing:
+                return
+            self._next += 1
+            if self._info is None:
+                self._info = self._step_info()
+                self._choose()
+                self.observer.begin(self._info)
+            jobs = [self._job(spec, self._info) for spec in bucket.specs]
+            how = self._two_level.exchange if self._two_level else partial(exchange_bucket, self.ops)
+            bucket.running = self.observer.bucket(how(jobs, self._info, bucket.digest, self.transport.carry))
+            yield from self._advance(bucket, None)
+
+    def _advance(self, bucket: Bucket, results: list[Any] | None) -> Effects:
+        assert bucket.running is not None
+        try:
+            collectives = bucket.running.send(results)
+        except StopIteration as stop:
+            bucket.running = None
+            if results:
+                results.clear()  # views of the buffers, which are given back
+            self._take(bucket, *stop.value)
+            return
+        bucket.turn += 1
+        bucket.waiting = []
+        for collective in collectives:
+            # The turn makes names unique within a step; labels repeat from step to step, so engines that cache by name may.
+            name = f"{self.prefix}/{bucket.number}/{bucket.turn}/{collective.label}"
+            bucket.waiting.append(name)
+            self._bytes += collective.nbytes
+            bucket.buffers.append(collective.array)
+            yield Start(name, collective, bucket.specs)
+
+    def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:
+        """Takes what a bucket's exchange gave: makes the user's tensors at once, keeps the states for later, and empties the list."""
+        assert self._info is not None
+        bucket.finite = finite
+        for spec in reversed(bucket.specs):
+            output, after = outcomes.pop()
+            if not finite and spec.size:
+                output = self.ops.full_nan(spec.size)
+            bucket.states[spec.name] = self._choices.observe(self.ops, spec, output, after, self._info) if finite else after
+            gradient = self._arrived.get(spec.name) if self._in_place else None
+            if gradient is not None and self.ops.overwrite(gradient, output, spec):
+                bucket.outputs[spec.name] = gradient
+            else:
+                bucket.outputs[spec.name] = self.ops.emit(output, spec)
+        del output
+        self.ops.recycle(bucket.buffers)
+
+    def _settle(self) -> Effects:
+        """Lets policies decide by what all ranks report, before the step is committed."""
+        after = {name: arrays for bucket in self.buckets for name, arrays in bucket.states.items()}
+        sent, said = yield from self._choices.settle(
+            self.transport, self.prefix, self._info or self._step_info(), self.state, after, self._compute
+        )
+        self._bytes += sent
+        self._log(said)
+
+    def _commit(self) -> dict[str, Any]:
+        outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
+        self.committed = all(bucket.finite for bucket in self.buckets)
+        if self.committed:
+            old, self.state = self.state, {name: arrays for bucket in self.buckets for name, arrays in bucket.states.items()}
+            self._choices.committed()
+            if self._before is None:
+                self._recycle(old)
+            else:
+                self._before = old
+        self.step += 1
+        self.wire_bytes = self._bytes
+        self.observer.ended(self.buckets)
+        return {name: outputs[name] for name in self.specs}
+
+    def _recycle(self, old: dict[str, dict[str, Array]]) -> None:
+        """Gives back the arrays of a state that is over, unless they are still in use."""
+        for name, arrays in old.items():
+            self.ops.recycle(replaced(arrays, self.state.get(name, {})))
+
+    def roll_back(self) -> None:
+        """Takes the last step's commit back, if there was one. Only after `join_agreement`."""
+        if self.committed and self._before is not None:
+            self.state, self.committed = self._before, False
+            self._choices.forget()
+
+    def abandon(self) -> None:
+        """Forgets the step under way, if there is one. The state is that of the last commit."""
+        self._arrived: dict[str, Any] = {}
+        self._next = self._bytes = 0
+        self._info: StepInfo | None = None
+        for bucket in self.buckets:
+            bucket.clear()
+
+    def _step_info(self) -> StepInfo:
+        return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
+
+    def _job(self, spec: TensorSpec, info: StepInfo) -> Job:
+        before = self._choices.fitting(self.ops, spec, self.state.get(spec.name, {}), info)
+        tensor = self._arrived.get(spec.name)
+        grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
+        out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
+        compressor, memory, communicator = self._choices.parts[spec.name]
+        before = self._choices.measure(self.ops, spec, grad, before, info)
+        return Job(spec, compressor, memory, communicator.inner(compressor), grad, before, out, self.observer.watch(spec.name))
+
+    # --- agreement ----------------------------------------------------------------------------------------------------
+    def agree(self) -> Effects:
+        """Compares what each rank would do, and raises DisagreementError on every rank alike if they differ.
+
+        It also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way
+        at once, and ranks may have made different numbers of drivers before (for process sets)."""
+        said = yield from agree(self.ops, self.transport, self._described())
+        if self.grace.two_level:
+            self._two_level = TwoLevel(self.transport.rank, [other["node"] for other in said], self.ops)
+            check_nodes(said)
+            counts = [len(members) for members in self._two_level.members]
+            if self.grace.diverges and len(set(counts)) > 1:
+                raise UnsupportedError(
+                    f"{self.grace} on nodes of {counts} ranks: in two levels a node counts once, and the mean of the models, which undoes "
+                    "errors, counts ranks; use as many ranks on every node, or a flat communicator"
+                )
+            yield Split(self._two_level.groups)
+        self._log(self._choices.notices())
+        number = max(other["number"] for other in said)
+        Driver._next_number = number + 1
+        self.prefix = f"grace/{number}"
+        if all(other["judges"] for other in said):
+            yield from self.observer.probe(self.transport)
+        self.agreed = True
+
+    def skip_agreement(self, step: int = 0) -> None:
+        """Begins at this step without asking other ranks: for a world of one rank, a simulation, a rehearsal."""
+        self.agreed, self.step = True, step
+
+    def compare(self, digests: Mapping[str, str]) -> Effects:
+        """Raises DisagreementError, on every rank alike, if ranks do not compress alike, are at different steps, or have different
+        digests of parameters (agreement.digest_of, by name). Between steps only."""
+        if self._arrived:
+            raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
+        yield from compare(self.ops, self.transport, self._described(), digests)
+
+    def _described(self) -> dict[str, Any]:
+        """Returns this rank's description of itself, for the agreement."""
+        self._choose()
+        return {
+            "spec": str(self.grace),
+            "seed": self.grace.seed,
+            "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "op": self._op,
+            "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
+            "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
+            "step": self.step,
+            "number": Driver._next_number,
+            "node": self.transport.node if self.grace.two_level else "",
+            "saved_on": self._saved_on,
+            "judges": self.observer.judges_times,
+        }
+
+    def move(self, transport: Transport, divisor: int) -> None:
+        """Goes on among other ranks, with an empty memory and a new agreement. Parameters must be registered again, as on a rank that has
+        just joined. The step under way is forgotten: its engine has ended."""
+        self.abandon()
+        self.transport, self.divisor, self._two_level = transport, divisor, None
+        self.agreed, self.prefix, self.state, self._saved_on = False, "", {}, ""
+        self.register(())
+
+    def join_agreement(self, prefix: str) -> None:
+        """Makes this one of several drivers that make up one step, whose ranks have agreed already: names of collectives begin with
+        `prefix`, and the state before each commit is kept, so that all can roll back if one could not commit."""
+        because = layout.one_bucket_because(self.grace)
+        if because:
+            raise UnsupportedError(because)
+        self.prefix, self.agreed, self._before = prefix, True, {}
+
+    # --- state --------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Returns {'version', 'spec', 'op', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies of this rank's
+        state; with 'hierarchical' also 'node', which tells the ranks' nodes apart."""
+        return {
+            "version": state.VERSION, "spec": str(self.grace), "op": self._op, "rank": self.transport.rank, "size": self.transport.size,
+            "step": self.step, "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
+        }  # fmt: skip
+
+    @property
+    def _op(self) -> str:
+        return "sum" if self.divisor == 1 and self.transport.size > 1 else "mean"
+
+    @property
+    def _node(self) -> str:
+        """Tells nodes apart without a host's name."""
+        return hashlib.blake2b(self.transport.node.encode(), digest_size=8).hexdigest()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit from what `state_dict` gave on the same rank. From another rank's state (a checkpoint of rank 0 alone) it
+        takes what all ranks share; what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the
+        state does not fit, or if the memory makes no sense without every rank's part (ef21, diana)."""
+        self.state, self.step = self.read_state(saved), int(saved["step"])
+        self._choices.forget()
+        self._foreign = saved["rank"] != self.transport.rank
+        self._saved_on = "" if self._foreign else saved.get("node", "")
+        if self._foreign:
+            warnings.warn(
+                f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
+                "zero. Save the state of every rank to resume exactly",
+                stacklevel=3,
+            )
+
+    def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """Returns the arrays of a saved state by parameter, copied and checked. Raises GraceError if it is not for this exchange."""
+        states = state.read(self.ops, self._choices, self.transport, saved)
+        if self.specs:
+            foreign = saved["rank"] != self.transport.rank
+            state.check(self.ops, self._choices, self.specs, self._step_info(), states, fill=foreign)
+        return states
+
+    def clear_state(self, key: str) -> None:
+        """Sets the arrays of this key to zero, for all parameters."""
+        for arrays in self.state.values():
+            arrays[key] = self.ops.zeros(len(arrays[key]))

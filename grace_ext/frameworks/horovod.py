@@ -1,0 +1,43 @@
+"""Horovod's process sets for the groups of an exchange in two levels; the same for torch's Horovod and TensorFlow's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from ..errors import UnsupportedError
+from .timeouts import NAME, timeout
+
+_known: dict[tuple[int, ...], Any] = {}
+
+
+def process_set_of(hvd: Any, ranks: Sequence[int], size: int) -> Any:
+    """Horovod's set of these ranks: that of all, one made before, or a new one. All ranks call it alike. size: of what is divided."""
+    if size != hvd.size():
+        raise UnsupportedError("'hierarchical' works among all ranks of the job; leave process_set out")
+    key = tuple(ranks)
+    if len(key) == size:
+        return hvd.global_process_set
+    known = _known.get(key)
+    if known is None or known.process_set_id is None:  # None: Horovod was shut down since
+        try:
+            _known[key] = hvd.add_process_set(list(key))
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedError(
+                f"'hierarchical' needs a process set of ranks {list(key)}, and Horovod made none ({error}): set "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1 on every rank, and let no process set of your own have the same ranks"
+            ) from error
+    return _known[key]
+
+
+def tell_horovod(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets Horovod's own limits, which it reads in init(), where the user has not: for a rank that does not come to a collective (by
+    default it is waited for for ever), and, with GRACE_EXT_TIMEOUT, for one that does not answer (30 s by default)."""
+    seconds = max(1, round(timeout(environ)))
+    if "HOROVOD_STALL_CHECK_DISABLE" not in environ and "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS" not in environ:
+        environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(seconds)
+        # Horovod takes no limit below its warning's.
+        environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, max(1, seconds // 2))))
+    if environ.get(NAME):
+        environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)

@@ -1,0 +1,165 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.tensorflow as api
+import numpy as np
+import tensorflow as tf
+
+from ...checkpoints.saveable import Saveable, nothing_saveable, saveable_by
+from ...composition.composition import Grace
+from ...composition.making import grace
+from ...driver.agreement import digest_of
+from ...driver.driver import Driver
+from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...exchange.perform import perform
+from ...metrics.metrics import Measured
+from ...parts.tensor import TensorSpec
+from .graph import GraphExchange, HorovodTransport
+from .loop import exchange_of
+from .trackable import TrackedState
+
+
+def chosen_compression(compression: Any) -> Grace | None:
+    """The Grace to use; None where the user gave one of Horovod's own compressions other than none."""
+    if isinstance(compression, Grace):
+        return compression
+    if isinstance(compression, str):
+        return grace(compression)
+    if compression in (None, api.Compression.none):
+        return grace("none")
+    if compression is api.Compression.fp16:
+        return grace("fp16")
+    raise ParameterError(
+        f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
+    )
+
+
+def averages(op: Any) -> bool:
+    """Whether `op` is the mean; raises UnsupportedError for what is neither mean nor sum."""
+    if op in (api.Average, api.Sum):
+        return op == api.Average
+    raise UnsupportedError(
+        "compressed gradients can be averaged or added up only (Adasum combines parameter updates by their angles); use op=hvd.Average"
+    )
+
+
+def names_of(variables: Sequence[Any]) -> list[str]:
+    """A name for each variable, the same on all ranks: its path or name, with a number where several share one."""
+    names: list[str] = []
+    for variable in variables:
+        name = getattr(variable, "path", None) or variable.name
+        count = sum(known == name or known.startswith(name + "#") for known in names)
+        names.append(f"{name}#{count + 1}" if count else name)
+    return names
+
+
+def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set: Any) -> tf.IndexedSlices:
+    """A sparse gradient, exchanged exactly and uncompressed, as Horovod does."""
+    return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
+
+
+class GradientExchange(Measured):
+    """The exchange of one optimizer or tape: made at the first call, when the variables and their gradients' kinds are known."""
+
+    def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
+        self.grace, self.op, self.process_set = g, op, process_set
+        self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
+        self.dense: GraphExchange | None = None
+        self._saved: Any = None
+        self._sizes: dict[str, int] = {}  # of the variables, where they were known before the ranks changed
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to exchange on this rank."""
+        return not self.process_set.included() or (self.process_set.size() == 1 and not self.simulate)
+
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None) -> list[Any]:
+        """The aggregates of the gradients; None stays None."""
+        results, dense = list(gradients), []
+        for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
+            if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
+                results[place] = exchange_sparse(gradient, name, self.op, self.process_set)
+            elif gradient is not None:
+                dense.append((place, name, tf.convert_to_tensor(gradient)))
+        if dense:
+            specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
+            exchange = self._exchange(specs)
+            for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr), strict=True):
+                results[place] = result
+        return results
+
+    def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
+        if self.dense is None:
+            self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
+            self._attach(self.dense.driver)
+            if self._saved:
+                self.dense.driver.load_state_dict(self._saved)
+        known = self.dense.driver.specs
+        if {spec.name: spec for spec in specs} != known:
+            differing = sorted({s.name for s in specs} ^ set(known)) or [s.name for s in specs if known[s.name] != s]
+            raise NamesError(
+                f"the variables with gradients are not those of the first step (state is kept by name): {', '.join(differing[:5])}; "
+                "make a new optimizer for a changed model"
+            )
+        return self.dense
+
+    def compare(self, variables: Sequence[Any]) -> None:
+        """See Driver.compare; of these variables. Every rank calls it between steps, after the first."""
+        if self.idle or self.process_set.size() == 1:
+            return
+        if self.dense is None:
+            raise GraceError("ranks compare their parameters after the first step: nothing has been exchanged yet")
+        arrays = [np.asarray(v.numpy()) for v in variables]
+        digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
+        perform(self.dense.driver.compare(digests), self.dense.transport, {})
+
+    def _drivers(self) -> list[Driver]:
+        return [self.dense.driver] if self.dense else []
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes this rank handed to collectives in the last step, sparse gradients excluded."""
+        return self.dense.driver.wire_bytes if self.dense else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory: see Driver.state_dict."""
+        return self.dense.driver.state_dict() if self.dense else (self._saved or {})
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Resumes; before the first step it is kept until the variables are known."""
+        if self.dense:
+            self.dense.driver.load_state_dict(saved)
+        elif saved:
+            self._check(saved)
+        self._saved = saved
+
+    def move(self, carried_over: Callable[[Any], Any]) -> None:
+        """After the ranks have changed: the next call exchanges among those that there are now. `carried_over` gives this rank's state for
+        them from that of before (None on a rank that had none); collective. Functions that were traced before are of no use any more."""
+        own = self.state_dict()
+        if self.dense:
+            self._sizes = {spec.name: spec.size for spec in self.dense.driver.specs.values()}
+        self._saved = carried_over({**own, "sizes": self._sizes} if own.get("step") else None)
+        if self.dense:
+            self.dense.ended = True
+        self.dense = None
+
+    def _check(self, saved: dict[str, Any]) -> None:
+        if self.dense:
+            self.dense.driver.read_state(saved)
+        else:
+            transport = HorovodTransport(self.process_set)
+            Driver(self.grace, transport.ops, transport).read_state(saved)
+
+    def trackable(self) -> TrackedState:
+        """For tf.train.Checkpoint(memory=...)."""
+        return TrackedState(self)
+
+    def _saveable(self) -> Saveable:
+        if self.idle:
+            return nothing_saveable(self.process_set.included())
+        return saveable_by(HorovodTransport(self.process_set), self.state_dict, self._check, self.load_state_dict)

@@ -1,0 +1,255 @@
+"""allreduce, sparse_allreduce and reducescatter of horovod.torch, over torch.distributed.
+
+`name` is accepted and ignored. The forms that block carry gradients, with the factors that Horovod's gradients have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .handles import Average, Sum, differentiable, hand_out, start_allgather, start_allreduce, start_each, start_reducescatter
+from .move import grouped_allgather
+from .world import ProcessSet, global_process_set
+
+
+class Compressor:
+    """What `compression=` takes: how a tensor is made smaller before a collective, and restored after it."""
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """The tensor to send, and what decompress() needs to know."""
+        return tensor, None
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
+        """The tensor in its original type."""
+        return tensor
+
+
+class _HalfCompressor(Compressor):
+    """Sends floating point tensors as float16."""
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """The tensor as float16 if it is floating point."""
+        return tensor.half() if tensor.is_floating_point() else tensor, tensor.dtype
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: torch.dtype) -> Tensor:
+        """The tensor in the type it had before compress()."""
+        return tensor.to(ctx)
+
+
+class Compression:
+    """Horovod's own choices for `compression=`."""
+
+    none = Compressor
+    fp16 = _HalfCompressor
+
+
+def _operation(op: int | None, average: bool | None) -> int:
+    """The op that `op` or its deprecated predecessor `average` asks for."""
+    if average is None:
+        return Average if op is None else op
+    if op is not None:
+        raise ValueError("give op or its predecessor average, not both")
+    warnings.warn("average= is deprecated; use op=hvd.Average or op=hvd.Sum", DeprecationWarning, stacklevel=3)
+    return Average if average else Sum
+
+
+def allreduce_async(
+    tensor: Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """Starts a reduction over the ranks and returns its handle. `op` defaults to Average."""
+    return hand_out(start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set))
+
+
+def allreduce_async_(
+    tensor: Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """Like allreduce_async, into `tensor` itself (complete once synchronized)."""
+    return hand_out(start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set, True))
+
+
+def allreduce_(
+    tensor: Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Tensor:
+    """Reduces `tensor` over the ranks in place and returns it."""
+    return start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set, True).result()
+
+
+def allreduce(
+    tensor: Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Tensor:
+    """The tensor reduced over the ranks (`op` defaults to Average). The gradient is reduced in the same way."""
+    op = _operation(op, average)
+    return grouped_allreduce([tensor], None, name, compression, op, prescale_factor, postscale_factor, process_set)[0]
+
+
+def grouped_allreduce_async(
+    tensors: Sequence[Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """Like allreduce_async for several tensors under one handle, whose result is a tuple."""
+    op = _operation(op, average)
+    return hand_out(start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set))
+
+
+def grouped_allreduce_async_(
+    tensors: Sequence[Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> int:
+    """Like allreduce_async_ for several tensors under one handle, whose result is a tuple."""
+    op = _operation(op, average)
+    return hand_out(start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set, True))
+
+
+def grouped_allreduce_(
+    tensors: Sequence[Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> tuple[Tensor, ...]:
+    """Like allreduce_ for several tensors."""
+    op = _operation(op, average)
+    return start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set, True).result()
+
+
+def grouped_allreduce(
+    tensors: Sequence[Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: int | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[Tensor]:
+    """Like allreduce for several tensors."""
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+
+    def reduced(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return start_each(start_allreduce, tensors, *how).result()
+
+    def reduced_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return differentiable(reduced, reduced_gradients, grads)
+
+    results = differentiable(reduced, reduced_gradients, small)
+    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
+
+
+def sparse_allreduce_async(tensor: Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> Callable[[], Tensor]:
+    """Starts the reduction of a sparse COO tensor (Sum, or Average). Returns a function that waits and gives the result."""
+    if op not in (Average, Sum):
+        raise ValueError(f"op is {op!r}; a sparse reduction knows hvd.Average and hvd.Sum only")
+    pending = start_each(start_allgather, [tensor._indices().t(), tensor._values()], process_set)
+
+    def handle() -> Tensor:
+        indices, values = pending.result()
+        values = values / process_set.size() if op == Average else values
+        return torch.sparse_coo_tensor(indices.t(), values, tensor.shape, check_invariants=False)
+
+    return handle
+
+
+def reducescatter_async(
+    tensor: Tensor,
+    name: str | None = None,
+    op: int = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> int:
+    """Starts a reduction (Average or Sum) of which each rank gets its share of the rows; returns the handle."""
+    return hand_out(start_reducescatter(tensor, op, prescale_factor, postscale_factor, process_set))
+
+
+def reducescatter(
+    tensor: Tensor,
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: int = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> Tensor:
+    """This rank's share of the rows of the reduced tensor (Average or Sum)."""
+    return grouped_reducescatter([tensor], name, compression, op, process_set, prescale_factor, postscale_factor)[0]
+
+
+def grouped_reducescatter_async(
+    tensors: Sequence[Tensor],
+    name: str | None = None,
+    op: int = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> int:
+    """Like reducescatter_async for several tensors under one handle, whose result is a tuple."""
+    return hand_out(start_each(start_reducescatter, tensors, op, prescale_factor, postscale_factor, process_set))
+
+
+def grouped_reducescatter(
+    tensors: Sequence[Tensor],
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: int = Average,
+    process_set: ProcessSet = global_process_set,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> list[Tensor]:
+    """Like reducescatter for several tensors."""
+    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+    factor = prescale_factor * postscale_factor * (process_set.size() if op == Sum else 1)
+
+    def scattered(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return start_each(start_reducescatter, tensors, op, prescale_factor, postscale_factor, process_set).result()
+
+    def gathered_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grouped_allgather([grad * factor for grad in grads], process_set=process_set)
+
+    results = differentiable(scattered, gathered_gradients, small)
+    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]

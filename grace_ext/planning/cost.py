@@ -1,0 +1,165 @@
+"""What an exchange takes on a network, by the alpha-beta model: a message of m bytes takes alpha + m beta seconds.
+
+For n workers, each with a full-duplex link of its own to a switch that does not limit:
+
+    all-reduce, ring      2 (n-1) (alpha + m/n beta)        m: bytes of the array that is summed
+    all-gather, ring        (n-1) (alpha + m beta)          m: bytes of one worker's payload; the longest, where they differ
+    broadcast, tree     ceil(log2 n) (alpha + m beta)       m: bytes of the root's payload
+    all-to-all, pairwise    (n-1) (alpha + m/n beta)        m: bytes of one worker's whole buffer
+
+and for comparison all-reduces by a tree, by recursive halving and doubling, and in two levels (see their functions); simulate.py plays
+them all out message by message. And o, once a collective, for what happens before its first message (Horovod's negotiation). Arithmetic
+is not in it: see `Work`.
+Sources: Thakur, Rabenseifner, Gropp 2005 (all four); Patarasu and Yuan 2009 (the ring all-reduce is optimal in bytes). Gloo, which carries
+Horovod and torch.distributed on CPUs, uses these algorithms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..communicators.base import Communicator
+from ..errors import ParameterError
+
+UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
+#: Of 1,514 bytes that a full Ethernet frame has on the line, 1,448 are the sender's own; the rest is TCP's, IP's and Ethernet's.
+GOODPUT = 1448 / 1514
+
+
+@dataclass(frozen=True)
+class Link:
+    """One worker's link. rate: bits per second, each direction; latency (alpha): seconds a message takes besides its bytes, software
+    included; overhead (o): seconds a collective takes before its first message; goodput: the fraction of the rate that payloads get."""
+
+    rate: float
+    latency: float = 50e-6
+    overhead: float = 0.0
+    goodput: float = GOODPUT
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise ParameterError(f"a link's rate must be a positive number of bits per second, got {self.rate!r}")
+        if not (0 <= self.latency < math.inf and 0 <= self.overhead < math.inf and 0 < self.goodput <= 1):
+            raise ParameterError(f"latency and overhead must be finite, at least 0 seconds, and goodput in (0, 1], got {self}")
+
+    @classmethod
+    def of(cls, rate: str, latency: float = 50e-6, overhead: float = 0.0) -> Link:
+        """From a rate in words, '100mbit' or '2.5gbit'. Raises ParameterError."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?bit)", rate.strip().lower())
+        if not found:
+            raise ParameterError(f"a rate is a number and one of {', '.join(UNITS)}, such as 100mbit or 2.5gbit, got {rate!r}")
+        return cls(float(found[1]) * UNITS[found[2]], latency, overhead)
+
+    @property
+    def beta(self) -> float:
+        """Seconds a byte of payload."""
+        return 8 / (self.rate * self.goodput)
+
+    def message(self, nbytes: float) -> float:
+        """Seconds of one message: alpha + m beta."""
+        return self.latency + nbytes * self.beta
+
+
+def allreduce(link: Link, n: int, nbytes: float) -> float:
+    """Seconds to sum arrays of `nbytes` over n workers: o + 2 (n-1) (alpha + m/n beta). Reduce-scatter, then all-gather, in a ring."""
+    return _collective(link, n, 2 * (n - 1), nbytes, n)
+
+
+def allgather(link: Link, n: int, nbytes: float) -> float:
+    """Seconds until n workers have everyone's payload of `nbytes`: o + (n-1) (alpha + m beta). In a ring every round has all payloads under
+    way, so it takes as long as the longest: give that where they differ."""
+    return _collective(link, n, n - 1, nbytes)
+
+
+def broadcast(link: Link, n: int, nbytes: float) -> float:
+    """Seconds until n workers have the root's `nbytes`: o + ceil(log2 n) (alpha + m beta). Those who have it double in every round."""
+    return _collective(link, n, (n - 1).bit_length(), nbytes)
+
+
+def alltoall(link: Link, n: int, nbytes: float) -> float:
+    """Seconds until each of n workers has its n-th of everyone's buffer of `nbytes`: o + (n-1) (alpha + m/n beta). Pairwise rounds."""
+    return _collective(link, n, n - 1, nbytes, n)
+
+
+def tree_allreduce(link: Link, n: int, nbytes: float) -> float:
+    """Seconds to sum by a binomial reduction and a broadcast: o + 2 ceil(log2 n) (alpha + m beta). Few messages, whole arrays."""
+    return _collective(link, n, 2 * (n - 1).bit_length(), nbytes)
+
+
+def halving_allreduce(link: Link, n: int, nbytes: float) -> float:
+    """Seconds to sum by recursive halving and doubling: o + 2 log2 p alpha + 2 (p-1)/p m beta, p the largest power of 2 up to n; and
+    2 (alpha + m beta) more where p is not n."""
+    if n < 2:
+        return _collective(link, n, 0, nbytes)
+    core = 1 << (n.bit_length() - 1)
+    folded = 2 * link.message(nbytes) if core < n else 0.0
+    return link.overhead + 2 * (core.bit_length() - 1) * link.latency + 2 * (core - 1) / core * nbytes * link.beta + folded
+
+
+def two_level(inside: Link, per_node: int, dense: float, between: float, result: float) -> float:
+    """Seconds of an exchange in two levels: a ring all-reduce of `dense` bytes inside each node, `between` seconds between the nodes' first
+    workers, and a broadcast of the `result` bytes that these get to the others."""
+    return allreduce(inside, per_node, dense) + between + broadcast(inside, per_node, result)
+
+
+def _collective(link: Link, n: int, messages: int, nbytes: float, pieces: int = 1) -> float:
+    """`messages`, one after another, of one of so many pieces of `nbytes`."""
+    if n < 1:
+        raise ParameterError(f"there is at least 1 worker, got {n}")
+    return 0.0 if n == 1 else link.overhead + messages * link.message(nbytes / pieces)
+
+
+def network(communicator: Communicator, link: Link, n: int, payload: float, dense: float) -> float:
+    """Seconds that this communicator's collectives take for payloads of `payload` bytes of tensors of `dense` bytes (float32).
+
+    allreduce        one all-reduce of the payload
+    allgather        one all-gather
+    broadcast        n broadcasts, one after another
+    reduce_scatter   an all-to-all of the payload, and an all-gather of n-ths of it
+    sparse_allreduce an all-to-all of the payload, and an all-gather of n-ths of the union: n payloads at most, and the dense size at most
+    any other        o + (n-1) alpha + its `bytes_sent` beta
+    """
+    if communicator.name == "allreduce":
+        return allreduce(link, n, payload)
+    if communicator.name == "allgather":
+        return allgather(link, n, payload)
+    if communicator.name == "broadcast":
+        return n * broadcast(link, n, payload)
+    if communicator.name in ("reduce_scatter", "sparse_allreduce"):
+        result = payload if communicator.name == "reduce_scatter" else min(dense, n * payload)
+        return alltoall(link, n, payload) + allgather(link, n, result / n)
+    rounds = link.overhead + (n - 1) * link.latency if n > 1 else 0.0
+    return rounds + communicator.bytes_sent(n, payload, dense) * link.beta
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker computes in one exchange, seconds. encode: once, with error feedback; decode: for each payload that it decodes."""
+
+    encode: float
+    decode: float
+
+    def seconds(self, communicator: Communicator, n: int) -> float:
+        """encode + decode for every payload that arrives: n of them after a gather, and one whole gradient's worth after a reduction (by
+        regions, a worker decodes n n-ths of payloads, and the result)."""
+        each = {"allreduce": 1, "reduce_scatter": 2, "sparse_allreduce": 2}.get(communicator.name, n)
+        return self.encode + each * self.decode
+
+
+def exchange(communicator: Communicator, link: Link, n: int, payload: float, dense: float, work: Work) -> float:
+    """Seconds of one exchange that overlaps with nothing: work + network."""
+    return work.seconds(communicator, n) + network(communicator, link, n, payload, dense)
+
+
+def crossing(compressed: Callable[[int], float], plain: Callable[[int], float], limit: int = 1024) -> int | None:
+    """The smallest number of workers, from 2 to `limit`, at which the first is not faster than the second; None where it always is."""
+    return next((n for n in range(2, limit + 1) if compressed(n) >= plain(n)), None)
+
+
+def gather_limit(payload: float, dense: float) -> float:
+    """The number of workers from which an all-gather of payloads moves more bytes than a dense all-reduce: (n-1) m = 2 (n-1)/n S at
+    n = 2 S / m. Latency and work are not in it."""
+    return 2 * dense / payload
