@@ -51,7 +51,7 @@ def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], tic
     torch.manual_seed(seed)
     model = torch_mnist.make_model()
     cluster = grace_ext.LocalCluster(g, RANKS, framework="torch")
-    votes = any(leaf.compressor.votes for leaf in g.leaves)
+    votes = any(leaf.compressor.result == "vote" for leaf in g.leaves)
     rate = RATE_OF_VOTES if votes else LR
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.0 if votes or any(m.is_momentum for m in g.memories) else 0.9)
     steps = torch_mnist.TRAIN // (BATCH * RANKS)

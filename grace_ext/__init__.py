@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from . import communicators, compressors, memories, policies
 from ._version import __version__ as __version__
-from .composition.composition import Grace
+from .composition.grace import Grace
 from .composition.making import grace
 from .composition.porting import from_params
 from .errors import GraceError

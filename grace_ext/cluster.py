@@ -15,7 +15,7 @@ from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
 
 if TYPE_CHECKING:
-    from .composition.composition import Grace
+    from .composition.grace import Grace
 
 
 class LocalCluster:

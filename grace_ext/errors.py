@@ -122,3 +122,7 @@ def few(names: Iterable[str]) -> str:
     """The first five of them."""
     shown = list(itertools.islice(names, 6))
     return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+#: What a PayloadError says of a payload that hides NaN or Inf.
+NOT_FLAGGED = "decodes to NaN or Inf, although its header says that all values are finite"

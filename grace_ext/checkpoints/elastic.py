@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..communicators.reduce_scatter import shards
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import ParameterError
 from .resize import HOW, resized

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..composition.composition import Composition, Grace
+from ..composition.composition import Composition
+from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import GraceError, ParameterError
 from ..parts.part import Part

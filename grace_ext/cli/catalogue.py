@@ -14,7 +14,7 @@ from ..parts.tensor import TensorSpec
 KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators, "policy": policies}
 #: What wire costs are told for.
 SAMPLE = TensorSpec("gradient", (1000, 1000))
-TRAITS = ("summable", "unbiased", "wants_memory", "selects", "votes", "whole_model", "uses_lr", "is_momentum", "diverges")
+TRAITS = ("summable", "unbiased", "wants_memory", "selects", "whole_model", "uses_lr", "is_momentum", "diverges")
 
 
 def describe(kind: str, name: str) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def describe(kind: str, name: str) -> dict[str, Any]:
     found = {"kind": kind, "name": name, "summary": text.splitlines()[0], "text": text, "knobs": knobs}
     found["properties"] = {trait: bool(getattr(part, trait)) for trait in TRAITS if hasattr(part, trait)}
     if kind == "compressor":
+        found["properties"]["votes"] = part.result == "vote"
         found["rounds"] = list(part.rounds)
         found["bits_per_element"] = 8 * part.mean_nbytes(SAMPLE) / SAMPLE.size
         found["natural"] = {"memory": part.natural_memory, "communicator": "allreduce" if part.summable else "allgather"}

@@ -23,8 +23,8 @@ class _EveryPayload(Communicator):
         payloads = yield Gather(compressor.fields(spec), payload, by_broadcast=self.by_broadcast)
         return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info, out), spec, info, state)
 
-    def bytes_sent(self, n, payload, dense):
-        return (n - 1) * payload
+    def collectives(self, n, payload, dense):
+        return [("broadcast" if self.by_broadcast else "allgather", payload)]
 
 
 @register("allgather")

@@ -27,7 +27,7 @@ class Allreduce(Communicator):
         return (yield from self.send(ops, compressor, payload, spec, info, state))
 
     def send(self, ops, compressor, payload, spec, info, state, out=None):
-        if compressor.votes:
+        if compressor.result == "vote":
             counts = yield AllReduce(compressor.counts(ops, payload, spec, info), _counter(info.size))
             return exchanged(ops, compressor, payload, compressor.elected(ops, counts, spec, info), spec, info, state)
         (field,) = compressor.fields(spec)
@@ -37,13 +37,16 @@ class Allreduce(Communicator):
         return exchanged(ops, compressor, payload, aggregate, spec, info, state)
 
     def input_bytes(self, compressor, spec, n):
-        return ITEMSIZE[_counter(n)] * (spec.size + 1) if compressor.votes else compressor.nbytes(spec)
+        return ITEMSIZE[_counter(n)] * (spec.size + 1) if compressor.result == "vote" else compressor.nbytes(spec)
 
-    def bytes_sent(self, n, payload, dense):
-        return 2 * (n - 1) / n * payload
+    def collectives(self, n, payload, dense):
+        return [("allreduce", payload)]
+
+    def decodes(self, n):
+        return 1
 
     def check(self, compressor):
-        if not (compressor.summable or compressor.votes):
+        if not (compressor.summable or compressor.result == "vote"):
             raise IncompatiblePartsError(
                 f"{compressor.name!r} payloads cannot be summed (each rank picks its own positions, scales or codes); "
                 "use communicator 'allgather' or 'broadcast'"

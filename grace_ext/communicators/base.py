@@ -1,40 +1,35 @@
-"""What a communicator is: which collective carries a payload, and how the ranks' payloads become one result."""
+"""The base of communicators: which collectives carry a payload, and how the ranks' payloads become one result. Subclass and register it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..compressors.base import Exchanged
+from ..compressors.base import Compressor, Exchanged
+from ..compressors.fast_path import Payload
 from ..errors import IncompatiblePartsError
+from ..memories.base import Memory
 from ..parts.part import Part
+from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
-    from ..compressors.base import Compressor, Payload, State
-    from ..memories.base import Memory
     from ..parts.ops import Array, Ops, Zeros
 
 
 @dataclass(frozen=True)
 class Communicator(Part):
-    """A generator that yields requests (see exchange.py) and never blocks."""
+    """Carries a compressor's payloads. Its `exchange` is a generator that yields requests (parts/requests.py) and never blocks.
+
+    A subclass must define two methods: `exchange`, and `collectives`, which tells what that starts, for costs and plans."""
 
     kind: ClassVar[str] = "communicator"
-    #: It sends one payload a tensor, as the compressor made it, and `send` takes that.
+    #: Whether it sends one payload per tensor, as the compressor made it, so that `send` takes that.
     carries_payloads: ClassVar[bool] = False
-    #: It exchanges inside the nodes first, and only then, by `inner`, between them (levels.py).
+    #: Whether it exchanges inside the nodes first, and only then, by `inner`, between them (exchange/hierarchy.py).
     two_level: ClassVar[bool] = False
-
-    def inner(self, compressor: Compressor) -> Communicator:
-        """What carries this compressor's payloads in the end: itself, but where it works in two levels."""
-        return self
-
-    def keeps_state(self, compressor: Compressor) -> bool:
-        """Whether it has a state of its own (see `init`)."""
-        return False
 
     @abstractmethod
     def exchange(
@@ -42,41 +37,59 @@ class Communicator(Part):
     ) -> Generator[Any, Any, Exchanged]:
         """Compresses x, yields requests, is resumed with their results, and aggregates."""
 
+    @abstractmethod
+    def collectives(self, n: int, payload: float, dense: float) -> Sequence[tuple[str, float]]:
+        """Returns (kind, bytes of one rank's buffer) of each collective that n ranks start, one after another, for payloads of `payload`
+        bytes of tensors of `dense` bytes. Kinds: 'allreduce', 'allgather', 'broadcast' (every rank in turn), 'alltoall'."""
+
+    def decodes(self, n: int) -> float:
+        """How many payloads each of n ranks decodes per step: all of them, unless the network or other ranks have added them up."""
+        return n
+
     def send(
         self, ops: Ops, compressor: Compressor, payload: Payload, spec: TensorSpec, info: StepInfo, state: State,
         out: Array | Zeros | None = None,
     ) -> Generator[Any, Any, Exchanged]:  # fmt: skip
-        """The exchange of what was compressed already, where `carries_payloads`. The aggregate may be written to `out`."""
-        raise NotImplementedError
+        """Exchanges what was compressed already, if `carries_payloads`. The aggregate may be written to `out`."""
+        raise NotImplementedError(f"{type(self).__name__} carries payloads, so it must define send()")
 
     def init(self, ops: Ops, compressor: Compressor, spec: TensorSpec, info: StepInfo) -> State:
-        """The communicator's own state before the first step, where it has one."""
+        """Returns the communicator's own state before the first step, if it has one."""
         return {}
 
-    def check_memory(self, memory: Memory) -> None:
-        """Raises IncompatiblePartsError where this communicator cannot work under that memory."""
+    def keeps_state(self, compressor: Compressor) -> bool:
+        """Whether it has a state of its own (see `init`)."""
+        return False
 
-    def input_bytes(self, compressor: Compressor, spec: TensorSpec, n: int) -> int:
-        """Upper bound of the bytes that one of n ranks hands to collectives for such a tensor, headers excluded."""
-        return compressor.nbytes(spec)
-
-    @abstractmethod
-    def bytes_sent(self, n: int, payload: int, dense: int) -> float:
-        """Bytes that one of n ranks sends to the network, for payloads of `payload` bytes of tensors of `dense` bytes."""
+    def inner(self, compressor: Compressor) -> Communicator:
+        """Returns what carries this compressor's payloads in the end: itself, unless it works in two levels."""
+        return self
 
     def check(self, compressor: Compressor) -> None:
-        """Raises IncompatiblePartsError where this communicator cannot carry that compressor's payloads."""
+        """Raises IncompatiblePartsError if this communicator cannot carry that compressor's payloads."""
         if compressor.rounds and self.name not in compressor.rounds:
             raise IncompatiblePartsError(
                 f"{compressor.name!r} communicates in rounds of its own, which {self.name!r} would drop; "
                 f"use communicator {' or '.join(map(repr, compressor.rounds))}"
             )
 
+    def check_memory(self, memory: Memory) -> None:
+        """Raises IncompatiblePartsError if this communicator cannot work under that memory."""
+
+    def input_bytes(self, compressor: Compressor, spec: TensorSpec, n: int) -> int:
+        """Upper bound of the bytes that one of n ranks hands to collectives for such a tensor, headers excluded."""
+        return compressor.nbytes(spec)
+
+    def bytes_sent(self, n: int, payload: float, dense: float) -> float:
+        """Bytes that one of n ranks sends to the network, by the algorithms of planning/cost.py."""
+        shares = {"allreduce": 2 * (n - 1) / n, "alltoall": (n - 1) / n, "allgather": n - 1, "broadcast": n - 1}
+        return sum(shares[kind] * nbytes for kind, nbytes in self.collectives(n, payload, dense))
+
 
 def exchanged(
     ops: Ops, compressor: Compressor, payload: Payload, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State
 ) -> Exchanged:
-    """The outcome where one payload was sent."""
+    """Returns what the exchange of one payload gives."""
     return Exchanged(
         aggregate,
         lambda: compressor.decompress(ops, payload, spec, info),

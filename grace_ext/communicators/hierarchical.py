@@ -67,5 +67,8 @@ class Hierarchical(Communicator):
     def input_bytes(self, compressor, spec, n):
         return 8 * spec.size + (1 + n) * self.inner(compressor).input_bytes(compressor, spec, n)
 
-    def bytes_sent(self, n, payload, dense):
-        return (self.between or get("allgather").create()).bytes_sent(n, payload, dense)
+    def collectives(self, n, payload, dense):
+        return (self.between or get("allgather").create()).collectives(n, payload, dense)
+
+    def decodes(self, n):
+        return (self.between or get("allgather").create()).decodes(n)

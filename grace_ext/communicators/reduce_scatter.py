@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..compressors.base import Exchanged, sent_by
-from ..errors import IncompatiblePartsError, ParameterError, PayloadError
+from ..errors import NOT_FLAGGED, IncompatiblePartsError, ParameterError, PayloadError
 from ..parts.part import knob
 from ..parts.requests import Gather, Scatter
 from ..parts.tensor import TensorSpec
@@ -69,12 +69,12 @@ class ReduceScatter(Communicator):
                 f"{compressor} is random and unbiased: error feedback of its second compression can grow without bound; leave out "
                 "feedback=True"
             )
-        if not compressor.averages:
+        if compressor.result == "signs":
             raise IncompatiblePartsError(
                 f"the result of {compressor} is not a mean, and 'reduce_scatter' would compress it again as if it were; "
                 "use communicator 'allgather'"
             )
-        stateful = compressor.keeps_state and not compressor.votes
+        stateful = compressor.keeps_state and compressor.result != "vote"
         if stateful or compressor.whole_model or not compressor.fixed_size:
             why = "keeps state of the whole tensor" if stateful or compressor.whole_model else "sends payloads whose size varies"
             raise IncompatiblePartsError(
@@ -88,7 +88,7 @@ class ReduceScatter(Communicator):
 
     def keeps_state(self, compressor):
         wanted = not compressor.unbiased if self.feedback is None else self.feedback
-        return wanted and not compressor.votes and compressor.name != "none"
+        return wanted and compressor.result != "vote" and compressor.name != "none"
 
     def init(self, ops, compressor, spec, info):
         if not self.keeps_state(compressor):
@@ -151,8 +151,11 @@ class ReduceScatter(Communicator):
         up, down = ([part.nbytes(s) for s in specs if s.size] for part in (compressor, second))
         return sum(up) + max(down)
 
-    def bytes_sent(self, n, payload, dense):
-        return 2 * (n - 1) / n * payload
+    def collectives(self, n, payload, dense):
+        return [("alltoall", payload), ("allgather", payload / n)]
+
+    def decodes(self, n):
+        return 2  # n n-ths of payloads, and the result
 
 
 def _opened(ops, compressor, payload, shard, info, rank, parameter):
@@ -160,7 +163,7 @@ def _opened(ops, compressor, payload, shard, info, rank, parameter):
     with sent_by(rank, parameter):
         values = compressor.decompress(ops, payload, shard, info)
         if not ops.all_finite(values):
-            raise PayloadError("stands for values that are not finite, and does not say so")
+            raise PayloadError(NOT_FLAGGED)
     return values
 
 

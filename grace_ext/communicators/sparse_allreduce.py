@@ -76,5 +76,8 @@ class SparseAllreduce(Communicator):
         bounds = [_NonZeros().nbytes(s) for s in sizes if s.size]
         return sum(bounds) + max(bounds)
 
-    def bytes_sent(self, n, payload, dense):
-        return (n - 1) / n * (payload + min(dense, n * payload))
+    def collectives(self, n, payload, dense):
+        return [("alltoall", payload), ("allgather", min(dense, n * payload) / n)]
+
+    def decodes(self, n):
+        return 2  # n n-ths of payloads, and the result

@@ -1,31 +1,71 @@
-"""A Composition is three parts that work together. Grace, which users hold, is a composition or a policy that chooses among them."""
+"""A composition is three parts that work together. A route says which composition a tensor goes through at a step: a composition is always
+itself, a policy chooses."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NamedTuple
 
 from ..communicators.base import Communicator
 from ..compressors.base import Compressor
-from ..errors import IncompatiblePartsError, UnboundError, UnsupportedError
+from ..errors import IncompatiblePartsError
 from ..memories.base import Memory
+from ..parts.ops import Array
 from ..parts.registry import communicators, compressors
+from ..parts.state import State
 from ..parts.tensor import TensorSpec
-from .route import Query, Route
-
-if TYPE_CHECKING:
-    from ..policies.base import Policy
 
 Parts = tuple[Compressor, Memory, Communicator]
-#: By the package of what `Grace.bind` is given: the module that binds a Grace to it.
-BINDERS = {
-    "torch": "grace_ext.frameworks.torch.adapter",
-    "tensorflow": "grace_ext.frameworks.tensorflow.adapter",
-    "keras": "grace_ext.frameworks.tensorflow.adapter",
-}
+
+
+class Query(NamedTuple):
+    """A question to a route: which composition does this tensor go through at this step?
+
+    state: all of the tensor's state at the start of the step. path: the place of the policy that is query: 'policy', or, within another
+    one's knob, 'policy.large' and so on."""
+
+    spec: TensorSpec
+    step: int
+    state: State
+    path: str = "policy"
+
+    def under(self, knob: str) -> Query:
+        """Returns the same question for the route in this knob."""
+        return self._replace(path=f"{self.path}.{knob}")
+
+    def own(self, key: str) -> Array | None:
+        """Returns the value of one of the policy's own keys; None before the first step."""
+        return self.state.get(f"{self.path}:{key}")
+
+
+class Route(ABC):
+    """What a composition and a policy have in common."""
+
+    @property
+    @abstractmethod
+    def changes(self) -> bool:
+        """Whether the composition of a tensor may differ from step to step."""
+
+    @property
+    @abstractmethod
+    def leaves(self) -> tuple[Composition, ...]:
+        """Every composition that some tensor may go through at some step."""
+
+    @abstractmethod
+    def choose(self, query: Query) -> Composition:
+        """Returns the composition that the tensor goes through. Pure."""
+
+    @abstractmethod
+    def reached(self, spec: TensorSpec, path: str) -> Iterator[tuple[str, Route]]:
+        """Yields, with their places, the policies that decide about such a tensor, this one first, and the compositions that it may go
+        through."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """Returns a JSON-safe dictionary."""
 
 
 @dataclass(frozen=True)
@@ -101,145 +141,7 @@ class Composition(Route):
     def reached(self, spec: TensorSpec, path: str) -> Iterator[tuple[str, Route]]:
         yield path, self
 
-
-class Grace:
-    """What the tensors of a model go through: one composition for all of them, or a policy that chooses. Immutable, compared by value.
-    `grace(...)` makes one.
-
-    route: the composition or the policy. policy: the policy, or None. leaves: every composition that some tensor may go through at some
-    step. compressor, memory, communicator: the parts, if it is one composition.
-    A Grace is not itself a Horovod compression object: `bind` gives one for a model. Passed unbound to plain Horovod, it raises.
-    """
-
-    def __init__(self, route: Route, seed: int = 0):
-        self.route, self.seed = route, seed
-        self.policy: Policy | None = None if isinstance(route, Composition) else route  # type: ignore[assignment]  # the other kind
-        self.leaves = route.leaves
-        #: The memories of the leaves, each once.
-        self.memories = tuple(dict.fromkeys(leaf.memory for leaf in self.leaves))
-        self._check_momentum()
-
-    def _check_momentum(self) -> None:
-        """If a memory is the momentum of the training, tensors that go through another memory would train without any."""
-        self._momentum = next((leaf for leaf in self.leaves if leaf.memory.is_momentum), None)
-        others = [leaf for leaf in self.leaves if not leaf.memory.is_momentum and not _plain(leaf)]
-        if self._momentum and others:
-            raise IncompatiblePartsError(
-                f"{self.route}: memory {self._momentum.memory} is the momentum of the training, and what goes through '{others[0]}' would "
-                "have none; use one kind of memory in all, or send those dense ('none', which keeps the other's memory)"
-            )
-
-    def parts_for(self, spec: TensorSpec, step: int = 0, state: Mapping[str, Any] | None = None) -> Parts:
-        """Returns the parts that a tensor of this shape goes through: dense if its payload would not be smaller. With a policy that
-        `changes`, the parts of this step, given the tensor's state at its start (as in Driver.state; by default that of the first step)."""
-        return self.parts_of(self.route.choose(Query(spec, step, state or {})), spec)
-
-    def parts_of(self, leaf: Composition, spec: TensorSpec) -> Parts:
-        """Returns the parts that the tensor goes through if this leaf was chosen. A policy's plain 'none' keeps the memory that the tensor
-        has at other steps, so that what it held back is sent; and a memory that is the momentum, which no tensor may go without."""
-        if self.policy and _plain(leaf):
-            beside = [other for other in self.leaves_for(spec) if not _plain(other)]
-            other = beside[0] if beside else self._momentum
-            leaf = other.dense_step if other else leaf
-        return leaf.parts_for(spec)
-
-    def leaves_for(self, spec: TensorSpec) -> list[Composition]:
-        """Returns the compositions that such a tensor may go through at some step."""
-        return list(dict.fromkeys(leaf for _, leaf in self.route.reached(spec, "") if isinstance(leaf, Composition)))
-
-    def nbytes(self, spec: TensorSpec, size: int = 2) -> int:
-        """Upper bound of the bytes that one of `size` ranks hands to collectives for such a tensor at any step, bucket headers excluded."""
-        return max(leaf.nbytes(spec, size) for leaf in self.leaves_for(spec))
-
     @property
-    def policies(self) -> list[Policy]:
-        """The policy and all policies within it; none for a composition."""
-        found: list[Any] = [self.policy] if self.policy else []
-        for policy in found:  # grows while it is walked
-            found += [child for child in policy.children() if not isinstance(child, Composition)]
-        return found
-
-    @property
-    def diverges(self) -> bool:
-        """Whether the result may differ from rank to rank."""
-        return any(memory.diverges for memory in self.memories)
-
-    @property
-    def two_level(self) -> bool:
-        """Whether everything is exchanged in two levels, inside the nodes and between them, because some tensor is."""
-        return any(leaf.communicator.two_level for leaf in self.leaves)
-
-    @property
-    def compressor(self) -> Compressor:
-        return self._composition("compressor").compressor
-
-    @property
-    def memory(self) -> Memory:
-        return self._composition("memory").memory
-
-    @property
-    def communicator(self) -> Communicator:
-        return self._composition("communicator").communicator
-
-    def _composition(self, kind: str) -> Composition:
-        if isinstance(self.route, Composition):
-            return self.route
-        raise UnsupportedError(f"{self} has no {kind} of its own: it chooses among compositions, see `leaves` and `parts_for(spec, step)`")
-
-    def to_config(self) -> dict[str, Any]:
-        """Returns a JSON-safe dictionary; `grace(g.to_config()) == g`."""
-        return {**(self.route.to_config() if self.policy is None else {"policy": self.policy.to_config()}), "seed": self.seed}
-
-    def bind(
-        self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False,
-        scaler: Any = None,
-    ) -> Any:  # fmt: skip
-        """Returns a `compression=` object for unmodified Horovod: for `horovod.torch.DistributedOptimizer`, given
-        model.named_parameters(), or for `horovod.tensorflow.DistributedGradientTape` over these tf.Variables.
-
-        op, process_set: the same ones that are given to Horovod, which does not pass them on.
-        optimizer (torch): gives the learning rate to memories that use it.
-        simulate (torch): compresses at world size 1, too (needs `optimizer`, because Horovod does not call the object there).
-        scaler (torch): the GradScaler that scales the loss.
-        One bound object serves one optimizer or tape. Raises UnboundError for anything else than parameters or variables."""
-        items = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
-        if not items:
-            raise UnboundError("bind got no parameters; a generator can be used once, so call model.named_parameters() again")
-        packages = {type(x).__module__.split(".")[0] for item in items for x in (item if isinstance(item, tuple) else (item,))}
-        binder = next((BINDERS[package] for package in sorted(packages, reverse=True) if package in BINDERS), None)
-        if binder is None:
-            raise UnboundError(
-                "bind takes model.named_parameters() of a torch model or a list of tf.Variables, got a list of "
-                f"{type(items[0]).__module__}.{type(items[0]).__name__}"
-            )
-        options = {"optimizer": optimizer, "op": op, "process_set": process_set, "simulate": simulate, "scaler": scaler}
-        return importlib.import_module(binder).bind(self, items, **options)
-
-    def compress(self, *_: Any, **__: Any) -> NoReturn:
-        raise UnboundError(UNBOUND.format(self))
-
-    decompress = compress
-
-    def __hash__(self) -> int:
-        # Horovod for TensorFlow hashes its compression object at construction: the earliest place to stop an unbound one.
-        raise UnboundError(UNBOUND.format(self))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Grace) and self.to_config() == other.to_config()
-
-    def __str__(self) -> str:
-        return str(self.route)
-
-    def __repr__(self) -> str:
-        return f"grace({str(self)!r})" if not self.seed else f"grace({str(self)!r}, seed={self.seed})"
-
-
-UNBOUND = (
-    "{!r} is not bound to a model. Import the wrapper in place of Horovod's: `import grace_ext.frameworks.torch as hvd` (for TensorFlow "
-    "`import grace_ext.frameworks.tensorflow as hvd`), or with plain horovod.torch pass compression=g.bind(model.named_parameters())"
-)
-
-
-def _plain(leaf: Composition) -> bool:
-    """Whether nothing is compressed and nothing remembered."""
-    return leaf.compressor.name == "none" and leaf.memory.name == "none"
+    def plain(self) -> bool:
+        """Whether nothing is compressed and nothing remembered."""
+        return self.compressor.name == "none" and self.memory.name == "none"

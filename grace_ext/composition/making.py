@@ -10,8 +10,8 @@ from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, U
 from ..parts.part import Part
 from ..parts.registry import communicators, compressors, memories, policies
 from ..parts.spec import parse, part_from
-from .composition import Composition, Grace
-from .route import Route
+from .composition import Composition, Route
+from .grace import Grace
 
 #: The warnings that this process has given: each is given once.
 warned: set[str] = set()

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import communicators, compressors, memories
 from ..errors import ParameterError
-from .composition import Grace
+from .grace import Grace
 from .making import grace, warned
 
 # GRACE's keys -> (kind, our knob), for the parts that have such a knob.

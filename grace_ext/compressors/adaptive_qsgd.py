@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Field
 from .qsgd import _NormQuantizer, bucket_knob, code_bytes
 
 #: Elements that are worked on at a time where several operations look at them.

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..parts.field import Field
 from . import register
-from .base import Field
 from .forms.positions import decode_indices, encode_indices, index_bytes
 from .forms.scales import floats_from_bytes, floats_to_bytes
 from .forms.sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, kept, put_count, ratio_knob

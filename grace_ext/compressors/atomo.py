@@ -8,9 +8,10 @@ import numpy as np
 
 from ..errors import PayloadError
 from ..parts import rng
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor
 
 
 def probabilities(sizes: np.ndarray, budget: float) -> np.ndarray:

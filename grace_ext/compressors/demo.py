@@ -7,9 +7,10 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, sent_by
+from .base import Compressor, sent_by
 from .forms.positions import decode_indices, encode_indices
 from .forms.sparse import VALUES, index_field, index_knob
 
@@ -65,12 +66,8 @@ class DeMo(Compressor):
     index: str = index_knob()
 
     @property
-    def always_compresses(self) -> bool:  # type: ignore[override]
-        return self.sign
-
-    @property
-    def averages(self) -> bool:  # type: ignore[override]
-        return not self.sign
+    def result(self) -> str:  # type: ignore[override]
+        return "signs" if self.sign else "mean"
 
     def _tiles(self, spec) -> tuple[int, int, int, int]:
         """(tiles down, h, tiles across, w)."""

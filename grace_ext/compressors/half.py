@@ -5,8 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..parts.field import Field
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 from .forms.merged import MergedCasts
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor
 
 # The 2-bit tags, and the bytes that follow for each.
 DROPPED, BYTE, HALF, RAW = range(4)

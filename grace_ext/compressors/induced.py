@@ -38,7 +38,7 @@ class Induced(Compressor):
     def check(self):
         for part in (self.biased, self.rest):
             part.check()
-            if part.rounds or part.votes or part.whole_model or part.keeps_state or not part.averages:
+            if part.rounds or part.result != "mean" or part.whole_model or part.keeps_state:
                 raise IncompatiblePartsError(
                     f"'{self}': both parts must compress one tensor by themselves, at every step anew, which {part.name!r} does not"
                 )

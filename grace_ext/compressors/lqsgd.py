@@ -7,10 +7,11 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.part import knob
 from ..parts.requests import Gather
 from . import register
-from .base import Exchanged, Field, sent_by
+from .base import Exchanged, sent_by
 from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 LARGEST = float(np.finfo(np.float32).max)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 
 # The 8-bit form keeps the exponents above this biased one, 127 of them: magnitudes 2**-108 to 2**18.
 LOWEST = 18

@@ -5,8 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..parts.field import Field
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 from .forms.merged import MergedCasts
 
 
@@ -22,7 +24,6 @@ class NoCompression(Compressor):
 
     summable: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
-    always_compresses: ClassVar[bool] = True  # it is the dense form
     keeps_float64: ClassVar[bool] = True
 
     def omega(self, d):
@@ -30,6 +31,9 @@ class NoCompression(Compressor):
 
     def delta(self, d):
         return 1.0
+
+    def sends_dense(self, spec):
+        return False  # it is the dense form
 
     def fields(self, spec):
         return (Field("values", spec.dtype, spec.size),)

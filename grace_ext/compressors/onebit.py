@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Field
 from .forms.scales import blocks, counts, floats_from_bytes, floats_to_bytes
 from .forms.two_sided import TwoSided
 

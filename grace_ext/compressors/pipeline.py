@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import IncompatiblePartsError, PayloadError
+from ..parts.field import Field
 from ..parts.part import knob
 from ..parts.spec import part_knob
 from ..parts.tensor import TensorSpec
 from . import register
-from .base import Compressor, Field
+from .base import Compressor
 from .forms.positions import decode_indices, encode_indices
 from .forms.sparse import AtPositions, Selecting, count_field, finite, get_count, index_field, put_count
 
@@ -55,12 +56,12 @@ class Pipeline(AtPositions):
                 f"'{self.select} > {self.codec}': the first stage must pick positions and send them (topk, threshold, dgc, sidco, ...), "
                 f"which {self.select.name!r} does not"
             )
-        if self.codec.selects or self.codec.rounds or self.codec.votes or self.codec.keeps_state:
+        if self.codec.selects or self.codec.rounds or self.codec.result == "vote" or self.codec.keeps_state:
             raise IncompatiblePartsError(
                 f"'{self.select} > {self.codec}': the second stage must encode every value it is given, by itself (qsgd, sign, natural, "
                 f"fp16, terngrad, ...), which {self.codec.name!r} does not"
             )
-        if not self.codec.averages or not self.select.averages:
+        if "signs" in (self.codec.result, self.select.result):
             raise IncompatiblePartsError(
                 f"'{self.select} > {self.codec}': the result of a stage must be a mean of the ranks; leave out sign=True"
             )

@@ -5,10 +5,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from ..parts.field import Field
 from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
-from .base import Exchanged, Field
+from .base import Exchanged
 from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 

@@ -6,10 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
+from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
 #: So that norm / s times s does not overflow.

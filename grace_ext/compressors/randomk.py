@@ -9,10 +9,12 @@ import numpy as np
 
 from ..arrays import sampling
 from ..parts import rng
+from ..parts.field import Field
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 from .forms.merged import fields_of
 from .forms.sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, values_knob
 

@@ -6,10 +6,11 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError, UnsupportedError
+from ..parts.field import Field
 from ..parts.part import knob
 from ..parts.requests import AllReduce, Gather
 from . import register
-from .base import Compressor, Exchanged, Field, sent_by
+from .base import Compressor, Exchanged, sent_by
 from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 
 if TYPE_CHECKING:
     pass
@@ -22,8 +24,7 @@ class _Vote(Compressor):
     """The majority of the ranks' signs, however the ballots travel: one bit an element each, or counted by an integer all-reduce."""
 
     wants_memory: ClassVar[bool] = True
-    votes: ClassVar[bool] = True
-    always_compresses: ClassVar[bool] = True
+    result: ClassVar[str] = "vote"
     natural_memory: ClassVar[str] = "none"  # type: ignore[assignment]  # a residual of what was no magnitude says little
     ties: str
 
@@ -83,7 +84,7 @@ class _Vote(Compressor):
 class _Elected(Compressor):
     """What an election gave, in {-1, 0, +1}: 2 bits an element. Not registered: reduce_scatter sends the result of its shard with it."""
 
-    always_compresses: ClassVar[bool] = True
+    result: ClassVar[str] = "vote"
 
     def fields(self, spec):
         return (Field("codes", "uint8", (2 * spec.size + 7) // 8),)

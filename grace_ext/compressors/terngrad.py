@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PayloadError
+from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused, sent_by
+from .base import Compressor, sent_by
+from .fast_path import Fused
 from .forms.scales import floats_from_bytes, floats_to_bytes
 
 #: The five trits of each byte below 3**5, as elements in {-1, 0, 1}, lowest first.

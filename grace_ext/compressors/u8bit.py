@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field, Fused
+from .base import Compressor
+from .fast_path import Fused
 from .forms.scales import blocks, floats_from_bytes, floats_to_bytes
 
 

@@ -7,9 +7,10 @@ import numpy as np
 
 from ..errors import PayloadError
 from ..parts import rng
+from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Compressor, Field
+from .base import Compressor
 from .forms.scales import floats_from_bytes, floats_to_bytes
 
 

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..parts.field import Field
 from . import register
-from .base import Compressor, Field
+from .base import Compressor
 from .forms.positions import decode_indices, encode_indices, index_bytes
 from .forms.scales import LARGEST, floats_from_bytes, floats_to_bytes
 from .forms.sparse import count_field, expect_bytes, finite, get_count, index_field, index_knob, kept, put_count, ratio_knob

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..composition.composition import Composition, Grace, Parts
-from ..composition.route import Query
+from ..composition.composition import Composition, Parts, Query
+from ..composition.grace import Grace
 from ..errors import PayloadError
 from ..exchange.effects import Collective
 from ..exchange.message import message, open_message

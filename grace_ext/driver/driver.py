@@ -30,7 +30,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ..composition.composition import Grace, Parts
+from ..composition.composition import Parts
+from ..composition.grace import Grace
 from ..errors import GraceError, NamesError, UnsupportedError
 from ..exchange.bucket import exchange_bucket
 from ..exchange.effects import Effects, Split, Start, Wait

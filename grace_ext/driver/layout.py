@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..compressors.forms.merged import SMALL
 from ..errors import NamesError, TensorChangedError, UnsupportedDtypeError, few
 from ..parts.ops import Array

@@ -11,7 +11,8 @@ from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..communicators.base import Communicator
-from ..compressors.base import Compressor, Exchanged, Fused, Payload, RoundsDone
+from ..compressors.base import Compressor, Exchanged
+from ..compressors.fast_path import Fused, Payload, RoundsDone
 from ..memories.base import Memory
 from ..parts.ops import Array, Feedback, Ops, Zeros
 from ..parts.tensor import StepInfo, TensorSpec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import IncompatiblePartsError
 
 if TYPE_CHECKING:
-    from ..composition.composition import Grace
+    from ..composition.grace import Grace
 
 #: Hyperparameters that only optimizers with moments or scales of their own have, as torch and Keras call them.
 ADAPTIVE = ("betas", "eps", "etas", "rho", "beta_1", "beta_2_decay", "epsilon", "learning_rate_power", "history_size")

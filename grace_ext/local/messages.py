@@ -9,7 +9,7 @@ import numpy as np
 
 from ..compressors.base import sent_by
 from ..driver.driver import Driver
-from ..errors import PayloadError
+from ..errors import NOT_FLAGGED, PayloadError
 from ..exchange.effects import Collective
 from ..exchange.message import open_message, split_messages
 from ..exchange.perform import perform
@@ -99,5 +99,5 @@ class Messages:
                 with sent_by(entry.rank, spec.name):
                     changes[spec.name] = compressor.decompress(self.ops, payload, spec, info)
                     if not self.ops.all_finite(changes[spec.name]):
-                        raise PayloadError("stands for values that are not finite, and does not say so")
+                        raise PayloadError(NOT_FLAGGED)
         return changes

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import communicators
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..composition.making import grace
 from ..compressors.base import Compressor
 from ..errors import IncompatiblePartsError, ParameterError, UnsupportedError
@@ -111,7 +111,7 @@ def _check(settings: Settings) -> None:
         if settings.has_outer or settings.asynchronous:
             raise IncompatiblePartsError(f"memory {memory.name!r} has no outer optimizer and no asynchronous form; use memory 'residual'")
         return
-    if compressor.votes or not compressor.averages:
+    if compressor.result != "mean":
         raise IncompatiblePartsError(
             f"LocalSGD averages how far models have moved, and the result of {compressor.name!r} has no size; use compressor 'efsignsgd' "
             "(signs with a scale)"

@@ -32,7 +32,7 @@ class CSER(Memory):
     reset_period: int = knob(8, "steps from one error reset to the next", low=1, high=10**9, headline=True)
 
     def check(self, compressor):
-        self._needs_magnitudes(compressor)
+        self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size)}

@@ -56,7 +56,7 @@ class DGC(Memory):
         return self.clipping is not None
 
     def check(self, compressor):
-        self._needs_positions(compressor)
+        self.needs_positions(compressor)
 
     def init(self, ops, spec, info):
         return {"momentum": ops.zeros(spec.size), "residual": ops.zeros(spec.size)}

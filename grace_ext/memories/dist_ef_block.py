@@ -33,7 +33,7 @@ class DistEFBlock(Memory):
         return self.momentum > 0
 
     def check(self, compressor):
-        self._needs_magnitudes(compressor)
+        self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
         state = {"residual": ops.zeros(spec.size), "residual_rate": ops.zeros(1)}

@@ -17,7 +17,7 @@ class _Estimates(Memory):
     mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({"ef21_mean": "ef21_estimate"})
 
     def check(self, compressor):
-        self._needs_contraction(compressor)
+        self.needs_contraction(compressor)
 
     def init(self, ops, spec, info):
         return {"ef21_estimate": ops.zeros(spec.size), "ef21_mean": ops.zeros(spec.size)}

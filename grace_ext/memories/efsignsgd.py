@@ -25,7 +25,7 @@ class EFSignSGDMemory(Memory):
     uses_lr: ClassVar[bool] = True
 
     def check(self, compressor):
-        self._needs_magnitudes(compressor)
+        self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size)}

@@ -70,9 +70,9 @@ class UpdateCompression(Memory):
     masking: bool = knob(False, "forget the momentum of what was sent")
 
     def check(self, compressor):
-        self._needs_magnitudes(compressor)
+        self.needs_magnitudes(compressor)
         if self.masking:
-            self._needs_positions(compressor)
+            self.needs_positions(compressor)
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size), "momentum": ops.zeros(spec.size)}

@@ -87,7 +87,7 @@ class EFStar(Memory):
     zero_sum_state: ClassVar[tuple[str, ...]] = ("shift",)
 
     def check(self, compressor):
-        self._needs_magnitudes(compressor)
+        self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size), "shift": ops.zeros(spec.size)}

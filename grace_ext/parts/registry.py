@@ -55,6 +55,12 @@ class Registry:
             raise UnknownPartError(self.kind, name, nearest, self.names()) from None
 
     def _add(self, name: str, cls: type) -> None:
+        missing = sorted(key for key in dir(cls) if getattr(getattr(cls, key), "__isabstractmethod__", False))
+        if missing:
+            raise GraceError(
+                f"{self.kind} {name!r} cannot be registered: {cls.__module__}.{cls.__qualname__} does not define "
+                f"{', '.join(missing)}, which every {self.kind} needs (docs/extending.md says what each returns)"
+            )
         known = self._classes.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise GraceError(f"{self.kind} {name!r} is already {known.__module__}.{known.__qualname__}; choose another name")

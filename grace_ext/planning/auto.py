@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..composition.composition import Composition, Grace
+from ..composition.composition import Composition
+from ..composition.grace import Grace
 from ..composition.making import compose, route_from
 from ..errors import IncompatiblePartsError, PayloadError
 from ..parts.part import knob, made_knob

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..arrays import kernels
 from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..composition.making import grace
 from ..exchange.tensor import Job, exchange_tensor, initial_state, replaced
 from ..parts.field import HALVES

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..arrays import kernels
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from .bench import machine
 from .shapes import Shapes, specs_of
 from .trace import Event, Trace, record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import ParameterError
 

@@ -113,26 +113,10 @@ def _collective(link: Link, n: int, messages: int, nbytes: float, pieces: int = 
 
 
 def network(communicator: Communicator, link: Link, n: int, payload: float, dense: float) -> float:
-    """Seconds that this communicator's collectives take for payloads of `payload` bytes of tensors of `dense` bytes (float32).
-
-    allreduce        one all-reduce of the payload
-    allgather        one all-gather
-    broadcast        n broadcasts, one after another
-    reduce_scatter   an all-to-all of the payload, and an all-gather of n-ths of it
-    sparse_allreduce an all-to-all of the payload, and an all-gather of n-ths of the union: n payloads at most, and the dense size at most
-    any other        o + (n-1) alpha + its `bytes_sent` beta
-    """
-    if communicator.name == "allreduce":
-        return allreduce(link, n, payload)
-    if communicator.name == "allgather":
-        return allgather(link, n, payload)
-    if communicator.name == "broadcast":
-        return n * broadcast(link, n, payload)
-    if communicator.name in ("reduce_scatter", "sparse_allreduce"):
-        result = payload if communicator.name == "reduce_scatter" else min(dense, n * payload)
-        return alltoall(link, n, payload) + allgather(link, n, result / n)
-    rounds = link.overhead + (n - 1) * link.latency if n > 1 else 0.0
-    return rounds + communicator.bytes_sent(n, payload, dense) * link.beta
+    """Seconds that this communicator's collectives take, one after another, for payloads of `payload` bytes of tensors of `dense` bytes
+    (float32). The communicator says which these are; a 'broadcast' is one by each of the n workers in turn."""
+    seconds = {"allreduce": allreduce, "allgather": allgather, "alltoall": alltoall, "broadcast": lambda *args: n * broadcast(*args)}
+    return sum(seconds[kind](link, n, nbytes) for kind, nbytes in communicator.collectives(n, payload, dense))
 
 
 @dataclass(frozen=True)
@@ -143,10 +127,8 @@ class Work:
     decode: float
 
     def seconds(self, communicator: Communicator, n: int) -> float:
-        """encode + decode for every payload that arrives: n of them after a gather, and one whole gradient's worth after a reduction (by
-        regions, a worker decodes n n-ths of payloads, and the result)."""
-        each = {"allreduce": 1, "reduce_scatter": 2, "sparse_allreduce": 2}.get(communicator.name, n)
-        return self.encode + each * self.decode
+        """encode + decode for as many payloads as the communicator says that each of n workers decodes."""
+        return self.encode + communicator.decodes(n) * self.decode
 
 
 def exchange(communicator: Communicator, link: Link, n: int, payload: float, dense: float, work: Work) -> float:

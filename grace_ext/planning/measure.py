@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..composition.composition import Grace
+from ..composition.grace import Grace
 from ..driver.driver import Driver
 from ..exchange.effects import Effects
 from .plan import Model, Prediction

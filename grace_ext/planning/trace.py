@@ -17,7 +17,8 @@ import numpy as np
 
 from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
-from ..composition.composition import Composition, Grace
+from ..composition.composition import Composition
+from ..composition.grace import Grace
 from ..driver.driver import Driver, Start
 from ..errors import UnsupportedError
 from ..exchange.effects import Collective

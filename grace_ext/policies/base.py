@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..composition.composition import Composition
+from ..composition.composition import Composition, Query, Route
 from ..composition.making import route_from
-from ..composition.route import Query, Route
 from ..parts.part import Part, made_knob
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec

@@ -84,10 +84,12 @@ def test_a_communicator_of_another_package():
     class Twice(grace_ext.communicators.get("allgather")):
         name = "twice"
 
-        def bytes_sent(self, n, payload, dense):
-            return 2 * payload
+        def collectives(self, n, payload, dense):
+            return [("allgather", payload), ("allreduce", payload)]
 
-    assert network(Twice(), SLOW, 4, 1000, 0) == pytest.approx(3e-3 + 2e-3)
+    gather, total = (grace_ext.communicators.get(name)() for name in ("allgather", "allreduce"))
+    assert network(Twice(), SLOW, 4, 1000, 0) == pytest.approx(network(gather, SLOW, 4, 1000, 0) + network(total, SLOW, 4, 1000, 0))
+    assert Twice().bytes_sent(4, 1000, 0) == gather.bytes_sent(4, 1000, 0) + total.bytes_sent(4, 1000, 0)
 
 
 def test_an_exchange_decodes_every_payload_of_a_gather_and_one_of_a_reduction():

@@ -18,7 +18,8 @@ from ...parts.field import Field
 from ...parts.ops import Array, Ops
 from ...parts.payload import pack, unpack
 from ...parts.tensor import StepInfo, TensorSpec
-from ..base import Compressor, Payload
+from ..base import Compressor
+from ..fast_path import Payload
 
 if TYPE_CHECKING:
     pass

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ...errors import PayloadError
-from ...parts.field import ITEMSIZE
+from ...parts.field import ITEMSIZE, Field
 from ...parts.ops import Zeros
 from ...parts.part import knob
-from ..base import Compressor, Field, Fused, sent_by
+from ..base import Compressor, sent_by
+from ..fast_path import Fused
 from .merged import Merged
 from .positions import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 
 if TYPE_CHECKING:
     from ...parts.ops import Array, Feedback, Ops
+    from ...parts.state import State
     from ...parts.tensor import StepInfo, TensorSpec
-    from ..base import Payload, State
+    from ..fast_path import Payload
 
 #: Names of the value precisions that a user chooses, and their wire dtypes.
 VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from ...errors import PayloadError
-from ..base import Compressor, Fused, sent_by
+from ..base import Compressor, sent_by
+from ..fast_path import Fused
 from .merged import Merged
 from .scales import blocks
 
 if TYPE_CHECKING:
     from ...parts.ops import Ops
-    from ..base import Payload
+    from ..fast_path import Payload
 
 
 class TwoSided(Compressor):

@@ -20,7 +20,7 @@ import numpy as np
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
 from ...checkpoints.saveable import Saveable, saveable_by
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver

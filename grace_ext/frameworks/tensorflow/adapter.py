@@ -19,7 +19,7 @@ import horovod.tensorflow as hvd
 import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable, saveable_by
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...exchange.perform import perform

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable, nothing_saveable, saveable_by
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver

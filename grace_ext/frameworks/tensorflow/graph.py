@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from ...checkpoints.elastic import STALE
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...driver.driver import Driver, Start
 from ...errors import GraceError, UnsupportedError
 from ...exchange.effects import Collective

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...errors import UnsupportedError
 from ..optimizers import check_optimizer
 from .trackable import TrackedState

@@ -21,7 +21,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...driver.driver import Start
 from ...errors import GraceError
 from ...exchange.effects import Collective

@@ -9,7 +9,7 @@ from typing import Any
 import horovod.tensorflow as api
 import tensorflow as tf
 
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from .exchanges import GradientExchange, chosen_compression

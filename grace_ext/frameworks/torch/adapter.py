@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ...checkpoints.saveable import Saveable
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...driver.driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics.metrics import Measured

@@ -25,7 +25,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from ...checkpoints.saveable import Saveable
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...checkpoints.elastic import STALE
 from ...checkpoints.saveable import Saveable, nothing_saveable
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.agreement import agree
 from ...driver.driver import Driver

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.saveable import Saveable, saveable_by
-from ...composition.composition import Grace
+from ...composition.grace import Grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
