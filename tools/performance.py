@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import targets  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from benchmarks.common import targets  # noqa: E402
 
 PAGE, PICTURES, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "pictures", ROOT / "benchmarks" / "results"
 
@@ -95,14 +95,14 @@ def exchange_cell(key: str, cell: dict[str, Any]) -> list[str]:
             rows.append((name, f"{seen['outcome']}: {seen['reason']}", "-", "-", "-", "-"))
     runs = ", ".join(number(ms) for ms in cell["dense_ms"])
     lines = [f"### {cell['model']}, {cell['rate']}, {cell['hosts']} hosts", ""]
-    lines += origin(cell, f"python benchmarks/exchange.py --model {cell['model']} --rate {cell['rate']} --hosts {cell['hosts']}")
+    lines += origin(cell, f"python benchmarks/exchange/exchange.py --model {cell['model']} --rate {cell['rate']} --hosts {cell['hosts']}")
     lines += [f"{cell['elements']:,} elements in {cell['tensors']} tensors. Dense Horovod in this run: {runs} ms.", ""]
     return lines + table(["system", "ms", "x dense", "MB sent", "x memory", "steps timed"], rows)
 
 
 # --- others ----------------------------------------------------------------------------------------------------------
 def cost_section(found: dict[str, Any]) -> list[str]:
-    lines = ["## More workers", "", *origin(found, "python benchmarks/cost_model.py")]
+    lines = ["## More workers", "", *origin(found, "python benchmarks/exchange/cost_model.py")]
     off = statistics.median(abs(row["predicted"] / row["measured"] - 1) for row in found["compared"])
     lines += [
         f"The cost model of `grace_ext/cost.py`, for {found['model']}'s gradients: latency and rate from plain collectives, encoding and",
@@ -121,7 +121,7 @@ def cost_section(found: dict[str, Any]) -> list[str]:
 
 
 def accuracy_section(found: dict[str, Any]) -> list[str]:
-    lines = ["## Time to the same accuracy", "", *origin(found, "python benchmarks/time_to_accuracy.py")]
+    lines = ["## Time to the same accuracy", "", *origin(found, "python benchmarks/time_to_accuracy/time_to_accuracy.py")]
     for task in dict.fromkeys(row["task"] for row in found["rows"]):
         of_task = [row for row in found["rows"] if row["task"] == task]
         faster, rows = targets.speedups(of_task), []
@@ -139,7 +139,7 @@ def accuracy_section(found: dict[str, Any]) -> list[str]:
 
 def local_section(found: dict[str, Any]) -> list[str]:
     lines = [
-        "## One gradient on one rank", "", *origin(found, "python benchmarks/local.py"),
+        "## One gradient on one rank", "", *origin(found, "python benchmarks/exchange/local.py"),
         "Each part with its natural memory, in multiples of a copy of the same gradient, measured beside it. Encoding includes error",
         "feedback; decoding is for each rank's payload, or once where the network adds them up. Parts with rounds of their own",
         "have all under encode. Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench` measures",
@@ -169,7 +169,7 @@ SECTIONS = {
     "bench": local_section,
     "exchange": exchange_section,
     "time_to_accuracy": accuracy_section,
-    "memory": plain_section("Memory", "python benchmarks/memory.py"),
+    "memory": plain_section("Memory", "python benchmarks/memory/memory.py"),
     "cost": cost_section,
 }
 
@@ -185,7 +185,7 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _plots() -> Any:
-    import plots
+    from benchmarks.common import plots
 
     return plots
 

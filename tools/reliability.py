@@ -1,4 +1,4 @@
-"""Writes docs/reliability.md from the tables that benchmarks/reliability_*.py wrote to benchmarks/results/reliability.
+"""Writes docs/reliability.md from the tables that benchmarks/reliability/*.py wrote to benchmarks/results/reliability.
 
     python tools/reliability.py             writes the page
     python tools/reliability.py --check     exits with 1 if the page is not what the results say
@@ -64,7 +64,7 @@ def main() -> int:
         print("not up to date, run python tools/reliability.py" if wrong else "up to date", file=sys.stderr)
         return int(wrong)
     if not found:
-        print(f"there are no results in {options.results.name}: run benchmarks/reliability_*.py first", file=sys.stderr)
+        print(f"there are no results in {options.results.name}: run benchmarks/reliability/*.py first", file=sys.stderr)
         return 1
     options.page.write_text(page(found))
     print(f"{options.page.name}: {', '.join(found)}")

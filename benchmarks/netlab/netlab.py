@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
 from netlab_host import PER_HOST_ETC, Host, NetlabError, bits_per_second, end_processes, sh, why_not
 
 STATE = Path("/run/netlab")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ..frameworks.launch import ROOT, launcher, run
+from ..frameworks.support.launch import ROOT, launcher, run
 
 
 @pytest.mark.parametrize("name, needs", [("ddp_hook", "torch"), ("lightning_mnist", "lightning"), ("accelerate_mnist", "accelerate")])

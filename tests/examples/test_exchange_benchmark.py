@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ..frameworks.launch import ROOT, launcher, run
+from ..frameworks.support.launch import ROOT, launcher, run
 
 
 def test_a_cell_on_this_machine(tmp_path):
@@ -16,7 +16,7 @@ def test_a_cell_on_this_machine(tmp_path):
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is not installed; pip install grace_ext[examples]")
     out = tmp_path / "exchange.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "exchange.py"), "--local", "--model", "tiny", "--budget", "0.5"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "exchange" / "exchange.py"), "--local", "--model", "tiny", "--budget", "0.5"]
     run([*command, "--only", "topk", "--only", "threshold", "--out", str(out)], timeout=600)
     cell = json.loads(out.read_text())["cells"]["tiny/local/2"]
     seen = cell["systems"]

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from ..frameworks.launch import launcher, run
+from ..frameworks.support.launch import launcher, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ..frameworks.launch import ROOT, environment, launcher, run
+from ..frameworks.support.launch import ROOT, environment, launcher, run
 
 pytest.importorskip("torch")
 pytest.importorskip("mlxtend", reason="pip install 'grace_ext[examples]'")

@@ -18,8 +18,8 @@ from grace_ext.frameworks.torch.ops import HostOps
 from grace_ext.frameworks.torch.transports import SingleTransport
 from grace_ext.parts.tensor import TensorSpec
 
-from . import training
-from .launch import ROOT, job, run
+from .support import training
+from .support.launch import ROOT, job, run
 from .test_jobs import cases_of, held
 
 SPECS = [f"case_spec_{number}" for number in range(len(training.SPECS))]
@@ -43,7 +43,7 @@ def test_powersgd_with_many_buckets_beside_torchs_hook(tmp_path, record_property
     """Ours completes. Torch's hook aborted when this was written (2.13); what it does now is recorded, not asserted."""
     out = tmp_path / "rows.json"
     options = ["--steps", "8", "--buckets", "many", "--timeout", "60", "--json", str(out)]
-    run([sys.executable, str(ROOT / "benchmarks/ddp_powersgd.py"), *options], 300)
+    run([sys.executable, str(ROOT / "benchmarks/exchange/ddp_powersgd.py"), *options], 300)
     torchs, ours = json.loads(out.read_text())["rows"]
     assert (ours["outcome"], ours["buckets"], ours["ranks_agree"]) == ("completes", 16, True), ours
     record_property("torch powerSGD_hook", f"{torchs['outcome']}: {torchs.get('reason', '')}")

@@ -8,8 +8,8 @@ import pytest
 
 from grace_ext.cli.check import horovod_built
 
-from .elastic import kill_and_grow
-from .launch import job, launcher
+from .support.elastic import kill_and_grow
+from .support.launch import job, launcher
 
 TOPK = "topk(ratio=0.1) + residual"
 

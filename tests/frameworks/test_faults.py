@@ -1,4 +1,4 @@
-"""Faults of a rank on two real hosts, for seconds (benchmarks/reliability_faults.py: for a minute): the others say so in time and fail,
+"""Faults of a rank on two real hosts, for seconds (benchmarks/reliability/faults.py: for a minute): the others say so in time and fail,
 or go on; and a checkpoint on a full disk. Needs root; skipped, with the reason, where hosts cannot be made."""
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import pytest
 
 from grace_ext.cli.check import tool
 
-from .faults import strike
-from .full_disk import save_on_a_full_disk
-from .launch import ROOT
+from .support.faults import strike
+from .support.full_disk import save_on_a_full_disk
+from .support.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "netlab"))
 from netlab import Netlab, NetlabError, why_not  # noqa: E402

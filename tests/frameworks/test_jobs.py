@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pytest
 
-from .launch import JOBS, job
+from .support.launch import JOBS, job
 
 
 def cases_of(file: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .launch import job
+from .support.launch import job
 from .test_jobs import cases_of, held_in
 
 ENGINES = {"torch.distributed": ("torchrun", "wrapper"), "Horovod": ("horovodrun", "wrapper"), "MPI": ("mpirun", "mpi")}

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import pytest
 
-from .launch import job
+from .support.launch import job
 from .test_jobs import cases_of, held
 
 

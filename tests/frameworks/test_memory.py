@@ -1,5 +1,5 @@
 """What compression adds to a rank's resident memory, in a real job: about 2.3 times the gradients with one memory array (the old one, the
-next one, buffers), 4.3 with two, and no more at the end than at the beginning. benchmarks/memory.py measures it in full."""
+next one, buffers), 4.3 with two, and no more at the end than at the beginning. benchmarks/memory/memory.py measures it in full."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .launch import ROOT, launcher, run
+from .support.launch import ROOT, launcher, run
 
 #: 102 MB: with less, the engine's own buffers and those of one bucket (25 MB each) would be the larger part.
 MODEL, BYTES, STEPS = "resnet50", 102_228_128, 40
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory
 )
 def test_memory_is_bounded_and_flat(engine, spec, most, tmp_path):
     out = tmp_path / "ranks.json"
-    job = [*launcher(engine, 2), str(ROOT / "benchmarks" / "memory_rank.py"), spec, MODEL, str(STEPS), str(out)]
+    job = [*launcher(engine, 2), str(ROOT / "benchmarks" / "memory" / "rank.py"), spec, MODEL, str(STEPS), str(out)]
     run(job, timeout=600)
     ranks = json.loads(out.read_text())
     assert len(ranks) == 2

@@ -15,8 +15,8 @@ import pytest
 import grace_ext
 from grace_ext.errors import UnsupportedError
 
-from . import training
-from .launch import JOBS, ROOT, environment, job, launcher, run
+from .support import training
+from .support.launch import JOBS, ROOT, environment, job, launcher, run
 from .test_jobs import Held, cases_of, held_in
 
 EXAMPLE = str(ROOT / "examples" / "mpi_logistic.py")

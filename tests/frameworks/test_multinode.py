@@ -18,7 +18,7 @@ import pytest
 
 from grace_ext.cli.check import DONE, horovod_built, tool
 
-from .launch import JOBS, ROOT, environment, run
+from .support.launch import JOBS, ROOT, environment, run
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "netlab"))
 from netlab import Netlab, NetlabError, why_not  # noqa: E402
@@ -99,9 +99,9 @@ def curves_in(output: str) -> dict[str, list[str]]:
 def simulated(framework: str, spec: str) -> list[str]:
     """The same curve of two ranks in this process."""
     if framework == "tensorflow":
-        from . import tf_training as problem
+        from .support import tf_training as problem
     else:
-        from . import training as problem
+        from .support import training as problem
     return [loss.hex() for _, loss in problem.steps_in_cluster(spec, 2)]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import grace_ext
 
-from . import training
-from .launch import job
+from .support import training
+from .support.launch import job
 
 PATHS = {
     "wrapper over torch.distributed": ("torchrun", 2, "wrapper"),

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from .launch import job, launcher, run
+from .support.launch import job, launcher, run
 from .test_jobs import cases_of, held_in
 
 

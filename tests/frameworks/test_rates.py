@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from .launch import environment
+from .support.launch import environment
 
 
 def python(code: str) -> str:

@@ -1,11 +1,11 @@
-"""Real jobs that stop, and go on in new processes; benchmarks/reliability_resume.py runs all of resume_cases.CASES."""
+"""Real jobs that stop, and go on in new processes; benchmarks/reliability/resume.py runs all of resume_cases.CASES."""
 
 from __future__ import annotations
 
 import pytest
 
-from . import resume_cases
-from .resume_cases import MPI, TENSORFLOW, TORCH, Case
+from .support import resume_cases
+from .support.resume_cases import MPI, TENSORFLOW, TORCH, Case
 
 #: A part of them: every API once, and both ways of changing the number of ranks.
 CASES = (

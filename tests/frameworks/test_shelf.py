@@ -8,7 +8,7 @@ from functools import lru_cache
 import pytest
 
 from .. import catalog
-from .launch import job
+from .support.launch import job
 
 SHELF = catalog.shelf()
 

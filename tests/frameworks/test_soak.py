@@ -1,17 +1,17 @@
-"""The soak of benchmarks/reliability_soak.py, short: four real ranks, parts of every kind."""
+"""The soak of benchmarks/reliability/soak.py, short: four real ranks, parts of every kind."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-from .launch import ROOT, launcher, run
+from .support.launch import ROOT, launcher, run
 
 
 def test_ranks_stay_the_same_and_residuals_bounded(tmp_path):
     launcher("mpirun", 4)  # skips where there is none
     out = tmp_path / "ranks.json"
-    run([sys.executable, str(ROOT / "benchmarks/reliability_soak.py"), "--steps", "300", "--json", str(out)], 300)
+    run([sys.executable, str(ROOT / "benchmarks/reliability/soak.py"), "--steps", "300", "--json", str(out)], 300)
     ranks = json.loads(out.read_text())
     assert len(ranks) == 4 and len({seen["digest"] for seen in ranks}) == 1
     for seen in ranks:

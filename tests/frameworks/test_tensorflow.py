@@ -10,7 +10,7 @@ import pytest
 
 from grace_ext.cli.check import DONE
 
-from .launch import environment, launcher, run
+from .support.launch import environment, launcher, run
 from .test_jobs import cases_of, held
 
 if importlib.util.find_spec("tensorflow") is None:

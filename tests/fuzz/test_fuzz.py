@@ -1,4 +1,4 @@
-"""A short run of the fuzzers, the same every time: every decoder, compiled and plain. The long one is benchmarks/reliability_fuzz.py."""
+"""A short run of the fuzzers, the same every time: every decoder, compiled and plain. The long one is benchmarks/reliability/fuzz.py."""
 
 from __future__ import annotations
 

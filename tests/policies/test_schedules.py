@@ -10,7 +10,7 @@ from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY
 
-from ..contract import oracles
+from ..oracles import oracles
 
 SHAPES = {"w": (24, 18), "v": (50,)}
 W = TensorSpec("w", SHAPES["w"])

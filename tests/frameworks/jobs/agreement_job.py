@@ -12,7 +12,7 @@ import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import DisagreementError, GraceError, PayloadError, UnsupportedError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 

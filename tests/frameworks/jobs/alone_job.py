@@ -9,7 +9,7 @@ import horovod.torch as hvd
 
 import grace_ext
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
 from cases import assert_same, run_cases  # noqa: E402
 

@@ -13,8 +13,8 @@ import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.frameworks import training  # noqa: E402
-from tests.frameworks.cases import assert_same, raises, run_cases  # noqa: E402
+from tests.frameworks.support import training  # noqa: E402
+from tests.frameworks.support.cases import assert_same, raises, run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.05) + residual"
 #: Memories of one array and of two, shared momentum, shards, a norm of the whole model, the learning rate.

@@ -14,8 +14,8 @@ import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.frameworks import tf_training as problem  # noqa: E402
-from tests.frameworks.cases import raises, run_cases  # noqa: E402
+from tests.frameworks.support import tf_training as problem  # noqa: E402
+from tests.frameworks.support.cases import raises, run_cases  # noqa: E402
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 TOPK = "topk(ratio=0.1) + residual"

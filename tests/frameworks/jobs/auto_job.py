@@ -16,7 +16,7 @@ import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.frameworks.torch import engine
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import heard, run_cases  # noqa: E402
 
 SPECS = ["topk(ratio=0.01) + residual", "efsignsgd + residual"]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import policies as policies  # noqa: E402
 import training as training  # noqa: E402
 from cases import assert_same as assert_same  # noqa: E402

@@ -16,7 +16,7 @@ import torch
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
 
 from grace_ext.frameworks.torch.session import digests_of  # noqa: E402

@@ -22,7 +22,7 @@ from grace_ext.frameworks import launched
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.planning.probe import Probe
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import raises  # noqa: E402
 
 MODE, PER_NODE = sys.argv[1], int(sys.argv[2])

@@ -17,7 +17,7 @@ import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import UnsupportedError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tf_training as problem  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 

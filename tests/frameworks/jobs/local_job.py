@@ -16,9 +16,9 @@ import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import DisagreementError, GraceError, IncompatiblePartsError, NamesError, RankLeftError, UnsupportedError
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.frameworks import local_training, training  # noqa: E402
-from tests.frameworks.cases import assert_same, raises, run_cases  # noqa: E402
-from tests.frameworks.local_training import QSPARSE, make_optimizer, run, train  # noqa: E402
+from tests.frameworks.support import local_training, training  # noqa: E402
+from tests.frameworks.support.cases import assert_same, raises, run_cases  # noqa: E402
+from tests.frameworks.support.local_training import QSPARSE, make_optimizer, run, train  # noqa: E402
 
 
 def same_on_all_ranks(model):

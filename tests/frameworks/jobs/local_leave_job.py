@@ -22,8 +22,8 @@ OPTIONS: dict[str, Any] = {"every": 4, "asynchronous": MODE == "asynchronous", "
 
 def by_torch() -> Any:
     import grace_ext.frameworks.torch as hvd
-    from tests.frameworks import training
-    from tests.frameworks.local_training import make_optimizer, run
+    from tests.frameworks.support import training
+    from tests.frameworks.support.local_training import make_optimizer, run
 
     hvd.init()
     model = training.make_model()

@@ -14,7 +14,7 @@ from grace_ext.local import post_local
 from mpi4py import MPI  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.frameworks.cases import assert_same, raises, run_cases  # noqa: E402
+from tests.frameworks.support.cases import assert_same, raises, run_cases  # noqa: E402
 from tests.local import problem  # noqa: E402
 
 COMM = MPI.COMM_WORLD

@@ -14,7 +14,7 @@ import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import DisagreementError, IncompatiblePartsError, UnsupportedError
 from grace_ext.local import LocalSGDCluster
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tf_training as problem  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import grace_ext
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 # Gathered payloads, and a sum of two ranks: both give the same bits whatever the network.
 SPECS = ("none", "topk(ratio=0.05) + residual", "qsgd(bits=4)")

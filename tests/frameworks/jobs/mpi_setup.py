@@ -12,7 +12,7 @@ import grace_ext.frameworks.numpy as gnp  # before mpi4py: plain python could no
 
 from mpi4py import MPI  # isort: skip
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for cases.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # for cases.py
 
 WORLD, ARGUMENTS = MPI.COMM_WORLD, sys.argv[1:]
 del sys.argv[1:]  # run_cases would take them for names of cases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grace_ext
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import assert_same, run_cases  # noqa: E402
 
 FRAMEWORK = sys.argv.pop(1)  # run_cases would take it for the name of a case

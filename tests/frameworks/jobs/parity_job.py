@@ -10,7 +10,7 @@ import torch
 
 import grace_ext
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
 
 MODE, OUT = sys.argv[1], sys.argv[2]

@@ -13,7 +13,7 @@ import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import DisagreementError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import policies  # noqa: E402
 import training  # noqa: E402
 from cases import assert_same, raises, run_cases  # noqa: E402

@@ -15,7 +15,7 @@ import resume_steps as steps  # noqa: E402
 
 import grace_ext  # noqa: E402
 import grace_ext.frameworks.tensorflow as hvd  # noqa: E402
-from tests.frameworks import tf_training as problem  # noqa: E402
+from tests.frameworks.support import tf_training as problem  # noqa: E402
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 

@@ -12,7 +12,7 @@ import resume_steps as steps  # noqa: E402
 
 import grace_ext  # noqa: E402
 import grace_ext.frameworks.torch as hvd  # noqa: E402
-from tests.frameworks import training  # noqa: E402
+from tests.frameworks.support import training  # noqa: E402
 
 
 class Job:

@@ -16,7 +16,7 @@ import numpy as np
 
 import grace_ext
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 FRAMEWORK = sys.argv[1]
 hvd = importlib.import_module(f"grace_ext.frameworks.{'torch' if FRAMEWORK == 'torch' else 'tensorflow'}")
 warnings.simplefilter("ignore", grace_ext.errors.BiasedCompressorWarning)

@@ -13,7 +13,7 @@ import tensorflow as tf
 import grace_ext
 from grace_ext.errors import UnboundError, UnsupportedError
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tf_training as problem  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 

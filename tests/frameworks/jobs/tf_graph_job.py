@@ -11,7 +11,7 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.1) + residual"

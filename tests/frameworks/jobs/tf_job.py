@@ -19,7 +19,7 @@ import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import DisagreementError, GraceError, NamesError, UnsupportedError
 from grace_ext.metrics.metrics import Metrics
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import tf_training as problem  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 

@@ -16,7 +16,7 @@ import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.errors import UnsupportedError
 from grace_ext.frameworks.tensorflow.loop import LoopExchange
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import policies  # noqa: E402
 import tf_training as problem  # noqa: E402
 from cases import heard, raises, run_cases  # noqa: E402

@@ -1,0 +1,78 @@
+"""What a measurement must say of itself: machine, versions, commit, date. No host names, no paths."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from grace_ext.planning.bench import processor
+
+PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> str:
+    """Processor, cores, memory and system, in words."""
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (OSError, ValueError):
+        memory = ""
+    return f"{processor()}, {cores()} cores{memory}, {platform.system()} {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, '+changes' where the package or the benchmarks differ from it; 'unknown' outside of git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ":/grace_ext", ":/benchmarks/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def stamp() -> dict[str, Any]:
+    """All of it, as the head of a JSON document."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(), "commit": commit()}
+
+
+def reliability(topic: str, table: dict[str, Any]) -> None:
+    """Writes a table of docs/reliability.md (title, text, columns, rows, commands) where tools/reliability.py finds it."""
+    file = _reliability(topic)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**stamp(), **table}, indent=1) + "\n")
+
+
+def reliability_rows(topic: str) -> list[list[Any]]:
+    """Those that are written already, for what is run in pieces."""
+    file = _reliability(topic)
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def _reliability(topic: str) -> Path:
+    return Path(__file__).parents[1] / "results" / "reliability" / f"{topic}.json"

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Encode and decode of every part on one rank, in multiples of a memory copy: `grace-ext bench`, with the record of where and when.
+
+    python benchmarks/exchange/local.py [--elements N] [--times N] [--out benchmarks/results/bench.json]
+
+About five minutes. `tools/performance.py` makes a table of it, with the targets beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
+from benchmarks.common import record
+from benchmarks.common.targets import LOCAL
+
+RESULTS = Path(__file__).parents[1] / "results" / "bench.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=25_000_000)
+    parser.add_argument("--times", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    listed = subprocess.run([sys.executable, "-m", "grace_ext", "list", "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    others = [part["name"] for part in json.loads(listed.stdout)["compressor"] if part["name"] not in {s.split("(")[0] for s in LOCAL}]
+    sizes = ["--elements", str(options.elements), "--times", str(options.times)]
+    command = [sys.executable, "-m", "grace_ext", "bench", *LOCAL, *others, *sizes, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rows = json.loads(done.stdout)["rows"]
+    for text, row in zip([*LOCAL, *others], rows, strict=True):
+        row["asked"] = text
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**record.stamp(), "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

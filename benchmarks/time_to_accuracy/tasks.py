@@ -1,0 +1,174 @@
+"""What time_to_accuracy.py trains: a task has a model, examples, an optimizer, a score on held-out data, and the score to be reached."""
+
+from __future__ import annotations
+
+import math
+import pydoc_data.topics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+import torch_mnist  # noqa: E402
+
+#: Steps for which examples are drawn beforehand.
+MOST_STEPS = 20_000
+#: The mean of so many evaluations in a row must reach the target: one by itself may be lucky.
+SMOOTH = 3
+
+
+class Task:
+    """`lr` grows to its value over `rise` steps and stays. It was tuned on dense training (`time_to_accuracy.py --tune`)."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    target: float
+    batch: int  # examples of each rank
+    lr: float
+    rates: tuple[float, ...]  # that --tune tries
+    rise: int
+    every: int = 10  # steps from one evaluation to the next
+    optimizer: str
+
+    def make_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, rank: int, size: int) -> float:
+        """Of this rank's share of the held-out examples; the mean over the ranks is the score. Leaves the model in training mode."""
+        raise NotImplementedError
+
+    def examples(self) -> int:
+        """How many there are to train on."""
+        raise NotImplementedError
+
+    def batches(self, seed: int, rank: int, size: int) -> Iterator[torch.Tensor]:
+        """Indices of this rank's examples, step by step: what all ranks take together depends on their number only."""
+        draw, step = torch.Generator().manual_seed(seed), self.batch * size
+        for _ in range(MOST_STEPS):
+            yield torch.randint(self.examples(), (step,), generator=draw)[rank::size]
+
+    def reached(self, score: float) -> bool:
+        return score >= self.target if self.higher_is_better else score <= self.target
+
+    def recipe(self) -> dict[str, object]:
+        """What a result depends on."""
+        keys = ("unit", "target", "batch", "optimizer", "lr", "rise", "every")
+        parameters = sum(p.numel() for p in self.make_model().parameters())
+        return {**{key: getattr(self, key) for key in keys}, "parameters": parameters}
+
+
+class MnistCNN(Task):
+    """The network of PyTorch's basic MNIST example without its dropout (1.2 million parameters, nearly all in one layer), on the digits of
+    the examples: 3,000 to train on, 1,000 for the score."""
+
+    name, unit, higher_is_better, target = "mnist-cnn", "test accuracy, %", True, 93.0
+    batch, lr, rates, rise, optimizer = 8, 0.01, (0.005, 0.01, 0.02), 20, "SGD(momentum=0.9)"
+
+    def __init__(self) -> None:
+        self.images, self.labels, test_images, test_labels = torch_mnist.load()
+        self.test_images, self.test_labels = test_images[:1000], test_labels[:1000]
+
+    def make_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+    def make_optimizer(self, model, lr):
+        return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+    def examples(self):
+        return len(self.images)
+
+    def loss(self, model, batch):
+        return cross_entropy(model(self.images[batch]), self.labels[batch])
+
+    def score(self, model, rank, size):
+        accuracy = torch_mnist.test(model, self.test_images[rank::size], self.test_labels[rank::size])
+        model.train()
+        return accuracy
+
+
+class Block(nn.Module):
+    """Pre-norm attention with rotary positions (Su et al. 2021), then a layer of four times the width."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.norm2, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, d = x.shape
+        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(d, dim=2))
+        seen = scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """[.., t, c]: each pair of channels is turned by an angle that grows with the position."""
+    t, c = x.shape[-2:]
+    angle = torch.arange(t)[:, None] * 1000.0 ** (-torch.arange(0, c, 2) / c)
+    cos, sin, a, b = angle.cos(), angle.sin(), x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+class CharTransformer(Task):
+    """A character-level Transformer (4 layers of width 256, 3.2 million parameters) on the English text that Python's help() prints; its
+    last tenth is held out, and 64 windows spread over that are the score."""
+
+    name, unit, higher_is_better, target = "char-transformer", "validation bits per character", False, 3.2
+    batch, lr, rates, rise, optimizer = 1, 5e-4, (2.5e-4, 5e-4, 1e-3), 20, "AdamW(betas=(0.9, 0.99))"
+    every = 20
+    d, layers, heads, context, windows = 256, 4, 4, 128, 64
+
+    def __init__(self) -> None:
+        text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+        letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
+        ids = torch.tensor([letters[letter] for letter in text])
+        self.letters, cut = len(letters), len(ids) * 9 // 10
+        self.text, self.held_out = ids[:cut], ids[cut:]
+
+    def make_model(self) -> nn.Module:
+        blocks = [Block(self.d, self.heads) for _ in range(self.layers)]
+        model = nn.Sequential(nn.Embedding(self.letters, self.d), *blocks, nn.LayerNorm(self.d), nn.Linear(self.d, self.letters))
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        return model
+
+    def make_optimizer(self, model, lr):
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+
+    def examples(self):
+        return len(self.text) - self.context
+
+    def window(self, text: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return text[starts[:, None] + torch.arange(self.context + 1)]
+
+    def loss(self, model, batch):
+        return self.of(model, self.window(self.text, batch))
+
+    def of(self, model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+    @torch.no_grad()
+    def score(self, model, rank, size):
+        starts = torch.linspace(0, len(self.held_out) - self.context - 1, self.windows).long()
+        parts = self.window(self.held_out, starts[rank::size]).split(8)
+        return sum(self.of(model, part).item() for part in parts) / len(parts) / math.log(2)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (MnistCNN, CharTransformer)}

@@ -1,0 +1,115 @@
+"""Faults on a real network: two hosts of benchmarks/netlab train, and something happens to the second. For the test and for
+benchmarks/reliability/faults.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grace_ext.cli.check import tool
+
+from .launch import JOBS, environment
+
+JOB = str(JOBS / "fault_job.py")
+ENGINES = ("torchrun", "horovodrun", "mpirun")
+FAULTS = ("killed", "cut", "stopped")
+HOSTS = ["-np", "2", "-H", "h1:1,h2:1"]
+MPIRUN = ["--allow-run-as-root", "-bind-to", "none", *HOSTS, "-mca", "btl_tcp_if_include", "eth0", "-mca", "oob_tcp_if_include", "eth0"]
+MPIRUN += [word for name in ("PYTHONPATH", "OMP_NUM_THREADS", "GRACE_EXT_TIMEOUT") for word in ("-x", name)]
+
+
+def started(lab: Any, engine: str, folder: Path, steps: int, timeout: float) -> list[subprocess.Popen[Any]]:
+    """The launchers of a job of one rank on each host."""
+    by = [JOB, "exchange" if engine == "mpirun" else "wrapper", str(folder), str(steps)]
+    with (folder / "log").open("w") as log:
+        options = {"env": {**environment(), "GRACE_EXT_TIMEOUT": str(timeout)}, "stdout": log, "stderr": log, "start_new_session": True}
+        if engine == "torchrun":
+            nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", lab.addresses["h1"], "--master-port", "29517"]
+            command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--node-rank"]
+            return [lab.start([*command, str(rank), *by], host, **options) for rank, host in enumerate(lab.addresses)]
+        if engine == "horovodrun":
+            options_of = [str(tool("horovodrun")), "--gloo", "--disable-cache", *HOSTS, "--network-interfaces", "eth0"]
+            return [lab.start([*options_of, sys.executable, *by], **options)]
+        return [lab.start([str(tool("mpirun")), *MPIRUN, sys.executable, "-m", "mpi4py", *by], **options)]
+
+
+def said(folder: Path, rank: int, kind: str) -> list[str]:
+    """What a rank wrote after this word."""
+    file = folder / f"{rank}.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
+
+
+def until(condition: Callable[[], Any], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def strike(lab: Any, engine: str, fault: str, folder: Path, *, timeout: float, lasts: float, steps: int) -> dict[str, Any]:
+    """Rank 1's process is 'killed' (SIGKILL) or 'stopped' (SIGSTOP), or its host's link 'cut', in the middle of a collective; a stopped
+    process and a link are set going again after `lasts` seconds. timeout: GRACE_EXT_TIMEOUT. The job has `steps` to make.
+
+    What was seen: 'exits' of the launchers, 'errors' by rank ('' where it said nothing), 'ended' ranks, 'weights' by rank at the end,
+    'seconds' from the fault to the error of rank 0 or, without one, to the end, 'left' ranks that still ran 60 s after the timeout."""
+    launchers = started(lab, engine, folder, steps, timeout)
+    try:
+        under_way = lambda: all(len(said(folder, rank, "STEP")) >= 2 for rank in (0, 1))  # noqa: E731
+        until(lambda: under_way() or any(launcher.poll() is not None for launcher in launchers), 300)
+        assert under_way(), (folder / "log").read_text()[-3000:]
+        pids = [int(said(folder, rank, "PID")[0]) for rank in (0, 1)]
+        begun = time.monotonic()
+        if fault == "cut":
+            lab.cut("h2")
+        else:
+            os.kill(pids[1], signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+        mended = fault == "killed"
+        over = lambda: not any(map(runs, pids)) and all(x.poll() is not None for x in launchers)  # noqa: E731
+        first = lambda: bool(said(folder, 0, "ERROR") or said(folder, 0, "END"))  # noqa: E731
+        seconds = None
+        while not over() and time.monotonic() < begun + max(timeout, lasts) + 60:
+            if seconds is None and first():
+                seconds = time.monotonic() - begun
+            if not mended and time.monotonic() > begun + lasts:
+                lab.mend("h2") if fault == "cut" else runs(pids[1]) and os.kill(pids[1], signal.SIGCONT)
+                mended = True
+            time.sleep(0.05)
+        left = [rank for rank, pid in enumerate(pids) if runs(pid)]
+        return {
+            "exits": [launcher.poll() for launcher in launchers],
+            "errors": [(said(folder, rank, "ERROR") or [""])[0] for rank in (0, 1)],
+            "ended": [rank for rank in (0, 1) if said(folder, rank, "END")],
+            "weights": sorted({x for rank in (0, 1) for x in said(folder, rank, "END")}),
+            "seconds": round(time.monotonic() - begun if seconds is None else seconds, 1),
+            "left": left,
+        }
+    finally:
+        lab.mend("h2")
+        for rank in (0, 1):
+            for pid in map(int, said(folder, rank, "PID")):
+                if runs(pid):
+                    os.kill(pid, signal.SIGKILL)
+        for launcher in launchers:
+            if launcher.poll() is None:
+                launcher.terminate()
+                try:
+                    launcher.wait(20)
+                except subprocess.TimeoutExpired:
+                    launcher.kill()

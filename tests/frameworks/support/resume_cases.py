@@ -1,0 +1,89 @@
+"""Jobs that stop after 5 of 10 steps and go on in new processes: for test_resume_jobs.py and benchmarks/reliability/resume.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from grace_ext.checkpoints.statefile import decode, exchanges
+
+from .launch import job
+
+SPECS = ("topk", "powersgd", "ef21", "shards", "policy")
+
+
+class Case(NamedTuple):
+    title: str
+    engine: str
+    script: str
+    #: Ranks of the first job, and of those that go on from it.
+    ranks: int
+    then: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+
+def kinds(*apis: str) -> tuple[str, ...]:
+    """All specs through the first API, the others with topk alone."""
+    return tuple(f"{apis[0]}:{spec}" for spec in SPECS) + tuple(f"{api}:topk" for api in apis[1:])
+
+
+TORCH, TENSORFLOW, MPI = (f"resume_{name}_job.py" for name in ("torch", "tf", "mpi"))
+CASES = (
+    Case("torchrun (wrapper, DDP hook, LocalSGD)", "torchrun", TORCH, 2, (2, 3), kinds("wrapper", "ddp", "local")),
+    Case("torchrun, from 3 ranks", "torchrun", TORCH, 3, (2,), kinds("wrapper", "ddp", "local")),
+    Case("horovodrun, torch (wrapper, bind, LocalSGD)", "horovodrun", TORCH, 2, (2, 3), kinds("wrapper", "bind", "local")),
+    Case("horovodrun, TF (Keras, tape, bind, LocalSGD)", "horovodrun", TENSORFLOW, 2, (2, 3), kinds("keras", "tape", "bind", "local")),
+    Case("horovodrun, tf.train.Checkpoint alone", "horovodrun", TENSORFLOW, 2, (2,), ("checkpoint:topk", "checkpoint:ef21")),
+    Case("mpirun (Exchange)", "mpirun", MPI, 2, (2, 3), kinds("mpi")),
+    Case("mpirun, from 3 ranks", "mpirun", MPI, 3, (2,), kinds("mpi")),
+)  # fmt: skip
+
+
+def outcomes(case: Case, folder: Path, timeout: float = 600) -> dict[str, str]:
+    """'equal' or what differed, by '<ranks> -> <ranks> <kind>'."""
+    job(case.engine, case.ranks, case.script, "first", str(folder), *case.kinds, timeout=timeout)
+    found = {}
+    for ranks in case.then:
+        job(case.engine, ranks, case.script, "second", str(folder), *case.kinds, timeout=timeout)
+        for kind in case.kinds:
+            compare = _same_bits if ranks == case.ranks else _same_effect
+            found[f"{case.ranks} -> {ranks} {kind}"] = compare(folder, kind, case.ranks, ranks)
+    return found
+
+
+def _said(folder: Path, what: str, size: int, kind: str) -> list[str]:
+    return [json.loads((folder / f"{what}-{rank}-of-{size}.json").read_text())[kind] for rank in range(size)]
+
+
+def _same_bits(folder: Path, kind: str, old: int, new: int) -> str:
+    """Every rank's model is what it is without the break."""
+    first, second = _said(folder, "first", old, kind), _said(folder, "second", new, kind)
+    return "equal" if first == second else f"{second} is not {first}"
+
+
+def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
+    """The mean over the ranks of what was unsent is what it was, and the ranks end with the same model."""
+    before, after = _unsent(folder / kind), _unsent(folder / f"{kind}.loaded.{new}")
+    if set(before) != set(after) or not before:
+        return f"arrays are {sorted(after)}, were {sorted(before)}"
+    # Of its largest element: ef21's mean is made anew from the estimates, without the rounding of all steps that it had in it.
+    off = [key for key, x in before.items() if not np.allclose(x, after[key], rtol=0, atol=1e-6 * np.abs(x).max(initial=0))]
+    if off:
+        return f"the mean over the ranks changed: {off}"
+    models = set(_said(folder, "second", new, kind))
+    return "equal" if len(models) == 1 else f"the ranks ended with different models: {models}"
+
+
+def _unsent(folder: Path) -> dict[str, np.ndarray]:
+    """By key: what the ranks' arrays come to in the aggregate, in float64."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    trees = [list(exchanges(decode((folder / entry["name"]).read_bytes()))) for entry in manifest["files"]]
+    found = {}
+    for place, states in enumerate(zip(*trees, strict=True)):
+        for key in states[0]["state"]:
+            arrays = [np.float64(state["state"][key]) for state in states]
+            found[f"{place}/{key}"] = np.concatenate(arrays) if key.startswith("shard_") else np.mean(arrays, axis=0)
+    return found
