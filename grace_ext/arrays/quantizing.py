@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
+from ..parts.fast_ops import FastOps, Sources
 from ..parts.field import HALVES
 from ..parts.ops import Feedback
 from .kernels.sizes import INFINITY
@@ -17,28 +17,12 @@ STRETCH = 1 << 16
 NOTHING = np.zeros(0, np.float32)
 
 
-class Sources(NamedTuple):
-    """What kernels take that add the residual themselves; see QuantizingOps.sources."""
-
-    residual: np.ndarray
-    grad: np.ndarray
-    beta: np.float32
-    gamma: np.float32
-    x: np.ndarray
-    left: np.ndarray
-
-    @property
-    def unsent(self) -> np.ndarray | None:
-        """`left`, or None where there was no residual."""
-        return self.left if self.left is self.x else None
-
-
 def stretches(size: int) -> list[slice]:
     """Pieces that stay in the second-level cache while several operations look at them."""
     return [slice(start, min(start + STRETCH, size)) for start in range(0, size, STRETCH)]
 
 
-class QuantizingOps(NumpyOps):
+class QuantizingOps(NumpyOps, FastOps):
     """For contiguous float32 on the host; see CompiledOps."""
 
     def compiles(self, x: np.ndarray) -> bool:

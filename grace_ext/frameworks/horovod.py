@@ -1,4 +1,4 @@
-"""Horovod's process sets for the groups of an exchange in two levels; the same for torch's Horovod and TensorFlow's."""
+"""What torch's Horovod and TensorFlow's have in common: process sets, limits of waits, and the `compression=` argument."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..composition.grace import Grace
+from ..composition.making import grace
+from ..errors import ParameterError, UnsupportedError
 from .timeouts import NAME, timeout
 
 _known: dict[tuple[int, ...], Any] = {}
@@ -31,7 +33,7 @@ def process_set_of(hvd: Any, ranks: Sequence[int], size: int) -> Any:
     return _known[key]
 
 
-def tell_horovod(environ: MutableMapping[str, str] = os.environ) -> None:
+def limit_waits(environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets Horovod's own limits, which it reads in init(), where the user has not: for a rank that does not come to a collective (by
     default it is waited for for ever), and, with GRACE_EXT_TIMEOUT, for one that does not answer (30 s by default)."""
     seconds = max(1, round(timeout(environ)))
@@ -41,3 +43,19 @@ def tell_horovod(environ: MutableMapping[str, str] = os.environ) -> None:
         environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, max(1, seconds // 2))))
     if environ.get(NAME):
         environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)
+
+
+def chosen_compression(compression: Any, theirs: Any) -> Grace:
+    """Returns the Grace that a wrapper's `compression=` stands for: a Grace, a spec string, None, or one of Horovod's own compressions
+    (`theirs`: hvd.Compression). Raises ParameterError for anything else."""
+    if isinstance(compression, Grace):
+        return compression
+    if isinstance(compression, str):
+        return grace(compression)
+    if compression is None or compression is theirs.none:
+        return grace("none")
+    if compression is theirs.fp16:
+        return grace("fp16")
+    raise ParameterError(
+        f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
+    )

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 from ..errors import UnsupportedError
 from ..exchange.transport import Transport
-
-MPI_LAUNCHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+from . import launchers
 
 
 @contextmanager
@@ -18,7 +17,7 @@ def transport() -> Iterator[Transport]:
     """Joins the job, and leaves it at the end. Horovod or torch.distributed, as the torch wrapper chooses; without torch, Horovod for
     TensorFlow; mpi4py under mpirun without Horovod. Raises UnsupportedError where none of them is installed."""
     horovod = importlib.util.find_spec("horovod") is not None
-    by_mpi = any(name in os.environ for name in MPI_LAUNCHER) and "MASTER_ADDR" not in os.environ
+    by_mpi = any(name in os.environ for name in launchers.MPI) and "MASTER_ADDR" not in os.environ
     if by_mpi and not horovod and importlib.util.find_spec("mpi4py"):
         yield from _mpi()
     elif importlib.util.find_spec("torch"):

@@ -12,7 +12,7 @@ from grace_ext.checkpoints.resize import resized
 from grace_ext.driver.agreement import digest_of
 from grace_ext.errors import CollectiveError, DisagreementError, GraceError, ParameterError
 from grace_ext.exchange.perform import perform
-from grace_ext.frameworks.horovod import tell_horovod
+from grace_ext.frameworks.horovod import limit_waits
 from grace_ext.frameworks.timeouts import timeout
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import same_bits
@@ -99,12 +99,12 @@ def test_timeouts():
         with pytest.raises(ParameterError, match="GRACE_EXT_TIMEOUT"):
             timeout({"GRACE_EXT_TIMEOUT": bad})
     told = {"GRACE_EXT_TIMEOUT": "20", "HOROVOD_GLOO_TIMEOUT_SECONDS": "30"}
-    tell_horovod(told)
+    limit_waits(told)
     assert {k: v for k, v in told.items() if k.startswith("HOROVOD")} == {
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "20", "HOROVOD_STALL_CHECK_TIME_SECONDS": "10", "HOROVOD_GLOO_TIMEOUT_SECONDS": "20",
     }  # fmt: skip
     own = {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "99"}
-    tell_horovod(own)
+    limit_waits(own)
     assert own == {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "99"}
 
 

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import launchers
+
 if TYPE_CHECKING:
     from .local import LocalSGD as LocalSGD
     from .mpi import Exchange as Exchange
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Exchange", "LocalSGD"]
 
 # Whoever started this process, or chose an MPI library, has said where Open MPI is.
-_DECIDED = ("OPAL_PREFIX", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE", "MPI4PY_LIBMPI", "MPI4PY_MPIABI")
+_DECIDED = ("OPAL_PREFIX", *launchers.MPI, "MPI4PY_LIBMPI", "MPI4PY_MPIABI")
 
 
 def __getattr__(name: str) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 
 from ...errors import UnsupportedError
-from ..horovod import tell_horovod
+from .. import launchers
+from ..horovod import limit_waits
 
-if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", *launchers.MPI)):
     # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
     os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
@@ -20,7 +21,7 @@ if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER",
             "its share and reduce nothing. Use horovodrun or mpirun"
         )
 
-tell_horovod()
+limit_waits()
 
 try:
     from horovod.tensorflow import *  # noqa: F403

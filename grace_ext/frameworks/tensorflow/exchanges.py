@@ -11,31 +11,15 @@ import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable, nothing_saveable, saveable_by
 from ...composition.grace import Grace
-from ...composition.making import grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from .graph import GraphExchange, HorovodTransport
 from .loop import exchange_of
 from .trackable import TrackedState
-
-
-def chosen_compression(compression: Any) -> Grace | None:
-    """The Grace to use; None where the user gave one of Horovod's own compressions other than none."""
-    if isinstance(compression, Grace):
-        return compression
-    if isinstance(compression, str):
-        return grace(compression)
-    if compression in (None, api.Compression.none):
-        return grace("none")
-    if compression is api.Compression.fp16:
-        return grace("fp16")
-    raise ParameterError(
-        f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
-    )
 
 
 def averages(op: Any) -> bool:

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable
 from ...metrics.metrics import Metrics, Report
-from .exchanges import GradientExchange, chosen_compression
+from ..horovod import chosen_compression
+from .exchanges import GradientExchange
 from .in_front import InFront, check_keras_optimizer, in_front_of
 
 
@@ -48,7 +49,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         raise ValueError("backward_passes_per_step must be > 0")
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    chosen = chosen_compression(compression)
+    chosen = chosen_compression(compression, api.Compression)
     check_keras_optimizer(chosen, optimizer)
     return in_front_of(
         optimizer, _Distributed,

@@ -12,7 +12,8 @@ import tensorflow as tf
 from ...composition.grace import Grace
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
-from .exchanges import GradientExchange, chosen_compression
+from ..horovod import chosen_compression
+from .exchanges import GradientExchange
 
 # Tapes come and go with every step; the memory must not. It belongs to the Grace that the user made once, and to the variables.
 _exchanges: dict[tuple[int, ...], tuple[Any, dict, GradientExchange, list[Any]]] = {}
@@ -26,7 +27,7 @@ ANEW = (
 def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> GradientExchange:
     """The exchange of these variables with this Grace, made once."""
     key = tuple(id(v) for v in variables) + settings
-    g = chosen_compression(compression)
+    g = chosen_compression(compression, api.Compression)
     known = _exchanges.get(key)
     if known is not None:
         same_object = isinstance(compression, Grace) and known[0]() is compression

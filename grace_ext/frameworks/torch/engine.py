@@ -13,12 +13,10 @@ import os
 from typing import Any
 
 from ...errors import UnsupportedError
-from ..horovod import tell_horovod
+from .. import launchers
+from ..horovod import limit_waits
 from .ops import HostOps, TorchOps
 from .transports import DistTransport, HorovodTransport, SingleTransport
-
-HOROVOD_LAUNCHER = ("HOROVOD_RANK", "HOROVOD_HOSTNAME")
-MPI_LAUNCHER = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 def choose(environ: Any = os.environ) -> str:
@@ -28,11 +26,11 @@ def choose(environ: Any = os.environ) -> str:
         if forced not in ("horovod", "torch"):
             raise UnsupportedError(f"GRACE_EXT_ENGINE must be 'horovod' or 'torch', got {forced!r}")
         return forced
-    if any(name in environ for name in HOROVOD_LAUNCHER):
+    if any(name in environ for name in launchers.HOROVOD):
         if importlib.util.find_spec("horovod") is None:
             raise UnsupportedError("this process was started by horovodrun, but Horovod is not installed in its Python: run `make horovod`")
         return "horovod"
-    if any(name in environ for name in MPI_LAUNCHER) and "MASTER_ADDR" not in environ and importlib.util.find_spec("horovod"):
+    if any(name in environ for name in launchers.MPI) and "MASTER_ADDR" not in environ and importlib.util.find_spec("horovod"):
         return "horovod"
     return "torch"
 
@@ -42,7 +40,7 @@ ENGINE = choose()
 if ENGINE == "horovod":
     import horovod.torch as api
 
-    tell_horovod()
+    limit_waits()
 else:
     from .dist import api as api  # type: ignore[no-redef]
 

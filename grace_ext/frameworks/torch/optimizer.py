@@ -13,12 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...checkpoints.elastic import STALE
 from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...composition.grace import Grace
-from ...composition.making import grace
 from ...driver.agreement import agree
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, ParameterError, TensorChangedError, UnsupportedError
+from ...errors import GraceError, NamesError, TensorChangedError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
+from ..horovod import chosen_compression
 from ..optimizers import rate_of
 from . import engine
 from .ops import ops_for
@@ -116,18 +116,9 @@ def _checked_at_first(optimizer: Any, compression: Any, process_set: Any) -> Any
 
 
 def _compression(compression: Any) -> Grace | None:
-    """The Grace to use; None where Horovod's own optimizer serves."""
-    if isinstance(compression, Grace):
-        return compression
-    if isinstance(compression, str):
-        return grace(compression)
-    if compression not in (None, api.Compression.none, api.Compression.fp16):
-        raise ParameterError(
-            f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
-        )
-    if engine.ENGINE == "horovod":
-        return None
-    return grace("fp16" if compression is api.Compression.fp16 else "none")
+    """Returns the Grace to use; None if Horovod's own optimizer serves."""
+    chosen = chosen_compression(compression, api.Compression)
+    return None if engine.ENGINE == "horovod" and not isinstance(compression, (Grace, str)) else chosen
 
 
 def _check_groups(groups: Any) -> None:

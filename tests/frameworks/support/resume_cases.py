@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grace_ext.checkpoints.statefile import decode, exchanges
+from grace_ext.checkpoints.statefile import decode, driver_states
 
 from .launch import job
 
@@ -80,7 +80,7 @@ def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
 def _unsent(folder: Path) -> dict[str, np.ndarray]:
     """By key: what the ranks' arrays come to in the aggregate, in float64."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    trees = [list(exchanges(decode((folder / entry["name"]).read_bytes()))) for entry in manifest["files"]]
+    trees = [list(driver_states(decode((folder / entry["name"]).read_bytes()))) for entry in manifest["files"]]
     found = {}
     for place, states in enumerate(zip(*trees, strict=True)):
         for key in states[0]["state"]:
