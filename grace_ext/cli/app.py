@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .. import __version__
+from .._version import __version__
 from ..composition.making import grace
 from ..errors import GraceError, UnknownPartError
 from . import check
