@@ -1,11 +1,11 @@
-"""What the contract suite walks: every registered part, with knobs other than the defaults, in every mix that is allowed."""
+"""Lists the specs of the contract suite: every registered part, with default and other knobs, in every allowed combination."""
 
 from __future__ import annotations
 
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
 
-# Beside the bare name. A part that has no entry is tested with its defaults.
+# Variants that are tested besides the bare name. A part without an entry is tested with its defaults only.
 COMPRESSOR_VARIANTS = {
     "topk": ("topk(ratio=0.25)", "topk(ratio=0.25, values='fp16')", "topk(ratio=0.1, values='bf16')", "topk(ratio=1)",
              *(f"topk(ratio=0.1, index={index!r})" for index in ("golomb", "packed", "block16", "bitmap"))),
@@ -52,13 +52,25 @@ MEMORY_VARIANTS = {
     "gradient_compression": ("gradient_compression(momentum=0.5, nesterov=True)",),
     "update_compression": ("update_compression(momentum=0.5, nesterov=True)", "update_compression(masking=True)"),
 }
+#: Policies have required knobs, so each registered one needs an entry here.
+POLICY_VARIANTS = {
+    "by_size": ("by_size(large=topk(ratio=0.1) + residual, min_elements=100)",),
+    "by_name": ("by_name({'*.bias': none, 'embed*': topk(ratio=0.1) + residual}, default=efsignsgd + residual)",),
+    "warmup": ("warmup(steps=2, then=topk(ratio=0.1) + residual)",),
+    "ratio_warmup": ("ratio_warmup(steps=3, then=topk(ratio=0.1) + residual)",),
+    "every": ("every(n=2, then=topk(ratio=0.1) + residual, otherwise=none)",),
+    "accordion": ("accordion",),
+    "lgreco": ("lgreco",),
+    "auto": ("auto(steps=2, candidates=['topk(ratio=0.01) + residual'])",),
+}
 
 COMPRESSORS = tuple(text for name in grace_ext.compressors.names() for text in (name, *COMPRESSOR_VARIANTS.get(name, ())))
 MEMORIES = tuple(text for name in grace_ext.memories.names() for text in (name, *MEMORY_VARIANTS.get(name, ())))
+POLICIES = tuple(text for name in grace_ext.policies.names() for text in POLICY_VARIANTS[name])
 
 
 def natural(compressor: str) -> str:
-    """The communicator that a compressor gets when none is named."""
+    """Returns the communicator that a compressor gets if the spec names none."""
     return grace_ext.grace(f"{compressor} + none").communicator.name
 
 
@@ -70,12 +82,12 @@ def _allowed(compressor: str, memory: str, communicator: str) -> bool:
     return True
 
 
-#: Those that carry payloads by themselves. In two levels each of them may be between the nodes: test_levels.py.
+#: Communicators that carry payloads themselves. Each of them may be used between nodes in a two-level one: test_levels.py.
 COMMUNICATORS = tuple(name for name in grace_ext.communicators.names() if not grace_ext.communicators.get(name).two_level)
 
 
 def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, natural_only: bool) -> list[str]:
-    """All allowed specs of these, with the natural communicators or with all the others."""
+    """Returns all allowed specs of these parts, with the natural communicators only, or with all others only."""
     return [
         f"{compressor} + {memory} @ {communicator}"
         for compressor in compressors
@@ -86,29 +98,29 @@ def compositions(compressors: tuple[str, ...], memories: tuple[str, ...], *, nat
     ]
 
 
-#: What memories are tried with, those that they take; every other compressor meets 'none' and 'residual'.
+#: Compressors that are combined with all memories that take them; the others are combined with 'none' and 'residual' only.
 REPRESENTATIVE = (
     "topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "randomk(ratio=0.25, scale=True)", "qsgd(bits=4)",
     "efsignsgd", "powersgd",
 )  # fmt: skip
 _BARE = tuple(grace_ext.compressors.names())
 _OTHER_MEMORIES = tuple(text for text in MEMORIES if text not in ("none", "residual"))
-#: Over the natural communicators.
+#: Specs with the natural communicators.
 NATURAL = compositions(COMPRESSORS, ("none", "residual"), natural_only=True)
 NATURAL += compositions(REPRESENTATIVE, _OTHER_MEMORIES, natural_only=True)
-#: The same, and every other communicator that is allowed.
+#: NATURAL, and specs with every other communicator that is allowed.
 ALL = NATURAL + compositions(_BARE, ("residual",), natural_only=False)
-#: One spec a compressor: the natural communicator, without and with error feedback.
+#: One spec per compressor variant with its natural communicator: PLAIN without, FEEDBACK with error feedback.
 PLAIN = compositions(COMPRESSORS, ("none",), natural_only=True)
 FEEDBACK = compositions(COMPRESSORS, ("residual",), natural_only=True)
-#: Every compressor without and with a residual, over its natural communicator, is under contract (test_contract.py); these are the rest.
+#: The contract (test_contract.py) tests PLAIN and FEEDBACK; these are the other specs.
 MIXES = [s for s in ALL if s not in PLAIN + FEEDBACK]
-#: What these leave behind is representable in float32.
+#: Compressors whose residuals are representable in float32.
 EXACT_VALUES = ("none", "fp16", "bf16", "topk", "randomk", "randblock", "threshold", "dgc", "sidco", "global_topk")
 
 
 def shelf() -> list[str]:
-    """Every part by name in one mix that it is meant for: what the real jobs loop over."""
+    """Returns specs in which every part occurs at least once, in a natural combination; real jobs loop over them."""
     specs = []
     for name in grace_ext.compressors.names():
         part = grace_ext.compressors.get(name).create()

@@ -1,4 +1,4 @@
-"""A compressor in a package of its own: found by its entry point, used by its name, `grace_ext.grace("blur(block=4) + residual")`."""
+"""A compressor in its own package. grace_ext finds it by its entry point and its name: `grace_ext.grace("blur(block=4) + residual")`."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +11,8 @@ from grace_ext.parts import Field, knob
 class Blur(Compressor):
     """Sends the mean of every `block` neighbouring elements.
 
-    C(x)_j = mean of the block that j is in.  x: float[d] -> float32[ceil(d / block)], 4 / block bytes an element. Linear, so an all-reduce
-    can carry it; biased, so pair it with 'residual'. The last block is filled up with zeros.
+    C(x)_j = mean of the block that j is in.  x: float[d] -> float32[ceil(d / block)], 4 / block bytes per element. It is linear, so
+    an all-reduce can carry it; it is biased, so pair it with 'residual'. The last block is padded with zeros.
     """
 
     summable: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Gradients for tests: many shapes at once, on a grid where float32 sums are exact, and adversarial values."""
+"""Makes gradients for tests: many shapes at once, on a grid where float32 sums are exact, and adversarial values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def normal(rank: int, step: int, dtype: str = "float32", shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, np.ndarray]:
-    """Gaussian gradients, the same at every call."""
+    """Returns Gaussian gradients, the same at every call."""
     made = {}
     for place, (name, shape) in enumerate(shapes.items()):
         rng = np.random.default_rng([rank, step, place])
@@ -37,7 +37,7 @@ def ranks(size: int, step: int, dtype: str = "float32", shapes: dict[str, tuple[
 
 
 def grid(size: int, step: int, shape: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
-    """Non-zero multiples of 1/64 for every rank: sums of many of them, and residuals, are exact in float32."""
+    """Returns non-zero multiples of 1/64, by rank: sums of many of them, and residuals, are exact in float32."""
     made = []
     for rank in range(size):
         rng = np.random.default_rng([seed, rank, step])
@@ -46,7 +46,7 @@ def grid(size: int, step: int, shape: tuple[int, ...], seed: int = 0) -> list[np
 
 
 def adversarial(d: int) -> dict[str, np.ndarray]:
-    """Finite float32 vectors that break careless code."""
+    """Returns finite float32[d] that break careless code, by a name for their kind."""
     rng = np.random.default_rng(d)
     spike = np.zeros(d, np.float32)
     spike[d // 2] = -1.0

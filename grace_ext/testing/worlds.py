@@ -1,4 +1,4 @@
-"""The tensor libraries that the suite runs on (a new one joins by an entry in WORLDS), and taps on a LocalCluster's wire."""
+"""The tensor libraries that the tests run on (WORLDS lists them), and a recorder for the collectives of a LocalCluster."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .. import Grace, LocalCluster
 from ..arrays import libraries
 from ..exchange import lockstep
 
-#: The learning rate of tests that are not about it; a power of two, so that it rounds nothing.
+#: The learning rate of tests that do not depend on it: a power of two, so that multiplying by it is exact.
 LR = 0.125
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """One implementation of the array protocol, and how numpy arrays become its user's tensors and come back."""
+    """One implementation of the array protocol. tensor, array: convert numpy arrays to its user's tensors, and back."""
 
     name: str
     framework: str
     ops: Any
     tensor: Callable[[np.ndarray], Any]
     array: Callable[[Any], np.ndarray]
-    mutable: bool = True  # a user can write into these tensors
-    native: bool = True  # LocalCluster(framework=...) uses these ops by itself
+    mutable: bool = True  # whether a user can write into these tensors
+    native: bool = True  # whether LocalCluster(framework=...) uses these ops by itself
 
     def cluster(self, g: Grace, size: int) -> LocalCluster:
         if self.native:
@@ -46,14 +46,14 @@ class World:
         return {name: self.array(tensor) for name, tensor in mapping.items()}
 
     def step(self, cluster: LocalCluster, mappings: Sequence[Mapping[str, np.ndarray]], lr: float = LR) -> dict[str, np.ndarray]:
-        """cluster.step with numpy arrays on both sides, through this library's own tensors: what rank 0 gets."""
+        """Calls cluster.step with numpy arrays, converted to this library's tensors; returns rank 0's results as numpy arrays."""
         out = cluster.step(self.tensors(mappings), lr=lr)
         return self.arrays(out[0] if isinstance(out, list) else out)
 
     def everywhere(
         self, cluster: LocalCluster, mappings: Sequence[Mapping[str, np.ndarray]], lr: float = LR
     ) -> list[dict[str, np.ndarray]]:
-        """As `step`, with what each rank returned."""
+        """Does as `step`, and returns the results of every rank."""
         returned: list[Any] = []
         original = cluster_module.run_lockstep
 
@@ -88,7 +88,7 @@ def _torch() -> list[World]:
     def tensor(array: np.ndarray) -> torch.Tensor:
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-        # torch has no negative strides; everything else, non-contiguous arrays included, is taken as it is, without sharing.
+        # A copy with the same strides, so that non-contiguous arrays stay so (torch has no negative strides).
         made = torch.empty_strided(array.shape, [s // array.itemsize for s in array.strides], dtype=getattr(torch, array.dtype.name))
         return made.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)))
 
@@ -120,7 +120,7 @@ def _tensorflow() -> list[World]:
 
 
 def _there(module: str) -> bool:
-    """Whether a module exists; one that exists and cannot be imported is a failure, not a skip."""
+    """Whether a module is installed. If it is but cannot be imported, tests fail; they are not skipped."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -133,7 +133,7 @@ NUMPY = WORLDS[0]
 
 @dataclass
 class Seen:
-    """One collective of a LocalCluster: its kind, its label, and every rank's own buffer as the bytes that it stands for."""
+    """Records one collective of a LocalCluster: its kind, label and dtype, and the bytes and nbytes of every rank's own buffer."""
 
     kind: str
     label: str
@@ -144,7 +144,7 @@ class Seen:
 
 @contextmanager
 def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) -> Iterator[list[Seen]]:
-    """Records all collectives of all LocalClusters but the start-up agreement; `change(collectives, ops)` may replace them."""
+    """Records all collectives of all LocalClusters, except the agreement at the first step; `change(collectives, ops)` may replace them."""
     seen: list[Seen] = []
     original = lockstep.execute
 
@@ -164,11 +164,11 @@ def tapped(change: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None) 
 
 
 def states(cluster: LocalCluster, world: World) -> list[dict[str, np.ndarray]]:
-    """The state of every rank, as host arrays."""
+    """Returns the state of every rank, as numpy arrays."""
     saved = cluster.state_dict()["ranks"]
     return [{key: np.array(world.ops.host(array)) for key, array in rank["state"].items()} for rank in saved]
 
 
 def same_bits(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
-    """Same names, shapes, dtypes and bits."""
+    """Whether two mappings have the same names, shapes, dtypes and bits."""
     return set(a) == set(b) and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)

@@ -1,7 +1,14 @@
-"""Every registered compressor, with knobs other than the defaults, keeps the contract that docs/extending.md offers to others."""
+"""Every registered part, with default and other knobs, passes the contract of its kind, which docs/extending.md describes.
 
-from grace_ext.testing import contract
+Communicators of two levels are missing: they carry nothing themselves (tests/exchange/test_hierarchy.py). The engines' transports pass
+theirs in real jobs (tests/frameworks/test_transports.py).
+"""
 
-from ..catalog import COMPRESSORS
+from grace_ext.testing import communicator_contract, contract, memory_contract, policy_contract
+
+from ..catalog import COMMUNICATORS, COMPRESSORS, MEMORIES, POLICIES
 
 TestRegistry = contract(*COMPRESSORS)
+TestMemories = memory_contract(*MEMORIES)
+TestCommunicators = communicator_contract(*COMMUNICATORS, "reduce_scatter(feedback=False)")
+TestPolicies = policy_contract(*POLICIES)

@@ -1,4 +1,4 @@
-"""What is generated is up to date, and the plugin of docs/extending.md is found by its name and keeps the contract."""
+"""Generated pages are up to date, and the plug-in of docs/extending.md is found by its names and passes the contract tests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_reliability_page_is_what_the_results_say():
 
 
 def test_a_reliability_page_is_made_of_the_topics_that_there_are(tmp_path):
-    """Each with its title, paragraph, command and rows, in the page's order; --check sees a change of one cell."""
+    """The page shows the title, paragraph, command and rows of each topic, in its fixed order; --check detects a change of one cell."""
     results, page = tmp_path / "results", tmp_path / "page.md"
     results.mkdir()
 
@@ -59,12 +59,12 @@ def test_a_reliability_page_is_made_of_the_topics_that_there_are(tmp_path):
 
 
 def test_the_readme_counts_and_names_the_shelf():
-    """Every part is named in the README's table, and their numbers are right."""
+    """The README's table names every part, and the numbers of parts are right."""
     import grace_ext
 
     text = (ROOT / "README.md").read_text()
     counts = [len(module.names()) for module in (grace_ext.compressors, grace_ext.memories, grace_ext.communicators)]
-    assert [int(n) for n in re.search(r"The shelf: (\d+) compressors, (\d+) memories and (\d+) communicators", text).groups()] == counts
+    assert [int(n) for n in re.search(r"Included: (\d+) compressors, (\d+) memories and (\d+) communicators", text).groups()] == counts
     for module in (grace_ext.compressors, grace_ext.memories, grace_ext.communicators):
         for name in module.names():
             assert name in ("none", "pipeline") or re.search(rf"`{name}[`(]", text), name
@@ -78,7 +78,7 @@ def test_links_of_the_docs_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> str:
-    """The plugin, installed as users would, in a folder of its own; from a copy, because installing leaves files beside the sources."""
+    """Installs the plug-in as users would, in its own folder (from a copy, because pip leaves files beside the sources); returns a path."""
     folder = tmp_path_factory.mktemp("plugin")
     copy = shutil.copytree(PLUGIN, tmp_path_factory.mktemp("source") / "plugin")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(folder), str(copy)]
@@ -87,22 +87,27 @@ def installed(tmp_path_factory) -> str:
     return f"{folder}{os.pathsep}{ROOT}"
 
 
-def test_the_plugin_is_found_by_its_entry_point(installed):
+def test_the_plugin_is_found_by_its_entry_points(installed):
     done = run([sys.executable, "-m", "grace_ext", "show", "blur", "--json"], PYTHONPATH=installed)
     (part,) = json.loads(done.stdout)
     assert part["kind"] == "compressor" and part["communicators"] and part["bits_per_element"] == 8
-    code = "import grace_ext; print(grace_ext.grace('blur(block=8) + residual'))"
-    assert run([sys.executable, "-c", code], PYTHONPATH=installed).stdout == "blur(block=8) + residual @ allreduce\n"
+    spec = "by_dims(matrices=blur(block=8) + bounded @ sharded)"
+    code = f"import grace_ext; print(grace_ext.grace({spec!r}))"
+    whole = "by_dims(matrices=blur(block=8) + bounded(limit=1.0) @ sharded, others=none @ allreduce)"
+    assert run([sys.executable, "-c", code], PYTHONPATH=installed).stdout == f"{whole}\n"
 
 
-def test_the_plugin_keeps_the_contract(installed):
-    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "test_blur.py")], PYTHONPATH=installed)
+def test_the_plugin_passes_the_contracts(installed):
+    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "test_plugin.py")], PYTHONPATH=installed)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
-def test_the_extending_page_shows_the_plugin():
-    """The code on the page is the code of the file."""
-    page = (ROOT / "docs" / "extending.md").read_text()
-    source = (PLUGIN / "grace_ext_blur.py").read_text()
-    for line in source[source.index("    def fields") :].splitlines():
-        assert line.split("#")[0].strip() in page, line
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [("compressor", "blur"), ("memory", "bounded"), ("communicator", "sharded"), ("policy", "by_dims"), ("transport", "files")],
+)
+def test_the_extending_pages_show_the_plugin(page, module):
+    """Each page contains the code of its example, word for word (without the file's own docstring)."""
+    text = (ROOT / "docs" / "extending" / f"{page}.md").read_text()
+    docstring, code = (PLUGIN / f"grace_ext_{module}.py").read_text().split('"""\n\n', 1)
+    assert docstring.startswith('"""') and f"```python\n{code}```" in text

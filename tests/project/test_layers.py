@@ -1,4 +1,4 @@
-"""The house: which room may import which, held against every import of the package, type-only and function-local ones included."""
+"""Tests the layers: which folder of the package may import which, over all imports, also type-only and function-local ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 import grace_ext
 
 ROOT = Path(grace_ext.__file__).parent
-#: The rooms from the ground up. Each may import what stands above it in this list, and within itself.
+#: The folders and files ("rooms") from the lowest layer up. Each may import those before it in this list, and itself.
 ROOMS = (
-    "_version", "errors",                                            # the ground
+    "_version", "errors",                                            # basics
     "parts", "arrays",
-    "compressors", "memories", "communicators",                      # the shelves
-    "composition", "exchange", "policies", "driver",                 # the machine
+    "compressors", "memories", "communicators",                      # parts
+    "composition", "exchange", "policies", "driver",                 # from parts to a step
     "checkpoints", "planning", "metrics",                            # services
-    "local", "frameworks", "cluster",                                # worlds
-    "cli", "testing", "resize", "__init__", "__main__",              # outside
+    "local", "frameworks", "cluster",                                # ways to run
+    "cli", "testing", "resize", "__init__", "__main__",              # entry points
 )  # fmt: skip
-#: Narrower than the order says.
+#: Rooms that may import less than the order allows.
 NARROWER = {
     "parts": {"errors"},
     "arrays": {"errors", "parts"},
@@ -29,26 +29,28 @@ NARROWER = {
     "memories": {"errors", "parts", "arrays", "compressors"},
     "exchange": {"errors", "parts", "arrays", "compressors", "memories", "communicators"},
 }
-#: Of the rooms below, what those above may use is their bases and forms, not one part of them.
+#: The modules of the parts' rooms that these rooms may import: bases and forms, but no single part.
 BASES = {"exchange": ("base", "fast_path", "forms"), "memories": ("base", "fast_path")}
-#: (module, module that it imports): why.
+#: Allowed exceptions: (module, module that it imports): reason.
 EXCEPTIONS = {
     ("frameworks.selfcheck", "cli.selfcheck"): "the former name of the command, which job scripts use",
-    ("cli.selfcheck", "__init__"): "a job that uses the package as its users do",
-    ("testing.contract", "__init__"): "what a plugin's author tests is the package as its users see it",
-    ("testing.worlds", "__init__"): "what a plugin's author tests is the package as its users see it",
+    ("cli.selfcheck", "__init__"): "the command runs a job that uses the package as users do",
+    **{
+        (f"testing.{name}", "__init__"): "plug-in authors test the package as users see it"
+        for name in ("compressors", "memories", "communicators", "policies", "worlds")
+    },
 }
-#: Modules that are imported by name, and by what. Each is imported once below.
+#: Modules that are imported by name: the importing module. A test imports each once.
 BY_NAME = {
     "frameworks.torch.adapter": "composition.grace: Grace.bind",
     "frameworks.tensorflow.adapter": "composition.grace: Grace.bind",
     "frameworks.torch.ops": "arrays.libraries",
     "frameworks.tensorflow.ops": "arrays.libraries",
     "arrays.numpy": "arrays.libraries",
-    "planning.auto": "parts.registry: the policies of other rooms",
+    "planning.auto": "parts.registry: policies that live in other rooms",
 }
-#: Where importlib.import_module is called: all else that is imported by name would be unseen here.
-CALLERS = {"composition.grace", "arrays.libraries", "arrays.kernels", "parts.registry", "planning.models"}
+#: The modules that call importlib.import_module: this test cannot see other imports by name.
+CALLERS = {"composition.grace", "arrays.libraries", "arrays.kernels", "parts.registry", "planning.models", "testing"}
 
 
 def modules() -> dict[str, Path]:
@@ -63,12 +65,13 @@ MODULES = modules()
 
 
 def imports(module: str) -> set[str]:
-    """The modules of the package that this one imports, anywhere in it."""
+    """Returns the modules of the package that this one imports, anywhere in its code."""
     path, found = MODULES[module], set()
     package = module.split(".") if path.name == "__init__.py" and module != "__init__" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name.removeprefix("grace_ext").lstrip(".") or "__init__" for name in node.names if name.name.startswith("grace_ext")}
+            own = [name.name for name in node.names if name.name.startswith("grace_ext")]
+            found |= {name.removeprefix("grace_ext").lstrip(".") or "__init__" for name in own}
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 base = package[: len(package) - node.level + 1]
@@ -101,7 +104,7 @@ def test_nothing_is_imported_from_above(module):
     below = NARROWER.get(mine, set(ROOMS[: ROOMS.index(mine)]) - {"__init__"}) | {mine}
     for other in imports(module):
         if (module, other) not in EXCEPTIONS:
-            assert room(other) in below, f"{module} imports {other}, and {mine} stands below {room(other)}: see ROOMS in this file"
+            assert room(other) in below, f"{module} imports {other}, but {mine} is a lower layer than {room(other)}: see ROOMS in this file"
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if room(m) in BASES))
@@ -112,7 +115,7 @@ def test_what_carries_parts_knows_no_single_one(module):
 
 
 def test_exceptions_and_names_are_in_use():
-    """What the tables allow and nobody needs would hide the next mistake."""
+    """Unused exceptions and names would hide the next mistake."""
     for module, other in EXCEPTIONS:
         assert other in imports(module), f"{module} does not import {other} any more: take it out of EXCEPTIONS"
     callers = {m for m, path in MODULES.items() if "import_module(" in path.read_text()}
@@ -120,7 +123,7 @@ def test_exceptions_and_names_are_in_use():
 
 
 def test_no_file_is_in_a_circle():
-    """Tarjan's algorithm over all imports, type-only and function-local ones included."""
+    """No modules import each other in a cycle (Tarjan's algorithm over all imports, also type-only and function-local ones)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -160,6 +163,6 @@ def test_what_is_imported_by_name_can_be(module):
 
 
 def test_no_file_is_long():
-    """One idea a file; the driver's argument is in one place."""
+    """A file holds one idea in at most 400 lines, except the driver, whose algorithm is in one place."""
     long = {m: n for m, path in MODULES.items() if (n := len(path.read_text().splitlines())) > 400 and m != "driver.driver"}
     assert long == {}

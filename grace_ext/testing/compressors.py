@@ -1,10 +1,11 @@
-"""What is asked of every compressor, on every tensor library that is installed. See `contract`."""
+"""Tests that every compressor must pass, on every installed tensor library. See `contract`."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,32 +24,33 @@ from .worlds import LR, NUMPY, WORLDS, World, same_bits, states, tapped
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
-#: Those that compute with arrays of their own; the rest are numpy inside, and need only their border tested.
+#: The worlds that compute with arrays of their own. The others use numpy inside, so that only their conversions need tests.
 OWN = [w for w in WORLDS if type(w.ops).pack is not type(NUMPY.ops).pack]
-QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+QUIET: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
 def contract(*texts: str) -> type:
-    """A class of tests for these compressors, by spec string ('mine', 'mine(knob=2)'): assign it to a name that begins with Test.
+    """Returns a class of tests for these compressors, given by spec strings ('mine', 'mine(knob=2)'). Assign it to a name that begins with
+    Test.
 
-    Checked: registration, configuration, shapes and dtypes, zeros and adversarial values, declared sizes against sent bytes, purity, the
-    same bytes in every tensor library, equal results on all ranks, error feedback that conserves, NaN on one rank, resuming,
-    damaged payloads, and what is declared of its error (unbiased, omega, delta, kappa, summable).
+    The tests check: registration, configuration, shapes and dtypes, zeros and adversarial values, declared sizes against sent bytes,
+    purity, the same bytes in every tensor library, equal results on all ranks, error feedback that loses nothing, NaN on one rank,
+    resuming, damaged payloads, and what the compressor declares of its error (unbiased, omega, delta, kappa, summable).
     """
     first = {compressor_of(text).name: text for text in reversed(texts)}.values()
-    # What is numpy inside differs at its border only, for which one spec of each compressor is enough.
+    # Worlds that use numpy inside differ in their conversions only, for which one spec of each compressor is enough.
     pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WORLDS for t in texts if w in (NUMPY, *OWN) or t in first]
     everywhere = type("TestEverywhere", (Everywhere,), {"pytestmark": [pytest.mark.parametrize(("world", "text"), pairs)]})
     declared = type("TestDeclared", (Declared,), {"pytestmark": [pytest.mark.parametrize("text", texts)]})
     return type("TestContract", (), {"TestEverywhere": everywhere, "TestDeclared": declared})
 
 
-def compressor_of(text: str):
+def compressor_of(text: str) -> Compressor:
     return grace_ext.grace(f"{text} + none").compressor
 
 
 def alone(text: str, x: np.ndarray, step: int = 0, seed: int = 0) -> np.ndarray:
-    """C(x) in float64: what a rank alone gets back at that step, without a memory."""
+    """Returns C(x) in float64: the result of one rank alone at that step, without a memory."""
     cluster = NUMPY.cluster(grace_ext.grace(f"{text} + none", seed=seed), 1)
     cluster.drivers[0].step = step
     with np.errstate(all="ignore"):
@@ -56,8 +58,8 @@ def alone(text: str, x: np.ndarray, step: int = 0, seed: int = 0) -> np.ndarray:
 
 
 def check_shapes(world: World, spec: str, dtype: str) -> None:
-    """Two steps of two ranks: shapes and dtypes of the input, finite, and the same bytes on every rank (but for memories that say that
-    their results differ)."""
+    """Makes two steps of two ranks: results have the shapes and dtypes of the input, are finite, and have the same bytes on every rank
+    (except for memories which declare that results differ)."""
     g = grace_ext.grace(spec)
     cluster = world.cluster(g, 2)
     for step in range(2):
@@ -71,7 +73,7 @@ def check_shapes(world: World, spec: str, dtype: str) -> None:
 
 
 def check_zeros(world: World, spec: str) -> None:
-    """Zero gradients give exact zeros, and leave no residual."""
+    """Checks that zero gradients give exact zeros, and leave no residual."""
     cluster = world.cluster(grace_ext.grace(spec), 2)
     zeros = [{name: np.zeros(shape, np.float32) for name, shape in inputs.SHAPES.items()}] * 2
     for _ in range(2):
@@ -81,7 +83,7 @@ def check_zeros(world: World, spec: str) -> None:
 
 
 def check_no_view(world: World, spec: str) -> None:
-    """Gradients are not changed, and what is written into them, or into the result, after a step changes nothing that is remembered."""
+    """Checks that a step does not change gradients, and that writing into them, or into the result, after it does not change the state."""
     clean, dirty = (world.cluster(grace_ext.grace(spec), 1) for _ in range(2))
     for step in range(3):
         tensors = world.tensors(inputs.ranks(1, step))
@@ -90,7 +92,7 @@ def check_no_view(world: World, spec: str) -> None:
         out = out[0] if isinstance(out, list) else out
         for name, tensor in tensors[0].items():
             assert np.array_equal(world.array(tensor), expected[0][name]), name
-            if tensor.shape and world.mutable:  # a 0-d numpy result may be a scalar, which nobody can write to
+            if tensor.shape and world.mutable:  # a 0-d numpy result may be a scalar, which is read-only
                 out[name][...] = 777.0
                 tensor[...] = 555.0
         world.step(clean, expected, lr=LR)
@@ -98,21 +100,21 @@ def check_no_view(world: World, spec: str) -> None:
 
 
 class Everywhere:
-    """What holds in every tensor library."""
+    """The tests that run in every tensor library."""
 
     # --- shapes, values -----------------------------------------------------------------------------------------------
     @pytest.mark.parametrize("memory", ["none", "residual"])
     def test_shapes_dtypes_and_equal_ranks(self, world: World, text: str, memory: str):
-        """0-d, empty, one-element, strided and other tensors come back in shape and dtype, finite, the same bytes on every rank."""
+        """0-d, empty, one-element, strided and other tensors keep shape and dtype, are finite, and have the same bytes on every rank."""
         for dtype in inputs.DTYPES if world is NUMPY else ("float32",):
             check_shapes(world, f"{text} + {memory}", dtype)
 
     def test_zeros_decode_to_exact_zeros(self, world: World, text: str):
-        """A zero gradient on all ranks changes nothing: no 0/0, no vote, no drift."""
+        """A zero gradient on all ranks gives zero: no 0/0, no vote, no drift."""
         check_zeros(world, f"{text} + residual")
 
     def test_adversarial_values_stay_finite(self, world: World, text: str):
-        """Zeros, ties, subnormals, the largest floats: decoded values are finite, and zeros stay zeros."""
+        """For zeros, ties, subnormals and the largest floats, decoded values are finite, and zeros stay zeros."""
         compressor, ops = compressor_of(text), world.ops
         for shape in ((1,), (7,), (600,), (24, 50)):
             spec = TensorSpec("w", shape)
@@ -120,7 +122,7 @@ class Everywhere:
                 continue
             for kind, x in inputs.adversarial(spec.size).items():
                 if compressor.rounds and np.abs(x).max() > 1e30:
-                    continue  # factors are sums over rows and columns; what an overflow may leave behind is tested below
+                    continue  # factors are sums over rows and columns, and may overflow; the state after that is tested below
                 flat = ops.ingest(world.tensor(x))
                 payload, _ = compressor.compress(ops, flat, spec, INFO, compressor.init(ops, spec, INFO))
                 out = np.array(ops.host(compressor.decompress(ops, payload, spec, INFO)))
@@ -146,7 +148,7 @@ class Everywhere:
 
     # --- sizes --------------------------------------------------------------------------------------------------------
     def test_payloads_are_what_fields_declare(self, world: World, text: str):
-        """Fixed fields have exactly their bytes and variable ones at most; the total never exceeds nbytes."""
+        """Fixed fields have exactly the declared bytes, and variable fields at most these; the total never exceeds nbytes."""
         compressor, ops = compressor_of(text), world.ops
         for shape in SHAPES:
             spec = TensorSpec("w", shape)
@@ -164,7 +166,7 @@ class Everywhere:
                 assert total <= compressor.nbytes(spec), (kind, shape)
 
     def test_wire_bytes_are_what_is_declared(self, world: World, text: str):
-        """What really went to the collectives, for each rank, is at most the declared payloads plus headers and flags."""
+        """Each rank hands at most the declared payloads, plus headers and flags, to collectives."""
         g = grace_ext.grace(f"{text} + residual")
         cluster = world.cluster(g, 2)
         declared = sum(g.nbytes(TensorSpec(name, shape)) for name, shape in inputs.SHAPES.items())
@@ -177,7 +179,7 @@ class Everywhere:
 
     # --- purity -------------------------------------------------------------------------------------------------------
     def test_no_view_of_the_gradient(self, world: World, text: str):
-        """The gradient is not modified; overwriting it, or the result, after the step changes nothing that is remembered."""
+        """The gradient is not modified; overwriting it, or the result, after the step does not change the state."""
         check_no_view(world, f"{text} + residual")
 
     def test_decompress_is_pure_and_gives_a_new_array(self, world: World, text: str):
@@ -192,7 +194,7 @@ class Everywhere:
 
     # --- every library, every rank, every start -----------------------------------------------------------------------
     def test_the_same_as_numpy(self, world: World, text: str):
-        """The same bytes on the wire, results and state as the reference, or close to them where the bytes may differ."""
+        """Bytes on the wire, results and state equal those of the reference, or are close to them if bytes may differ."""
         g = grace_ext.grace(f"{text} + residual")
         runs = []
         for one in (world, NUMPY):
@@ -235,7 +237,7 @@ class Everywhere:
 
     # --- error feedback, failures -------------------------------------------------------------------------------------
     def test_what_is_sent_and_what_is_kept_add_up(self, world: World, text: str):
-        """g + residual = sent + new residual, to the rounding of what is kept."""
+        """g + residual = sent + new residual, except for the rounding of the new residual."""
         g = grace_ext.grace(f"{text} + residual")
         cluster = world.cluster(g, 1)
         held: dict[str, np.ndarray] = {}
@@ -245,7 +247,7 @@ class Everywhere:
             after = states(cluster, world)[0]
             for name, gradient in gradients[0].items():
                 if not gradient.size or g.compressor.result != "mean":
-                    continue  # what a vote gives is not what was sent
+                    continue  # the result of a vote is not what was sent
                 before = gradient.astype(np.float64).ravel() + held.get(f"residual/{name}", 0.0)
                 error = out[name].astype(np.float64).ravel() + after[f"residual/{name}"] - before
                 scale = np.abs(before).max() + np.abs(out[name]).max()
@@ -253,7 +255,7 @@ class Everywhere:
             held = {k: v.astype(np.float64) for k, v in after.items()}
 
     def test_one_bad_rank(self, world: World, text: str):
-        """NaN on one of two ranks: both return NaN, nobody remembers anything of the step, and the next one is as if it had not been."""
+        """With NaN on one of two ranks both return NaN, and no state changes; the next step works as if this one had not been made."""
         shapes = {"a": (40,), "m": (24, 18)}
         cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
         world.step(cluster, inputs.ranks(2, 0, shapes=shapes))
@@ -295,10 +297,10 @@ class Everywhere:
 
 
 class Declared:
-    """What it says of itself, held to by the reference library."""
+    """The tests of what the compressor declares, in the reference library."""
 
     def test_is_a_registered_value(self, text: str):
-        """Found by name, equal by its knobs, and the same after a round trip through JSON and through its string."""
+        """It is found by name, equal if its knobs are, and the same after a round trip through JSON and through its string."""
         g = grace_ext.grace(f"{text} + none", seed=7)
         part = g.compressor
         assert grace_ext.compressors.get(part.name) is type(part)
@@ -308,10 +310,10 @@ class Declared:
 
     @pytest.mark.parametrize("kind", ["normal", "heavy tails", "one large"])
     def test_declared_error(self, text: str, kind: str):
-        """unbiased, omega and delta, as means over draws (6 standard errors); kappa for every draw."""
+        """unbiased, omega and delta hold in the mean over draws (within 6 standard errors), kappa for every draw."""
         compressor = compressor_of(text)
         if compressor.result == "vote":
-            pytest.skip("a vote is no approximation")
+            pytest.skip("a vote does not approximate the gradient")
         d = 1024
         omega, delta, kappa = compressor.omega(d), compressor.delta(d), compressor.kappa(d)
         assert omega is None or compressor.unbiased, "only an unbiased compressor has an omega"
@@ -323,7 +325,7 @@ class Declared:
         norm = float((x.astype(np.float64) ** 2).sum())
         slack = 6 * errors.std() / math.sqrt(draws) + 1e-6 * norm
         if compressor.unbiased:
-            # Sums over elements with random signs, and with those of x: one element may be drawn too seldom to tell.
+            # Sums over all elements with random signs, and with the signs of x: a single element may be drawn too rarely to test.
             directions = np.concatenate([np.random.default_rng(0).choice([-1.0, 1.0], (16, d)), [np.sign(x)]])
             along = (outs - x) @ directions.T
             limit = 6 * along.std(axis=0) / math.sqrt(draws) + 1e-6 * np.abs(directions * x).sum(axis=1)
@@ -338,25 +340,27 @@ class Declared:
     @settings(max_examples=40, **QUIET)
     @given(data=st.data())
     def test_declared_error_of_any_vector(self, text: str, data):
-        """delta of deterministic compressors, and kappa, for vectors that hypothesis thinks of."""
+        """delta of deterministic compressors, and kappa, hold for vectors that hypothesis generates."""
         compressor = compressor_of(text)
         two = [alone(text, sample("normal", 64), step) for step in range(2)]
-        deterministic = compressor.delta(64) is not None and np.array_equal(*two)
-        if compressor.result == "vote" or not (deterministic or compressor.kappa(64)):
+        delta, kappa = compressor.delta(64), compressor.kappa(64)
+        if delta is not None and not np.array_equal(two[0], two[1]):
+            delta = None  # a random compressor keeps it in the mean only
+        if compressor.result == "vote" or (delta is None and not kappa):
             return
         x = np.array(data.draw(st.lists(st.floats(-1e3, 1e3, width=32), min_size=64, max_size=64)), np.float32)
         error = float(((alone(text, x) - x) ** 2).sum())
         norm = float((x.astype(np.float64) ** 2).sum())
-        if deterministic:
-            assert error <= (1 - compressor.delta(64)) * norm * (1 + 1e-5) + 1e-30
-        if compressor.kappa(64) is not None:
-            assert error <= compressor.kappa(64) ** 2 * (1 + 1e-5) + 1e-10 * norm
+        if delta is not None:
+            assert error <= (1 - delta) * norm * (1 + 1e-5) + 1e-30
+        if kappa is not None:
+            assert error <= kappa**2 * (1 + 1e-5) + 1e-10 * norm
 
     def test_summed_payloads_are_the_mean_of_single_ones(self, text: str):
-        """A summable compressor gives by all-reduce what it gives by gathering and averaging, to rounding."""
+        """A summable compressor gives the same by all-reduce as by gathering and averaging, except for rounding."""
         compressor = compressor_of(text)
         if not compressor.summable or type(compressor).exchange is not Compressor.exchange:
-            return  # rounds of its own, over this or that
+            return  # it exchanges by rounds of its own
         gradients = inputs.ranks(3, 0, shapes={"m": (24, 50)})
         by_sum, by_gather = (
             NUMPY.step(NUMPY.cluster(grace_ext.grace(f"{text} + none @ {c}"), 3), gradients)["m"] for c in ("allreduce", "allgather")
@@ -367,6 +371,7 @@ class Declared:
 
 
 def sample(kind: str, d: int) -> np.ndarray:
+    """Returns float32[d] of a kind: 'normal', 'heavy tails' or 'one large'."""
     generator = np.random.default_rng(d)
     x = generator.standard_normal(d)
     if kind == "heavy tails":
