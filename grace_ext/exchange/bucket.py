@@ -30,7 +30,8 @@ def exchange_bucket(ops: Ops, jobs: Sequence[Job], info: StepInfo, digest: int, 
         try:
             requests = _next_requests(step, tensors, answers)
         except StopIteration as stop:
-            return [outcome for outcomes in stop.value for outcome in outcomes], all_finite
+            found = [outcome for outcomes in stop.value for outcome in outcomes]
+            return found, all_finite and all(outcome.finite for outcome in found)
         running = side_by_side([fused(step, kind, group, turn) for kind, group in by_kind(requests).items()])
         replies: Any = None
         while True:

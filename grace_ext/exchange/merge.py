@@ -15,6 +15,7 @@ from ..communicators.base import Communicator
 from ..compressors.base import Compressor
 from ..compressors.forms.merged import ROOM, SMALL
 from ..errors import IncompatiblePartsError
+from ..parts.fast_ops import fast
 from ..parts.ops import Ops
 from ..parts.tensor import StepInfo, TensorSpec
 from .tensor import Job, Outcome, exchange_fused, one_pass
@@ -53,16 +54,16 @@ def runs(jobs: list[Job]) -> Iterator[list[Job]]:
 def merge(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> tuple[TensorSpec, Generator[Any, Any, list[Outcome]]] | None:
     """Returns (the whole's spec, the exchange of these tensors as one). None if their compressor has no merged form or a gradient is not
     finite: then they go one by one."""
-    first = jobs[0]
+    first, compiled = jobs[0], fast(ops)
     found = _merged(first.compressor, first.communicator, tuple(job.spec for job in jobs))
-    if not found:
+    if not found or compiled is None:
         return None
     compressor, spec = found
     grad = ops.concat([job.grad for job in jobs])
     state = {key: ops.concat([job.state[key] for job in jobs]) for key in first.state} or dict(first.memory.init(ops, spec, info))
     feedback = first.memory.feedback(state)
     assert feedback is not None  # an elementwise memory has it
-    fused = compressor.fused(ops, grad, feedback, spec, info, {})
+    fused = compressor.fused(compiled, grad, feedback, spec, info, {})
     whole = first._replace(spec=spec, compressor=compressor, grad=None, state={}, out=None)  # not to hold what is done with
     return (spec, _apart(jobs, exchange_fused(ops, whole, info, {}, fused))) if fused else None
 

@@ -14,6 +14,7 @@ from ..communicators.base import Communicator
 from ..compressors.base import Compressor, Exchanged
 from ..compressors.fast_path import Fused, Payload, RoundsDone
 from ..memories.base import Memory
+from ..parts.fast_ops import FastOps, fast
 from ..parts.ops import Array, Feedback, Ops, Zeros
 from ..parts.tensor import StepInfo, TensorSpec
 
@@ -37,10 +38,12 @@ class Watch(Protocol):
 
 
 class Outcome(NamedTuple):
-    """The result of one tensor's exchange, and the tensor's new state."""
+    """The result of one tensor's exchange, and the tensor's new state. finite: False if the aggregate overflowed, although every rank's
+    gradient was finite; all ranks see the same bits, so all say so."""
 
     output: Array
     state: State
+    finite: bool = True
 
 
 class Job(NamedTuple):
@@ -66,12 +69,17 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
     watch = job.watch if job.watch is not None and job.watch.closely else None
-    running = compiled(ops, job, info, state) if ops.kernels else None
+    compiled_ops = fast(ops)
+    running = compiled(compiled_ops, job, info, state) if compiled_ops else None
     if running:
         return (yield from running)
     current = dict(state)  # a memory may send twice: the second time finds what the first left behind
+    finite = True
+    # What a memory keeps of an aggregate that overflowed would never be finite again.
+    learns = bool(memory.shared_state or memory.mean_state) or type(memory).on_aggregate is not Memory.on_aggregate
 
     def send(x: Array) -> Generator[Any, Any, Exchanged]:
+        nonlocal finite
         wide = job.compressor.keeps_float64 and spec.dtype == "float64"
         x = ops.cast(x, "float64" if wide else "float32")
         if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
@@ -80,16 +88,17 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
         done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
         if watch:
             watch.sent(ops.norm(x), ops.norm(x - done.values()))
+        finite = finite and (not learns or ops.all_finite(done.aggregate))
         kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
         changed = {**done.state, **kept}
         current.update(changed)
         return done._replace(state=changed, compressor=job.compressor)
 
     output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
-    return Outcome(output, _updated(state, *changes))
+    return Outcome(output, _updated(state, *changes), finite)
 
 
-def compiled(ops: Ops, job: Job, info: StepInfo, state: State) -> Generator[Any, Any, Outcome] | None:
+def compiled(ops: FastOps, job: Job, info: StepInfo, state: State) -> Generator[Any, Any, Outcome] | None:
     """Exchanges one gradient by kernels that do the memory's work, too. None if these parts, or these values, have no such form."""
     feedback = job.memory.feedback(state)
     if not feedback:
@@ -110,7 +119,7 @@ def compiled(ops: Ops, job: Job, info: StepInfo, state: State) -> Generator[Any,
     return _exchange_rounds(ops, job, state, rounds, watch, x) if rounds else None
 
 
-def _unsent(ops: Ops, job: Job, x: Array, payload: Payload, info: StepInfo) -> Array:
+def _unsent(ops: FastOps, job: Job, x: Array, payload: Payload, info: StepInfo) -> Array:
     decoded = ops.empty(job.spec.size)
     if not job.compressor.add_compiled(ops, decoded, payload, job.spec, True, 1):
         decoded = job.compressor.decompress(ops, payload, job.spec, info)

@@ -1,4 +1,4 @@
-"""The plan of a job that is there, from a short probe of its own network and of some real exchanges: `--measure`, and policy 'auto'."""
+"""Plans for the running job, by a short measurement of its own network and of some real exchanges: `--measure`, and policy 'auto'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .shapes import Shapes, gradients, specs_of
 from .trace import Trace, record
 
 Tell = Callable[[str], None]
-#: Steps until memory is used again: old and new state, and the collectives' buffers.
+#: Steps that are not counted: by then old and new state, and the collectives' buffers, have been allocated.
 WARM = 2
 
 
@@ -25,8 +25,10 @@ def probed(
     probe: Probe, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int, sizes: Sequence[int] = SIZES,
     steps: int = 3, tell: Tell = lambda text: None,
 ) -> Effects:  # fmt: skip
-    """(model, network, seconds of real exchanges by spec): exchanges of dense, of so many candidates that seem fastest, and of all in
-    two levels. The same on all ranks. Codecs are timed on all ranks at once, as they run in training. Effects, as all of Probe."""
+    """Returns (model, network, seconds of real exchanges by spec), the same on all ranks. A generator of effects, as all of Probe.
+
+    Really exchanged are: dense, the `exchanges` candidates that are predicted to be fastest, and all candidates in two levels. Codecs are
+    timed on all ranks at once, as they run in training."""
     tell("the network")
     network = yield from probe.collectives(sizes)
     traces = {}
@@ -37,7 +39,7 @@ def probed(
     model = Model(traces, probe.n, compute=compute)
     dense, *others = sorted(traces, key=lambda text: (text != next(iter(traces)), model.timed(text, network).step))
     measured = {}
-    levels = [text for text in others[exchanges:] if traces[text].two_level]  # of which nothing is known without
+    levels = [text for text in others[exchanges:] if traces[text].two_level]  # which cannot be predicted: the nodes are not known
     for text in [dense, *others[:exchanges], *levels]:
         tell(f"exchanges by {text}")
         measured[text] = yield from exchange_seconds(probe, chosen[text], shapes)
@@ -45,13 +47,13 @@ def probed(
 
 
 def rows_of(found: tuple) -> list[Prediction]:
-    """The candidates, from what `probed` gives."""
+    """Returns a prediction for each candidate from the result of `probed`."""
     model, network, measured = found
     return model.rows(network, network.link, measured)
 
 
 def slowest(probe: Probe, trace: Trace) -> Effects:
-    """The trace with each stretch of work as long as on the rank where it took longest."""
+    """Returns the trace with each stretch of work as long as on the rank that needed longest for it."""
     made = []
     for events in (trace.alone, trace.pair):
         works = yield from probe.largest([event.work for event in events])
@@ -60,15 +62,15 @@ def slowest(probe: Probe, trace: Trace) -> Effects:
 
 
 def exchange_seconds(probe: Probe, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> Effects:
-    """Times exchanges of such gradients by this composition, on all ranks. Returns the median seconds of at most `steps` exchanges after
-    WARM, or of as many as `budget` seconds allow, but at least one after a first."""
+    """Times exchanges of gradients of these shapes with this composition, on all ranks. Returns the median seconds of at most `steps`
+    exchanges after WARM others, or of as many as fit into `budget` seconds, but of at least one after a first."""
     driver = Driver(g, probe.ops, probe.transport, read_lr=lambda: 0.1, in_place=True)
     specs = specs_of(shapes)
     driver.register(specs)
     drawn = gradients(shapes, probe.transport.rank)
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < steps + WARM and sum(seconds) + seconds[-1] <= budget):
-        given = {spec.name: probe.ops.emit(drawn[spec.name].reshape(-1).copy(), spec) for spec in specs}
+        given = {spec.name: probe.ops.emit(probe.ops.upload(drawn[spec.name].reshape(-1).copy()), spec) for spec in specs}
         yield from probe.barrier()
         begin = time.perf_counter()
         yield from driver.exchange(given)

@@ -1,7 +1,7 @@
-"""What a rank decodes in an exchange: every compressor, memory and communicator, fed with damaged messages of its peer.
+"""Fuzzing targets for everything that a rank decodes in an exchange: any composition, fed with damaged messages of its peer.
 
-The exchange of one bucket is run as the driver runs it, for rank 0 of two; every reply of its collectives was recorded in an honest
-exchange of both ranks, and one message of rank 1, or one sum, is replaced.
+The exchange of one bucket runs as in the driver, on rank 0 of two. All replies of its collectives were recorded in a valid exchange of both
+ranks; one message of rank 1, or one sum, is replaced.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from grace_ext.parts.tensor import StepInfo, TensorSpec
 from .mutate import mutated
 
 SMALL = {"first": (600,), "second": (24, 18)}
-#: Beyond the sizes where kernels take other ways.
+#: Large enough for kernels to work in pieces.
 LARGE = {"large": (70_001,)}
 DIGEST, STEP = 0x1234_5678_9ABC_DEF0, 3
-#: Reasons of a PayloadError that are of the whole message, and name no parameter.
+#: Reasons of a PayloadError about the whole message, which names no parameter.
 OF_THE_MESSAGE = re.compile(r"header|does not start|payload version|another spec|is of step|unknown flags|truncated|belong to no tensor")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A reply that can be replaced: in which round, of which collective, and the honest bytes. A gathered message, or a sum."""
+    """A reply that can be replaced, a gathered message or a sum: its round, its collective, and its valid bytes."""
 
     turn: int
     place: int
@@ -47,7 +47,7 @@ class Slot:
 
 
 class ExchangeTarget:
-    """One composition on one tensor library."""
+    """Fuzzes one composition on one tensor library."""
 
     def __init__(self, ops: Any, text: str, shapes: dict[str, tuple[int, ...]] = SMALL):
         self.name, self.ops, self.size = text, ops, 2
@@ -74,7 +74,7 @@ class ExchangeTarget:
         return exchange_bucket(self.ops, self._jobs[rank], self._infos[rank], DIGEST, _carry)
 
     def _honest(self) -> list[list[Any]]:
-        """Rank 0's replies by round, and the slots."""
+        """Runs a valid exchange. Returns rank 0's replies by round, and fills `slots`."""
         layouts: list[Any] = []
         plain = fusing.unpack
 
@@ -104,13 +104,13 @@ class ExchangeTarget:
         return replies
 
     def inputs(self, rng: random.Random) -> Iterator[tuple[int, bytes]]:
-        """Damaged messages without end: (slot, bytes)."""
+        """Yields damaged messages without end, as (slot, bytes)."""
         while True:
             number = rng.randrange(len(self.slots))
             yield number, mutated(self.slots[number].honest, self.slots[number].edges, rng)
 
     def feed(self, number: int, data: bytes) -> str:
-        """'refused' or 'accepted'; raises where an error is not a PayloadError that says whose and what, or a result is wrong."""
+        """Returns 'refused' or 'accepted'. Raises if an error is not a PayloadError that names rank and parameter, or a result is wrong."""
         slot = self.slots[number]
         running, result = self._run(0), None
         try:
@@ -133,18 +133,18 @@ class ExchangeTarget:
             replies[slot.place] = [replies[slot.place][0], self.ops.upload(np.frombuffer(data, np.uint8).copy())]
         else:
             before = np.asarray(self.ops.host(replies[slot.place]))
-            whole = (data + slot.honest[len(data) :])[: len(slot.honest)]  # an engine's sum has the length that was asked for
+            whole = (data + slot.honest[len(data) :])[: len(slot.honest)]  # an engine's sum always has the requested length
             replies[slot.place] = self.ops.upload(np.frombuffer(whole, before.dtype).copy())
         return replies
 
     def _check(self, slot: Slot, data: bytes, outcomes: list[Any], finite: bool) -> None:
-        for job, (output, state) in zip(self._jobs[0], outcomes, strict=True):
+        for job, (output, state, _) in zip(self._jobs[0], outcomes, strict=True):
             host = np.asarray(self.ops.host(output))
             assert host.shape == (job.spec.size,) and host.dtype == np.float32, (host.shape, host.dtype)
             lengths = {key: len(array) for key, array in state.items()}
             assert lengths == {key: len(array) for key, array in job.state.items()}, lengths
             if finite and slot.gathered:
-                # Finite numbers whose sum is not: every rank sees the same Inf. A NaN has no such excuse.
+                # An Inf is allowed, because a sum of finite numbers may overflow, on all ranks alike; a NaN is not.
                 assert not np.isnan(host).any(), "NaN, and not flagged"
 
 
@@ -160,7 +160,7 @@ def _next(running: Any, answer: Any) -> Any:
 
 
 def _edges(data: bytes, fields: list[Any]) -> tuple[int, ...]:
-    """Where the fields of a message begin and end, counts included, and those of the header."""
+    """Returns where the fields of a message begin and end, counts and header fields included."""
     at, found = HEADER.size, [0, 2, 3, 4, 8, 16, HEADER.size]
     for field in fields:
         size = field.max_bytes
