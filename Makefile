@@ -1,13 +1,14 @@
-# make demo           train on two ranks with torch.distributed, dense and compressed (no compiler, no Horovod)
-# make demo-horovod   the same by horovodrun
-# make test           lint and all tests, Horovod included
-# make horovod        Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
-# make lint           ruff alone
+# make demo           trains on two ranks with torch.distributed, dense and compressed (needs no compiler, no Horovod)
+# make demo-horovod   does the same with horovodrun, and trains a Keras model
+# make test           runs lint and all tests, Horovod included
+# make horovod        installs Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
+# make lint           runs ruff and mypy
+# make clean          removes .venv and everything that was built
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q
-# The tested versions. (Where plain `torch` brings CUDA packages you do not want, name a CPU build here.)
+# The tested versions. (If plain `torch` brings CUDA packages that you do not want, name a CPU build here.)
 TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu==2.21.0
 DEMO_OPTIONS ?=
@@ -30,6 +31,7 @@ horovod: $(VENV)/.all-installed
 
 lint: $(VENV)/.all-installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 $(PY):
 	python3 -m venv $(VENV)
@@ -47,4 +49,4 @@ $(VENV)/.all-installed: $(VENV)/.demo-installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info demo .pytest_cache .ruff_cache .mypy_cache
