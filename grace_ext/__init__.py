@@ -3,12 +3,12 @@
     import grace_ext
     g = grace_ext.grace("topk(ratio=0.01) + residual @ allgather")
 
-`import grace_ext` imports no framework; see grace_ext.frameworks.torch for the drop-in of horovod.torch.
+`import grace_ext` imports no framework; grace_ext.frameworks.torch is the drop-in replacement for horovod.torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import communicators, compressors, memories, policies
 from ._version import __version__ as __version__
@@ -26,8 +26,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str):
-    # These need numpy, which a plain import should not pay for.
+def __getattr__(name: str) -> Any:
+    # These need numpy, whose import takes time; they are imported when they are first used.
     if name == "LocalCluster":
         from .cluster import LocalCluster
 

@@ -1,4 +1,4 @@
-"""LocalCluster: N ranks in one process, in lockstep, for tests, simulation and understanding."""
+"""LocalCluster runs N ranks in one process, in lockstep, for tests, simulation and study."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class LocalCluster:
-    """`size` simulated ranks that exchange gradients as real ones would: same parts, same driver, same bytes.
+    """Simulates `size` ranks that exchange gradients as real ones do: with the same parts, the same driver and the same bytes.
 
-    framework: 'numpy', 'torch' or 'tensorflow'; tensors of that framework, or numpy arrays, go in, and that framework's come out.
-    ranks_per_node: for communicator 'hierarchical', so many consecutive ranks share a node (the last node may have fewer).
+    framework: 'numpy', 'torch' or 'tensorflow'. It takes tensors of that framework or numpy arrays, and returns that framework's.
+    ranks_per_node: the number of consecutive ranks that share a node, for communicator 'hierarchical' (the last node may have fewer).
     """
 
     def __init__(self, grace: Grace, size: int, framework: str = "numpy", ranks_per_node: int = 1):
@@ -40,24 +40,24 @@ class LocalCluster:
 
     @property
     def wire_bytes(self) -> list[int]:
-        """Bytes of each rank's own input buffers to all collectives of the last step; the start-up agreement excluded."""
+        """Returns the bytes that each rank handed to collectives in the last step, without the agreement at the first step."""
         return [driver.wire_bytes for driver in self.drivers]
 
     def measure(self, every: int = 100, **options: Any) -> list[Metrics]:
-        """Turns metrics on, on every rank (see metrics.py; a file of every rank has '{rank}' in its name)."""
+        """Turns metrics on, on every rank (see metrics.py). With '{rank}' in the name of the file, every rank writes one."""
         self._metrics = [Metrics(every, **options) for _ in self.drivers]
         for driver, metrics in zip(self.drivers, self._metrics, strict=True):
             metrics.attach(driver, network=False)
         return self._metrics
 
     def metrics(self) -> list[Report]:
-        """Each rank's latest report; [] where `measure` was not called."""
+        """Returns each rank's latest report; [] if `measure` was not called."""
         return [metrics.report() for metrics in self._metrics]
 
     def step(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> Any:
-        """One exchange: a mapping name -> gradient for each rank in, the aggregated mapping (the same on all ranks) out, in the
-        shapes and dtypes of the input; or a list of each rank's mapping, for a memory whose result differs from rank to rank (cser).
-        Input that does not fit raises before anything has changed."""
+        """Makes one exchange of one mapping {name: gradient} per rank. Returns the mapping of aggregates, the same on all ranks, in the
+        shapes and dtypes of the input; or a list of mappings by rank, for a memory whose result differs from rank to rank (cser).
+        Raises GraceError, before anything has changed, if the input does not fit."""
         self._check(gradients)
         self.drivers[0].check_rate(lr)
         self._lr = lr
@@ -66,9 +66,9 @@ class LocalCluster:
         return by_rank if self.grace.diverges else by_rank[0]
 
     def _check(self, gradients: Sequence[Mapping[str, Any]]) -> None:
-        """Registers the parameters at the first step. Raises, and forgets them again, where a rank's do not fit."""
+        """Registers the parameters at the first step. Raises GraceError, and forgets them again, if a rank's do not fit."""
         if len(gradients) != self.size:
-            raise ParameterError(f"step takes one mapping for each of the {self.size} ranks, got {len(gradients)}")
+            raise ParameterError(f"step needs one mapping for each of the {self.size} ranks, got {len(gradients)}")
         names = set(self.drivers[0].specs or gradients[0])
         for rank, mapping in enumerate(gradients):
             missing, extra = sorted(names - set(mapping)), sorted(set(mapping) - names)
@@ -88,13 +88,13 @@ class LocalCluster:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every rank; `load_state_dict` resumes from it bit for bit."""
+        """Returns the state of every rank, from which `load_state_dict` resumes bit for bit."""
         return {"version": 1, "ranks": [driver.state_dict() for driver in self.drivers]}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes. Raises GraceError if it was saved with another spec or another number of ranks."""
+        """Resumes from a state. Raises GraceError if it was saved with another spec or another number of ranks."""
         if len(saved["ranks"]) != self.size:
-            raise GraceError(f"this state is of {len(saved['ranks'])} ranks, the cluster has {self.size}")
+            raise GraceError(f"this state is of {len(saved['ranks'])} ranks, but the cluster has {self.size}; they must be equal")
         self._check_states(saved["ranks"])
         for driver, state in zip(self.drivers, saved["ranks"], strict=True):
             driver.load_state_dict(state)
@@ -103,7 +103,7 @@ class LocalCluster:
         for driver, state in zip(self.drivers, states, strict=True):
             driver.read_state(state)
             if state["rank"] != driver.transport.rank:
-                raise GraceError(f"the state of rank {state['rank']} stands in the place of rank {driver.transport.rank}")
+                raise GraceError(f"states must be in rank order; that of rank {state['rank']} is in place {driver.transport.rank}")
 
     def _saveable(self) -> Saveable:
         def read() -> list[dict[str, Any]]:

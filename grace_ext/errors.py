@@ -1,4 +1,4 @@
-"""What can go wrong. Every error says what was seen, which rule it breaks and what to do, and keeps its data as attributes."""
+"""Defines all errors. Each says what was seen, which rule it breaks and what to do, and keeps its data as attributes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 class GraceError(Exception):
-    """Base of every error that grace_ext raises on purpose."""
+    """Every error that grace_ext raises on purpose inherits from this class."""
 
 
 class UnknownPartError(GraceError, KeyError):
-    """No part of that name. `kind` is compressor, memory, communicator or policy; `nearest` are similar known names."""
+    """No part has that name. `kind` is compressor, memory, communicator or policy; `nearest` are similar known names."""
 
     def __init__(self, kind: str, name: str, nearest: Sequence[str], known: Sequence[str]):
         self.kind, self.name, self.nearest, self.known = kind, name, tuple(nearest), tuple(known)
@@ -23,43 +23,43 @@ class UnknownPartError(GraceError, KeyError):
 
 
 class ParameterError(GraceError, ValueError):
-    """A knob of a part has a value out of its range or of the wrong type, or there is no such knob."""
+    """A knob's value is out of range or of the wrong type, or the part has no such knob."""
 
 
 class SpecSyntaxError(GraceError, ValueError):
-    """A spec string or configuration that cannot be read."""
+    """A spec string or configuration cannot be read."""
 
 
 class IncompatiblePartsError(GraceError, ValueError):
-    """A mix of parts that cannot work, refused when it is composed."""
+    """The parts cannot work together; raised when they are composed."""
 
 
 class UnsupportedError(GraceError, NotImplementedError):
-    """Something that is refused in this setting; the message says why and what to do instead."""
+    """The request is not supported in this setting; the message says why and what to do instead."""
 
 
 class UnboundError(GraceError, TypeError):
-    """A Grace was used where only one bound to a model's parameters works."""
+    """A Grace was used without being bound to a model's parameters, which is needed here."""
 
 
 class NamesError(GraceError, ValueError):
-    """Parameter names that are duplicated, missing, or not those of the earlier steps."""
+    """Parameter names are duplicated, missing, or not those of the earlier steps."""
 
 
 class TensorChangedError(GraceError, ValueError):
-    """A tensor whose shape or dtype is not what it was under its name at the first step."""
+    """A tensor's shape or dtype is not the one that its name had at the first step."""
 
 
 class UnsupportedDtypeError(GraceError, TypeError):
-    """Integer, boolean or complex gradients."""
+    """A gradient is integer, boolean or complex."""
 
 
 class LearningRateError(GraceError, RuntimeError):
-    """A part uses the learning rate, and no optimizer was bound that has one."""
+    """A part uses the learning rate, but no optimizer that has one was bound."""
 
 
 class DisagreementError(GraceError, RuntimeError):
-    """Ranks whose scripts compress differently. `by_rank` holds what each rank said."""
+    """The ranks' scripts compress differently. `by_rank` holds what each rank reported."""
 
     def __init__(self, message: str, by_rank: Sequence[dict]):
         self.by_rank = tuple(by_rank)
@@ -67,11 +67,11 @@ class DisagreementError(GraceError, RuntimeError):
 
 
 class CheckpointError(GraceError, RuntimeError):
-    """A checkpoint that could not be written, is not there, is damaged, or is of another exchange."""
+    """A checkpoint could not be written, does not exist, is damaged, or belongs to another exchange."""
 
 
 class RankLeftError(GraceError, RuntimeError):
-    """Ranks that are waited for have left, have not come in time, or are at another step. `ranks` are those."""
+    """Other ranks have left, have not come in time, or are at another step. `ranks` lists them."""
 
     def __init__(self, message: str, ranks: Sequence[int] = ()):
         self.ranks = tuple(ranks)
@@ -79,21 +79,21 @@ class RankLeftError(GraceError, RuntimeError):
 
 
 class CollectiveError(GraceError, RuntimeError):
-    """The engine could not end a collective: a peer died, the network failed, or somebody did not come in time. `name` is the collective's,
-    `parameters` those whose gradients it carried, `rank` the rank that says so (an engine seldom knows whose fault it was)."""
+    """The engine could not finish a collective: a peer died, the network failed, or a rank did not come in time. `name` is the collective's
+    name, `parameters` are those whose gradients it carried, `rank` is the rank that reports it (an engine seldom knows who caused it)."""
 
     def __init__(self, reason: str, name: str, parameters: Sequence[str], rank: int):
         self.reason, self.name, self.parameters, self.rank = reason, name, tuple(parameters), rank
         shown = ", ".join(self.parameters[:3]) + (f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else "")
         super().__init__(
-            f"rank {rank}: collective {name!r}{f' of {shown}' if shown else ''} failed: {reason}. Look at the other ranks' output for the "
-            "one that ended or stopped first; the memory is that of the last whole step. Training can go on from a checkpoint, or "
-            "by itself as an elastic job; a peer that is only slow may need a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
+            f"rank {rank}: collective {name!r}{f' of {shown}' if shown else ''} failed: {reason}. Look in the other ranks' output for the "
+            "one that ended or stopped first; the memory is that of the last complete step. Training can continue from a checkpoint, or "
+            "by itself as an elastic job; if a peer is only slow, set a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
         )
 
 
 class PayloadError(GraceError, RuntimeError):
-    """What arrived from a peer cannot be decoded. `rank` sent it; `parameter` is the tensor, where it is known."""
+    """A payload from another rank cannot be decoded. `rank` sent it; `parameter` is the tensor, if it is known."""
 
     def __init__(self, reason: str, rank: int | None = None, parameter: str | None = None):
         self.reason, self.rank, self.parameter = reason, rank, parameter
@@ -102,16 +102,16 @@ class PayloadError(GraceError, RuntimeError):
         super().__init__(f"{where}{what}: {reason}")
 
     def at(self, rank: int, parameter: str | None) -> PayloadError:
-        """The same error, with the sender and the parameter filled in."""
+        """Returns the same error with the sender and the parameter filled in."""
         return PayloadError(self.reason, rank, parameter)
 
 
 class ModelError(GraceError, ValueError):
-    """A model whose shapes cannot be had: a file or module that is not there, cannot be read, or holds something else."""
+    """A model's shapes cannot be found: its file or module does not exist, cannot be read, or holds something else."""
 
 
 class UnstableFeedbackWarning(UserWarning):
-    """Error feedback of a random compressor whose variance exceeds what it is given: what is remembered can grow without bound."""
+    """Error feedback is used with a random compressor whose variance exceeds its input, so the residual can grow without bound."""
 
 
 class BiasedCompressorWarning(UserWarning):
@@ -119,10 +119,10 @@ class BiasedCompressorWarning(UserWarning):
 
 
 def few(names: Iterable[str]) -> str:
-    """The first five of them."""
+    """Returns the first five names as text, with ', ...' if there are more."""
     shown = list(itertools.islice(names, 6))
     return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
 
-#: What a PayloadError says of a payload that hides NaN or Inf.
+#: The reason in a PayloadError for a payload that holds NaN or Inf without saying so.
 NOT_FLAGGED = "decodes to NaN or Inf, although its header says that all values are finite"

@@ -1,4 +1,4 @@
-"""The array protocol in numpy with compiled kernels (grace_ext/kernels) where they gain something: contiguous float32 on the host."""
+"""Implements the array protocol in numpy, with compiled kernels (arrays/kernels) if they are faster: for contiguous float32 on the host."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .quantizing import NOTHING, QuantizingOps, stretches
 
 #: Below this size a partial sort of all magnitudes is faster than a threshold from a sample.
 SMALL = 16384
-#: Most elements of a sample, and the least distance between two of them: each is a cache miss. The threshold that it gives is meant to
-#: leave this many standard deviations more than is wanted.
+#: The most elements of a sample, and the least distance between two of them: each is a cache miss. The threshold from a sample is so low
+#: that the elements which reach it are expected to be this many standard deviations more than are wanted.
 SAMPLE, SAMPLE_STEP, MARGIN = 8192, 64, 4.0
-#: Elements above which the buffers of collectives are kept for the next step.
+#: In elements. Buffers of collectives of at least this size are kept for the next step.
 LARGE = 1 << 18
-#: Elements below which an array is not kept: to make one costs less than to look for one.
+#: In elements. A smaller array is not kept: to make one costs less than to look for one.
 LEAST = 4096
-#: The smallest float above zero, as bits: what a threshold of zero means, for zeros are never selected.
+#: The smallest float above zero, as bits. A threshold of zero becomes this one, because zeros are never selected.
 TINY = np.uint32(1)
 
 #: (int64[m]: positions, ascending; float32[m]: the values there)
@@ -35,7 +35,7 @@ Host = TypeVar("Host", bound=NumpyOps)
 
 
 def host_ops(border: type[Host]) -> Host:
-    """The ops of this border (the tensors that come in and go out), compiled where kernels are enabled."""
+    """Returns the operations for this border (the class for the tensors that come in and go out), compiled if kernels are enabled."""
     if not kernels.enabled():
         return border()
     bases = (CompiledOps,) if border is NumpyOps else (border, CompiledOps)
@@ -43,13 +43,13 @@ def host_ops(border: type[Host]) -> Host:
 
 
 class CompiledOps(QuantizingOps):
-    """As NumpyOps, bit for bit. Keeps arrays of a state that is over, and of collectives, for the next: fresh memory costs more than a
-    pass over it."""
+    """Equals NumpyOps bit for bit. It keeps the arrays of a state that is over, and of collectives, for the next: fresh memory costs more
+    than a pass over it."""
 
     def __init__(self) -> None:
         self.kernels = kernels.load()
         self._spare: dict[tuple[int, str], list[np.ndarray]] = {}
-        # What `empty` handed out: only that is taken back, so that no more is kept than was once in use at a time.
+        # What `empty` returned: only that is taken back, so that no more is kept than was once in use at a time.
         self._own: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
 
     # --- memory -----------------------------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ class CompiledOps(QuantizingOps):
         return array
 
     def new(self, size: int, dtype: str) -> np.ndarray:
-        """Not set, in memory that is no other array's."""
+        """Returns an array whose values are not set, in memory that is no other array's."""
         return np.empty(size, dtype)
 
     def owns(self, array: np.ndarray) -> bool:
-        """Whether `empty` handed it out, and would again."""
+        """Whether `empty` returned this array, and may return it again."""
         return array.size >= LEAST and self._own.get(id(array)) is array
 
     def recycle(self, arrays: list[np.ndarray]) -> None:
@@ -94,7 +94,7 @@ class CompiledOps(QuantizingOps):
     def mean_of_wire(self, pieces: Sequence[np.ndarray], dtype: str, divisor: int) -> np.ndarray:
         item = ITEMSIZE[dtype]
         out = np.empty(pieces[0].size, np.uint8)
-        for piece in stretches(out.size // item):  # floats twice as large, and their sums, stay in the cache
+        for piece in stretches(out.size // item):  # the floats, twice as large, and their sums stay in the cache
             part = slice(item * piece.start, item * piece.stop)
             out[part] = super().mean_of_wire([data[part] for data in pieces], dtype, divisor)
         return out
@@ -120,7 +120,7 @@ class CompiledOps(QuantizingOps):
 
     # --- selection --------------------------------------------------------------------------------------------------
     def compensate(self, feedback: Feedback, grad: np.ndarray) -> np.ndarray | None:
-        """What is compressed, or None where it is not finite. A new array, but the gradient itself where there is no residual."""
+        """Returns what is compressed, or None if it is not finite: a new array, or the gradient itself if there is no residual."""
         if feedback.residual is None:
             return grad if self.all_finite(grad) else None
         total = self.empty(grad.size)
@@ -128,8 +128,8 @@ class CompiledOps(QuantizingOps):
         return total if finite else None
 
     def sweep(self, feedback: Feedback, grad: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
-        """(what is compressed, as `compensate`, but where there is a residual without what is found; where its magnitude reaches the
-        threshold, and the values there) in one pass, which leaves a gradient that is spent as zeros."""
+        """Returns, in one pass, (what is compressed, as `compensate`, but if there is a residual with zeros where something is found; where
+        its magnitude reaches the threshold, and the values there). Leaves a gradient that is spent as zeros."""
         if feedback.residual is None:
             found = self._above(grad, threshold)
             return None if found is None else (grad, found)
@@ -141,8 +141,8 @@ class CompiledOps(QuantizingOps):
         return None if found is None else (total, found)
 
     def compensate_at(self, feedback: Feedback, grad: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """(what is compressed, as `compensate`, but where there is a residual with zeros at these positions; the values there). Leaves a
-        gradient that is spent as zeros."""
+        """Returns (what is compressed, as `compensate`, but if there is a residual with zeros at these positions; the values there). Leaves
+        a gradient that is spent as zeros."""
         if feedback.residual is None:
             return (grad, grad[positions]) if self.all_finite(grad) else None
         total, values = self.empty(grad.size), np.empty(len(positions), np.float32)
@@ -152,7 +152,7 @@ class CompiledOps(QuantizingOps):
         return (total, values) if finite else None
 
     def compensate_stats(self, feedback: Feedback, grad: np.ndarray) -> tuple[np.ndarray, float, int, float] | None:
-        """(what is compressed, the sum of its magnitudes, how many are not zero, the largest); None where it is not finite. Leaves a
+        """Returns (what is compressed, the sum of its magnitudes, how many are not zero, the largest); None if it is not finite. Leaves a
         gradient that is spent as zeros."""
         total, sums = grad if feedback.residual is None else self.empty(grad.size), np.zeros(3)
         if feedback.residual is None:
@@ -163,7 +163,7 @@ class CompiledOps(QuantizingOps):
         return (total, sums[0], int(sums[1]), sums[2]) if np.isfinite(sums[2]) else None
 
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
-        """The magnitudes that reach a threshold above zero, in order, and the least of them."""
+        """Returns the magnitudes that reach a threshold above zero, in order, and the least of them."""
         at, pieces, bits, least = 0, [], max(np.float32(threshold).view(np.uint32), TINY), INFINITY
         while at < x.size:
             out = np.empty(x.size // 3 + L1_PIECE, np.float32)
@@ -173,16 +173,16 @@ class CompiledOps(QuantizingOps):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces), float(np.uint32(least).view(np.float32))
 
     def total_above(self, x: np.ndarray, least: float) -> float:
-        """The sum of x_j - least, each in float32, in float64."""
+        """Returns the sum, in float64, of x_j - least, each in float32."""
         return self.kernels.total_above(x, np.float32(least))
 
     def take_out(self, feedback: Feedback, x: np.ndarray, threshold: float) -> tuple[np.ndarray, Found] | None:
-        """As `sweep`, of what is compressed, a finite x."""
+        """Returns what `sweep` does, given x, what is compressed, which is finite."""
         found = self._above(x, threshold, NOTHING if feedback.residual is None else x)
         return None if found is None else (x, found)
 
     def _collected(self, size: int, run: Any) -> Found | None:
-        """What `run(start, positions, values)` finds, called again with more room until it came to the end; None where it found NaN."""
+        """Returns what `run(start, positions, values)` finds, called again with more room until the end; None if that is Inf or NaN."""
         pieces, at, room = [], 0, size // 32 + L1_PIECE
         while at < size:
             positions, values = np.empty(room, np.int64), np.empty(room, np.float32)
@@ -200,19 +200,19 @@ class CompiledOps(QuantizingOps):
         return super().at_least(x, threshold) if found is None else found[0]
 
     def _above(self, x: np.ndarray, threshold: float, taken: np.ndarray = NOTHING) -> Found | None:
-        """Where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None where they are not finite.
-        taken: x, where zeros are to be left there."""
+        """Returns where |x_j| reaches a threshold that is not below zero (zeros never do), and the values there; None if they are not
+        finite. taken: x, if zeros are to be left there."""
         bits = max(np.float32(threshold).view(np.uint32), TINY)
         return self._collected(x.size, lambda at, *out: self.kernels.collect(x[at:], bits, *out, taken[at:]))
 
     def threshold_for(self, k: int, sample: np.ndarray, size: int) -> float:
-        """A magnitude that a few more than k of `size` elements reach, by a sample of their magnitudes."""
+        """Returns a magnitude that a few more than k of `size` elements are likely to reach, by a sample of their magnitudes."""
         expected = k * len(sample) / size
         wanted = int(expected + MARGIN * expected**0.5 + 1)
         return float(np.partition(sample, len(sample) - wanted)[len(sample) - wanted]) if wanted < len(sample) else 0.0
 
     def top_k(self, x: np.ndarray, k: int) -> np.ndarray:
-        if x.size < SMALL or 4 * k > x.size or not _float32(x):  # of many, a threshold leaves out too few
+        if x.size < SMALL or 4 * k > x.size or not _float32(x):  # for a large k, a threshold leaves out too few
             return super().top_k(x, k)
         found = self._above(x, self.threshold_for(k, np.abs(x[:: sample_step(x.size)]), x.size))
         if found is None or len(found[0]) < k:
@@ -220,13 +220,13 @@ class CompiledOps(QuantizingOps):
         return found[0][super().top_k(found[1], k)]
 
     def largest_each(self, x: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The positions that `top_k` finds of each of the tensors that end there."""
+        """Returns the positions that `top_k` finds of each of the tensors that end at `ends`, so many of each as `counts` says."""
         positions = np.empty(counts.sum(), np.int64)
         self.kernels.largest_each(x, ends, counts, positions)
         return positions
 
     def sweep_for(self, feedback: Feedback, grad: np.ndarray, k: int) -> tuple[np.ndarray, Found | None] | None:
-        """As `sweep`, with a threshold that a few more than k elements are likely to reach; looks for nothing where a sort is faster."""
+        """Returns what `sweep` does, with a threshold that a few more than k elements probably reach; or (x, None) if a sort is faster."""
         if grad.size < SMALL or k >= grad.size:
             total = self.compensate(feedback, grad)
             return None if total is None else (total, None)
@@ -234,7 +234,7 @@ class CompiledOps(QuantizingOps):
         return self.sweep(feedback, grad, self.threshold_for(k, np.abs(sample), grad.size))
 
     def sample(self, feedback: Feedback, grad: np.ndarray, which: slice) -> np.ndarray:
-        """These elements of what is compressed."""
+        """Returns these elements of what is compressed."""
         if feedback.residual is None:
             return grad[which].copy()
         return np.float32(feedback.beta) * feedback.residual[which] + np.float32(feedback.gamma) * grad[which]
@@ -247,8 +247,8 @@ class CompiledOps(QuantizingOps):
         return total
 
     def compensate_product(self, feedback: Feedback, grad: np.ndarray, q: np.ndarray, rows: int, rank: int) -> Any:
-        """(what is compressed, x, in the memory of a gradient that is spent; float32[rows * rank]: the matrix x times Q, which is given by
-        rows); None where x is not finite."""
+        """Returns (what is compressed, x, in the memory of a gradient that is spent; float32[rows * rank]: the matrix x times Q, which is
+        given by rows); None if x is not finite."""
         total, p = grad if feedback.spent else self.empty(grad.size), np.zeros(rows * rank, np.float32)
         factors = np.float32(feedback.beta), np.float32(feedback.gamma)
         finite = self.kernels.compensate_product(feedback.residual, grad, *factors, np.ascontiguousarray(q), rows, rank, total, p)
@@ -302,14 +302,14 @@ class CompiledOps(QuantizingOps):
         return signs
 
     def signs_of(self, x: np.ndarray) -> tuple[np.ndarray, bool] | None:
-        """(signs, packed; whether any element is not zero); None where x is not finite."""
+        """Returns (signs, packed; whether any element is not zero); None if x is not finite."""
         signs = np.empty((x.size + 7) // 8, np.uint8)
         most = self.kernels.pack_signs_and_most(x, signs)
         return (signs, most > 0) if most < INFINITY else None
 
     def compensate_signs(self, feedback: Feedback, grad: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """(what is compressed, its signs packed, float64[number]: with 1 the sum of its magnitudes, with 3 that of what is below zero, that
-        of the rest, and how many are below); None where it is not finite. For a feedback that has a residual."""
+        """Returns (what is compressed, its signs packed, float64[number]), for a feedback that has a residual; None if it is not finite.
+        With number 1: the sum of magnitudes; with 3: that of the elements below zero, that of the others, and how many are below."""
         total, signs, sums = self.empty(grad.size), np.empty((grad.size + 7) // 8, np.uint8), np.zeros(number)
         factors = np.float32(feedback.beta), np.float32(feedback.gamma)
         finite = self.kernels.compensate_signs(feedback.residual, grad, *factors, total, signs, sums)
@@ -332,7 +332,7 @@ class CompiledOps(QuantizingOps):
 
 
 def sample_step(size: int) -> int:
-    """Every how many elements a sample takes one: an odd number, so that it walks along no row or column."""
+    """Returns the distance between two elements of a sample: an odd number, so that the sample follows no row or column."""
     return max(SAMPLE_STEP, size // SAMPLE) | 1
 
 

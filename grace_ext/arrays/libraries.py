@@ -11,7 +11,7 @@ from ..errors import ParameterError
 from ..parts.ops import Ops
 from .compiled import host_ops
 
-#: By framework: where its class for tensors on the host is.
+#: By framework: the module and the name of its class for tensors on the host.
 CLASSES = {
     "numpy": ("grace_ext.arrays.numpy", "NumpyOps"),
     "torch": ("grace_ext.frameworks.torch.ops", "HostOps"),

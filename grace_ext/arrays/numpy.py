@@ -1,4 +1,4 @@
-"""The array protocol in numpy: the reference that every other implementation equals."""
+"""Implements the array protocol in numpy: the reference that every other implementation equals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..parts.field import INTEGERS
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
 
-# Bit matrices take `width` bytes a code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
+# Bit matrices take `width` bytes per code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
 BITS_PIECE = 1 << 15
 # The largest finite value of each dtype, exact in float32 (and in float64).
 LARGEST: dict[Any, float] = {
@@ -25,7 +25,7 @@ LARGEST |= {np.dtype(name): LARGEST[name] for name in ("float16", "float32", "fl
 
 
 class NumpyOps(Ops):
-    """numpy arrays on the host. Stateless."""
+    """Works on numpy arrays on the host. It has no state."""
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         array = np.asarray(tensor)
@@ -62,7 +62,7 @@ class NumpyOps(Ops):
     def cast(self, x: np.ndarray, dtype: str) -> np.ndarray:
         if x.dtype == dtype:
             return x
-        with np.errstate(over="ignore"):  # what overflows is found by all_finite
+        with np.errstate(over="ignore"):  # all_finite finds what overflows
             return x.astype(dtype, copy=False)
 
     def to_bytes(self, x: np.ndarray, dtype: str) -> np.ndarray:
@@ -225,13 +225,13 @@ class NumpyOps(Ops):
 
 
 def typed(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes as this dtype: a view, but a copy of those that start where the type does not, as slices of a message may."""
+    """Returns bytes as this dtype: a view, or a copy if they are not aligned for it, as slices of a message may be."""
     x = np.ascontiguousarray(data).view(dtype)
     return x if x.flags.aligned else data.copy().view(dtype)
 
 
 def saturated(x: np.ndarray, dtype: str) -> np.ndarray:
-    """x with what is finite clipped to the range of `dtype`; Inf and NaN stay. x itself where nothing can be out of range."""
+    """Returns x with finite values clipped to the range of `dtype`; Inf and NaN stay. x itself if nothing can be out of range."""
     largest = LARGEST[dtype]
     if largest >= LARGEST[x.dtype]:
         return x
@@ -239,7 +239,7 @@ def saturated(x: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """uint16: the upper half of the float32 bits, rounded to nearest even; NaN stays NaN."""
+    """Returns uint16: the upper half of the float32 bits, rounded to nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)
     upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FC0), upper).astype(np.uint16)

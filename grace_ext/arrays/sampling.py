@@ -11,30 +11,30 @@ from ..parts.rng import FEISTEL_ROUNDS, Key, mix
 from . import kernels
 
 
-@lru_cache(maxsize=256)  # the encoder, and the decoder for each rank, want the same positions in the same step, of all tensors
+@lru_cache(maxsize=256)  # the encoder, and the decoder for each rank, need the same positions in the same step, of all tensors
 def sample(key: Key, d: int, k: int) -> np.ndarray:
-    """int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
+    """Returns int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
 
     The positions are the images of 0..k-1 under a keyed permutation of [0, d): a Feistel network over the next even power of
     two, applied again to whatever falls outside (cycle walking), which keeps it a permutation."""
     if k >= d:
         return np.arange(d, dtype=np.int64)
     positions = np.sort(_permuted(key, d, k))
-    positions.flags.writeable = False  # shared by all who ask
+    positions.flags.writeable = False  # the cache gives all callers the same array
     return positions
 
 
 def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes laid end to end. By kernels."""
+    """Returns int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes, end to end. Uses kernels."""
     positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
     words = np.array(keys, np.uint32).reshape(-1)
     kernels.load().permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
-    positions.sort()  # those of each array are above those of all before it
+    positions.sort()  # the positions of each array are above those of all before it
     return positions
 
 
 def _half_bits(d: int) -> int:
-    """Of each half of the numbers that the Feistel network takes: at least those below d."""
+    """Returns the number of bits of each half of the numbers that the Feistel network permutes; all numbers below d fit."""
     return max(1, ((d - 1).bit_length() + 1) // 2)
 
 

@@ -1,13 +1,13 @@
-"""`save` and `load`: what compression keeps, in one file for each rank and a manifest.
+"""`save` and `load` keep the state of compression in a folder: one file per rank, and a manifest.
 
-A folder holds `manifest.json` and the files that it names, `rank-<rank>-of-<size>.<generation>.safetensors`. A save writes files of a new
-generation, each to a temporary name in the same folder, to the disk (fsync), and renamed; then the manifest in the same way; and removes
-the files of older generations last. The rename of the manifest is the one moment at which the new checkpoint takes the old one's place:
-a save that is killed at any other moment, or whose disk is full, leaves the one before it. What such a save left behind is removed by
-the next one.
+A folder holds `manifest.json` and the files that it names, `rank-<rank>-of-<size>.<generation>.safetensors`. A save writes the files of a
+new generation: each to a temporary name in the same folder, which is flushed to the disk (fsync) and renamed; then the manifest in the same
+way; last, it removes the files of older generations. The new checkpoint replaces the old one at one moment, the rename of the manifest: a
+save that is killed before it, or whose disk is full, leaves the old checkpoint valid. The next save removes what such a save left behind.
 
-Ranks agree by the exchange's own collectives: after each of these stages everyone tells everyone how it went, and where it failed on one
-rank it raises on all. All ranks see one folder; hosts that share none are told so (rank 0 does not find their files).
+Ranks agree by the exchange's own collectives: after each stage every rank tells all others whether it succeeded, and if it failed on one
+rank it raises on all. All ranks must see one folder; if their hosts do not share it, rank 0 does not find their files, and all ranks get
+an error that says so.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .statefile import driver_states, encode
 
 
 def save(opt: Any, folder: str | os.PathLike) -> None:
-    """Writes the memory of compression of all ranks to `folder`, which is made where it does not exist. Every rank calls it, after the same
-    step and with the same folder, which all hosts share; it returns on all when the checkpoint is on the disk.
+    """Writes the state of compression of all ranks to `folder`, which is created if it does not exist. Every rank calls it, after the same
+    step and with the same folder, which all hosts share; it returns on all ranks once the checkpoint is on the disk.
 
-    opt: a DistributedOptimizer, LocalSGD optimizer (torch or Keras) or LossScaleOptimizer around one, the state of `ddp_comm_hook`, what
-      `bind` gave, `tape.memory(variables)`, an Exchange, a LocalCluster.
-    It holds what the compression keeps, not the model nor the optimizer's own state. Save those first, under a name with the step in
-    it; `load` says of which step the checkpoint is.
-    Raises CheckpointError, on all ranks alike, where any rank could not write; the checkpoint before it then still loads.
+    opt: a DistributedOptimizer, LocalSGD optimizer (torch or Keras) or LossScaleOptimizer around one, the state of `ddp_comm_hook`, the
+      result of `bind`, `tape.memory(variables)`, an Exchange, a LocalCluster.
+    The checkpoint holds the state of compression, not the model and not the optimizer's own state. Save those first, under a name that
+    contains the step; `load` returns the step of the checkpoint.
+    Raises CheckpointError, on all ranks alike, if any rank could not write; the checkpoint before it can then still be loaded.
     """
     kept, place = _of(opt), Path(folder)
     states: list[dict[str, Any]] = []
@@ -72,7 +72,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
     summary = _common([state for other in said for state in other["states"]])
     try:
         told_files = _all(kept, "save", write)
-    except CheckpointError:  # all ranks know that it failed, so none will name these files
+    except CheckpointError:  # it was raised on all ranks, so no manifest will name these files
         files.remove(written)
         raise
     _all(kept, "save", publish)
@@ -81,13 +81,13 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
 
 
 def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
-    """Goes on from what `save` wrote, bit for bit on as many ranks; returns the number of steps that had been made then. Every rank calls
-    it, before its first step or between two.
+    """Loads the state that `save` wrote, bit for bit if the number of ranks is the same; returns the number of steps made before the save.
+    Every rank calls it, before its first step or between two steps.
 
-    resize: for another number of ranks, 'mean', 'keep' or 'reset' (see grace_ext.resize); what it did is logged with the norm of what it
-      changed. Each rank then reads the files of all.
-    Raises CheckpointError, on all ranks alike and with nothing changed, where there is no checkpoint, or it is damaged, or any rank's does
-    not fit.
+    resize: 'mean', 'keep' or 'reset', for another number of ranks (see grace_ext.resize). Each rank then reads the files of all ranks, and
+      the log tells the norm of what the resize changed.
+    Raises CheckpointError, on all ranks alike and with nothing changed, if there is no checkpoint, or it is damaged, or it does not fit on
+    any rank.
     """
     if resize not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {resize!r}")
@@ -110,7 +110,7 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
 
     said = _all(kept, "load", read)
     if any(other != said[0] for other in said):
-        raise CheckpointError("cannot load: the ranks see different checkpoints; they must name one folder, which all hosts share")
+        raise CheckpointError("cannot load: the ranks see different checkpoints; give all ranks one folder, which all hosts share")
     _all(kept, "load", lambda: found["write"](found["states"]) or {} if "write" in found else {})
     if "resized" in found and 0 in kept.ranks:
         for sentence in found["resized"]:
@@ -123,24 +123,25 @@ def _of(opt: Any) -> Saveable:
         opt = opt.inner_optimizer
     if not hasattr(opt, "_saveable"):
         raise GraceError(
-            f"{type(opt).__module__}.{type(opt).__name__} keeps no memory of compression; pass what grace_ext made: the "
-            "DistributedOptimizer or LocalSGD optimizer, the state of ddp_comm_hook, what bind gave, tape.memory(variables), an Exchange "
-            "or a LocalCluster"
+            f"{type(opt).__module__}.{type(opt).__name__} keeps no memory of compression; pass an object of grace_ext: the "
+            "DistributedOptimizer or LocalSGD optimizer, the state of ddp_comm_hook, the result of bind, tape.memory(variables), an "
+            "Exchange or a LocalCluster"
         )
     return opt._saveable()
 
 
 # --- among ranks ------------------------------------------------------------------------------------------------------
 def _all(kept: Saveable, what: str, action: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Does this rank's part, and returns what all ranks' parts gave. Raises CheckpointError on all where it failed on any."""
+    """Calls `action` on every rank, and returns the results of all, by rank. Raises CheckpointError on all ranks if it failed on any."""
     mine: dict[str, Any]
     own: Exception | None = None
     try:
         mine = {"gave": action()}
-    except Exception as error:  # told to the others, and raised
+    except Exception as error:  # sent to the other ranks, and raised on all
         mine, own = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, GraceError) else str(error)}, error
-    alone = kept.transport is None or kept.transport.size == 1
-    said = [mine] if alone else perform(share(kept.transport.ops, kept.transport, mine), kept.transport, {})
+    transport, said = kept.transport, [mine]
+    if transport is not None and transport.size > 1:
+        said = perform(share(transport.ops, transport, mine), transport, {})
     failed = [f"rank {rank}: {other['error']}" for rank, other in enumerate(said) if "error" in other]
     if failed:
         raise CheckpointError(f"cannot {what}: " + "; ".join(failed)) from own
@@ -148,32 +149,34 @@ def _all(kept: Saveable, what: str, action: Callable[[], dict[str, Any]]) -> lis
 
 
 def _summary(state: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a rank's state."""
-    first = next(driver_states(state), {"spec": "", "step": 0})
+    """Returns what the manifest says of a rank's state: its spec and its step."""
+    nothing: dict[str, Any] = {"spec": "", "step": 0}
+    first = next(driver_states(state), nothing)
     return {"spec": first["spec"], "step": int(state["model"]["step"] if "model" in state else first["step"])}
 
 
 def _common(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the summary that all ranks have. Raises CheckpointError if they differ."""
     if any(other != summaries[0] for other in summaries):
-        raise CheckpointError(f"cannot save: the ranks are not at the same step of one exchange: {summaries}")
+        raise CheckpointError(f"cannot save: the ranks are not at the same step of one exchange, as they must be: {summaries}")
     return summaries[0]
 
 
 def _resized(states: list[dict[str, Any]], kept: Saveable, how: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """What is to be logged, and the states of this process's ranks."""
+    """Returns the sentences to log, and the resized states of this process's ranks. Raises GraceError."""
     said: list[str] = []
 
     def one(trees: list[Any]) -> list[Any]:
         first = trees[0]
-        if next(driver_states(first), None) is first:
+        if isinstance(first, dict) and next(driver_states(first), None) is first:
             if len(trees) > 1 and first["size"] == 1:
-                raise GraceError("asynchronous ranks average by a number of ranks that is part of every message: start their memory anew")
+                raise GraceError("asynchronous ranks divide every message by the number of ranks, so it must not change: start anew")
             after = resized(trees, kept.size, how)
             said.append(told(trees, after, how))
             return after
         if isinstance(first, dict):
             if "plan" in first and first["step"] != first["last"]:
-                raise GraceError("the ranks' models differ since their last synchronization: call sync() on all ranks before saving")
+                raise GraceError("the ranks' models have differed since their last synchronization: call sync() on all ranks before saving")
             columns = {key: one([tree[key] for tree in trees]) for key in first}
             return [{key: column[rank] for key, column in columns.items()} for rank in range(kept.size)]
         return [first] * kept.size

@@ -1,4 +1,4 @@
-"""Elastic jobs: an exchange's memory when ranks leave and join. For every framework; grace_ext/resize.py has the equations."""
+"""Carries an exchange's state over when ranks leave and join an elastic job, for every framework. Equations: checkpoints/resize.py."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .resize import HOW, resized
 
 LOG = logging.getLogger("grace_ext")
 STALE = (
-    "this optimizer exchanges among {} ranks, and Horovod has {} now: in an elastic job use hvd.elastic.run and the states of "
+    "this optimizer exchanges among {} ranks, but Horovod has {} now: in an elastic job use hvd.elastic.run and the states of "
     "grace_ext.frameworks.{{torch,tensorflow}}.elastic, which bring the compression's memory to the new ranks"
 )
 
 
 def check_how(how: str) -> str:
-    """Raises ParameterError for what `resized` does not know."""
+    """Returns `how`. Raises ParameterError if `resized` does not know it."""
     if how not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
     return how
@@ -31,12 +31,12 @@ def check_how(how: str) -> str:
 def carried_over(
     gather: Callable[[Any], list[Any]], own: Mapping[str, Any] | None, rank: int, size: int, how: str
 ) -> dict[str, Any] | None:
-    """This rank's Driver.state_dict() in the new world of `size` ranks; None where no rank has any. Collective.
+    """Returns this rank's Driver.state_dict() in the new world of `size` ranks; None if no rank has any. Collective.
 
     own: this rank's state_dict of the old world, with numpy arrays, and 'sizes', the elements of each parameter by name; None on a rank
       that has just joined.
-    gather: gives every rank's object by (new) rank. One parameter's arrays of all ranks are in memory at a time.
-    how: see `resized`. The memory of a rank that died is lost with it: its share of what was unsent counts as zero.
+    gather: returns every rank's object, by (new) rank. The arrays of one parameter at a time, of all ranks, are in memory.
+    how: see `resized`. The state of a rank that died is lost with it: what it had not sent counts as zero.
     """
     about = {key: value for key, value in (own or {}).items() if key != "state"}
     heads = gather((about, list(own["state"])) if own else None)
@@ -50,7 +50,7 @@ def carried_over(
     old = there[0][0]["size"]
     if rank == 0:
         lost = f"; the memory of {old - len(there)} ranks is lost with them" if old > len(there) else ""
-        LOG.warning("%d of %d ranks went on in a world of %d: their memory is resized (%s)%s", len(there), old, size, how, lost)
+        LOG.warning("%d of %d ranks continue in a world of %d: their memory is resized (%s)%s", len(there), old, size, how, lost)
     state: dict[str, Any] = {}
     for parameter in dict.fromkeys(key.split("/", 1)[1] for key in there[0][1]):
         mine = {key: array for key, array in own["state"].items() if key.split("/", 1)[1] == parameter} if own else None
@@ -68,8 +68,8 @@ def carried_over(
 def _shards(
     g: Grace, ranks: Sequence[int], of_all: Sequence[dict[str, Any]], elements: int, sizes: tuple[int, int], rank: int, how: str
 ) -> dict[str, Any]:
-    """The new rank's shards of a parameter's arrays of which each rank has one (reduce_scatter's), from what these old `ranks` have of
-    them. Those of ranks that died are zero."""
+    """Returns the new rank's shards of those arrays of a parameter of which each rank holds one shard (reduce_scatter's), made from the
+    shards of these old `ranks`. The shards of ranks that died are zero."""
     old, new = sizes
     sharded = {key for leaf in g.leaves for key in leaf.communicator.sharded_state}
     mine = {}

@@ -22,7 +22,7 @@ def digest(data: bytes) -> str:
 
 
 def write(path: Path, data: bytes) -> None:
-    """All of it or nothing, on the disk when it returns."""
+    """Writes all of the data or nothing; it is on the disk on return."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -45,7 +45,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Its bytes, and what it says."""
+    """Returns the manifest's bytes and its content. Raises CheckpointError if there is none, or if it is damaged."""
     try:
         text = (folder / MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -62,6 +62,7 @@ def read_manifest(folder: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def read(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state in the file of this entry of the manifest. Raises CheckpointError if the file is damaged."""
     path = folder / Path(entry["name"]).name
     data = path.read_bytes()
     if len(data) != entry["bytes"] or digest(data) != entry["blake2b"]:
@@ -73,21 +74,23 @@ def read(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_generation(folder: Path) -> int:
-    """The highest of the finished saves and of those that were not."""
+    """Returns the highest generation in the folder, of finished and unfinished saves; 0 if there is none."""
     numbers = [int(match[1]) for path in folder.iterdir() if (match := OURS.fullmatch(path.name)) and match[1]]
     return max(numbers, default=0)
 
 
 def check_visible(folder: Path, files: list[dict[str, Any]]) -> None:
+    """Raises CheckpointError if this host does not see all of these files."""
     missing = [entry["name"] for entry in files if not (folder / entry["name"]).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder} has no {', '.join(missing[:3])}, which other ranks wrote: the folder must be one that all hosts share (or give each "
-            "host's ranks an exchange of their own)"
+            f"{folder} has no {', '.join(missing[:3])}, which other ranks wrote: use a folder that all hosts share (or give each host's "
+            "ranks an exchange of their own)"
         )
 
 
 def remove_others(folder: Path, names: set[str]) -> None:
+    """Removes a checkpoint's files from the folder, except those with these names."""
     remove([path for path in folder.iterdir() if OURS.fullmatch(path.name) and path.name not in names])
 
 

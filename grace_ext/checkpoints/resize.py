@@ -1,16 +1,16 @@
-"""The state of an exchange for another number of ranks: pure functions from the states of all old ranks to those of the new ones.
+"""Fits the state of an exchange to another number of ranks: pure functions from the states of all old ranks to those of the new ones.
 
-What was not sent is owed to the model. With residuals e_1 ... e_n it would have reached the aggregate as
+What was not sent is still owed to the model. The residuals e_1 ... e_n would have reached the aggregate as
 
     u = (1/n) sum_i e_i        of a mean,            u = sum_i e_i        of a sum (op=Sum),
 
-because aggregates of n ranks are divided by n. So what must be kept is u, the MEAN of the residuals where gradients are averaged, not
-their sum: had three ranks' sum been given to two, it would count 3/2 times. Every new rank j of m gets
+because a mean over n ranks is divided by n. So u must be kept: if gradients are averaged, the MEAN of the residuals, not their sum. (If two
+ranks shared the sum of three ranks' residuals, it would count 3/2 times.) Every new rank j of m gets
 
     e'_j = u                   of a mean,            e'_j = u / m         of a sum,
 
-in float64, rounded once, which makes the new u equal to the old one. The same holds for everything else that a rank keeps for itself and
-that enters the aggregate linearly: momentum before compression, estimates and shifts (ef21, diana, ef_star).
+in float64, rounded once, which makes the new u equal to the old one. The same holds for every other state of a rank's own that enters the
+aggregate linearly: momentum before compression, estimates and shifts (ef21, diana, ef_star).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ State = Mapping[str, Any]
 
 
 def resized(states: Sequence[State], size: int, how: str = "mean") -> list[dict[str, Any]]:
-    """The Driver.state_dict() of each of `size` new ranks, with numpy arrays, from those of the old ranks, in rank order.
+    """Returns the Driver.state_dict() of each of `size` new ranks, from those of the old ranks, in rank order, with numpy arrays.
 
-    how: 'mean': what was unsent keeps its effect on the aggregate, by the equations above. 'keep': the rank in place j goes on with the
-      state in place j; what ranks beyond `size` held is lost, and new ranks start at zero. 'reset': all start at zero.
-    States that are missing (a rank died; each state says of how many it was one) count as zero: nothing is made up for them.
-    What all ranks share (a momentum of the aggregate, powersgd's Q, policies' state, the step) is carried over in all three. What is the
-    mean over the ranks of another key (ef21's `ef21_mean`) is made anew from that, so that they belong together. Shards that follow one
-    another (reduce_scatter's `shard_residual`) are cut anew, but for 'reset'.
-    Raises ParameterError for another `how` or a size below 1, and GraceError where the states are not of one exchange at one step, or
-    cannot be for other ranks: 'cser' with errors that are not in the models yet, 'keep' with 'hierarchical' or 'ef_star'.
+    how: 'mean': what was not sent keeps its effect on the aggregate, by the equations above. 'keep': new rank j takes the j-th state; the
+      states of further ranks are lost, and additional new ranks start at zero. 'reset': all ranks start at zero.
+    States that are missing (a rank died; each state holds the old number of ranks) count as zero: nothing replaces them.
+    State that all ranks share (a momentum of the aggregate, powersgd's Q, policies' state, the step) is kept by all three. A key that is
+    the mean over the ranks of another key (ef21's `ef21_mean`) is computed anew from that key, so that the two agree. Consecutive shards
+    (reduce_scatter's `shard_residual`) are cut anew, or are zero with 'reset'.
+    Raises ParameterError for another `how` or a size below 1, and GraceError if the states are not of one exchange at one step, or cannot
+    be resized: 'cser' with errors that are not in the models yet, 'keep' with 'hierarchical' or 'ef_star'.
     """
     if how not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ParameterError(f"a number of ranks is a whole number, at least 1, got {size!r}")
+        raise ParameterError(f"the number of ranks must be a whole number, at least 1, got {size!r}")
     states = list(states)
     old = _Old(states)
     old.check(how)
@@ -65,7 +65,7 @@ def resized(states: Sequence[State], size: int, how: str = "mean") -> list[dict[
 
 
 def told(before: Sequence[State], after: Sequence[State], how: str) -> str:
-    """What a resize did, for the log: the norm of what was unsent in the aggregate before and after, and of what was lost."""
+    """Describes a resize for the log: the norms, in the aggregate, of what was not sent before and after it, and of the difference."""
     old, new = _Old(before), _Old(after)
     owed, due, lost = 0.0, 0.0, 0.0
     for key in old.keys():
@@ -79,11 +79,11 @@ def told(before: Sequence[State], after: Sequence[State], how: str) -> str:
 
 
 class _Old:
-    """The states of the old ranks, and what their keys mean."""
+    """Holds the states of the old ranks, and the kind of each of their keys. Raises GraceError if the states are not of one step."""
 
     def __init__(self, states: Sequence[State]):
         if not states:
-            raise GraceError("there is no state to resize; pass those of the old ranks, in rank order")
+            raise GraceError("there is no state to resize; pass the states of the old ranks, in rank order")
         first = states[0]
         for state in states[1:]:
             odd = [key for key in ("version", "spec", "size", "step", "op") if state.get(key) != first.get(key)]
@@ -92,7 +92,7 @@ class _Old:
                 raise GraceError(f"the states of ranks {first['rank']} and {state['rank']} are not of one exchange at one step: {what}")
         self.states, self.size, self.mean = states, int(first["size"]), first.get("op", "mean") == "mean"
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said when the user composed it
+            warnings.simplefilter("ignore")  # the user saw the warnings when composing it
             self.grace: Grace = grace(first["spec"])
         self._kinds = dict(_kinds(self.grace))
         self._derived = {key: source for part in _parts(self.grace) for key, source in part.mean_state.items()}
@@ -100,29 +100,30 @@ class _Old:
             self._one_a_node()
 
     def _one_a_node(self) -> None:
-        """All ranks of a node hold the node's state: one of them counts."""
+        """Keeps one state per node, as all ranks of a node hold the node's state. Raises GraceError if states are missing."""
         if len(self.states) < self.size:
-            raise GraceError(f"{self.grace} keeps a state for each node, and {self.size - len(self.states)} ranks' states are missing")
+            raise GraceError(f"{self.grace} keeps a state per node, but the states of {self.size - len(self.states)} ranks are missing")
         by_node = {state["node"]: state for state in self.states}
         self.states, self.size = list(by_node.values()), len(by_node)
 
     def check(self, how: str) -> None:
+        """Raises GraceError if these states cannot be resized in this way."""
         diverging = [memory.name for memory in self.grace.memories if memory.diverges]
         if diverging and any(np.any(_host(x)) for state in self.states for key, x in state["state"].items() if self.kind(key) == "own"):
             raise GraceError(
-                f"memory {diverging[0]!r}: the ranks' models differ by what they have not sent, so another number of ranks would need "
+                f"memory {diverging[0]!r}: the ranks' models differ by what the ranks have not sent, so another number of ranks would need "
                 "other models; call sync() on all ranks before saving"
             )
         if self.grace.two_level and (how == "keep" or not self.mean):
             raise GraceError(f"{self.grace} keeps a state for each node, and which ranks share a node is not known yet: use resize='mean'")
         if how == "keep" and any(self.kind(key) == "shift" for key in self.keys()):
-            raise GraceError("memory 'ef_star': shifts add up to zero over all ranks, and those of some do not; use resize='mean'")
+            raise GraceError("memory 'ef_star': its shifts sum to zero over all ranks, but not over some of them; use resize='mean'")
 
     def keys(self) -> list[str]:
         return list(self.states[0]["state"])
 
     def kind(self, key: str) -> str:
-        """'shared', 'borrowed', 'sharded', 'derived', 'shift' or 'own', the last of which are a rank's part of the aggregate."""
+        """Returns 'shared', 'borrowed', 'sharded', 'derived', 'shift' or 'own'; 'own' is a rank's part of the aggregate."""
         part = key.split("/", 1)[0]
         return "shared" if is_own(part) else self._kinds.get(part, "own")
 
@@ -130,13 +131,13 @@ class _Old:
         return [_host(state["state"][key]) for state in self.states]
 
     def effect(self, key: str) -> np.ndarray:
-        """float64: what the ranks' arrays add to the aggregate."""
+        """Returns what the ranks' arrays add to the aggregate, float64."""
         if self.kind(key) == "sharded":
             return np.concatenate(self.arrays(key)).astype(np.float64)
         return _total(self.arrays(key)) / (self.size if self.mean else 1)
 
     def resized_key(self, key: str, size: int, how: str) -> list[np.ndarray]:
-        """This key for each of the new ranks."""
+        """Returns the array of this key for each of the new ranks."""
         kind, arrays = self.kind(key), self.arrays(key)
         if kind in ("shared", "borrowed", "derived"):
             return [arrays[rank % len(arrays)].copy() for rank in range(size)]
@@ -152,13 +153,13 @@ class _Old:
         return kept + [np.zeros_like(arrays[0]) for _ in range(size - len(kept))]
 
     def _whole(self, key: str, arrays: list[np.ndarray]) -> np.ndarray:
-        """The shards of all ranks, one after the other. Shard i of n of d elements ends at d (i + 1) // n."""
+        """Joins the shards of all ranks. Shard i of n, of d elements, ends at d (i + 1) // n. Raises GraceError if a shard is missing."""
         if len(arrays) < self.size:
-            raise GraceError(f"{key}: the shards of {self.size - len(arrays)} ranks are missing, and where theirs began is not known")
+            raise GraceError(f"{key}: the shards of {self.size - len(arrays)} ranks are missing, and their places are not known")
         return np.concatenate(arrays)
 
     def derived(self) -> Iterator[tuple[str, str]]:
-        """The keys that are means over ranks, and of which keys."""
+        """Yields each key that is a mean over ranks, and the key whose mean it is."""
         for key in self.keys():
             part, name = key.split("/", 1)
             if part in self._derived:
@@ -181,12 +182,12 @@ def _kinds(g: Grace) -> Iterator[tuple[str, str]]:
 
 
 def _host(array: Any) -> np.ndarray:
-    """numpy's form of an array of any library that has one; of torch's, those on the CPU."""
+    """Returns an array of any library as a numpy array; a torch tensor must be on the CPU."""
     return np.asarray(array)
 
 
 def _total(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """float64, added in rank order."""
+    """Returns the sum in rank order, float64."""
     total = np.zeros(arrays[0].shape, np.float64)
     for array in arrays:
         total += array

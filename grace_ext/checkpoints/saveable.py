@@ -1,4 +1,4 @@
-"""TODO."""
+"""The interface by which `save` and `load` read and write the state of an object."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ LOG = logging.getLogger("grace_ext")
 
 
 class Saveable(NamedTuple):
-    """What an object with state gives to `save` and `load` (its method `_saveable()`): states of the ranks that live in this process, as
-    nested dictionaries of numpy arrays and JSON values, in which those of drivers are as Driver.state_dict has them."""
+    """Gives `save` and `load` access to an object's state; its method `_saveable()` returns one. The states are those of the ranks in this
+    process: nested dictionaries of numpy arrays and JSON values, in which a driver's state is its Driver.state_dict()."""
 
+    #: The ranks in this process, and the number of all ranks.
     ranks: Sequence[int]
     size: int
-    #: By which the ranks tell each other; None where there are no other processes.
+    #: Carries what the ranks tell each other; None if there are no other processes.
     transport: Transport | None
+    #: Returns the states of `ranks`.
     read: Callable[[], list[dict[str, Any]]]
-    #: Raises GraceError where these states do not fit, and changes nothing.
+    #: Raises GraceError if these states do not fit; changes nothing.
     check: Callable[[list[dict[str, Any]]], None]
+    #: Replaces the states of `ranks`.
     write: Callable[[list[dict[str, Any]]], None]
 
 
 def saveable_by(transport: Transport, read: Callable[[], dict], check: Callable[[dict], Any], write: Callable[[dict], None]) -> Saveable:
-    """Of one rank in this process, whose state has arrays of the transport's `ops`."""
+    """Returns the Saveable of one rank, whose state has arrays of the transport's `ops`."""
     ops = transport.ops
     return Saveable(
         [transport.rank],
@@ -42,9 +45,9 @@ def saveable_by(transport: Transport, read: Callable[[], dict], check: Callable[
 
 
 def nothing_saveable(alone: bool) -> Saveable:
-    """Of an object that exchanges nothing: of a job of one rank, which is `alone`, or on a rank that does not take part."""
+    """Returns the Saveable of an object that exchanges nothing: `alone`, in a job of one rank, or on a rank that does not take part."""
 
     def left_out(states: list[dict[str, Any]]) -> None:
-        LOG.warning("this rank exchanges nothing (one rank without simulate=True): the memory in the checkpoint is left out, and is lost")
+        LOG.warning("this rank exchanges nothing (one rank without simulate=True): the memory in the checkpoint is not loaded, and is lost")
 
     return Saveable([0] if alone else [], 1, None, lambda: [{}], lambda states: None, left_out)

@@ -1,6 +1,6 @@
-"""A state as bytes: nested dictionaries of JSON values and numpy arrays, in the safetensors format. No pickle.
+"""Encodes a state, nested dictionaries of JSON values and numpy arrays, as bytes in the safetensors format. No pickle.
 
-Arrays are tensors of the file under the keys that lead to them ('state/residual/w'); the dictionaries around them are JSON in the file's
+Arrays are tensors of the file, named by the path of keys that leads to them ('state/residual/w'). The dictionaries are JSON in the file's
 metadata, in which {"tensor": name, "dtype": dtype} stands for an array.
 """
 
@@ -15,25 +15,25 @@ import numpy as np
 from ..errors import CheckpointError
 
 VERSION = 1
-#: numpy types that safetensors does not know by themselves travel as integers of their size.
+#: The integer type, by its bytes, that carries a numpy type which safetensors does not know.
 CARRIERS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 KNOWN = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf of a state is an array of some library."""
+    """Whether a leaf of a state is an array, of any library."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def mapped(tree: Any, convert: Callable[[Any], Any]) -> Any:
-    """The same with its arrays converted."""
+    """Returns the same tree with its arrays converted."""
     if isinstance(tree, dict):
         return {key: mapped(value, convert) for key, value in tree.items()}
     return convert(tree) if is_array(tree) else tree
 
 
 def encode(tree: dict[str, Any]) -> bytes:
-    """The file's bytes. Keys are strings; leaves are numpy arrays of any shape, a 0-d or an empty one included, or JSON values."""
+    """Returns the file's bytes. Keys must be strings; leaves are numpy arrays of any shape, also 0-d or empty, or JSON values."""
     from safetensors.numpy import save
 
     arrays: dict[str, np.ndarray] = {}
@@ -44,10 +44,10 @@ def encode(tree: dict[str, Any]) -> bytes:
         if not is_array(value):
             return {"json": value}
         name = "/".join(path)
-        while name in arrays:  # 'a/b' + 'c' and 'a' + 'b/c'
+        while name in arrays:  # 'a/b' + 'c' and 'a' + 'b/c' give the same name
             name += "'"
         dtype = value.dtype.name
-        plain = np.array(value, order="C")  # one of its own: safetensors takes the memory as it lies
+        plain = np.array(value, order="C")  # a contiguous copy: safetensors saves the memory as it lies
         arrays[name] = plain if dtype in KNOWN else plain.reshape(-1).view(CARRIERS[plain.itemsize]).reshape(plain.shape)
         return {"tensor": name, "dtype": dtype}
 
@@ -56,7 +56,7 @@ def encode(tree: dict[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse. Raises CheckpointError for what is no such file."""
+    """Inverts `encode`. Raises CheckpointError for bytes that are not such a file."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -68,7 +68,7 @@ def decode(data: bytes) -> dict[str, Any]:
         arrays = load(data)
         return _unpacked(about["layout"], arrays)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"is no state that grace_ext saved ({type(error).__name__}: {error})") from None
+        raise CheckpointError(f"is not a state that grace_ext saved ({type(error).__name__}: {error})") from None
 
 
 def _unpacked(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> Any:
@@ -90,7 +90,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def driver_states(tree: Any) -> Iterator[dict[str, Any]]:
-    """The states of drivers (Driver.state_dict) in a state."""
+    """Yields the states of drivers (Driver.state_dict) in a tree."""
     if isinstance(tree, dict) and {"spec", "rank", "size", "state"} <= set(tree):
         yield tree
     elif isinstance(tree, dict):

@@ -1,1 +1,1 @@
-"""The command `grace-ext`: app.py has the commands, and plan.py the options of `grace-ext plan`."""
+"""The command `grace-ext`: app.py defines the commands, and plan.py the options of `grace-ext plan`."""

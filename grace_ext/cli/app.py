@@ -1,4 +1,4 @@
-"""The command line: `grace-ext list | show NAME | check | bench | plan`, each with --json: one document on stdout, nothing else there."""
+"""The command line `grace-ext list | show NAME | check | bench | plan`. With --json it prints one document on stdout, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from . import check
 from .catalogue import KINDS, describe
 from .plan import plan
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Gradient compression by name.", pretty_exceptions_enable=False)
+HELP = "Gradient compression for data-parallel training."
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -37,7 +38,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
-    """All parts by name, those of installed plugins included."""
+    """Lists all parts by name, also those of installed plugins."""
     catalogue = {kind: [describe(kind, name) for name in module.names()] for kind, module in KINDS.items()}
     if as_json:
         typer.echo(json.dumps(catalogue))
@@ -55,13 +56,13 @@ def list_parts(as_json: JsonOption = False) -> None:
             table.add_row(f"[bold]{part['name']}[/]", *bits, knobs, part["summary"])
         console.print(table)
         console.print()
-    note = "bits: on the wire for each element of a 1000 x 1000 gradient, with the default knobs (at most, where sizes vary)."
+    note = "bits: on the wire per element of a 1000 x 1000 gradient, with the default knobs (an upper bound if the size varies)."
     console.print(note, style="dim")
 
 
 @app.command()
 def show(name: str, as_json: JsonOption = False) -> None:
-    """One part: what it computes and sends, its knobs, what it goes with."""
+    """Shows one part: what it computes and sends, its knobs, and the parts that it can be combined with."""
     found = [describe(kind, name) for kind, module in KINDS.items() if name in module.names()]
     if not found:
         nearest: list[str] = []
@@ -70,8 +71,8 @@ def show(name: str, as_json: JsonOption = False) -> None:
                 module.get(name)
             except UnknownPartError as error:
                 nearest += error.nearest
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-        typer.echo(f"no part named {name!r}{hint} `grace-ext list` prints all.", err=True)
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
+        typer.echo(f"no part named {name!r}{hint} `grace-ext list` lists all parts.", err=True)
         raise typer.Exit(2)
     if as_json:
         typer.echo(json.dumps(found))
@@ -91,15 +92,15 @@ def show(name: str, as_json: JsonOption = False) -> None:
 
 
 def facts(part: dict[str, Any]) -> list[tuple[str, str]]:
-    """What follows from a part's declarations, in words."""
+    """Returns (label, text) pairs for what a part declares of itself."""
     found = []
     if part["kind"] == "compressor":
-        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits an element of a 1000 x 1000 gradient, with the default knobs"))
+        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits per element of a 1000 x 1000 gradient, with the default knobs"))
         natural = part["natural"]
-        found.append(("Meant for", f"{part['name']} + {natural['memory']} @ {natural['communicator']}"))
+        found.append(("Recommended", f"{part['name']} + {natural['memory']} @ {natural['communicator']}"))
     for kind in ("compressors", "memories", "communicators"):
         if kind in part:
-            found.append((f"Fitting {kind}", ", ".join(part[kind]) or "none"))
+            found.append((f"Compatible {kind}", ", ".join(part[kind]) or "none"))
     traits = [name.replace("_", " ") for name, value in part["properties"].items() if value]
     return [*found, ("Properties", ", ".join(traits))] if traits else found
 
@@ -107,10 +108,10 @@ def facts(part: dict[str, Any]) -> list[tuple[str, str]]:
 @app.command("check")
 def check_installation(
     as_json: JsonOption = False,
-    run: Annotated[bool, typer.Option(help="Run the two-rank self-checks.")] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail too where an engine is missing or built for other versions.")] = False,
+    run: Annotated[bool, typer.Option(help="Run the two-rank exchanges.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail also if an engine is missing or was built for other versions.")] = False,
 ) -> None:
-    """What is installed, what was built with what, and a two-rank exchange on every engine that is here."""
+    """Shows versions, and the versions that Horovod was built with; tests a two-rank exchange on each installed engine."""
     console = Console(stderr=as_json)
     report = check.versions()
     if not as_json:
@@ -118,13 +119,13 @@ def check_installation(
     report["checks"] = []
     for job in check.jobs() if run else []:
         if job.missing:
-            outcome = {"name": job.name, "ok": None, "detail": job.missing}
+            outcome: dict[str, Any] = {"name": job.name, "ok": None, "detail": job.missing}
         else:
             with console.status(f"{job.name} ..."):
                 outcome = check.run(job)
         report["checks"].append(outcome)
         if not as_json:
-            mark = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]not here[/]"}[outcome["ok"]]
+            mark = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: "[yellow]skipped[/]"}[outcome["ok"]]
             console.print(f"  {outcome['name']:<32} {mark}  ", end="")
             console.print(outcome["detail"], markup=False, highlight=False)
     report["ok"] = check.verdict(report, strict)
@@ -135,19 +136,19 @@ def check_installation(
 
 @app.command("bench")
 def bench_parts(
-    specs: Annotated[list[str] | None, typer.Argument(help="Specs, or names (then with their natural memory); default: all.")] = None,
-    elements: Annotated[int, typer.Option(min=4, help="Elements of the gradient.")] = 25_000_000,
-    times: Annotated[int, typer.Option(min=1, help="Steps that are timed, after two that are not.")] = 7,
+    specs: Annotated[list[str] | None, typer.Argument(help="Specs or compressors by name (with natural memory); default: all.")] = None,
+    elements: Annotated[int, typer.Option(min=4, help="Number of elements of the gradient.")] = 25_000_000,
+    times: Annotated[int, typer.Option(min=1, help="Steps to time, after two warm-up steps.")] = 7,
     as_json: JsonOption = False,
 ) -> None:
-    """How long parts take on this machine, one thread, in multiples of a memory copy measured beside them; what they send and lose."""
+    """Times specs on this machine, in one thread, in multiples of a copy of the gradient; also prints bytes sent and the error."""
     if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     from ..planning import bench
 
     texts, done = bench.specs(tuple(specs or ())), []
     for text in texts:
-        grace(text)  # a mistake is told before anything is measured
+        grace(text)  # reports a mistake before anything is measured
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(texts))
         for text, row in zip(texts, bench.rows(texts, elements, times), strict=True):
@@ -157,7 +158,7 @@ def bench_parts(
         typer.echo(json.dumps({"machine": bench.machine(), "rows": [asdict(row) for row in done]}))
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("spec", "elements", "encode", "decode a rank", "bytes/element", "error"):
+    for heading in ("spec", "elements", "encode", "decode per rank", "bytes/element", "error"):
         table.add_column(heading, justify="left" if heading == "spec" else "right")
     for row in done:
         times_ = (f"{row.encode:.1f}x", f"{row.decode:.1f}x" if row.decode else "-")
@@ -182,7 +183,7 @@ def _print_versions(console: Console, report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours are one line, not a trace."""
+    """Runs the command line; a GraceError is printed as one line, without a traceback."""
     try:
         app()
     except GraceError as error:

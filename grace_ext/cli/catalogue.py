@@ -1,4 +1,4 @@
-"""What there is to say of every part, read off its class: for `grace-ext list` and `show`, and for the pages of docs/parts."""
+"""Describes every part, from its class, for `grace-ext list` and `show` and for the pages of docs/parts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..parts.part import Part, valid_range
 from ..parts.tensor import TensorSpec
 
 KINDS: dict[str, Any] = {"compressor": compressors, "memory": memories, "communicator": communicators, "policy": policies}
-#: What wire costs are told for.
+#: The gradient whose bytes on the wire are listed.
 SAMPLE = TensorSpec("gradient", (1000, 1000))
 TRAITS = ("summable", "unbiased", "wants_memory", "selects", "whole_model", "uses_lr", "is_momentum", "diverges")
 
 
 def describe(kind: str, name: str) -> dict[str, Any]:
-    """What is known of a part, from its class: all JSON types."""
+    """Describes a part from its class, in JSON types."""
     cls = KINDS[kind].get(name)
     part, text = cls.create(), inspect.cleandoc(cls.__doc__ or "")
     knobs = [
         {"name": f.name, "default": plain(f.default), "range": valid_range(f), "help": f.metadata["help"]} for f in dataclasses.fields(cls)
     ]
-    found = {"kind": kind, "name": name, "summary": text.splitlines()[0], "text": text, "knobs": knobs}
+    found: dict[str, Any] = {"kind": kind, "name": name, "summary": text.splitlines()[0], "text": text, "knobs": knobs}
     found["properties"] = {trait: bool(getattr(part, trait)) for trait in TRAITS if hasattr(part, trait)}
     if kind == "compressor":
         found["properties"]["votes"] = part.result == "vote"
@@ -41,7 +41,7 @@ def describe(kind: str, name: str) -> dict[str, Any]:
 
 
 def fits(kind: str, name: str, other_kind: str, other: str) -> bool:
-    """Whether two parts of different kinds work together (with their default knobs)."""
+    """Whether two parts of different kinds can be combined, with their default knobs."""
     parts = {kind: KINDS[kind].get(name).create(), other_kind: KINDS[other_kind].get(other).create()}
     compressor = parts.pop("compressor", None)
     try:
@@ -55,5 +55,5 @@ def fits(kind: str, name: str, other_kind: str, other: str) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A knob's default as JSON: parts as their spec strings."""
+    """Returns a knob's default as a JSON type: a part as its spec string."""
     return str(value) if isinstance(value, Part) else value

@@ -1,4 +1,4 @@
-"""What `grace-ext check` finds out: versions, what Horovod was built with, and two-rank exchanges on real engines."""
+"""Collects what `grace-ext check` shows: versions, the versions that Horovod was built with, and two-rank exchanges on real engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DONE = "GRACE_EXT SELF-CHECK OK"
 
 @dataclass(frozen=True)
 class CheckJob:
-    """A two-rank job to start, or why it cannot be started here."""
+    """Describes a two-rank job to start. `missing`: why it cannot be started here, '' if it can."""
 
     name: str
     command: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ def installed(name: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """{'packages': {name: version or None}, 'horovod_built': {framework: version}, 'problems': [sentences]}"""
+    """Returns {'packages': {name: version or None}, 'horovod_built': {framework: version}, 'problems': [sentences]}."""
     packages = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
     if packages["tensorflow"] is None:
         packages["tensorflow"] = packages["tensorflow-cpu"]
@@ -55,7 +55,7 @@ def _release(text: str) -> str:
 
 
 def horovod_built() -> dict[str, str]:
-    """The frameworks that the installed Horovod was compiled for, with their versions."""
+    """Returns the frameworks that the installed Horovod was compiled for, with their versions."""
     try:
         path = Path(str(distribution("horovod").locate_file("horovod/metadata.json")))
     except PackageNotFoundError:
@@ -66,13 +66,13 @@ def horovod_built() -> dict[str, str]:
 
 
 def tool(name: str) -> str | None:
-    """A launcher: the one beside this Python, else the one on the PATH."""
+    """Returns the path of a launcher: the one in this Python's folder, else the one on the PATH; None if there is none."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
 
 
 def jobs() -> list[CheckJob]:
-    """The engines to try."""
+    """Returns one job for each engine."""
     rank_job = (sys.executable, "-m", "grace_ext.cli.selfcheck")
     horovodrun, built = tool("horovodrun"), horovod_built()
     no_torch = "" if importlib.util.find_spec("torch") else "torch is not installed: pip install 'grace_ext[torch]'"
@@ -87,7 +87,7 @@ def jobs() -> list[CheckJob]:
 
 
 def run(job: CheckJob) -> dict[str, Any]:
-    """{'name', 'ok', 'detail', 'seconds'} of one job; never raises for a job that fails or hangs."""
+    """Runs one job; returns {'name', 'ok', 'detail', 'seconds'}. A job that fails or hangs raises no error."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     started = time.monotonic()
@@ -95,7 +95,8 @@ def run(job: CheckJob) -> dict[str, Any]:
         ended = subprocess.run(job.command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
         output, code = ended.stdout + ended.stderr, ended.returncode
     except subprocess.TimeoutExpired as error:
-        output, code = f"no answer within {TIMEOUT} s\n{error.stdout or ''}{error.stderr or ''}", -1
+        printed = [text.decode(errors="replace") if isinstance(text, bytes) else text or "" for text in (error.stdout, error.stderr)]
+        output, code = f"no answer within {TIMEOUT} s\n{''.join(printed)}", -1
     seconds = time.monotonic() - started
     ok = code == 0 and DONE in output
     detail = f"two ranks agree ({seconds:.0f} s)" if ok else "\n" + "\n".join(output.strip().splitlines()[-15:])
@@ -103,6 +104,6 @@ def run(job: CheckJob) -> dict[str, Any]:
 
 
 def verdict(report: dict[str, Any], strict: bool) -> bool:
-    """Whether all is well: no check failed, and with `strict` none is missing and nothing is built for other versions."""
+    """Whether no check failed and, with `strict`, no engine is missing or built for other versions."""
     results = [outcome["ok"] for outcome in report["checks"]]
     return False not in results and not (strict and (None in results or report["problems"]))

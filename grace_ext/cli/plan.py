@@ -1,4 +1,4 @@
-"""`grace-ext plan`: its options, and what it prints."""
+"""Defines `grace-ext plan`: its options and its output."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from ..planning.plan import Recommendation
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable of a torch or Keras model.'
+MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable that returns a torch or Keras model.'
 MEASURE = (
-    "Probe the job that this runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., torchrun --no-python ... "
-    "grace-ext plan ... (horovodrun puts the rank before each line of stdout: for --json use another)."
+    "Measure the network of the job that this command runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., or "
+    "torchrun --no-python ... grace-ext plan ... (horovodrun prefixes each line of stdout with the rank: for --json use another launcher)."
 )
 PICTURES = (".png", ".svg", ".pdf")
-#: What --measure finds by itself, and the values that stand for 'not said'.
+#: The options that --measure replaces by measurements, with the values that mean that the user did not give them.
 STATED = {"rate": None, "latency": "50us", "workers": None, "workers_per_node": 1, "inside": "20gbit", "fresh": False}
 
 
 def seconds(text: str) -> float:
-    """From a time in words, '50us' or '1.5ms'. Raises ParameterError."""
+    """Returns the seconds of a time given as text, such as '50us' or '1.5ms'. Raises ParameterError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s)", text.strip().lower())
     if not found:
         raise ParameterError(f"a time is a number and one of {', '.join(SECONDS)}, such as 50us or 1.5ms, got {text!r}")
@@ -44,22 +44,22 @@ def seconds(text: str) -> float:
 def plan(
     model: Annotated[str, typer.Argument(help=MODEL)],
     specs: Annotated[list[str] | None, typer.Argument(help="Specs to compare with dense; default: a few that keep accuracy.")] = None,
-    rate: Annotated[str | None, typer.Option(help="Of each node's link: 100mbit, 2.5gbit, ...")] = None,
-    latency: Annotated[str, typer.Option(help="Of a message, software included.")] = "50us",
-    workers: Annotated[int | None, typer.Option(min=2, help="Workers that exchange gradients.")] = None,
-    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers that share a node's link.")] = 1,
-    inside: Annotated[str, typer.Option(help="Rate between workers of one node.")] = "20gbit",
-    compute_ms: Annotated[float, typer.Option(min=0, help="Forward and backward pass, which the exchange may overlap.")] = 0.0,
+    rate: Annotated[str | None, typer.Option(help="Rate of each node's link: 100mbit, 2.5gbit, ...")] = None,
+    latency: Annotated[str, typer.Option(help="Latency per message, software included.")] = "50us",
+    workers: Annotated[int | None, typer.Option(min=2, help="Number of workers that exchange gradients.")] = None,
+    workers_per_node: Annotated[int, typer.Option(min=1, help="Number of workers that share a node's link.")] = 1,
+    inside: Annotated[str, typer.Option(help="Rate between the workers of one node.")] = "20gbit",
+    compute_ms: Annotated[float, typer.Option(min=0, help="Time of a forward and backward pass; the exchange may overlap it.")] = 0.0,
     measure: Annotated[bool, typer.Option("--measure", help=MEASURE)] = False,
-    exchanges: Annotated[int, typer.Option(min=0, help="With --measure: real exchanges of so many candidates, beside dense.")] = 3,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, whatever is in the cache.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="File for scaling curves up to 4,096 workers, simulated.")] = None,
+    exchanges: Annotated[int, typer.Option(min=0, help="With --measure: how many candidates to really exchange, besides dense.")] = 3,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, even if their times are in the cache.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="File to draw simulated scaling curves to, for up to 4,096 workers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """What compression gains for this model on this network: step times of candidates, at what rates each pays, and what to use.
+    """Predicts what compression gains for a model on a network: step times of candidates, at what rates each pays, and which to use.
 
-    Codecs are timed on this machine, one thread, on the model's own shapes; the network is stated, or with --measure probed in your own
-    job, with a few real exchanges. Speed only: what each spec does to accuracy is in docs/accuracy.md.
+    Codecs are timed on this machine, in one thread, on the model's own shapes. The network is given by options, or measured in your own job
+    (--measure), with a few real exchanges. Only speed is compared: docs/accuracy.md tells what each spec does to accuracy.
     """
     if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
@@ -88,8 +88,8 @@ def plan(
 
             here = stack.enter_context(transport())
             if here.size < 2:
-                raise UnsupportedError("--measure needs a job of two ranks or more: use horovodrun, torchrun or mpirun, or state --rate")
-            if here.rank == 0:  # who draws; on other hosts the folder need not be there
+                raise UnsupportedError("--measure needs a job of two ranks or more: start one, or give --rate and --workers instead")
+            if here.rank == 0:  # only rank 0 draws, so the folder need not exist on other hosts
                 check_picture(picture)
             chosen = candidates(specs or (), here.size)
             effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
@@ -104,13 +104,13 @@ def plan(
                 raise ParameterError(f"{workers} workers do not fill nodes of {workers_per_node}: give a multiple of it")
             chosen = candidates(specs or (), workers, workers_per_node)
             recorded = traces(chosen, shapes, fresh=fresh, tell=tell)
-            among = {"per_node": workers_per_node, "inside": Link.of(inside, INSIDE.latency)}
-            made = planning.Model(recorded, workers, compute=compute_ms / 1000, **among)
-            rows = made.rows(OnLink(link, **among), link)
+            within = Link.of(inside, INSIDE.latency)
+            made = planning.Model(recorded, workers, per_node=workers_per_node, inside=within, compute=compute_ms / 1000)
+            rows = made.rows(OnLink(link, workers_per_node, within), link)
     if not first:
         return
     advice = planning.advise(rows)
-    per_node = None if measure else made.per_node  # a probe sees the network, not its nodes
+    per_node = None if measure else made.per_node  # a measurement shows the network, not which ranks share a node
     document |= {"workers": made.n, "workers_per_node": per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
     if as_json:
         typer.echo(json.dumps(document, allow_nan=False))
@@ -123,24 +123,25 @@ def plan(
 
 
 def check_options(said: dict[str, Any], measure: bool, compute_ms: float) -> None:
-    """said: those of STATED. Raises ParameterError where they do not go together."""
+    """Raises ParameterError if options cannot be combined. said: the values of the options in STATED."""
     extra = [f"--{name.replace('_', '-')}" for name, value in said.items() if value != STATED[name]]
     if measure and extra:
-        raise ParameterError(f"--measure takes network, workers and codecs as they are in the job; leave out {', '.join(extra)}")
+        raise ParameterError(f"--measure measures network, workers and codecs in the job; leave out {', '.join(extra)}")
     if not measure and (said["rate"] is None or said["workers"] is None):
-        raise ParameterError("plan needs --rate and --workers of the network, or --measure in a job that is there")
+        raise ParameterError("plan needs --rate and --workers of the network, or --measure in a running job")
     if not math.isfinite(compute_ms):
         raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
 
 
 def check_picture(picture: Path | None) -> None:
-    """Raises ParameterError where it cannot be written."""
+    """Raises ParameterError if the picture cannot be written."""
     if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
-        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in a folder that is there")
+        raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in an existing folder")
 
 
 @contextmanager
 def memory_enough(model: str) -> Iterator[None]:
+    """Turns a MemoryError into a ModelError that names the model."""
     try:
         yield
     except MemoryError as error:
@@ -148,12 +149,12 @@ def memory_enough(model: str) -> Iterator[None]:
 
 
 def report(advice: Recommendation, document: dict[str, Any]) -> None:
-    """The table and the advice."""
+    """Prints the table and the advice."""
     console, link = Console(), document["link"]
     console.width = max(console.width, 120)  # specs are long
     measured = any(row.measured_ms for row in advice.rows)
     table = Table(box=None, pad_edge=False)
-    headings = ["spec", "sent a worker", "step", "gain", "work", "network", "pays", *(["measured"] if measured else [])]
+    headings = ["spec", "sent per worker", "step", "gain", "work", "network", "pays", *(["measured"] if measured else [])]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "spec" else "right")
     for row in sorted(advice.rows, key=lambda row: row.step_ms):
@@ -163,16 +164,17 @@ def report(advice: Recommendation, document: dict[str, Any]) -> None:
         style = "bold" if row.spec == advice.spec else None
         table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
     console.print(table)
-    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.4g} us a message, {1e6 * link['overhead']:.4g} us a collective"
-    among = f", {document['workers_per_node']} a node; {at}" if document["workers_per_node"] else f" of this job; measured, like {at}"
+    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.4g} us per message, {1e6 * link['overhead']:.4g} us per collective"
+    per_node = document["workers_per_node"]
+    among = f", {per_node} per node; {at}" if per_node else f" of this job; its network was measured: about {at}"
     console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
-    console.print("work: encoding and decoding; network: all collectives, one after another; they overlap where they can.", style="dim")
-    console.print("pays: at what rates of the link it is faster than dense. Accuracy is not looked at: docs/accuracy.md.", style="dim")
+    console.print("work: encoding and decoding; network: all collectives, one after another; the two overlap if possible.", style="dim")
+    console.print("pays: the link rates at which it is faster than dense. Accuracy is not compared: see docs/accuracy.md.", style="dim")
     console.print(f"\n[bold]{advice.spec}[/]: {advice.reason}.", highlight=False)
 
 
 def words(rate: float) -> str:
-    """A rate in bits per second, in words."""
+    """Returns a rate in bits per second as text."""
     for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6)):
         if rate >= size:
             return f"{rate / size:.3g} {unit}"

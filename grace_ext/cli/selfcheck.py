@@ -1,4 +1,4 @@
-"""What each rank of `grace-ext check` runs:  python -m grace_ext.cli.selfcheck torch|tensorflow"""
+"""Runs on each rank of a job of `grace-ext check`:  python -m grace_ext.cli.selfcheck torch|tensorflow"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def gradient(rank: int) -> np.ndarray:
 
 
 def torch_check() -> int:
-    """Three steps with compressed gradients through the wrapper, compared with a LocalCluster. Returns the rank."""
+    """Makes three steps with compressed gradients through the optimizer wrapper, and compares with a LocalCluster. Returns the rank."""
     import torch
 
     import grace_ext
@@ -38,7 +38,7 @@ def torch_check() -> int:
 
 
 def tensorflow_check() -> int:
-    """The same through the tape. Returns the rank."""
+    """Does the same through the gradient tape. Returns the rank."""
     import tensorflow as tf
 
     import grace_ext
@@ -62,7 +62,7 @@ def tensorflow_check() -> int:
 
 
 def main() -> None:
-    """Runs the check of the framework that the command line names; rank 0 says when it has passed."""
+    """Runs the check of the framework that the command line names; rank 0 prints DONE if it passed."""
     if {"torch": torch_check, "tensorflow": tensorflow_check}[sys.argv[1]]() == 0:
         print(DONE, flush=True)
 

@@ -1,4 +1,4 @@
-"""Communicators by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
+"""Finds communicators by name: `names()` lists them, `get(name)` returns the class, and the decorator `register(name)` adds one."""
 
 from ..parts.registry import communicators as registry
 

@@ -9,7 +9,7 @@ from .base import Communicator, exchanged
 
 
 class _EveryPayload(Communicator):
-    """Shared by allgather and broadcast: every rank gets every payload, decodes all, and sums in rank order."""
+    """Gives every rank every payload; each rank decodes all and sums them in rank order. The base of allgather and broadcast."""
 
     by_broadcast = False
 
@@ -30,20 +30,20 @@ class _EveryPayload(Communicator):
 @register("allgather")
 @dataclass(frozen=True)
 class Allgather(_EveryPayload):
-    """Gathers every rank's payload on every rank; all decode, and sum in rank order, so that all have the same bits.
+    """Gathers every rank's payload on every rank; each decodes all and sums them in rank order, so that all ranks get the same bits.
 
-    For any compressor without rounds of its own. Sent per rank: (n-1) m bytes for payloads of m bytes. It beats a dense all-reduce of
-    S bytes where m / S < 2 / n. Decoding costs n payloads a step.
+    For any compressor without rounds of its own. Sent per rank: (n-1) m bytes for payloads of m bytes. It sends less than a dense
+    all-reduce of S bytes if m / S < 2 / n. Each rank decodes n payloads per step.
     """
 
 
 @register("broadcast")
 @dataclass(frozen=True)
 class Broadcast(_EveryPayload):
-    """Every rank broadcasts its payload in turn; otherwise as allgather, with the same results.
+    """Broadcasts every rank's payload in turn; the results are the same as with allgather.
 
-    n collectives instead of one: n times the latency, for engines whose all-gather is poor. Payloads whose size varies from rank to rank
-    need one small exchange of sizes first. Sent per rank: (n-1) m bytes on average.
+    It starts n collectives instead of one, with n times the latency, for engines whose all-gather is poor. Payloads whose size varies
+    between ranks need one small exchange of sizes first. Sent per rank: (n-1) m bytes on average.
     """
 
     by_broadcast = True

@@ -16,8 +16,8 @@ class Allreduce(Communicator):
     """Sums the payloads in the network and decodes the mean once.
 
     Only for payloads that can be added: shared positions (randomk), shared factors (powersgd), an agreed scale (scaled_int), plain casts
-    (none, fp16, bf16), and votes, which are counted in 8- or 16-bit integers (signsgd, signum).
-    Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes (ring), whatever the number of ranks.
+    (none, fp16, bf16), and votes (signsgd, signum), which are counted in the smallest of 8-, 16- and 32-bit integers that holds n of them.
+    Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes (ring), which is below 2 m for any number of ranks.
     """
 
     carries_payloads: ClassVar[bool] = True
@@ -55,5 +55,5 @@ class Allreduce(Communicator):
 
 
 def _counter(n: int) -> str:
-    """The integers that hold the votes of n ranks."""
+    """Returns the dtype of the integers that count the votes of n ranks."""
     return "int8" if n <= 127 else "int16" if n <= 32767 else "int32"

@@ -15,25 +15,25 @@ if TYPE_CHECKING:
 @register("hierarchical")
 @dataclass(frozen=True)
 class Hierarchical(Communicator):
-    """Adds gradients up inside each node, dense, and exchanges the nodes' gradients, compressed, by another communicator.
+    """Sums uncompressed gradients inside each node, and sends compressed gradients between the nodes, once per node.
 
         G_i = (N / n) sum of the gradients of node i's ranks,  for n ranks on N nodes;  result: that of `between` for G_1 ... G_N
-    With as many ranks on every node G_i is the node's mean; with uneven nodes the weights make the result the mean over all ranks still.
-    (Votes, signs and selections are a node's, so a node counts once there, whatever its ranks.) Between the nodes only the first rank of
-    each one talks, and what it gets goes to the others of its node as it came: so all ranks of a node decode the same, and hold the same
-    memory, that of the node's gradient. Each can be saved or lost for all.
-    Sent per rank: inside, 2 (g-1)/g S for g ranks and gradients of S bytes, and what the node received; to other nodes, once a node, what
-    `between` sends for N ranks: (N-1) m with allgather, where a flat ring of all ranks takes (n-1) m across every node's link.
-    With one rank a node it is `between`; with one node alone nothing is compressed. A node is a host name, or what the environment
-    variable GRACE_EXT_NODE says. In a policy, where one spec is hierarchical all of them go in two levels. For Horovod (not with
-    TensorFlow's LocalSGD or its unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...); over all ranks of the job.
-    `between`: by default the compressor's natural one; not one that keeps state.
+    If all nodes have equally many ranks, G_i is the node's mean; if not, these weights still make the result the mean over all ranks.
+    (Votes, signs and selections are made per node, so a node counts once there, however many ranks it has.) Between nodes only the first
+    rank of each node communicates, and it passes what it receives to its node's other ranks unchanged. So all ranks of a node decode the
+    same and hold the same memory, that of the node's gradient: one rank's copy can be saved for all, and a lost one restored from another.
+    Sent per rank: inside a node, 2 (g-1)/g S for g ranks and gradients of S bytes, plus what the node received; to other nodes, once per
+    node, what `between` sends for N ranks: (N-1) m with allgather, while a flat ring of all ranks sends (n-1) m across every node's link.
+    With one rank per node it equals `between`; with a single node nothing is compressed. A node is named by its host name, or by the
+    environment variable GRACE_EXT_NODE. In a policy, if one spec is hierarchical, all are exchanged in two levels. Works with Horovod (not
+    with TensorFlow's LocalSGD or its unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...), over all ranks of the
+    job. `between`: by default the compressor's natural communicator; not one that keeps state.
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """
 
-    between: Communicator | None = communicator_knob("what carries the nodes' gradients; None: the compressor's natural one")
+    between: Communicator | None = communicator_knob("communicator between the nodes; None: the compressor's natural one")
 
-    #: It works in two levels: the driver makes them, and gives `inner` what is left.
+    #: Works in two levels: the driver sums inside the nodes, and `inner` exchanges the sums between them.
     two_level: ClassVar[bool] = True
 
     def inner(self, compressor: Compressor) -> Communicator:
@@ -47,13 +47,14 @@ class Hierarchical(Communicator):
         inner = self.inner(compressor)
         if isinstance(inner, Hierarchical):
             raise IncompatiblePartsError(
-                "'hierarchical' has two levels, and 'between' is what carries the second one: it cannot be hierarchical; use 'allgather'"
+                "'hierarchical' has two levels, and `between` carries the second one, so it cannot be hierarchical itself; use "
+                "between='allgather'"
             )
         inner.check(compressor)
         if inner.keeps_state(compressor):
             raise IncompatiblePartsError(
-                f"{inner.name!r} keeps a residual of its own of each rank's shard, which 'hierarchical' has no place for; use between="
-                f"'allgather', or {inner.name}(feedback=False)"
+                f"{inner.name!r} keeps a residual of each rank's shard, which 'hierarchical' cannot store; use between='allgather', or "
+                f"{inner.name}(feedback=False)"
             )
 
     def check_memory(self, memory):
@@ -61,7 +62,7 @@ class Hierarchical(Communicator):
             self.between.check_memory(memory)
 
     def exchange(self, ops, compressor, x, spec, info, state):
-        """Where all ranks are nodes of their own."""
+        """Runs only if every rank is a node of its own: `inner` does all of it."""
         return (yield from self.inner(compressor).exchange(ops, compressor, x, spec, info, state))
 
     def input_bytes(self, compressor, spec, n):

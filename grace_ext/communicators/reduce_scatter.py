@@ -13,7 +13,7 @@ from .base import Communicator
 
 
 def shards(d: int, n: int) -> list[slice]:
-    """The n consecutive ranges of d elements, one a rank; they differ by one element at most, and may be empty."""
+    """Splits d elements into n consecutive ranges, one per rank. Their sizes differ by at most one element, and may be 0."""
     bounds = [d * rank // n for rank in range(n + 1)]
     return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
 
@@ -21,29 +21,32 @@ def shards(d: int, n: int) -> list[slice]:
 @register("reduce_scatter")
 @dataclass(frozen=True)
 class ReduceScatter(Communicator):
-    """Every rank averages one shard of the tensor, compresses the mean again, and all gather the shards: an all-reduce of compressed data.
+    """Averages one shard of the tensor on each rank, compresses the mean again and gathers the shards: an all-reduce of compressed data.
 
-    The tensor is cut into n shards, each compressed by itself; shard j of every rank goes to rank j (all-to-all), which decodes and
-    averages the n payloads, adds what it could not send of its shard before, compresses that, and sends it to all (all-gather). Votes
-    are counted by shard, and their result, in {-1, 0, 1}, needs no second error feedback.
-    Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m of allgather, for two compressions; equal at n = 2.
-    State: `shard_residual`, float32, of this rank's shard. For compressors of fixed size without rounds or whole-tensor state.
-    `feedback`: whether it remembers what the second compression loses; by default where the compressor is biased, and refused where it
-    is not, because error feedback of a random compressor of high variance grows without bound. follow_rate multiplies the second
+    The tensor is cut into n shards, each compressed separately. Shard j of every rank goes to rank j (all-to-all), which decodes and
+    averages the n payloads, adds its shard's residual of earlier steps, compresses the sum, and sends it to all (all-gather). Votes are
+    counted per shard, and their result, in {-1, 0, 1}, needs no second error feedback.
+    Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m with allgather, for two compressions; equal at n = 2.
+    State: `shard_residual`, float32, of this rank's shard; with follow_rate also `shard_rate`, float[1], the learning rate it belongs to.
+    For compressors of fixed size without rounds or whole-tensor state.
+    `feedback`: whether it keeps what the second compression loses. By default only if the compressor is biased; True is an error for an
+    unbiased one, because error feedback of a random compressor of high variance grows without bound. follow_rate multiplies the second
     residual by lr_before / lr, as memory 'dist_ef_block' does with the first; it needs the learning rate, and a step with lr = 0 leaves
-    the state. Where a mean is beyond float32, all ranks skip the step.
+    the state unchanged. If a mean is out of float32's range, all ranks skip the step.
     Source: Zheng, Huang, Kwok 2019; Bernstein et al. 2018 (votes).
     """
 
     shared_state: ClassVar[tuple[str, ...]] = ("shard_rate",)
     sharded_state: ClassVar[tuple[str, ...]] = ("shard_residual",)
-    feedback: bool | None = knob(None, "remember what the second compression loses; None: where the compressor is biased", kind=bool)
+    feedback: bool | None = knob(None, "keep what the second compression loses; None: if the compressor is biased", kind=bool)
     follow_rate: bool = knob(False, "multiply the second residual by lr_before / lr at every step, as memory 'dist_ef_block' does")
 
     def __post_init__(self):
         super().__post_init__()
         if self.follow_rate and self.feedback is False:
-            raise ParameterError("reduce_scatter: follow_rate needs the second residual, which feedback=False leaves out")
+            raise ParameterError(
+                "reduce_scatter: follow_rate=True rescales the second residual, which feedback=False leaves out; drop one of them"
+            )
 
     def check_memory(self, memory):
         if self.follow_rate and memory.in_updates:
@@ -53,15 +56,15 @@ class ReduceScatter(Communicator):
             )
         if memory.sends > 1:
             raise IncompatiblePartsError(
-                f"memory {memory.name!r} sends two arrays of different units at some steps, and 'reduce_scatter' has one residual for "
-                "both; use communicator 'allgather' or 'allreduce'"
+                f"memory {memory.name!r} sends two arrays in different units at some steps, and 'reduce_scatter' has only one residual for "
+                "them; use communicator 'allgather' or 'allreduce'"
             )
 
     def check(self, compressor):
         super().check(compressor)
         if compressor.summable and compressor.selects:
             raise IncompatiblePartsError(
-                f"{compressor.name!r} payloads add up as they are, and compressing the mean again would pick other positions; use "
+                f"{compressor.name!r} payloads can be summed as they are, and compressing the mean again would pick other positions; use "
                 "communicator 'allreduce'"
             )
         if self.feedback and compressor.unbiased and compressor.name != "none":
@@ -110,11 +113,11 @@ class ReduceScatter(Communicator):
         if mine.size:
             try:
                 mean = compressor.combine(ops, received, specs[info.rank], info)
-            except PayloadError as error:  # it speaks of the shard
+            except PayloadError as error:  # it names the shard, not the parameter
                 raise error.at(error.rank, spec.name) from None
             if self.keeps_state(compressor):
                 mean = ops.cast(mean + self._residual(state, info), "float32")
-            if not (finite := ops.all_finite(mean)):  # a sum beyond float32: every rank skips the step
+            if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
                 mean = ops.zeros(mine.size)
             payload, _ = second.compress(ops, mean, mine, info, {})
             if self.keeps_state(compressor) and not self._idle(info):
@@ -142,7 +145,7 @@ class ReduceScatter(Communicator):
         return residual * (0.0 if self._idle(info) else self.rate_change(float(state["shard_rate"][0]), info))
 
     def _idle(self, info) -> bool:
-        """A step whose result the optimizer multiplies with 0, so that what it sends is not applied."""
+        """Whether the optimizer multiplies this step's result by 0, so that what is sent is not applied."""
         return self.follow_rate and not self.learning_rate(info)
 
     def input_bytes(self, compressor, spec, n):
@@ -155,11 +158,11 @@ class ReduceScatter(Communicator):
         return [("alltoall", payload), ("allgather", payload / n)]
 
     def decodes(self, n):
-        return 2  # n n-ths of payloads, and the result
+        return 2  # n shards, each an n-th of a payload, and the result
 
 
 def _opened(ops, compressor, payload, shard, info, rank, parameter):
-    """One rank's shard of the result. Raises PayloadError, naming both."""
+    """Decodes one rank's shard of the result. Raises PayloadError, which names the rank and the parameter."""
     with sent_by(rank, parameter):
         values = compressor.decompress(ops, payload, shard, info)
         if not ops.all_finite(values):
@@ -168,5 +171,5 @@ def _opened(ops, compressor, payload, shard, info, rank, parameter):
 
 
 def _wire(spec: TensorSpec) -> str:
-    """The dtype of a tensor's shards: that of the gradient, which `none` sends as it is."""
+    """Returns the dtype of a tensor's shards: that of the gradient, because compressor `none` sends it unchanged."""
     return spec.dtype

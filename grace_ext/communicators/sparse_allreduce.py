@@ -15,7 +15,7 @@ from .reduce_scatter import shards
 
 @dataclass(frozen=True)
 class _NonZeros(Selecting):
-    """All that is not zero, exactly. Not registered: how a reduced shard travels."""
+    """Sends all elements that are not zero, exactly. Not registered: it only carries the regions of sparse_allreduce."""
 
     name: ClassVar[str] = "nonzeros"
     values: str = values_knob()
@@ -27,12 +27,12 @@ class _NonZeros(Selecting):
 @register("sparse_allreduce")
 @dataclass(frozen=True)
 class SparseAllreduce(Communicator):
-    """Adds up sparse payloads by regions: every rank sums one region of the tensor, and all gather the sums.
+    """Sums sparse payloads by region: each rank sums one region of the tensor, and all ranks gather the sums.
 
-    What a rank selected is cut into n regions by position; region j goes to rank j (all-to-all of sizes that vary), which adds the n
-    contributions, and all gather the regions' non-zero sums. The same result as allgather, to the rounding of the division.
-    Sent per rank: k (n-1)/n elements, and the union of all selections, (n-1)/n u, against (n-1) k of allgather: it pays where the ranks
-    select much the same positions, or n is large; u is at most min(d, n k). Every rank decodes the union once, not n payloads.
+    What a rank selected is cut into n regions by position. Region j goes to rank j (all-to-all of variable sizes), which sums the n
+    contributions; then all ranks gather the regions' nonzero sums. The result is that of allgather, up to the rounding of the division.
+    Sent per rank: k (n-1)/n elements, and (n-1)/n u of the union of all selections, against (n-1) k with allgather. It pays if the ranks
+    select similar positions, or if n is large; u is at most min(d, n k). Every rank decodes the union once, not n payloads.
     For compressors that pick positions and send plain values (topk, threshold, dgc, sidco, ...). Source: the region-wise
     reduction of Ok-Topk (Li and Hoefler 2022), exact here.
     """
@@ -41,13 +41,13 @@ class SparseAllreduce(Communicator):
         super().check(compressor)
         if not isinstance(compressor, Selecting):
             raise IncompatiblePartsError(
-                f"'sparse_allreduce' adds up plain values at positions, which {compressor.name!r} does not send; use communicator "
+                f"'sparse_allreduce' sums plain values at positions, which {compressor.name!r} does not send; use communicator "
                 "'allgather', or a compressor such as topk, threshold, dgc or sidco"
             )
 
     def exchange(self, ops, compressor, x, spec, info, state):
         positions, state = compressor.select(ops, x, spec, info, state)
-        own = compressor.payload(ops, x, positions, spec)  # what these positions travel as, rounding included
+        own = compressor.payload(ops, x, positions, spec)  # the values as they are sent, rounding included
         values = compressor.decompress(ops, own, spec, info)
         parts = _NonZeros(values=compressor.values)
         ranges = shards(spec.size, info.size)
@@ -58,7 +58,7 @@ class SparseAllreduce(Communicator):
         finite = True
         if mine.size:
             mean = parts.combine(ops, received, mine, info)
-            if not (finite := ops.all_finite(mean)):  # a sum beyond float32: every rank skips the step
+            if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
                 mean = ops.zeros(mine.size)
             payload, _ = whole.compress(ops, mean, mine, info, {})
         by_rank = [whole.fields(s) if s.size else () for s in specs]
@@ -80,4 +80,4 @@ class SparseAllreduce(Communicator):
         return [("alltoall", payload), ("allgather", min(dense, n * payload) / n)]
 
     def decodes(self, n):
-        return 2  # n n-ths of payloads, and the result
+        return 2  # n regions, each an n-th of a payload, and the result

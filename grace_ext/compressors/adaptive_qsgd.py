@@ -1,4 +1,4 @@
-"""QSGD whose number of levels follows the aggregated gradient, which all ranks know alike."""
+"""Two forms of QSGD adapt the number of levels to the aggregated gradient, which is equal on all ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from ..parts.part import knob
 from . import register
 from .qsgd import _NormQuantizer, bucket_knob, code_bytes
 
-#: Elements that are worked on at a time where several operations look at them.
+#: Elements that are processed at a time if several operations read them.
 MOMENTS_PIECE = 1 << 16
 
 
 class _Adaptive(_NormQuantizer):
-    """Shared: the levels are in the state, which changes with the aggregate only, and travel in the payload, so decoding needs no state."""
+    """The base of both. The number of levels is in the state, which changes with the aggregate only; it also travels in the payload, so
+    that decoding needs no state."""
 
     levels: int
     max_levels: int
@@ -27,7 +28,7 @@ class _Adaptive(_NormQuantizer):
     def __post_init__(self):
         super().__post_init__()
         if self.levels > self.max_levels:
-            raise ParameterError(f"{self.name}: levels={self.levels} is more than max_levels={self.max_levels}")
+            raise ParameterError(f"{self.name}: levels={self.levels} is more than max_levels={self.max_levels}; lower levels or raise it")
 
     def fields(self, spec):
         return (
@@ -37,7 +38,7 @@ class _Adaptive(_NormQuantizer):
         )
 
     def _levels_now(self, ops, state):
-        """(s, its wire form)."""
+        """Returns (s, its wire form)."""
         s = int(state[self.name][0])
         return s, ops.upload(np.array([s], "<u2").view(np.uint8))
 
@@ -55,7 +56,7 @@ class _Adaptive(_NormQuantizer):
         if not 1 <= s <= self.max_levels:
             raise PayloadError(f"has {s} levels, at most {self.max_levels} are possible")
         if len(payload[2]) != code_bytes(spec.size, s):
-            raise PayloadError(f"has {len(payload[2])} bytes of codes where {s} levels take {code_bytes(spec.size, s)}")
+            raise PayloadError(f"has {len(payload[2])} bytes of codes, but {s} levels take {code_bytes(spec.size, s)}")
         return s
 
     def add_compiled(self, ops, total, payload, spec, first, divisor):
@@ -70,28 +71,29 @@ def start_knob(default: int):
 
 
 def most_knob():
-    return knob(127, "most levels", low=1, high=32767)
+    return knob(127, "largest number of levels", low=1, high=32767)
 
 
 @register("adaqs")
 @dataclass(frozen=True)
 class AdaQS(_Adaptive):
-    """QSGD that doubles its levels when the gradient's mean has become small beside its spread.
+    """Quantizes as qsgd does, and doubles the number of levels when the gradient's mean becomes small relative to its spread.
 
-    As qsgd, with s levels. After each step, from the aggregated gradient a: r = |mean(a)| / std(a), averaged over about `window` steps
-    (R: a plain mean of the first `window`, then R <- R + (r - R) / window). Once `window` steps are seen, R0 = R; from then on, where
-    R < R0 / 2:  s <- min(2 s, max_levels) and R0 <- R. An aggregate without spread, or not finite, changes nothing.
-    x: float[d] -> s uint16, norms float32 a bucket, and d codes of 1 + ceil(log2(s + 1)) bits: 4.1 bits an element at first, 8.1 at most
-    (and 6 bytes). Equal on all ranks, because a is. Unbiased, omega = min(B / s^2, sqrt(B) / s) as qsgd, at most that of `levels`.
-    State: `adaqs`, float32[4]: s, R, R0 and steps seen, R0 = 0 until it is known. A larger window reacts later and to less noise.
-    Source: Guo et al. 2020, who estimate the ratio by running moments; their exact rule for when to switch is not public, this is ours.
+    C(x) is that of qsgd with s levels. After each step, the aggregated gradient a gives r = |mean(a)| / std(a), which is averaged over
+    about `window` steps (R: a plain mean of the first `window`, then R <- R + (r - R) / window). After `window` steps R0 = R; from then
+    on, if R < R0 / 2:  s <- min(2 s, max_levels) and R0 <- R. An aggregate that has no spread, or is not finite, changes nothing.
+    x: float[d] -> s as uint16, a float32 norm per block of `bucket` elements, and d codes of 1 + ceil(log2(s + 1)) bits: 4.1 bits per
+    element at first, 8.1 at most (and 6 bytes). s is equal on all ranks, because a is. Unbiased, omega = min(B / s^2, sqrt(B) / s) with
+    B = bucket, as for qsgd; at most that of `levels`.
+    State: `adaqs`, float32[4]: s, R, R0 and steps seen; R0 = 0 until it is known. A larger window reacts later, and less to noise.
+    Source: Guo et al. 2020, who estimate the ratio by running moments; their exact rule for when to switch is not public, this one is ours.
     """
 
     shared_state: ClassVar[tuple[str, ...]] = ("adaqs",)
     levels: int = start_knob(7)
     max_levels: int = most_knob()
     bucket: int = bucket_knob()
-    window: int = knob(10, "steps that the ratio is averaged over", low=1, high=10**6)
+    window: int = knob(10, "steps that the ratio of mean to spread is averaged over", low=1, high=10**6)
 
     def omega(self, d):
         return self.variance(self.levels, d)
@@ -114,7 +116,7 @@ class AdaQS(_Adaptive):
 
 
 def _mean_to_spread(ops, x) -> float | None:
-    """|mean| / standard deviation; None where there is no spread to speak of."""
+    """Returns |mean| / standard deviation; None if the spread is negligible or not finite."""
     mean = ops.total(x) / len(x)
     if not math.isfinite(mean):
         return None
@@ -128,14 +130,15 @@ def _mean_to_spread(ops, x) -> float | None:
 @register("dqsgd")
 @dataclass(frozen=True)
 class DQSGD(_Adaptive):
-    """QSGD with levels in proportion to the norm of the last aggregated gradient: large gradients are sent finely, small ones coarsely.
+    """Quantizes as qsgd does, with levels in proportion to the norm of the last aggregate: finely if it is large, coarsely if it is small.
 
-    As qsgd, with s = clamp(round(c ||a||_2), 1, max_levels) levels, a the last step's aggregate as a mean over ranks, and `levels` at the
-    first step. `factor` is c, in levels per unit of the gradient's norm; by default c = levels / ||a|| of the first a that is not zero, so
-    that bits are spent as the norm falls from there. An aggregate of zero, or not finite, changes nothing.
-    x: float[d] -> s uint16, norms float32 a bucket, and d codes of 1 + ceil(log2(s + 1)) bits: 8.1 bits an element at first and at most
-    (and 6 bytes), 2.1 at least. Equal on all ranks, because a is. Unbiased, omega <= sqrt(B), that of one level.
-    State: `dqsgd`, float32[2]: s and c, 0 until it is known. A higher factor costs bits and adds less noise.
+    C(x) is that of qsgd with s = clamp(round(c ||a||_2), 1, max_levels) levels, where a is the last step's aggregate as a mean over ranks;
+    at the first step s = `levels`. `factor` is c, in levels per unit of the gradient's norm; by default c = levels / ||a|| for the first a
+    that is not zero, so that the bits fall with the norm from there. An aggregate that is zero, or not finite, changes nothing.
+    x: float[d] -> s as uint16, a float32 norm per block of `bucket` elements, and d codes of 1 + ceil(log2(s + 1)) bits: 8.1 bits per
+    element at first and at most (and 6 bytes), 2.1 at least. s is equal on all ranks, because a is. Unbiased, omega <= sqrt(B), that of
+    one level, with B = bucket.
+    State: `dqsgd`, float32[2]: s and c, which is 0 until it is known. A higher factor costs bits and adds less noise.
     Source: Yan et al. (DQ-SGD), by the description of Sahu et al. 2021; their closed form is not public, this one is ours.
     """
 
@@ -143,7 +146,7 @@ class DQSGD(_Adaptive):
     levels: int = start_knob(127)
     max_levels: int = most_knob()
     bucket: int = bucket_knob()
-    factor: float = knob(0.0, "levels per unit of the aggregate's norm; 0: so that the first aggregate gets `levels`", low=0)
+    factor: float = knob(0.0, "levels per unit of the aggregate's norm; 0: chosen so that the first aggregate gets `levels`", low=0)
 
     def omega(self, d):
         return self.variance(1, d)

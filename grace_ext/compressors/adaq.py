@@ -15,17 +15,17 @@ from .forms.sparse import AtPositions, count_field, expect_bytes, get_count, ind
 @register("adaq")
 @dataclass(frozen=True)
 class AdaQ(AtPositions):
-    """Sends where the largest positive and the largest negative elements are, and one mean for each sign.
+    """Sends the positions of the largest positive and the largest negative elements, and one mean per sign.
 
     S+ = the ceil(ratio * n+) largest of the n+ positive elements, S- = the ceil(ratio * n-) largest magnitudes of the n- negative ones, at
-    least one of each where there is one; ties go to the lowest positions.
+    least one of each sign if there is one; ties go to the lowest positions.
         C(x)_j = mean of x over S+ for j in S+, mean of x over S- for j in S-, else 0.
-    x: float[d] -> 2 means (float32, magnitudes), the number k of positions, their k signs and codes; k <= ceil(ratio d) + 1.
-    Wire: k / 8 bytes of signs, about k (log2(d/k) + 2) / 8 of positions, and 20 bytes; 0.10 bits an element at ratio 0.01. Varies with the
-    number of zeros. A side without elements has mean 0 and sends none.
-    Biased, contraction delta >= 1 / d: pair with 'residual'. Too low a ratio converges slowly; too high a one gives many different values
-    one mean.
-    Source: Dryden et al. 2016 (adaptive quantization), what GRACE calls adaq; there the two thresholds are estimated on a sample of 1%,
+    x: float[d] -> 2 means (float32, magnitudes), the number k of positions, the coded positions and k signs; k <= ceil(ratio d) + 1.
+    Wire: k / 8 bytes of signs, about k (log2(d/k) + 2) / 8 of positions, and 20 bytes; 0.10 bits per element at ratio 0.01. The size
+    varies with the number of zeros. A sign without elements has mean 0 and sends no positions.
+    Biased, contraction delta >= 1 / d: pair with 'residual'. Too low a ratio converges slowly; too high a one replaces many different
+    values by one mean.
+    Source: Dryden et al. 2016 (adaptive quantization), which GRACE calls adaq; GRACE estimates the two thresholds on a sample of 1%,
     here the selection is exact.
     """
 

@@ -15,7 +15,7 @@ from .base import Compressor
 
 
 def probabilities(sizes: np.ndarray, budget: float) -> np.ndarray:
-    """p_a = min(1, c |size_a|) with the c that makes their sum `budget` (or all of them 1), the choice of least variance."""
+    """Returns p_a = min(1, c |size_a|), with the c that makes their sum `budget` (or all of them 1); this choice has the least variance."""
     p, total = np.zeros(len(sizes)), sizes.sum()
     if total > 0:
         p = np.minimum(1, budget * (sizes / total))
@@ -30,21 +30,21 @@ def probabilities(sizes: np.ndarray, budget: float) -> np.ndarray:
 @register("atomo")
 @dataclass(frozen=True)
 class Atomo(Compressor):
-    """Sends a random choice of singular triplets whose mean is the gradient (spectral ATOMO).
+    """Sends a random choice of singular triplets, scaled so that its expected value is the gradient (spectral ATOMO).
 
-    The gradient as a matrix M: float[a, b] (first dimension x the rest), M = sum_i s_i u_i v_i^T.  C(M) = sum_i b_i (s_i / p_i) u_i v_i^T,
-    b_i = 1 with probability p_i, each by itself;  p_i = min(1, c s_i) with sum p_i = min(rank, number of s_i > 0).
-    -> the factors sqrt(s_i / p_i) u_i: float32[m, a] and sqrt(s_i / p_i) v_i: float32[m, b] of the m that were drawn; m is `rank` on
-    average.
+    The gradient is a matrix M: float[a, b] (first dimension x the rest), M = sum_i s_i u_i v_i^T.  C(M) = sum_i b_i (s_i / p_i) u_i v_i^T,
+    b_i = 1 with probability p_i, independently, else 0;  p_i = min(1, c s_i) with sum p_i = min(rank, number of s_i > 0).
+    M -> the factors sqrt(s_i / p_i) u_i: float32[m, a] and sqrt(s_i / p_i) v_i: float32[m, b] of the m triplets that were drawn; m is
+    `rank` on average.
     Wire: 4 m (a + b) + 8 bytes. 0-d and 1-D tensors, and matrices for which rank (a + b) >= a b, are sent dense.
-    Unbiased: E||C(x) - x||^2 <= (min(a, b) / rank - 1) ||x||^2, far less where the singular values fall fast; needs no memory. Draws are
-    private to the rank. Costs a singular value decomposition of every matrix at every step, in float64 on the host.
-    A higher rank sends more and adds less variance. Source: Wang et al. 2018. Its published code draws until exactly `rank` triplets are
-    there, which makes it biased and may fail; here their number varies.
+    Unbiased: E||C(x) - x||^2 <= (min(a, b) / rank - 1) ||x||^2, far less if the singular values fall fast; needs no memory. Each rank of
+    the job draws for itself. Costs a singular value decomposition of every matrix at every step, in float64 on the host.
+    A higher `rank` sends more and adds less variance. Source: Wang et al. 2018. Their published code draws again until it has exactly
+    `rank` triplets, which makes it biased and may fail; here their number varies.
     """
 
     unbiased: ClassVar[bool] = True
-    deterministic_bytes: ClassVar[bool] = False  # libraries of linear algebra round differently
+    deterministic_bytes: ClassVar[bool] = False  # linear algebra libraries round differently
     rank: int = knob(2, "singular triplets sent on average", low=1, high=4096, headline=True)
 
     def _shape(self, spec) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from ..errors import NOT_FLAGGED, PayloadError
+from ..parts.fast_ops import fast
 from ..parts.field import Field
 from ..parts.part import Part
 from ..parts.state import State
@@ -170,14 +171,14 @@ class Compressor(FastPath, Part):
         """Returns the result for the payloads of all ranks, in rank order: a new array, or `out` (float32), if that is given. Overridden if
         the result is not a function of their sum."""
         wide = self.keeps_float64 and spec.dtype == "float64"
-        fast: Any = ops if ops.kernels and not wide and type(self).aggregate is Compressor.aggregate else None
+        compiled = fast(ops) if not wide and type(self).aggregate is Compressor.aggregate else None
         total: Any = out
         if total is None:
-            total = fast.empty(spec.size) if fast else ops.zeros(spec.size, "float64" if wide else "float32")
+            total = compiled.empty(spec.size) if compiled else ops.zeros(spec.size, "float64" if wide else "float32")
         last = len(payloads) - 1
         for rank, payload in enumerate(payloads):
             with sent_by(rank, spec.name):
-                if fast and self.add_compiled(fast, total, payload, spec, rank == 0, info.divisor if rank == last else 1):
+                if compiled and self.add_compiled(compiled, total, payload, spec, rank == 0, info.divisor if rank == last else 1):
                     continue
                 if rank == 0:
                     total[:] = 0

@@ -17,8 +17,8 @@ from .forms.sparse import VALUES, index_field, index_knob
 
 @lru_cache(maxsize=64)
 def tile(n: int, chunk: int) -> int:
-    """How long the tiles of a dimension of n are: the largest divisor of n up to `chunk`; where that is under half of `chunk` (a prime,
-    for one), what the fewest tiles need, the last one padded with zeros."""
+    """Returns the side of the tiles along a dimension of n: the largest divisor of n up to `chunk`. If that is under half of `chunk` (for
+    example for a prime), the side that the fewest tiles need; the last one is padded with zeros."""
     if n <= chunk:
         return n
     divisor = max(h for h in range(1, chunk + 1) if n % h == 0)
@@ -27,42 +27,42 @@ def tile(n: int, chunk: int) -> int:
 
 @lru_cache(maxsize=64)
 def cosines(n: int) -> np.ndarray:
-    """float64[n, n]: the orthonormal DCT-II; row i holds the i-th cosine."""
+    """Returns the orthonormal DCT-II, float64[n, n]; row i holds the i-th cosine."""
     i, j = np.arange(n)[:, None], np.arange(n)[None]
     matrix = np.sqrt(2 / n) * np.cos(np.pi * (2 * j + 1) * i / (2 * n))
     matrix[0] /= np.sqrt(2)
-    matrix.flags.writeable = False  # shared by all who ask
+    matrix.flags.writeable = False  # the cache shares it among all callers
     return matrix
 
 
 @register("demo")
 @dataclass(frozen=True)
 class DeMo(Compressor):
-    """Sends the largest coefficients of a cosine transform, tile by tile; each is averaged over the ranks that sent it.
+    """Sends the largest coefficients of each tile's cosine transform; each is averaged over the ranks that sent it.
 
-    The gradient as a matrix (first dimension x the rest; 1-D: one row) in tiles of h x w, transformed by the orthonormal DCT-II, T.
+    The gradient is a matrix (first dimension x the rest; 1-D: one row), cut into tiles of h x w; T is the orthonormal DCT-II of a tile.
         C(x) = T^-1 of the k = min(topk, h w) largest |T x| of each tile (ties to the lowest), rounded to `values`
         result = T^-1 y,  y_c = mean of the values sent for coefficient c, over the ranks that sent it; sign(T^-1 y) with sign=True
-    h (and w) is the largest divisor of the dimension up to `chunk`; where that is under chunk / 2, the dimension is cut into as few tiles
+    h (and w) is the largest divisor of the dimension up to `chunk`; if that is under chunk / 2, the dimension is cut into as few tiles
     as `chunk` allows, padded with zeros: a prime of 1009 becomes 16 tiles of 64, not 1009 of 1.
-    x: float[d] -> k values a tile (16 bits), and their positions among all coefficients, coded. Fixed size.
-    Wire: 1000 x 1000 are 400 tiles of 50 x 50, 32 values of 16 bits and 8.3 bits of position each: 0.31 bits an element (0.36 with the
-    12-bit positions of the authors). A bias of 1000 sends 32 of every 50, which saves little.
-    A projection: contraction delta = k / (h w) with values='fp32', of each rank's own gradient. Biased: pair with
-    'residual(beta=0.999)', which is DeMo's decayed momentum exactly (delta <- beta delta + g - what was sent; the optimizer's own momentum
-    off). With one sender a coefficient is not divided by the number of ranks, so the result is NOT the mean; with op=Sum it is n times as
-    large. sign=True is the paper's update: in {-1, 0, 1}, whatever the op is; set the learning rate as for sign methods.
-    `topk` higher sends more; `chunk` larger compresses more and costs more arithmetic. The transform is computed in float64.
+    x: float[d] -> k values per tile (16 bits), and their positions among all coefficients, coded. Fixed size.
+    Wire: 1000 x 1000 elements are 400 tiles of 50 x 50, which send 32 values each, of 16 bits and 8.3 bits of position: 0.31 bits per
+    element (0.36 with the 12-bit positions of the authors). A bias of 1000 sends 32 of every 50, which saves little.
+    A projection of each rank's own gradient: with values='fp32', contraction delta = k / (h w). Biased: pair with
+    'residual(beta=0.999)', which is exactly DeMo's decayed momentum (m <- beta m + g - what was sent); turn off the optimizer's own
+    momentum. A coefficient is divided by the number of its senders, not of all ranks, so the result is NOT the mean; with op=Sum it is n
+    times as large. sign=True is the paper's update: in {-1, 0, 1}, whatever the op is; set the learning rate as for sign methods.
+    A higher `topk` sends more; a larger `chunk` compresses more and costs more arithmetic. The transform is computed in float64.
     Source: Peng, Quesnelle, Kingma 2024 (decoupled momentum), whose code takes 1-D and 2-D tensors only. 'bf16' is the default for its
-    range: float16 loses coefficients under 6e-8.
+    range: float16 loses coefficients below 6e-8.
     """
 
     wants_memory: ClassVar[bool] = True
     deterministic_bytes: ClassVar[bool] = False  # matrix products round differently from library to library
     chunk: int = knob(64, "longest side of a tile", low=1, high=1024)
-    topk: int = knob(32, "coefficients sent of each tile", low=1, high=2**20, headline=True)
+    topk: int = knob(32, "coefficients sent per tile", low=1, high=2**20, headline=True)
     values: str = knob("bf16", "precision of the coefficients on the wire", choices=tuple(VALUES))
-    sign: bool = knob(False, "the result is the sign of what was averaged, as in the paper")
+    sign: bool = knob(False, "the result is the sign of the averaged gradient, as in the paper")
     index: str = index_knob()
 
     @property
@@ -70,14 +70,14 @@ class DeMo(Compressor):
         return "signs" if self.sign else "mean"
 
     def _tiles(self, spec) -> tuple[int, int, int, int]:
-        """(tiles down, h, tiles across, w)."""
+        """Returns (tiles down, h, tiles across, w)."""
         a = spec.shape[0] if len(spec.shape) > 1 else 1
         b = spec.size // a
         h, w = tile(a, self.chunk), tile(b, self.chunk)
         return -(-a // h), h, -(-b // w), w
 
     def _counts(self, spec) -> tuple[int, int, int]:
-        """(elements of a tile, coefficients sent of all tiles, coefficients)."""
+        """Returns (elements per tile, coefficients that are sent, all coefficients)."""
         down, h, across, w = self._tiles(spec)
         return h * w, down * across * min(self.topk, h * w), down * across * h * w
 
@@ -89,7 +89,7 @@ class DeMo(Compressor):
         return Field("values", VALUES[self.values], kept), index_field(kept, of, self.index, exactly=True)
 
     def _transform(self, ops, x, spec):
-        """float32: the coefficients of all tiles, tile by tile."""
+        """Returns the coefficients of all tiles, tile by tile, as float32."""
         down, h, across, w = self._tiles(spec)
         a = spec.shape[0] if len(spec.shape) > 1 else 1
         padded = ops.zeros(down * h * across * w, "float64").reshape(down * h, across * w)
@@ -98,7 +98,7 @@ class DeMo(Compressor):
         return _float32(ops, (ops.upload(cosines(h)) @ tiles @ ops.upload(cosines(w)).T).reshape(-1))
 
     def _restore(self, ops, coefficients, spec):
-        """float32[d]: the inverse, of float64."""
+        """Returns float32[d], the inverse transform of coefficients in float64."""
         down, h, across, w = self._tiles(spec)
         a = spec.shape[0] if len(spec.shape) > 1 else 1
         tiles = ops.upload(cosines(h)).T @ coefficients.reshape(down, across, h, w) @ ops.upload(cosines(w))
@@ -112,7 +112,7 @@ class DeMo(Compressor):
         return (ops.to_bytes(coefficients[positions], VALUES[self.values]), encode_indices(ops, positions, of, self.index)), state
 
     def _sent(self, ops, payload, spec):
-        """(positions among the coefficients, their values as float64)."""
+        """Returns (positions among the coefficients, their values as float64). Raises PayloadError."""
         _, kept, of = self._counts(spec)
         values = ops.from_bytes(payload[0], VALUES[self.values])
         if not ops.all_finite(values):
@@ -138,5 +138,5 @@ class DeMo(Compressor):
 
 
 def _float32(ops, x):
-    """Rounded to float32; what is too large saturates."""
+    """Rounds to float32; values that are too large saturate."""
     return ops.from_bytes(ops.to_bytes(x, "float32"), "float32")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""EF-SignSGD sends signs, scaled so that error feedback converges."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .forms.two_sided import TwoSided
 @register("efsignsgd")
 @dataclass(frozen=True)
 class EFSignSGD(TwoSided):
-    """Sends signs and one scale a block, the mean magnitude.
+    """Sends signs and one scale per block, the mean magnitude.
 
     C(x) = (||x||_1 / d) sign(x), per block of `block` elements (default: the whole tensor); zeros count as +1.
-    x: float[d] -> ceil(d / 8) bytes of signs and 4 bytes a block. The mean of the ranks is the result.
+    x: float[d] -> ceil(d / 8) bytes of signs and 4 bytes per block. The result is the mean over the ranks.
     Contraction delta = ||x||_1^2 / (d ||x||_2^2), 2/pi for Gaussian entries; biased: pair with 'residual'. A zero block decodes to zeros.
     Smaller blocks follow the gradient more closely and cost 4 bytes each. Source: Karimireddy, Rebjock, Stich, Jaggi 2019.
     """

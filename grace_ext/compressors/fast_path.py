@@ -2,7 +2,7 @@
 
 A compressor may do in one pass what otherwise takes several: add the residual, compress, and keep what was not sent (`fused`,
 `fused_rounds`); decode a payload straight into the sum (`add_compiled`); write a result where the gradient was (`decompress_into`); and
-compress many small tensors as one (`merged`). `ops` has compiled operations then (parts/fast_ops.py).
+compress many small tensors as one (`merged`). `ops` is then a FastOps (parts/fast_ops.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from ..parts.fast_ops import FastOps
     from ..parts.ops import Array, Feedback, Ops, Zeros
     from ..parts.state import State
     from ..parts.tensor import StepInfo, TensorSpec
@@ -36,19 +37,19 @@ class Fused(NamedTuple):
 class FastPath:
     """The compiled forms of a compressor; each default says that there is none. `Compressor` inherits them."""
 
-    def fused(self, ops: Any, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State) -> Fused | None:
-        """Adds the residual, compresses, and keeps what was not sent, in one pass. Equal to these one after the other, bit for bit. Called
-        only if `ops.kernels` is there. None if there is no such form, or if what is to be compressed is not finite."""
+    def fused(self, ops: FastOps, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State) -> Fused | None:
+        """Adds the residual, compresses, and keeps what was not sent, in one pass. Equal to these one after the other, bit for bit.
+        None if there is no such form, or if what is to be compressed is not finite."""
         return None
 
     def fused_rounds(
-        self, ops: Any, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State, out: Array | None
+        self, ops: FastOps, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State, out: Array | None
     ) -> Generator[Any, Any, RoundsDone] | None:
         """As `fused`, for a compressor that communicates in rounds of its own: a generator of all of them, which writes the result to `out`
         if that is given."""
         return None
 
-    def add_compiled(self, ops: Any, total: Array, payload: Payload, spec: TensorSpec, first: bool, divisor: int) -> bool:
+    def add_compiled(self, ops: FastOps, total: Array, payload: Payload, spec: TensorSpec, first: bool, divisor: int) -> bool:
         """Adds one rank's payload to `total` by a kernel, if the result is the plain mean: total_j += x_j; for the first rank
         total_j = 0 + x_j, whatever was there; and then total_j /= divisor, which is above 1 for the last rank only.
 

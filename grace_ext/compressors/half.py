@@ -13,7 +13,7 @@ from .forms.merged import MergedCasts
 
 
 class _Half(Compressor):
-    """Shared by fp16 and bf16: a cast, summable in float32."""
+    """The base of fp16 and bf16: a cast to 16 bits, which sums in float32."""
 
     wire: ClassVar[str]
     summable: ClassVar[bool] = True
@@ -63,10 +63,10 @@ class FP16(_Half):
     """Casts to IEEE half precision.
 
     C(x) = half(clamp(x, -65504, 65504)), rounded to nearest even.  x: float[d] -> 2d bytes
-    Relative error at most 2**-11 between 6.1e-5 and 65504; smaller values lose bits and vanish under 3e-8.
-    Summable: ranks' halves are added in float32, divided, and rounded to half once, so a sum cannot overflow the range
+    Relative error at most 2**-11 between 6.1e-5 and 65504; smaller values lose bits and vanish below 3e-8.
+    Summable: the ranks' halves are added in float32, divided, and rounded to half once, so a sum cannot overflow the range
     (Horovod and DDP add in half precision). A 'residual' memory keeps the rounding error; it is rarely needed.
-    Gradients that are 16 bits wide already are sent as they are. Source: IEEE 754; Micikevicius et al. 2018.
+    Gradients that already have 16 bits are sent as they are. Source: IEEE 754; Micikevicius et al. 2018.
     """
 
     wire: ClassVar[str] = "float16"
@@ -78,8 +78,8 @@ class BF16(_Half):
     """Casts to bfloat16: the range of float32, 8 bits of precision.
 
     C(x) = bfloat16(x), rounded to nearest even.  x: float[d] -> 2d bytes
-    Relative error at most 2**-8. Summable, as fp16 is. A 'residual' memory keeps the rounding error, which is larger than fp16's.
-    Gradients that are 16 bits wide already are sent as they are. Source: Kalamkar et al. 2019.
+    Relative error at most 2**-8. Summable, like fp16. A 'residual' memory keeps the rounding error, which is larger than fp16's.
+    Gradients that already have 16 bits are sent as they are. Source: Kalamkar et al. 2019.
     """
 
     wire: ClassVar[str] = "bfloat16"

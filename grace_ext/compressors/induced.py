@@ -9,27 +9,27 @@ from ..parts.spec import part_knob
 from . import register
 from .base import Compressor
 
-#: Elements of the tensor of which promises are asked; any number would do.
+#: Elements of the tensor for which `check` asks delta and omega; any number would do.
 SOME = 4096
 
 
 @register("induced")
 @dataclass(frozen=True)
 class Induced(Compressor):
-    """Makes a biased compressor unbiased: sends what it makes of the gradient, and what an unbiased one makes of the rest.
+    """Makes a biased compressor unbiased: also sends its error, the rest of the gradient, by an unbiased compressor.
 
-    C(x) = B(x) + U(x - B(x));  B (`biased`) a contraction, U (`rest`) unbiased, drawn independently of B.
-    x: float[d] -> the payload of B, then that of U. Wire: the sum of both; the defaults send 9.4 bits an element.
-    Unbiased, with omega = omega_U (1 - delta_B), smaller than what U alone has: needs no memory, where B alone needs a residual.
+    C(x) = B(x) + U(x - B(x));  B (`biased`) is a contraction, U (`rest`) is unbiased and drawn independently of B.
+    x: float[d] -> the payload of B, then that of U. Wire: the sum of both; the defaults send 9.4 bits per element.
+    Unbiased, with omega = omega_U (1 - delta_B), smaller than that of U alone: needs no memory, whereas B alone needs a residual.
     `biased`: topk, dgc, efsignsgd, randomk, ...; `rest`: randomk(scale=True), randblock(scale=True), qsgd, natural, ...; both without
-    rounds or state of their own. A U of high variance (a low ratio) spoils what B gained. A sum that float32 cannot hold saturates.
-    Refused with IncompatiblePartsError where B promises no contraction or U is not unbiased.
+    rounds or state of their own. A U of high variance (a low ratio) loses what B gained. A sum that float32 cannot hold saturates.
+    Raises IncompatiblePartsError if B promises no contraction or U is not unbiased.
     Source: Horvath and Richtarik 2021.
     """
 
     unbiased: ClassVar[bool] = True
     biased: Compressor = part_knob("topk(ratio=0.01)", "a contraction, for the gradient")
-    rest: Compressor = part_knob("natural", "an unbiased compressor, for what the other leaves")
+    rest: Compressor = part_knob("natural", "an unbiased compressor, for the error of the other")
 
     @property
     def deterministic_bytes(self) -> bool:  # type: ignore[override]
@@ -40,7 +40,8 @@ class Induced(Compressor):
             part.check()
             if part.rounds or part.result != "mean" or part.whole_model or part.keeps_state:
                 raise IncompatiblePartsError(
-                    f"'{self}': both parts must compress one tensor by themselves, at every step anew, which {part.name!r} does not"
+                    f"'{self}': both parts must compress one tensor by themselves, without rounds or state of their own, and their result "
+                    f"must be a mean, which is not so for {part.name!r}; use for example biased=topk, rest=natural"
                 )
         if self.biased.delta(SOME) is None:
             raise IncompatiblePartsError(
@@ -58,7 +59,7 @@ class Induced(Compressor):
         return None if omega is None or delta is None else omega * (1 - delta)
 
     def _second(self, spec):
-        """The rest's own name, so that its draws do not depend on those for the gradient."""
+        """Returns the spec of the rest, with a name of its own, so that its draws do not depend on those for the gradient."""
         return dataclasses.replace(spec, name=spec.name + " (rest)", dtype="float32")
 
     def _parts(self, spec):
@@ -93,5 +94,5 @@ class Induced(Compressor):
 
 
 def _float32(ops, x):
-    """Rounded to float32; what is too large saturates."""
+    """Rounds to float32; values that are too large saturate."""
     return ops.from_bytes(ops.to_bytes(x, "float32"), "float32")

@@ -20,31 +20,32 @@ LARGEST = float(np.finfo(np.float32).max)
 @register("lqsgd")
 @dataclass(frozen=True)
 class LQSGD(_LowRank):
-    """Sends a low-rank approximation whose factors are quantised on a logarithmic scale.
+    """Sends a low-rank approximation whose factors are quantized on a logarithmic scale.
 
-    As powersgd, with M_i: float[a, b], Q: float[b, r], r = min(rank, a, b), and every factor coded by D = decode(encode(.)):
+    The steps are those of powersgd, with M_i: float[a, b], Q: float[b, r], r = min(rank, a, b), and D = decode(encode(.)) for each factor:
         P = orthonormalize(mean_i D(M_i Q));  Q_i = D(M_i^T P);  Q = mean_i(Q_i);  result P Q^T; the next step starts from Q.
-    Code of x in a factor with largest magnitude s: the nearest of L = 2**(bits-1) - 1 levels a sign to
+    The code q of x, in a factor with largest magnitude s, is the nearest of L = 2**(bits-1) - 1 levels per sign to
         sign(x) ln(1 + alpha |x| / s) / ln(1 + alpha);   decoded: s sign(q) ((1 + alpha)**|q| - 1) / alpha.
     Codes of different ranks cannot be added, so each factor is gathered, in two rounds (allgather or broadcast).
-    Wire: bits r (a + b) + 64 bits (8-bit codes, 1000 x 1000, rank 1: 0.016 bits an element), in whole bytes a factor. 0-d and 1-D
+    Wire: bits r (a + b) + 64 bits (8-bit codes, 1000 x 1000, rank 1: 0.016 bits per element), in whole bytes per factor. 0-d and 1-D
     tensors, and matrices for which that is not less, are sent dense.
-    Remembered as sent: P D(Q_i)^T with this rank's own Q_i, so that the memory keeps the quantisation error too. P is the same on all ranks
-    and orthonormal, because it is coded before it is averaged. (Other forms code P after it: then it is not orthonormal any more.)
-    Neither unbiased nor a contraction; pair with 'residual' or 'powersgd'. More bits, or an alpha nearer to 0 (even spacing) for values of
-    one size, err less; a larger alpha spends its codes on small values. A factor that is zero decodes to zeros, as do values that overflow.
-    Source: Li et al. 2025 (LQ-SGD); the normalisation by the factor's maximum, and the defaults, are ours.
+    The memory subtracts P Q_i^T with this rank's own decoded Q_i, so that it keeps the quantization error, too. P is the same on all ranks
+    and orthonormal, because it is coded before it is averaged. (Other forms code P afterwards: then it is no longer orthonormal.)
+    Neither unbiased nor a contraction; pair with 'residual' or 'powersgd'. More bits reduce the error, and so does, for values of
+    similar size, an alpha nearer to 0 (even spacing); a larger alpha spends its codes on small values. Zero factors, and values that
+    overflow, decode to zeros.
+    Source: Li et al. 2025 (LQ-SGD); the normalization by the factor's maximum, and the defaults, are ours.
     """
 
     shared_state: ClassVar[tuple[str, ...]] = ("lqsgd_q",)
     rounds: ClassVar[tuple[str, ...]] = ("allgather", "broadcast")
-    rank: int = knob(1, "columns of the approximation", low=1, high=4096, headline=True)
-    bits: int = knob(8, "bits of a code, sign included", low=2, high=16)
+    rank: int = knob(1, "rank of the approximation: columns of P and Q", low=1, high=4096, headline=True)
+    bits: int = knob(8, "bits per code, sign included", low=2, high=16)
     alpha: float = knob(10.0, "curvature of the logarithmic scale", above=0, high=1e6)
 
     @property
     def levels(self) -> int:
-        """The number of levels a sign."""
+        """The number of levels per sign."""
         return 2 ** (self.bits - 1) - 1
 
     def fields(self, spec):
@@ -68,7 +69,7 @@ class LQSGD(_LowRank):
         return ops.to_bytes(ops.upload(np.array([scale], np.float32)), "float32"), ops.pack(ops.upload(codes), self.bits)
 
     def _decode(self, ops, payload, count: int) -> np.ndarray:
-        """float64[count]; raises PayloadError."""
+        """Returns float64[count]. Raises PayloadError."""
         scale = float(ops.host(ops.from_bytes(payload[0], "float32"))[0])
         if not math.isfinite(scale) or scale < 0:
             raise PayloadError("has a scale that is negative or not finite")
@@ -79,7 +80,7 @@ class LQSGD(_LowRank):
         return np.copysign(np.expm1(np.abs(level) * math.log1p(self.alpha)) / self.alpha, level) * scale
 
     def _gather(self, ops, name: str, factor, spec, communicator):
-        """One factor's round: (what this rank's decodes to, the sum of all ranks' decoded ones), float64 on the host."""
+        """Makes one factor's round. Returns (this rank's factor, decoded; the sum of all ranks' decoded factors), float64 on the host."""
         count = math.prod(factor.shape)
         own = self._encode(ops, factor)
         payloads = yield Gather(self._factor_fields(name, count), own, by_broadcast=communicator.by_broadcast)
@@ -106,7 +107,7 @@ class LQSGD(_LowRank):
         )
 
     def compress(self, ops, x, spec, info, state):
-        """The payload a rank alone in the world would send: P, then Q. What runs in training is `exchange`."""
+        """Returns the payload of a rank at world size 1: P, then Q. Training runs `exchange` instead."""
         a, b, r = self._shape(spec)
         m = x.reshape(a, b)
         first = self._encode(ops, m @ state["lqsgd_q"].reshape(r, b).T)
@@ -120,5 +121,5 @@ class LQSGD(_LowRank):
 
 
 def _float32(ops, x: np.ndarray):
-    """Rounded, saturated, and in the library."""
+    """Rounds to float32, saturates, and uploads to the array library."""
     return ops.upload(np.clip(x, -LARGEST, LARGEST).astype(np.float32))

@@ -12,7 +12,7 @@ from . import register
 from .base import Compressor
 from .fast_path import Fused
 
-# The 8-bit form keeps the exponents above this biased one, 127 of them: magnitudes 2**-108 to 2**18.
+# The 8-bit form keeps the 127 biased exponents above this one: magnitudes 2**-108 to 2**18.
 LOWEST = 18
 
 
@@ -22,12 +22,12 @@ class Natural(Compressor):
     """Rounds each element to one of the two powers of two around it, at random and without bias (natural compression).
 
     |x| = 2^f (1 + m / 2^23) becomes 2^(f+1) with probability m / 2^23, else 2^f: exact in integers, m > u with u uniform in [0, 2^23).
-    x: float[d] -> the exponent, 8 bits, and the sign: 9 bits an element.  Unbiased, omega = 1/8: needs no memory.
-    Zero stays zero; a subnormal becomes 0 or 2^-126, without bias but beyond omega; what is above 2^127 becomes 2^127.
-    bits=8 keeps 7 bits of exponent, the magnitudes 2^-108 to 2^18: what is rounded below becomes 0 and what is above 2^18, so it is
-    unbiased inside that window only, and not declared so.
-    Draws are private to the rank. Source: Horvath et al. 2022. GRACE's draw leaves out one value (a bias of 2^-23), has the 8-bit form
-    only, and turns NaN and Inf into numbers.
+    x: float[d] -> the exponent, 8 bits, and the sign: 9 bits per element.  Unbiased, omega = 1/8: needs no memory.
+    Zero stays zero; a subnormal becomes 0 or 2^-126, without bias but beyond omega; magnitudes above 2^127 become 2^127.
+    bits=8 keeps 7 bits of exponent, the magnitudes 2^-108 to 2^18. What rounds to less becomes 0 and what rounds to more becomes 2^18, so
+    it is unbiased only inside that window, and not declared unbiased.
+    Draws are private to each rank. Source: Horvath et al. 2022. GRACE's draw leaves out one value (a bias of 2^-23); GRACE has only the
+    8-bit form, and turns NaN and Inf into numbers.
     """
 
     bits: int = knob(9, "9: every exponent; 8: magnitudes 2^-108 to 2^18", choices=(9, 8))
@@ -78,7 +78,7 @@ class Natural(Compressor):
         return True
 
     def _powers(self, ops, codes):
-        """What codes of 8 bits stand for."""
+        """Returns the values of 8-bit codes."""
         kept = codes & 127
         return ops.bits_float((ops.where(kept > 0, kept + LOWEST, 0) << 23) | ((codes >> 7) << 31))
 

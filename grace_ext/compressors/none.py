@@ -19,7 +19,7 @@ class NoCompression(Compressor):
 
     C(x) = x, rounded to the gradient's own dtype.  x: float[d]
     Wire: d elements of the gradient's dtype (4d bytes for float32, 2d for 16-bit gradients, 8d for float64).
-    Unbiased, summable; equals the engine's dense averaging. 16-bit sums are made in float32 and rounded once.
+    Unbiased, summable; equals the engine's dense averaging. 16-bit gradients are summed in float32 and rounded once.
     """
 
     summable: ClassVar[bool] = True
@@ -58,7 +58,7 @@ class NoCompression(Compressor):
             return Fused((sent,), None)
         if spec.dtype == "float32":
             return Fused((sent,), ops.zeros(spec.size))
-        # A memory's own float32, of a float64 gradient, comes here, too.
+        # A float64 gradient whose memory works in float32 comes here, too.
         return Fused((sent,), ops.cast(x - ops.from_bytes(sent, spec.dtype), "float32"))
 
     def merged(self, specs):

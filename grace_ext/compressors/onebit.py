@@ -15,15 +15,15 @@ from .forms.two_sided import TwoSided
 @register("onebit")
 @dataclass(frozen=True)
 class OneBit(TwoSided):
-    """Sends signs and two values a block: the mean of the negative elements and the mean of the others (1-bit SGD).
+    """Sends signs and two values per block: the mean of the negative elements and the mean of the others (1-bit SGD).
 
-    C(x)_j = m- where x_j < 0, else m+, per block of `block` elements (default: the whole tensor); zeros are among the others, and the mean
-    of no elements is 0.  x: float[d] -> ceil(d / 8) bytes of signs, m- and m+ float32, 8 bytes a block.
+    C(x)_j = m- if x_j < 0, else m+, per block of `block` elements (default: the whole tensor); zeros are among the others, and the mean
+    of no elements is 0.  x: float[d] -> ceil(d / 8) bytes of signs, and m- and m+ as float32, 8 bytes per block.
     Conditional means are the best two values for these signs, so the error is orthogonal to what is sent: never larger than that of
-    'efsignsgd', and much smaller where the two sides differ. Contraction delta >= 1 / block; biased: pair with 'residual'.
+    'efsignsgd', and much smaller if the two sides differ. Contraction delta >= 1 / block; biased: pair with 'residual'.
     A zero block decodes to zeros. Smaller blocks follow the gradient more closely and cost 8 bytes each.
-    Source: Seide et al. 2014, who take a block for each column and quantize the aggregate again (communicator 'reduce_scatter' does).
-    GRACE sends a byte a sign, and in one version negates the mask bitwise: (-1, -3, 2, 4) decodes to (760, 760, 765, 765).
+    Source: Seide et al. 2014, who use one block per column and quantize the aggregate again (as communicator 'reduce_scatter' does).
+    GRACE sends a byte per sign, and in one version negates the mask bitwise: (-1, -3, 2, 4) decodes to (760, 760, 765, 765).
     """
 
     wants_memory: ClassVar[bool] = True

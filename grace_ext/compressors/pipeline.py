@@ -20,19 +20,19 @@ from .forms.sparse import AtPositions, Selecting, count_field, finite, get_count
 class Pipeline(AtPositions):
     """Selects elements with one compressor and encodes the selected values with another: 'topk(ratio=0.01) > qsgd(bits=4)'.
 
-    C(x) = Q(x_S) / (1 + omega) at the positions S that `select` picks, else 0; omega is the variance of Q where Q is unbiased (qsgd,
-    natural, terngrad, ...) and 0 where it is not. The division makes the whole a contraction whatever Q's variance is, so that error
-    feedback converges: delta = k / (d (1 + omega)); scale=False leaves it out.
+    C(x) = Q(x_S) / (1 + omega) at the positions S that `select` picks, else 0; omega is the variance of Q if Q is unbiased (qsgd,
+    natural, terngrad, ...) and 0 if it is not. The division makes the whole a contraction whatever Q's variance is, so that error
+    feedback converges: delta = k / (d (1 + omega)); scale=False leaves the division out.
     x: float[d] -> the positions of `select`, coded as it codes them, and Q's payload of float[k].
-    Wire: k positions and what Q sends of k values. 'sign' means 'efsignsgd': (||x_S||_1 / k) sign(x_S).
-    `select` is an index-sparse compressor that sends positions (topk, threshold, dgc, sidco, global_topk); `values` is one
+    Wire: k positions and what Q sends for k values. 'sign' means 'efsignsgd': (||x_S||_1 / k) sign(x_S).
+    `select` is an index-sparse compressor that sends positions (topk, threshold, dgc, sidco, global_topk); `codec` is one
     that encodes every element (qsgd, efsignsgd, natural, fp16, ...). Biased: pair with 'residual'.
-    Source: Basu et al. 2019 (Qsparse-local-SGD), whose released code takes omega = k/s^2 only.
+    Source: Basu et al. 2019 (Qsparse-local-SGD), whose released code uses omega = k/s^2 only.
     """
 
     wants_memory: ClassVar[bool] = True
-    select: Compressor = part_knob("topk(ratio=0.01)", "which elements are sent")
-    codec: Compressor = part_knob("qsgd(bits=4)", "how their values are encoded")
+    select: Compressor = part_knob("topk(ratio=0.01)", "compressor that chooses which elements are sent")
+    codec: Compressor = part_knob("qsgd(bits=4)", "compressor that encodes their values")
     scale: bool = knob(True, "divide by 1 + omega of an unbiased codec, so that error feedback converges")
 
     def __str__(self):

@@ -14,7 +14,7 @@ from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 
 class Factors(NamedTuple):
-    """P: float[a, r]; the mean's Q, and the Q of what the memory subtracts: float[r, b]."""
+    """The factors of one exchange. p: P, float[a, r]. q: Q of the mean, and q_sent: Q of what the memory subtracts, each float[r, b]."""
 
     p: Any
     q: Any
@@ -22,7 +22,7 @@ class Factors(NamedTuple):
 
 
 class _TwoSums(_LowRank):
-    """P, then Q, each by an all-reduce."""
+    """The base of powersgd and powersgd_plus: sums P, then Q, each by an all-reduce."""
 
     summable: ClassVar[bool] = True
     rounds: ClassVar[tuple[str, ...]] = ("allreduce",)
@@ -33,11 +33,12 @@ class _TwoSums(_LowRank):
         return Field("P", "float32", a * r), Field("Q", "float32", b * r)
 
     def _start(self, ops, spec, info, state):
-        """float[r * b]: Q by rows, to start this step from."""
+        """Returns float[r * b], Q transposed, to start this step from; None if the step has no fused form."""
         raise NotImplementedError
 
     def _two_sums(self, ops, x, spec, info, start, p_own=None):
-        """P and Q from the subspace `start`: returns (Factors, Q to start from next). `p_own`: x times Q, where that is known already."""
+        """Computes P and Q from the subspace `start`. Returns (Factors, or None if one overflowed; Q to start from next).
+        `p_own`: x times Q, if that is known already."""
         a, b, r = self._shape(spec)
         before = start.reshape(r, b)
         p_sum = yield AllReduce((x.reshape(a, b) @ before.T).reshape(-1) if p_own is None else p_own, "float32")
@@ -45,7 +46,7 @@ class _TwoSums(_LowRank):
         p = ops.upload(p_host)
         q_own = ops.project(p, x)
         q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
-        if not ops.all_finite(q):  # some rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
+        if not ops.all_finite(q):  # a rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
             return None, before.reshape(-1)
         return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
 
@@ -74,7 +75,7 @@ class _TwoSums(_LowRank):
         return {"powersgd_q": q}
 
     def _alone(self, ops, m, start):
-        """The payload of a rank alone in the world, from the subspace `start`: P, then Q."""
+        """Returns the payload of a rank at world size 1, from the subspace `start`: P, then Q."""
         p = ops.upload(orthonormalize(ops.host(m @ start.T)))
         return tuple(ops.to_bytes(factor.reshape(-1), "float32") for factor in (p, ops.project(p, m.reshape(-1))))
 
@@ -85,7 +86,7 @@ class _TwoSums(_LowRank):
 
 
 def outcome(ops, spec, factors: Factors | None) -> Exchanged:
-    """What the factors stand for; without any, nothing was sent."""
+    """Returns the approximations that the factors stand for; zeros if there are none, because nothing was sent."""
     if factors is None:
         return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
     p, q, q_sent = factors
@@ -93,27 +94,28 @@ def outcome(ops, spec, factors: Factors | None) -> Exchanged:
 
 
 def feedback_knob():
-    return knob("local", "which approximation the memory subtracts", choices=("local", "mean"))
+    return knob("local", "approximation that the memory subtracts: with this rank's own Q, or with the mean Q", choices=("local", "mean"))
 
 
 @register("powersgd")
 @dataclass(frozen=True)
 class PowerSGD(_TwoSums):
-    """Sends a low-rank approximation, by one step of subspace iteration a step.
+    """Sends a low-rank approximation, from one subspace iteration per step.
 
-    The gradient as a matrix M_i: float[a, b] (first dimension x the rest), Q: float[b, r], r = min(rank, a, b), equal on all ranks.
+    The gradient is a matrix M_i: float[a, b] (first dimension x the rest); Q: float[b, r], r = min(rank, a, b), is equal on all ranks.
         P = mean_i(M_i Q);  P <- orthonormalize(P);  Q_i = M_i^T P;  Q = mean_i(Q_i);  result P Q^T.
     Two all-reduces in sequence: r a, then r b floats.  Wire: 4 r (a + b) bytes. 0-d and 1-D tensors, and matrices for which that is not
-    less, are sent dense beside P. Q starts from the shared seed and is kept (warm start); warm_start=False draws it at every step.
-    What is remembered as sent is P Q_i^T with this rank's own Q_i (feedback='local': a projection, the residual cannot outgrow its
+    less, are sent dense together with P. Q is drawn from the shared seed and then kept (warm start); warm_start=False draws it at every
+    step. The memory subtracts P Q_i^T with this rank's own Q_i (feedback='local': a projection, so the residual cannot outgrow its
     input) or P Q^T (feedback='mean', as in the paper's code and PyTorch). A column of P that is zero or dependent becomes zero, and
-    its column of Q is kept for the next step: a zero or rank-deficient gradient gives no NaN and loses no subspace. Where Q overflows
+    its column of Q is kept for the next step: a zero or rank-deficient gradient gives no NaN and loses no subspace. If Q overflows,
     nothing is sent.
-    Biased: pair with 'residual'. Rank 1 to 4 is usual; higher costs bytes and orthogonalisation time. Source: Vogels et al. 2019, alg. 1.
+    Biased: pair with 'residual'. A rank of 1 to 4 is usual; a higher one costs bytes and orthogonalization time.
+    Source: Vogels et al. 2019, alg. 1.
     """
 
     shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
-    rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
+    rank: int = knob(2, "rank of the approximation: columns of P and Q", low=1, high=4096, headline=True)
     warm_start: bool = knob(True, "start each step from the last step's subspace")
     feedback: str = feedback_knob()
 
@@ -131,6 +133,6 @@ class PowerSGD(_TwoSums):
         return {"powersgd_q": q} if self.warm_start else {}
 
     def compress(self, ops, x, spec, info, state):
-        """The payload a rank alone in the world would send: P, then Q. What runs in training is `exchange`."""
+        """Returns the payload of a rank at world size 1: P, then Q. Training runs `exchange` instead."""
         a, b, r = self._shape(spec)
         return self._alone(ops, x.reshape(a, b), self._start(ops, spec, info, state).reshape(r, b)), state

@@ -14,7 +14,7 @@ from .powersgd import _TwoSums, feedback_knob, outcome
 
 
 def top_subspace(matrix: np.ndarray, r: int) -> np.ndarray:
-    """float32[r, b]: the first r right singular vectors of float[a, b], as rows; zero rows where the matrix has a lower rank. From the
+    """Returns float32[r, b]: the first r right singular vectors of float[a, b], as rows; zero rows if the matrix has a lower rank. Uses the
     eigenvectors of the smaller of M M^T and M^T M, in float64."""
     m = matrix.astype(np.float64)
     m /= max(float(np.abs(m).max()), 1e-300)
@@ -27,7 +27,7 @@ def top_subspace(matrix: np.ndarray, r: int) -> np.ndarray:
 
 
 def power_subspace(matrix: np.ndarray, start: np.ndarray, iterations: int) -> np.ndarray:
-    """float32[r, b]: about the same, by power iterations from float[r, b]."""
+    """Returns float32[r, b]: about the same subspace, by power iterations from float[r, b]."""
     m = matrix.astype(np.float64)
     m /= max(float(np.abs(m).max()), 1e-300)
     right = start.T
@@ -39,23 +39,25 @@ def power_subspace(matrix: np.ndarray, start: np.ndarray, iterations: int) -> np
 @register("powersgd_plus")
 @dataclass(frozen=True)
 class PowerSGDPlus(_TwoSums):
-    """PowerSGD whose subspace is computed anew from the exact mean gradient every `refresh_period` steps.
+    """Works as powersgd does, and computes the subspace anew from the exact mean gradient every `refresh_period` steps.
 
-    At steps that are no multiple of the period it is powersgd, warm start included. At a multiple (step 0 is one), with M_i: float[a, b]:
-        M = mean_i(M_i), dense;  V: float[b, r] = its first r right singular vectors, by rank 0;  P = orthonormalize(M V);
+    Steps that are multiples of the period (step 0 is one) are refreshes; all others are powersgd, warm start included. At a refresh, with
+    M_i: float[a, b]:
+        M = mean_i(M_i), dense;  V: float[b, r] = its first r right singular vectors, from rank 0;  P = orthonormalize(M V);
         Q = M^T P;  result P Q^T, the best approximation of rank r;  the next step starts from Q.
-    Every step has the same two all-reduces: at a refresh the first carries M instead of M_i Q, and the second V from rank 0 (zeros from
-    the others) instead of Q_i, so that all ranks have one V, however their singular vectors would round. Remembered as sent: as powersgd.
-    Wire: 4 r (a + b) bytes, 4 (a b + r b) at a refresh; on average 4 (r (a + b) (T - 1) + a b + r b) / T for a period of T, which is what
-    decides whether a matrix is worth it. 0-d and 1-D tensors are sent dense.
+    Every step has the same two all-reduces: at a refresh the first carries M_i instead of M_i Q, and the second V from rank 0 (zeros
+    from the others) instead of Q_i, so that all ranks have the same V, however their singular vectors would round. The memory subtracts
+    the same as with powersgd.
+    Wire: 4 r (a + b) bytes, 4 (a b + r b) at a refresh; on average 4 (r (a + b) (T - 1) + a b + r b) / T for a period of T. If this average
+    is not less than dense, the matrix is sent dense, as are 0-d and 1-D tensors.
     refresh='svd' is exact and takes O(a b min(a, b)) on rank 0, seconds for thousands of rows; 'randomized' makes `iterations` power
     iterations from a fresh Gaussian instead, O(a b r) each. A longer period costs less and lets the subspace lag behind; at a
     refresh the mean is contracted with delta = r / min(a, b), between refreshes nothing is promised (as for powersgd).
-    Biased: pair with 'residual'. Source: Xie, Chen, Yuan 2025; who computes the decomposition, and its form, are ours.
+    Biased: pair with 'residual'. Source: Xie, Chen, Yuan 2025; that rank 0 computes the decomposition, and its form, are ours.
     """
 
     shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
-    rank: int = knob(2, "columns of the approximation", low=1, high=4096, headline=True)
+    rank: int = knob(2, "rank of the approximation: columns of P and Q", low=1, high=4096, headline=True)
     refresh_period: int = knob(50, "steps from one refresh of the subspace to the next; 50 to 200 is usual", low=2, high=10**9)
     refresh: str = knob("svd", "how the subspace of the mean is found", choices=("svd", "randomized"))
     iterations: int = knob(4, "power iterations of refresh='randomized'", low=1, high=100)
@@ -112,7 +114,7 @@ class PowerSGDPlus(_TwoSums):
         return self._factors(info, p, q, q_own), kept_subspace(ops, q, start.reshape(r, b), p_host)
 
     def compress(self, ops, x, spec, info, state):
-        """The factors that a rank alone in the world would end up with: P, then Q. What runs in training is `exchange`."""
+        """Returns the factors of a rank at world size 1: P, then Q. Training runs `exchange` instead."""
         a, b, r = self._shape(spec)
         m, start = x.reshape(a, b), state["powersgd_q"].reshape(r, b)
         if self._refreshes(info):

@@ -14,18 +14,18 @@ from .base import Compressor
 from .fast_path import Fused
 from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 
-#: So that norm / s times s does not overflow.
+#: The largest norm that is sent, so that (norm / s) * s does not overflow.
 LARGEST_NORM = LARGEST * 0.99999
 
 
 class _NormQuantizer(Compressor):
-    """Random rounding to s levels of the block's 2-norm: what qsgd and its adaptive forms share. A subclass says what s is."""
+    """The base of qsgd and its adaptive forms: rounds at random to s levels of the block's 2-norm. A subclass chooses s."""
 
     unbiased: ClassVar[bool] = True
     bucket: int
 
     def variance(self, s: int, d: int) -> float:
-        """omega of s levels for d elements."""
+        """Returns omega of s levels for d elements."""
         block = min(self.bucket, d)
         return min(block / s**2, block**0.5 / s)
 
@@ -33,14 +33,14 @@ class _NormQuantizer(Compressor):
         return Field("norms", "float32", blocks(spec.size, self.bucket)[1])
 
     def _scales(self, norms: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray]:
-        """(float32 norms with hopeless ones set to zero, s / norm where there is one, else 0)."""
+        """Returns (float32 norms, zero if they are too small to divide by; s / norm, or 0 if the norm is zero)."""
         norms = np.minimum(norms, LARGEST_NORM).astype(np.float32)
         norms[norms < smallest_norm(s)] = 0
         with np.errstate(divide="ignore"):
             return norms, np.where(norms > 0, np.float32(s) / norms, np.float32(0))
 
     def quantize(self, ops, x, s: int, spec, info):
-        """The wire forms of the norms and of the codes."""
+        """Returns the wire forms of the norms and of the codes."""
         if done := self.quantize_compiled(ops, x, Feedback(None), s, spec, info):
             return done.payload
         norms, scales = self._scales(ops.block_norms(x, self.bucket, 2), s)
@@ -50,7 +50,7 @@ class _NormQuantizer(Compressor):
         return floats_to_bytes(ops, norms), ops.pack(codes, code_width(s))
 
     def quantize_compiled(self, ops, grad, feedback, s: int, spec, info) -> Fused | None:
-        """`quantize` of what is to be compressed, and what that leaves of it; None where there are no kernels, or it is not finite."""
+        """Quantizes gradient and residual by a kernel, and keeps what was not sent. None without kernels, or if the sum is not finite."""
         if not ops.compiles(grad):
             return None
         norms, codes = np.empty(blocks(spec.size, self.bucket)[1], np.float32), np.empty(code_bytes(spec.size, s), np.uint8)
@@ -62,7 +62,7 @@ class _NormQuantizer(Compressor):
         return Fused((floats_to_bytes(ops, norms), codes), sources.unsent)
 
     def add_levels(self, ops, total, norms, codes, s: int, spec, first: bool, divisor: int) -> bool:
-        """Adds what `dequantize` gives by a kernel; see add_compiled."""
+        """Adds what `dequantize` returns to `total` by a kernel; see `add_compiled`."""
         units = floats_from_bytes(ops, norms, "norm") / np.float32(s)
         with np.errstate(over="ignore"):
             if not np.isfinite(units * np.float32(s)).all():
@@ -70,7 +70,7 @@ class _NormQuantizer(Compressor):
         return ops.kernels.add_levels(total, codes, units, self.bucket, code_width(s), np.int32(s), first, np.float32(divisor))
 
     def dequantize(self, ops, norms, codes, s: int, spec):
-        """The elements. Raises PayloadError."""
+        """Returns the elements. Raises PayloadError."""
         norms = floats_from_bytes(ops, norms, "norm")
         width = code_width(s)
         codes = ops.unpack(codes, width, spec.size)
@@ -82,12 +82,12 @@ class _NormQuantizer(Compressor):
 
 
 def smallest_norm(s: int) -> np.float32:
-    """Where s / norm overflows below."""
+    """Returns the norm below which s / norm overflows."""
     return np.float32(s / LARGEST * 1.0001)
 
 
 def code_width(s: int) -> int:
-    """Bits of one code: the level, and the sign above it."""
+    """Returns the bits of one code: the level, and the sign above it."""
     return s.bit_length() + 1
 
 
@@ -102,17 +102,17 @@ def bucket_knob():
 @register("qsgd")
 @dataclass(frozen=True)
 class QSGD(_NormQuantizer):
-    """Rounds to s levels of the block's norm, at random and without bias.
+    """Rounds elements to s levels of their block's norm, at random and without bias.
 
     Per block of `bucket` elements, with n = ||x||_2 of the block:  C(x)_j = n sign(x_j) xi_j / s,  where xi_j is s |x_j| / n rounded
-    down or up at random so that its mean is exact.  s = 2**(bits-1) - 1 (8 bits: 127, 4 bits: 7, 2 bits: 1), or `levels`.
-    x: float[d] -> one code of b bits an element (sign and level) and 4 bytes a block: b d / 8 + 4 d / bucket bytes.
+    down or up at random, so that its expected value is exact.  s = 2**(bits-1) - 1 (8 bits: 127, 4 bits: 7, 2 bits: 1), or `levels`.
+    x: float[d] -> one code of b bits per element (sign and level) and 4 bytes per block: b d / 8 + 4 d / bucket bytes.
     Unbiased, omega = min(B / s^2, sqrt(B) / s) with B = bucket; needs no memory when s >= sqrt(B). A zero block decodes to zeros, and so
-    does one whose norm is under s / 3.4e38. Fewer bits: more variance; larger buckets: fewer scales, more variance.
-    Draws are private to the rank, from (seed, parameter, step, rank). Source: Alistarh et al. 2017, sec. 3.
+    does one whose norm is under s / 3.4e38. Fewer bits add variance; larger blocks send fewer norms and add variance.
+    Draws are private to each rank, from (seed, parameter, step, rank). Source: Alistarh et al. 2017, sec. 3.
     """
 
-    bits: int | None = knob(None, "bits an element, sign included; 8 if neither bits nor levels is given", low=2, high=8)
+    bits: int | None = knob(None, "bits per element, sign included; 8 if neither bits nor levels is given", low=2, high=8)
     levels: int | None = knob(None, "number of levels s, instead of bits", low=1, high=32767)
     bucket: int = bucket_knob()
 

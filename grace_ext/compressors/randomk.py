@@ -20,7 +20,7 @@ from .forms.sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, 
 
 
 class _SharedPositions(Compressor):
-    """Values at k positions that all ranks derive from (seed, parameter, step): nothing but the values is sent, and they add up."""
+    """Sends values at k positions that all ranks derive from (seed, parameter, step): only the values travel, and they can be summed."""
 
     summable: ClassVar[bool] = True
     selects: ClassVar[bool] = True
@@ -29,11 +29,11 @@ class _SharedPositions(Compressor):
     values: str
 
     def _draw(self, spec, info):
-        """int64[k] on the host, ascending and distinct."""
+        """Returns the positions: int64[k] on the host, ascending and distinct."""
         raise NotImplementedError
 
     def draw_each(self, specs, info):
-        """What `_draw` gives for each of these tensors, as positions in their concatenation."""
+        """Returns what `_draw` returns for each of these tensors, as positions in their concatenation."""
         starts = accumulate((spec.size for spec in specs), initial=0)
         return np.concatenate([start + self._draw(spec, info) for start, spec in zip(starts, specs, strict=False)])
 
@@ -50,7 +50,7 @@ class _SharedPositions(Compressor):
 
     @property
     def natural_memory(self) -> str:
-        # An element waits d/k steps for its turn; all that it gathered by then, at once, is too much for its neighbours' gradients.
+        # An element waits d/k steps for its turn; all that it gathered by then, sent at once, is too much beside its neighbours' gradients.
         return "none" if self.scale else "residual(beta=0.9)"
 
     def omega(self, d):
@@ -95,7 +95,7 @@ class _SharedPositions(Compressor):
 
 @dataclass(frozen=True)
 class _Joined(_SharedPositions):
-    """Several small tensors as one: see merged.py. Not registered."""
+    """Handles several small tensors as one; see merged.py. Not registered."""
 
     each: Any
     specs: tuple[TensorSpec, ...]
@@ -118,7 +118,7 @@ class _Joined(_SharedPositions):
 
     def positions(self, ops, payload, spec, info):
         key = info.seed, info.step
-        if self.__dict__.get("_drawn", (None,))[0] != key:  # the decoder wants what the encoder drew
+        if self.__dict__.get("_drawn", (None,))[0] != key:  # the decoder needs the positions that the encoder drew
             drawn = self.each.draw_each(self.specs, info)
             drawn.flags.writeable = False
             self.__dict__["_drawn"] = key, drawn
@@ -136,9 +136,9 @@ class RandomK(_SharedPositions):
 
     C(x)_j = x_j for j in R_t, else 0;  |R_t| = k = max(1, ceil(ratio * d)), drawn without replacement from (seed, parameter, step).
     x: float[d] -> values float32[k] (or 16 bits); positions are never sent. Summable, because they are shared.
-    Wire: 4k bytes. Contraction delta = k/d in expectation: pair with 'residual(beta=0.9)', which forgets what is too old, and keep 5% or
-    more where there are few steps (docs/accuracy.md). With scale=True the values are multiplied by d/k,
-    which makes it unbiased with variance (d/k - 1) ||x||^2: then use no memory.
+    Wire: 4k bytes. Contraction delta = k/d in expectation: pair with 'residual(beta=0.9)', which forgets what is too old, and send 5% or
+    more if the training has few steps (docs/accuracy.md). With scale=True the values are multiplied by d/k, which makes it unbiased with
+    variance (d/k - 1) ||x||^2: then use no memory.
     Source: Stich et al. 2018; Konecny et al. 2016. GRACE draws with replacement and reseeds the user's generator; this does neither.
     """
 
@@ -162,8 +162,8 @@ class RandBlock(_SharedPositions):
     C(x)_j = x_j for j in {s, s+1, ..., s+k-1} modulo d, else 0;  k = max(1, ceil(ratio * d)), s uniform from (seed, parameter, step).
     x: float[d] -> values float32[k] (or 16 bits), in ascending order of position. Summable.
     Wire: 4k bytes. The statistics of one element are those of randomk (delta = k/d, or unbiased with omega = d/k - 1 with scale=True);
-    neighbours are sent together, which is faster to gather and converges alike where their gradients are not correlated. Pair it with
-    'residual(beta=0.9)': with beta=1 whole filters make the steps of d/k gradients at once, and small networks diverge.
+    neighbours are sent together, which is faster to gather and converges as fast if their gradients are not correlated. Pair it with
+    'residual(beta=0.9)': with beta=1, whole filters make the steps of d/k gradients at once, and training of small networks blows up.
     Source: Xie et al. 2020 (CSER, globally random blocks).
     """
 

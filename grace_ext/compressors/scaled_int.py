@@ -17,22 +17,22 @@ from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
 @register("scaled_int")
 @dataclass(frozen=True)
 class ScaledInt(Compressor):
-    """Rounds to integers by a scale that all ranks agree on, and adds the integers up: an exact sum, in any order.
+    """Rounds to integers with a scale that all ranks share, and sums the integers: the sum is exact, in any order.
 
     q_i = round(a x_i), a = 2^k with the largest k for which a max_i |x_i| <= L = floor((2^(width-1) - 1) / n);  result sum_i q_i / (a n).
-    No sum of n ranks can overflow, because |q_i| <= L. Two rounds: the ranks' maxima are gathered, 4 bytes a block of `block` elements
-    (default: the whole tensor), then the integers all-reduced. Over other communicators each rank's own maximum travels in its payload,
-    with n = 1 in the rule.
-    x: float[d] -> maxima float32 a block, and d integers of `width` bits: 32, 16 or 8 bits an element. With 32 bits nothing is saved: it is
-    for sums that do not depend on the order, to the bit. With 8 bits and n ranks about log2(255 / n) bits of the element remain, and more
-    than 127 ranks are refused; at 16 bits, more than 32767.
-    |C(x)_j - x_j| <= 1 / (2 a) with rounding='nearest' (biased), < 1 / a with 'stochastic', which is unbiased (draws private to the rank);
-    a > L / (2 max_i |x_i|). Smaller blocks have finer scales. A zero block stays zero. `residual` helps at 8 bits.
+    No sum of n ranks can overflow, because |q_i| <= L. Two rounds: the ranks' maxima are gathered, 4 bytes per block of `block`
+    elements (default: the whole tensor), then the integers are all-reduced. With communicators other than allreduce, each rank's own
+    maximum travels in its payload, with n = 1 in the rule.
+    x: float[d] -> a float32 maximum per block, and d integers of `width` bits: 32, 16 or 8 bits per element. 32 bits save nothing: they
+    give sums that do not depend on the order, to the bit. With 8 bits and n ranks, about log2(255 / n) bits of each element remain, and
+    more than 127 ranks raise UnsupportedError; at 16 bits, more than 32767.
+    |C(x)_j - x_j| <= 1 / (2 a) with rounding='nearest' (biased), < 1 / a with 'stochastic', which is unbiased (draws private to each rank);
+    a > L / (2 max_i |x_i|). Smaller blocks have finer scales. A zero block stays zero. 'residual' helps at 8 bits.
     Source: Sapio et al. 2021 (SwitchML), who guess the next maximum from the last one; here it is known before the integers are sent.
     """
 
     summable: ClassVar[bool] = True
-    width: int = knob(32, "bits of an integer", choices=(32, 16, 8), headline=True)
+    width: int = knob(32, "bits per integer", choices=(32, 16, 8), headline=True)
     rounding: str = knob("nearest", "to the nearest integer, or at random without bias", choices=("nearest", "stochastic"))
     block: int | None = knob(None, "elements that share a scale; None: the whole tensor", low=1)
 
@@ -52,26 +52,26 @@ class ScaledInt(Compressor):
         return Field("maxima", "float32", blocks(spec.size, self.block)[1]), Field("integers", self._dtype, spec.size)
 
     def sends_dense(self, spec):
-        # At 32 bits the sum is what it is for, not the size.
+        # 32 bits are chosen for the exact sum, not for the size.
         return self.width // 8 * spec.size > spec.nbytes if self.width == 32 else super().sends_dense(spec)
 
     def _limit(self, n: int) -> int:
-        """L: the largest integer that each of n ranks may send."""
+        """Returns L, the largest integer that each of n ranks may send."""
         return (2 ** (self.width - 1) - 1) // n
 
     def _exponents(self, maxima: np.ndarray, limit: int) -> np.ndarray:
-        """k of each block: the largest with maximum 2^k <= limit; 0 for zero blocks."""
+        """Returns k of each block: the largest with maximum * 2^k <= limit; 0 for zero blocks."""
         mantissa, exponent = np.frexp(maxima.astype(np.float64))
         bits = limit.bit_length()
         return np.where(maxima > 0, bits - exponent - (mantissa * 2.0**bits > limit), 0)
 
     def _powers(self, ops, exponents: np.ndarray, spec):
-        """2^k for each element (one number where there is one block), float64: k may be beyond the range of float32."""
+        """Returns 2^k per element (one number if there is one block), as float64 because k may be beyond the range of float32."""
         powers = np.ldexp(1.0, exponents)
         return float(powers[0]) if len(powers) == 1 else ops.spread(powers, self.block, spec.size, "float64")
 
     def _round(self, ops, x, exponents, spec, info):
-        """int64[d]."""
+        """Returns the integers, int64[d]."""
         scaled = ops.cast(x, "float64") * self._powers(ops, exponents, spec)
         if self.rounding == "nearest":
             return ops.as_int(ops.rint(scaled))
@@ -80,7 +80,7 @@ class ScaledInt(Compressor):
         return ops.as_int(low) + ops.as_int(ops.cast(draws, "float64") < (scaled - low) * 2.0**32)
 
     def _value(self, ops, integers, exponents, spec, divisor: int = 1):
-        """integers / (2^k divisor) as float32, saturated."""
+        """Returns integers / (2^k divisor) as float32, saturated."""
         value = ops.cast(integers, "float64") * self._powers(ops, -exponents, spec)
         value = value / divisor if divisor > 1 else value
         if ops.largest(value) > LARGEST:

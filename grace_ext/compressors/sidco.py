@@ -12,12 +12,12 @@ from .forms.sparse import Selecting, index_knob, kept, ratio_knob, values_knob
 
 
 def exponential(mean: float, ratio: float) -> float:
-    """What a fraction `ratio` of an exponential law exceeds."""
+    """Returns what a fraction `ratio` of an exponential distribution exceeds."""
     return -mean * math.log(ratio)
 
 
 def pareto(mean: float, variance: float, ratio: float) -> float:
-    """The same of the generalised Pareto law with these moments."""
+    """Returns the same for the generalized Pareto distribution with these moments."""
     if variance <= 1e-12 * mean * mean:
         return mean  # all are equal
     spread = mean * mean / variance
@@ -26,7 +26,7 @@ def pareto(mean: float, variance: float, ratio: float) -> float:
 
 
 def gamma(mean: float, mean_log: float, ratio: float) -> float:
-    """The same, approximately, of the gamma law; not positive where the approximation fails."""
+    """Returns the same, approximately, for the gamma distribution; not positive if the approximation fails."""
     gap = math.log(mean) - mean_log
     if gap < 1e-9:
         return 0.0  # all are equal
@@ -37,33 +37,33 @@ def gamma(mean: float, mean_log: float, ratio: float) -> float:
 @register("sidco")
 @dataclass(frozen=True)
 class SIDCo(Selecting):
-    """Sends the elements above a threshold that follows from a fitted distribution, so that about k are sent without any sorting.
+    """Sends the elements above a threshold that a fitted distribution gives, so that about k are sent without any sorting.
 
-    C(x)_j = x_j where |x_j| >= t, else 0. With r = k / m, k = max(1, ceil(ratio * d)), m the number of elements that are not zero, t comes
-    from M stages: the first inverts the tail of the law of |x| at r_1 = first_ratio (at r itself where M = 1 or r >= first_ratio), each
-    further one that of the exceedances |x_j| - min, |x_j| >= t so far, at (r / r_1)^(1 / (M - 1)), and adds it to t. The laws, with
-    mean u, variance v of what is fitted:
+    C(x)_j = x_j if |x_j| >= t, else 0. With k = max(1, ceil(ratio * d)), m the number of elements that are not zero and r = k / m, t is
+    computed in M stages. The first inverts the tail of the distribution of |x| at r_1 = first_ratio (at r itself if M = 1 or
+    r >= first_ratio). Each further one inverts that of the exceedances |x_j| - min, over the |x_j| >= t so far, at (r / r_1)^(1 / (M - 1)),
+    and adds the result to t. The distributions, with mean u and variance v of what is fitted:
         exponential  u ln(1 / r)
         pareto       a (1 - r^c) / c,  a = u/2 (u^2/v + 1),  c = (u^2/v - 1) / 2
         gamma        first stage -b (ln r + lnGamma(s)),  b = u / s,  s = (3 - q + sqrt((q - 3)^2 + 24 q)) / (12 q),  q = ln u - mean ln|x|,
-                     a closed form for s near 1 (pareto where it is not positive); pareto in the later stages
-    Every `every` calls M follows the mean of sent / k: one stage fewer above 1.2, one more below 0.8, 1 <= M <= ceil(log2(1 / ratio)).
-    x: float[d] -> values float32[m] (or 16 bits) and their positions, at least one for x != 0, any number at most; where all magnitudes
-    are equal no threshold divides them, and all are sent. Where m <= k, all that is not zero is sent.
-    Wire: as topk with the number sent, and 8 bytes of counts; never more than dense. Biased: pair with 'residual'.
-    State: `sidco_stages`, float32[3], of each tensor: M, calls since it was looked at, sum of sent / k. 'exponential' is the cheapest and
-    right for tails up to Laplace's (of heavier ones it sends less than k: 0.4 k of Student's t with 3 degrees of freedom); 'pareto' follows
-    heavy tails; 'gamma' needs logarithms.
-    Source: Abdelmoniem et al. 2021. The laws are fitted to what is not zero, which the paper does not say; the authors' code has one
-    controller for all tensors.
+                     a closed form for s near 1 (pareto if it is not positive); pareto in the later stages
+    Every `every` calls, M follows the mean of sent / k: one stage fewer above 1.2, one more below 0.8, 1 <= M <= ceil(log2(1 / ratio)).
+    x: float[d] -> values float32[n] (or 16 bits) and their positions; n is at least 1 if x != 0, and may be any number up to d. If all
+    magnitudes are equal, no threshold divides them, and all are sent. If m <= k, all elements that are not zero are sent.
+    Wire: as topk with k = n, and 8 bytes of counts; at most all values without positions. Biased: pair with 'residual'.
+    State: `sidco_stages`, float32[3] per tensor: M, calls since M was last adapted, sum of sent / k. 'exponential' is the cheapest, and
+    right for tails up to Laplace's (with heavier ones it sends less than k: 0.4 k for Student's t with 3 degrees of freedom); 'pareto'
+    follows heavy tails; 'gamma' needs logarithms.
+    Source: Abdelmoniem et al. 2021. The distributions are fitted to the elements that are not zero, which the paper does not say; the
+    authors' code has one controller for all tensors.
     """
 
     borrowed_state: ClassVar[tuple[str, ...]] = ("sidco_stages",)
     ratio: float = ratio_knob()
-    distribution: str = knob("exponential", "the law of the magnitudes", choices=("exponential", "pareto", "gamma"), headline=True)
+    distribution: str = knob("exponential", "fitted law of the magnitudes", choices=("exponential", "pareto", "gamma"), headline=True)
     stages: int = knob(3, "stages at the first step; the controller changes them", low=1, high=64)
     first_ratio: float = knob(0.25, "fraction that the first of several stages leaves", above=0, high=0.999)
-    every: int = knob(5, "calls between two looks at how many were sent", low=1, high=10000)
+    every: int = knob(5, "calls between two decisions of the controller", low=1, high=10000)
     values: str = values_knob()
     index: str = index_knob()
 
@@ -107,7 +107,7 @@ class SIDCo(Selecting):
         return np.ones(len(values), bool), {"sidco_stages": ops.upload(self._adapted(control, len(values) / k))}
 
     def _shares(self, ratio: float, stages: int) -> list[float]:
-        """What each stage leaves of what the one before left."""
+        """Returns the fraction that each stage leaves of what the one before left."""
         several = stages > 1 and ratio < self.first_ratio
         return [self.first_ratio, *[(ratio / self.first_ratio) ** (1 / (stages - 1))] * (stages - 1)] if several else [ratio]
 
@@ -117,14 +117,14 @@ class SIDCo(Selecting):
         return self._later(ops, magnitudes[magnitudes >= threshold], shares[1:], threshold, largest)
 
     def _later(self, ops, rest, shares, threshold, largest) -> float:
-        """The threshold after the later stages, given the magnitudes that the first one left."""
+        """Returns the threshold after the later stages, given the magnitudes that the first one left."""
         for share in shares:
             threshold = float(np.float32(min(threshold + self._tail(ops, rest - rest.min(), share, first=False), largest)))
             rest = rest[rest >= threshold]
         return threshold
 
     def _tail(self, ops, excess, ratio, *, first) -> float:
-        """What about a fraction `ratio` of the excess is larger than."""
+        """Returns a value that about a fraction `ratio` of the excess exceeds."""
         count = len(excess)
         mean = ops.total(excess) / count
         if not mean:
@@ -138,7 +138,7 @@ class SIDCo(Selecting):
         return pareto(mean, float(ops.block_norms(excess, count, 2)[0]) ** 2 / count - mean * mean, ratio)
 
     def _adapted(self, control, share) -> np.ndarray:
-        """The controller's state after one more call, which sent `share` of what it should."""
+        """Returns the controller's state after one more call, which sent `share` times k elements."""
         stages, calls, total = int(control[0]), int(control[1]) + 1, float(control[2]) + share
         if calls >= self.every:
             mean = total / calls

@@ -16,23 +16,24 @@ from .fast_path import Fused
 if TYPE_CHECKING:
     pass
 
-# Added for each rank that votes: turns a tie into +1 and no majority around, in exact float32 sums of up to 1,023 ranks.
+# Added for each rank that votes: turns a tie into +1, reverses no majority, and keeps float32 sums of up to 1,023 ranks exact.
 TIE_BREAK = 2.0**-13
 
 
 class _Vote(Compressor):
-    """The majority of the ranks' signs, however the ballots travel: one bit an element each, or counted by an integer all-reduce."""
+    """The base of signsgd and signum. The result is the majority of the ranks' signs, whether ballots travel as one bit per element or are
+    counted by an integer all-reduce."""
 
     wants_memory: ClassVar[bool] = True
     result: ClassVar[str] = "vote"
-    natural_memory: ClassVar[str] = "none"  # type: ignore[assignment]  # a residual of what was no magnitude says little
+    natural_memory: ClassVar[str] = "none"  # a vote has no magnitude, so a residual of it says little
     ties: str
 
     def fields(self, spec):
         return Field("votes", "uint8", 1), Field("signs", "uint8", (spec.size + 7) // 8)
 
     def ballot(self, ops, x):
-        """The payload: whether this rank votes, and its signs."""
+        """Returns the payload: whether this rank votes, and its signs."""
         return self._paper(ops, ops.pack_signs(x), ops.any_nonzero(x))
 
     def _paper(self, ops, signs, votes):
@@ -44,7 +45,7 @@ class _Vote(Compressor):
     def decompress(self, ops, payload, spec, info):
         votes = int(payload[0][0])
         if votes > 1:
-            raise PayloadError(f"has a vote flag of {votes}")
+            raise PayloadError(f"has a vote flag of {votes}, expected 0 or 1")
         return ops.unpack_signs(payload[1], spec.size) if votes else ops.zeros(spec.size)
 
     def accumulate(self, ops, total, payload, spec, info):
@@ -66,12 +67,12 @@ class _Vote(Compressor):
         return total
 
     def counts(self, ops, payload, spec, info):
-        """int64[d + 1]: this rank's ballot in a form that adds up, and whether it votes."""
+        """Returns int64[d + 1]: this rank's ballot in a form that can be summed, and whether it votes."""
         signs = ops.as_int(self.decompress(ops, payload, spec, info))
         return ops.concat([signs, ops.arange(1) + int(payload[0][0])])
 
     def elected(self, ops, counts, spec, info):
-        """The result of the sum of all ranks' counts."""
+        """Returns the result of the vote, given the sum of all ranks' counts."""
         total = ops.cast(counts[:-1], "float32")
         if self.ties == "plus" and int(counts[-1]):
             total = total + TIE_BREAK
@@ -82,7 +83,7 @@ class _Vote(Compressor):
 
 
 class _Elected(Compressor):
-    """What an election gave, in {-1, 0, +1}: 2 bits an element. Not registered: reduce_scatter sends the result of its shard with it."""
+    """Sends the result of a vote, in {-1, 0, +1}, in 2 bits per element. Not registered: used by reduce_scatter for its shards."""
 
     result: ClassVar[str] = "vote"
 
@@ -100,20 +101,21 @@ class _Elected(Compressor):
 
 
 def ties_knob():
-    return knob("zero", "what a tied vote gives", choices=("zero", "plus"))
+    return knob("zero", "result of a tied vote: zero is 0, plus is +1", choices=("zero", "plus"))
 
 
 @register("signsgd")
 @dataclass(frozen=True)
 class SignSGD(_Vote):
-    """Sends signs, and takes the majority vote.
+    """Sends signs, and returns their majority vote.
 
-    Payload sign(x_j), one bit; zeros count as +1, but a tensor that is zero everywhere casts no vote. Result: sign(sum over ranks),
-    in {-1, 0, +1}: NOT divided by the world size, whatever `op` is.  x: float[d] -> ceil(d / 8) + 1 bytes.
-    Ties (even worlds) give 0, or +1 with ties='plus'. Neither unbiased nor a contraction; the step has length sqrt(d), so choose a
-    learning rate 10 to 100 times lower than for SGD. Without error feedback it fails on simple problems; 'efsignsgd' with
-    'residual' does not. Over allgather every rank counts, over reduce_scatter each its shard (1 bit up, 2 bits down), over allreduce the
-    network counts in 8-bit integers (16-bit beyond 127 ranks). Source: Bernstein et al. 2018. GRACE sends a byte a sign.
+    The payload is sign(x_j), one bit; zeros count as +1, but a tensor that is zero everywhere casts no vote. The result is sign(sum over
+    ranks), in {-1, 0, +1}: NOT divided by the world size, whatever `op` is.  x: float[d] -> ceil(d / 8) + 1 bytes.
+    Ties (an even number of votes) give 0, or +1 with ties='plus'. Neither unbiased nor a contraction; the step has length sqrt(d), so
+    choose a learning rate 10 to 100 times lower than for SGD. Without error feedback it fails on simple problems; 'efsignsgd' with
+    'residual' does not. With allgather every rank counts all votes, with reduce_scatter each rank counts its shard (1 bit up, 2 bits
+    down), with allreduce the network counts in 8-bit integers (16-bit beyond 127 ranks). Source: Bernstein et al. 2018. GRACE sends a
+    byte per sign.
     """
 
     ties: str = ties_knob()
@@ -135,15 +137,15 @@ class SignSGD(_Vote):
 @register("signum")
 @dataclass(frozen=True)
 class Signum(_Vote):
-    """Sends the signs of a running mean of the gradient, and takes the majority vote.
+    """Sends the signs of a running mean of the gradient, and returns their majority vote.
 
-    m <- beta m + (1 - beta) x, m = 0 at first; payload sign(m_j), one bit; otherwise as signsgd, whose result and communicators it has.
+    m <- beta m + (1 - beta) x, m = 0 at first; the payload is sign(m_j), one bit. Result and communicators are those of signsgd.
     x: float[d] -> ceil(d / 8) + 1 bytes.  State: `signum_momentum`, float32[d], a copy (GRACE keeps a view of the gradient).
-    beta (`momentum`) nearer to 1 averages longer; with momentum=0 it is signsgd. The optimizer should have no momentum of its own.
+    A beta (`momentum`) nearer to 1 averages longer; with momentum=0 it is signsgd. The optimizer should have no momentum of its own.
     Source: Bernstein et al. 2018.
     """
 
-    momentum: float = knob(0.9, "how much of the running mean is kept at every step", low=0, high=0.9999, headline=True)
+    momentum: float = knob(0.9, "fraction of the running mean that is kept per step", low=0, high=0.9999, headline=True)
     ties: str = ties_knob()
 
     def init(self, ops, spec, info):

@@ -16,23 +16,23 @@ from .forms.scales import floats_from_bytes, floats_to_bytes
 @register("sketch")
 @dataclass(frozen=True)
 class Sketch(Compressor):
-    """Sorts the elements into buckets of equal size by value, and sends each one's bucket and the buckets' means.
+    """Divides the elements by value into groups of equal size, and sends each element's group and the groups' means.
 
-    With q = `quantiles`, edges e_i = the element of rank ceil(i d / q), i = 1 .. q-1:  code c_j = number of edges <= x_j;
-    C(x)_j = mean of the x with code c_j. Equal edges merge; the mean of an empty bucket is 0.
-    x: float[d] -> ceil(log2 q) bits an element and q means float32 (6 bits and 256 bytes by default).
-    The conditional means make it a projection: the error is orthogonal to what is sent and never exceeds x. Deterministic and biased,
-    least in relative terms where elements are dense: pair with 'residual'. A zero tensor decodes to zeros.
-    More quantiles: smaller error, more bits; the outermost buckets, which hold the largest elements, are the coarsest.
+    With q = `quantiles`, edges e_i = the element at index ceil(i d / q) of the sorted x, i = 1 .. q-1:  code c_j = number of edges <= x_j;
+    C(x)_j = mean of the x with code c_j. Equal edges merge; the mean of an empty group is 0.
+    x: float[d] -> ceil(log2 q) bits per element and q float32 means (6 bits and 256 bytes by default).
+    The conditional means make it a projection: the error is orthogonal to what is sent, and its norm never exceeds that of x.
+    Deterministic and biased, with the least relative error where elements are dense: pair with 'residual'. A zero tensor decodes to zeros.
+    More quantiles give a smaller error and cost more bits; the outermost groups, which hold the largest elements, are the coarsest.
     Costs a sort. Source: Jiang et al. 2018 (SketchML), its quantizer, with exact quantiles and means.
     """
 
     wants_memory: ClassVar[bool] = True
-    quantiles: int = knob(64, "number of buckets", low=2, high=65536, headline=True)
+    quantiles: int = knob(64, "number of groups", low=2, high=65536, headline=True)
 
     @property
     def width(self) -> int:
-        """Bits of one code."""
+        """The bits of one code."""
         return (self.quantiles - 1).bit_length()
 
     def fields(self, spec):

@@ -18,23 +18,23 @@ LEVEL_BITS = 16
 @register("strom")
 @dataclass(frozen=True)
 class Strom(AtPositions):
-    """Sends the sign of every element that reaches a fixed threshold, and means the threshold with that sign.
+    """Sends the sign of every element that reaches a fixed threshold; it decodes to the threshold with that sign.
 
-    C(x)_j = sign(x_j) tau where |x_j| >= tau, else 0; with multi=True, sign(x_j) tau min(round(|x_j| / tau), 2^16) (ties to even).
-    x: float[d] -> k positions and a code of 1 bit (the sign) each; multi=True: the sign and the level - 1, in the bits that the largest
-    level of the tensor needs, 17 at most. 0 <= k <= d.
+    C(x)_j = sign(x_j) tau if |x_j| >= tau, else 0; with multi=True, sign(x_j) tau min(round(|x_j| / tau), 2^16) (ties to even).
+    x: float[d] -> k positions and a code of 1 bit (the sign) each; with multi=True, the sign and the level - 1, in the bits that the
+    largest level of the tensor needs, 17 at most. 0 <= k <= d.
     Wire: k / 8 bytes of signs, about k (log2(d/k) + 2) / 8 of positions, and 12 bytes (multi: 13 and the bits of the levels).
-    Biased, and nothing without 'residual', where the rest of what was sent and all that was not stays. Not an absolute compressor: one
-    step takes at most tau (multi: 65536 tau) from an element, and the residual grows where gradients are larger than that for long.
-    `threshold` is in units of the gradient: too low sends nearly everything as signs of the same small step, too high sends nothing for
-    many steps. multi=True forgives a low one.
-    Source: Strom 2015, whose 32 bits an element are 31 of position and one of sign. Whether an element equal to tau is sent is
-    this library's choice.
+    Biased, and useless without 'residual', which keeps what was not sent and the rest of what was. Not an absolute compressor: one step
+    takes at most tau (multi: 65536 tau) from an element, and the residual grows if gradients are larger than that for long.
+    `threshold` is in units of the gradient: one that is too low sends nearly everything as signs of the same small step,
+    one that is too high sends nothing for many steps. multi=True tolerates a low one.
+    Source: Strom 2015, whose 32 bits per element are 31 of position and one of sign. That an element equal to tau is sent is this
+    library's choice.
     """
 
     wants_memory: ClassVar[bool] = True
-    threshold: float = knob(0.01, "smallest magnitude that is sent, and what is sent for it", low=1e-30, high=1e30, headline=True)
-    multi: bool = knob(False, "send how many times the threshold an element is, not just its sign")
+    threshold: float = knob(0.01, "smallest magnitude that is sent, and the value that it decodes to", low=1e-30, high=1e30, headline=True)
+    multi: bool = knob(False, "send how many times the threshold an element is, not only its sign")
     index: str = index_knob()
 
     def fields(self, spec):
@@ -48,11 +48,11 @@ class Strom(AtPositions):
         )
 
     def mean_nbytes(self, spec):
-        k = -(-spec.size // 100)  # of a threshold that suits the gradient
+        k = -(-spec.size // 100)  # for a threshold that suits the gradient
         return min(self.nbytes(spec), 12 + self.multi + index_bytes(k, spec.size, self.index) + (k + 7) // 8)
 
     def sends_dense(self, spec):
-        return False  # how much it sends is known from the values only
+        return False  # only the values decide how much is sent
 
     def compress(self, ops, x, spec, info, state):
         positions = ops.at_least(x, self.threshold)
@@ -72,7 +72,7 @@ class Strom(AtPositions):
         positions = decode_indices(ops, payload[-2], count, spec.size, self.index)
         width = int(payload[1][0]) if self.multi else 1
         if not 1 <= width <= LEVEL_BITS + 1:
-            raise PayloadError(f"has codes of {width} bits")
+            raise PayloadError(f"has codes of {width} bits, expected 1 to {LEVEL_BITS + 1}")
         expect_bytes(payload[-1], (count * width + 7) // 8, f"codes for {count} values")
         if not self.multi:
             return positions, ops.unpack_signs(payload[-1], count) * self.threshold

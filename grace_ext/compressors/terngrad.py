@@ -22,17 +22,17 @@ TRITS = (np.arange(243)[:, None] // 3 ** np.arange(5) % 3 - 1).astype(np.float32
 class TernGrad(Compressor):
     """Rounds each element to -s, 0 or +s at random, without bias; s is the largest magnitude.
 
-    C(x)_j = s sign(x_j) b_j, where b_j is 1 with probability |x_j| / s, s = max_j |x_j|.
-    x: float[d] -> ceil(d / 5) bytes, five elements in each (3^5 = 243), and 4 bytes of s: 1.6 bits an element.
+    C(x)_j = s sign(x_j) b_j, where b_j is 1 with probability |x_j| / s, else 0; s = max_j |x_j|.
+    x: float[d] -> ceil(d / 5) bytes, five elements in each (3^5 = 243), and 4 bytes of s: 1.6 bits per element.
     Unbiased, E||C(x)||^2 = ||x||_1 ||x||_inf, omega = (sqrt(d) - 1) / 2. A zero tensor decodes to zeros. Needs no memory, but one large
     element makes all the rest noisy: `clip` = c first limits magnitudes to c times the root mean square (2.5 in the paper), which is
-    biased where it acts and lowers the variance much; too low a c cuts off most of the gradient, a high one does nothing.
-    Draws are private to the rank: the upper 24 bits of a word against 2**24 |x_j| / s.
+    biased if it acts and greatly lowers the variance; too low a c cuts off most of the gradient, a high one does nothing.
+    Draws are private to each rank: the upper 24 bits of a random word, compared with 2**24 |x_j| / s.
     Source: Wen et al. 2017, who clip at c standard deviations; the root mean square does not cut off a tensor of equal elements.
-    GRACE sends a byte an element.
+    GRACE sends a byte per element.
     """
 
-    clip: float = knob(0.0, "limit magnitudes to this many times the root mean square; 0: not at all", low=0, high=1e6)
+    clip: float = knob(0.0, "limit magnitudes to this many times the root mean square; 0: no limit", low=0, high=1e6)
 
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
@@ -87,11 +87,11 @@ class TernGrad(Compressor):
         total, trits = ops.empty(spec.size) if out is None else out, ops.concat([payload[1] for payload in payloads])
         if ops.kernels.add_trits(total, trits, values.reshape(-1), len(payloads), np.float32(info.divisor)):
             return total
-        return super().combine(ops, payloads, spec, info, out)  # says whose payload it is
+        return super().combine(ops, payloads, spec, info, out)  # raises the error that names the rank
 
     def decompress(self, ops, payload, spec, info):
         scale = floats_from_bytes(ops, payload[0], "scale")
         packed = ops.unpack(payload[1], 8, len(payload[1]))
         if int(packed.max()) >= len(TRITS):
-            raise PayloadError(f"has a byte of {int(packed.max())}, which is no five trits")
+            raise PayloadError(f"has a byte of {int(packed.max())}, but five trits are at most {len(TRITS) - 1}")
         return ops.upload(TRITS)[packed].reshape(-1)[: spec.size] * ops.spread(scale, spec.size, spec.size)

@@ -15,11 +15,11 @@ from .forms.sparse import Selecting, index_knob, values_knob
 class Threshold(Selecting):
     """Sends every element whose magnitude reaches a fixed threshold, however many there are (hard threshold).
 
-    C(x)_j = x_j where |x_j| >= threshold, else 0.  x: float[d] -> values float32[m] (or 16 bits) and their positions, 0 <= m <= d.
+    C(x)_j = x_j if |x_j| >= threshold, else 0.  x: float[d] -> values float32[m] (or 16 bits) and their positions, 0 <= m <= d.
     An absolute compressor: ||x - C(x)||^2 <= threshold^2 d for every x. Biased: pair with 'residual'.
-    Wire: as topk with k = m, and 8 bytes of counts. Where that would not be smaller than all values without positions, all are sent.
-    The threshold is in units of the gradient (plus residual). Too low sends nearly everything, too high sends nothing for many
-    steps; a rule that works is 1 / (2 sqrt(k)), k = elements a step that Top-k would send over the whole model.
+    Wire: as topk with k = m, and 8 bytes of counts. If that is not smaller than all values without positions, all values are sent.
+    The threshold is in units of the gradient (plus residual). One that is too low sends nearly everything, one that is too high
+    sends nothing for many steps; a rule that works is 1 / (2 sqrt(k)), k = elements per step that Top-k would send of the whole model.
     Source: Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization); Strom 2015.
     """
 
@@ -29,7 +29,7 @@ class Threshold(Selecting):
     index: str = index_knob()
 
     def sends_dense(self, spec):
-        return False  # how much it sends is known from the values only
+        return False  # only the values decide how much is sent
 
     def kappa(self, d):
         return self.threshold * d**0.5 if self.values == "fp32" else None

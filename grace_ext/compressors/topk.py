@@ -14,8 +14,8 @@ class TopK(Selecting):
 
     C(x)_j = x_j for j in the k largest |x_j|, else 0;  k = max(1, ceil(ratio * d)); ties go to the lowest position.
     x: float[d] -> values float32[k] (or 16 bits), positions coded (Elias-Fano).  Contraction delta = k/d, biased: pair with 'residual'.
-    Wire: 4k bytes of values and about k (log2(d/k) + 2) / 8 of positions; 5.07 bytes a kept element at 1%. Fixed size.
-    Source: Aji and Heafield 2017; Stich et al. 2018. Where GRACE sends 12 bytes a kept element, this sends 5.
+    Wire: 4k bytes of values and about k (log2(d/k) + 2) / 8 of positions; 5.07 bytes per sent element at 1%. Fixed size.
+    Source: Aji and Heafield 2017; Stich et al. 2018. GRACE sends 12 bytes per sent element, this sends 5.
     """
 
     exactly: ClassVar[bool] = True

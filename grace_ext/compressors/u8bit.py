@@ -14,19 +14,19 @@ from .forms.scales import blocks, floats_from_bytes, floats_to_bytes
 
 
 def _book() -> np.ndarray:
-    """float32[128], ascending: 0, and in the decade 10^(i-6) the midpoints of 2^i equal parts of [0.1, 1], i = 0..6; the last is 1."""
+    """Returns float32[128], ascending: 0, and in decade 10^(i-6) the midpoints of 2^i equal parts of [0.1, 1], i = 0..6; the last is 1."""
     values = [0.0] + [(0.1 + 0.9 * (j + 0.5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for j in range(2**i)]
     return np.array([*values[:-1], 1.0], np.float64).astype(np.float32)
 
 
 BOOK = _book()
-#: Where the nearest value of the book changes.
+#: The edges at which the nearest value of the book changes.
 EDGES = ((BOOK[1:].astype(np.float64) + BOOK[:-1]) / 2).astype(np.float32)
 
 
 def _table() -> tuple[np.uint32, np.ndarray]:
-    """(lowest, uint32[]) by which a kernel finds how many edges are <= a float in [0, 1]: with bits b = its own - lowest, 0 at least, that
-    is (table[b >> 16] + b % 2^16) >> 16. Among floats of the same upper 16 bits there is one edge at most."""
+    """Returns (lowest, table: uint32[]), by which a kernel finds how many edges are <= a float in [0, 1]. With b = the float's bits -
+    lowest, at least 0, that is (table[b >> 16] + b % 2^16) >> 16. Among floats of the same upper 16 bits there is at most one edge."""
     edges = EDGES.view(np.uint32).astype(np.int64)
     lowest = edges[0] >> 16 << 16
     starts = np.arange(lowest, np.float32(1).view(np.uint32) + 1, 2**16)
@@ -35,7 +35,7 @@ def _table() -> tuple[np.uint32, np.ndarray]:
     return np.uint32(lowest), ((below << 16) + 2**16 - to_edge).astype(np.uint32)
 
 
-#: What codes stand for, the sign on top.
+#: The values of the codes; the sign is the highest bit.
 SIGNED_BOOK = np.concatenate([BOOK, -BOOK])
 LOWEST, TABLE = _table()
 
@@ -46,13 +46,13 @@ class U8Bit(Compressor):
     """Rounds to 8-bit dynamic-tree numbers: a sign, and the nearest of 128 magnitudes relative to the block's largest.
 
     C(x)_j = s sign(x_j) b_q, with s = max |x| of the block of `block` elements (default: the whole tensor) and b_q the value of the code
-    book nearest to |x_j| / s, a tie going up. The book: 0, and for i = 0..6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6);
-    its largest is 1, so that the largest element survives exactly. The nearest to s are rounded to 0.7% of s, small ones more coarsely,
-    and what is under 2.75e-7 s becomes 0.
-    x: float[d] -> one byte an element (sign and place in the book) and 4 bytes a block. A zero block decodes to zeros.
-    Deterministic, the error of an element never exceeds it and the largest has none: contraction delta >= 1 / block; 'residual' is
-    optional. Smaller blocks hold the range of magnitudes together, 4 bytes each.
-    Source: Dettmers 2016. GRACE looks up values beyond its table as NaN, the largest element among them, and rounds down.
+    book nearest to |x_j| / s; ties go up. The book has 0, and for i = 0..6 the midpoints of 2^i equal parts of [0.1, 1], times 10^(i-6);
+    its largest is 1, so that the largest element is exact. Elements near s are rounded to 0.7% of s, small ones relatively more coarsely,
+    and those under 2.75e-7 s become 0.
+    x: float[d] -> one byte per element (sign and place in the book) and 4 bytes per block. A zero block decodes to zeros.
+    Deterministic; the error of an element never exceeds the element, and the largest has none: contraction delta >= 1 / block; 'residual'
+    is optional. Smaller blocks have a narrower range of magnitudes, and cost 4 bytes each.
+    Source: Dettmers 2016. GRACE reads values beyond its table, the largest element among them, as NaN, and rounds down.
     """
 
     block: int | None = knob(None, "elements that share a scale; None: the whole tensor", low=1)

@@ -17,21 +17,22 @@ from .forms.scales import floats_from_bytes, floats_to_bytes
 @register("vqsgd")
 @dataclass(frozen=True)
 class VQSGD(Compressor):
-    """Sends a few random corners of a cross-polytope around the gradient, whose mean is the gradient (vector quantization).
+    """Sends a few random corners of a cross-polytope around the gradient, drawn so that their mean is unbiased (vector quantization).
 
-    x = sum_v w_v v over the 2d corners v = +-N e_j, with N = sqrt(d) ||x||_2 (hull='l2', the paper: the polytope holds the whole ball)
-    or ||x||_1 (hull='l1': the smallest that holds x): corner sign(x_j) N e_j has weight |x_j| / N, and what remains of 1 is shared by all
-    corners alike. `repeats` = R corners are drawn independently with these weights, and averaged.
-    x: float[d] -> N float32 and R codes of ceil(log2(2d)) bits, 2 j + [negative]: R ceil(log2(2d)) / 8 + 4 bytes.
-    Unbiased, E||C(x)||^2 = ||x||^2 + (N^2 - ||x||^2) / R, omega = (d - 1) / R: enormous for few repeats, so either R is near d, or the
-    learning rate is low. For messages of a few bytes, and for private ones ('l2'). A zero tensor decodes to zeros. Weights are rounded to
-    about 2^-60 d of the largest, N saturates at 3.4e38. Draws are private to the rank. With error feedback it may diverge: use no memory.
+    x = sum_v w_v v over the 2d corners v = +-N e_j, with N = sqrt(d) ||x||_2 (hull='l2', the paper: the polytope contains the whole
+    ball) or ||x||_1 (hull='l1': the smallest that contains x). Corner sign(x_j) N e_j has weight |x_j| / N, and all corners share the rest
+    of 1 equally. `repeats` = R corners are drawn independently with these weights, and averaged.
+    x: float[d] -> N as float32, and R codes of ceil(log2(2d)) bits, 2 j + [negative]: R ceil(log2(2d)) / 8 + 4 bytes.
+    Unbiased, E||C(x)||^2 = ||x||^2 + (N^2 - ||x||^2) / R, omega = (d - 1) / R: enormous for few repeats, so use an R near d, or a low
+    learning rate. It is meant for messages of a few bytes, and for private ones ('l2'). A zero tensor decodes to zeros. Weights are
+    rounded to about 2^-60 d of the largest, N saturates at 3.4e38. Draws are private to each rank. With error feedback the residual may
+    grow without bound: use no memory.
     Source: Gandikota et al. 2021 (vqSGD).
     """
 
     unbiased: ClassVar[bool] = True
     repeats: int = knob(100, "corners drawn; the variance falls as 1 / repeats", low=1, high=2**24, headline=True)
-    hull: str = knob("l2", "size of the polytope: around the ball of x, or just around x", choices=("l2", "l1"))
+    hull: str = knob("l2", "size of the polytope: l2 contains the ball of radius ||x||, l1 only just x", choices=("l2", "l1"))
 
     def omega(self, d):
         return (d - 1) / self.repeats
@@ -44,7 +45,7 @@ class VQSGD(Compressor):
         if not largest:
             corners = ops.arange(self.repeats) * 0
             return (floats_to_bytes(ops, np.zeros(1)), ops.pack(corners, _width(spec))), state
-        # Weights as integers, whose running sums are exact in every library.
+        # The weights are integers, so that their running sums are exact in every library.
         one = 2.0 ** (61 - d.bit_length())
         weights = ops.as_int(ops.floor(abs(ops.cast(x, "float64")) / largest * one))
         running = ops.cumsum(weights)
@@ -60,11 +61,11 @@ class VQSGD(Compressor):
         return (floats_to_bytes(ops, np.array([norm])), ops.pack(corners, _width(spec))), state
 
     def _decode(self, ops, payload, spec):
-        """(positions, float32 values there), on the host: distinct positions, few of them."""
+        """Returns (distinct positions, their float32 values); computed on the host, as they are few. Raises PayloadError."""
         norm = float(floats_from_bytes(ops, payload[0], "norm")[0])
         corners = ops.host(ops.unpack(payload[1], _width(spec), self.repeats))
         if int(corners.max()) >= 2 * spec.size:
-            raise PayloadError(f"has corner {int(corners.max())} of {2 * spec.size}")
+            raise PayloadError(f"has corner {int(corners.max())} of {2 * spec.size}, which are numbered from 0")
         positions, places = np.unique(corners // 2, return_inverse=True)
         counts = np.bincount(places.reshape(-1), weights=1 - 2 * (corners % 2))
         return ops.upload(positions), ops.upload((counts / self.repeats * norm).astype(np.float32))
@@ -84,6 +85,6 @@ def _width(spec) -> int:
 
 
 def _uniform(key, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two arrays of float64[count] in [0, 1), multiples of 2^-53."""
+    """Returns two arrays of float64[count] in [0, 1), multiples of 2^-53."""
     high, low = rng.words(key, 4 * count).astype(np.int64).reshape(2, -1, 2).transpose(2, 0, 1)
-    return tuple(((high >> 5) * 2.0**26 + (low >> 6)) / 2.0**53)  # type: ignore[return-value]
+    return tuple(((high >> 5) * 2.0**26 + (low >> 6)) / 2.0**53)

@@ -19,16 +19,16 @@ PASSES = 50
 @register("wangni")
 @dataclass(frozen=True)
 class Wangni(Compressor):
-    """Sends elements with a probability in proportion to their magnitude, so that the mean is exact and the variance the smallest.
+    """Sends each element with a probability proportional to its magnitude: unbiased, and with the smallest variance.
 
-    p_j = min(1, |x_j| / t);  C(x)_j = x_j / p_j with probability p_j, else 0: the elements of at least t as they are, the others as +-t.
-    t is such that k = max(1, ceil(ratio * d)) elements are expected (at most k, where many are zero): t = ||x||_1 / k at first, then the
-    sum of those below t over what the others leave of k, until no more reach it (at most 50 times).
-    x: float[d] -> t; the m exact values (float32) and their positions; the n sampled positions and a sign each. m + n varies about k.
-    Wire: 4 m + n / 8 bytes, about log2(d/k) + 2 bits a position, and 24 bytes; 0.10 bits an element at ratio 0.01 where no element
-    stands out, 0.4 where few hold nearly all.
-    Unbiased: E||C(x) - x||^2 <= (d / k) ||x||^2 - ||those below t||^2; needs no memory. Draws are private to the rank. A zero tensor sends
-    nothing. A lower ratio sends less and adds variance.
+    p_j = min(1, |x_j| / t);  C(x)_j = x_j / p_j with probability p_j, else 0: magnitudes of at least t are sent exactly, the others as +-t.
+    t is such that k = max(1, ceil(ratio * d)) elements are expected (at most k, if many are zero): t = ||x||_1 / k at first, then the sum
+    of the magnitudes below t, divided by k minus the number of the others, until no more reach t (at most 50 times).
+    x: float[d] -> t; the m exact values (float32) and their positions; the n sampled positions and a sign each. m + n varies around k.
+    Wire: 4 m + n / 8 bytes, about log2(d/k) + 2 bits per position, and 24 bytes; 0.10 bits per element at ratio 0.01 if no element
+    stands out, 0.4 if a few hold nearly all.
+    Unbiased: E||C(x) - x||^2 <= (d / k) ||x||^2 - ||the elements below t||^2; needs no memory. Draws are private to each rank. A zero
+    tensor sends nothing. A lower ratio sends less and adds variance.
     Source: Wangni, Wang, Liu, Zhang 2018 (greedy algorithm), which starts from p_j = min(1, k |x_j| / ||x||_1) in the same way.
     """
 
@@ -53,10 +53,10 @@ class Wangni(Compressor):
 
     def mean_nbytes(self, spec):
         k = kept(self.ratio, spec.size)
-        return min(self.nbytes(spec), 24 + 4 * k + index_bytes(k, spec.size, self.index))  # all of them exact
+        return min(self.nbytes(spec), 24 + 4 * k + index_bytes(k, spec.size, self.index))  # if all of them are exact
 
     def _level(self, ops, magnitudes, budget: int) -> float:
-        """t."""
+        """Returns t."""
         level, rest, room = LARGEST, magnitudes, budget
         for _ in range(PASSES):
             total = ops.total(rest)
@@ -87,7 +87,7 @@ class Wangni(Compressor):
         ), state
 
     def _decode(self, ops, payload, spec):
-        """((positions, values) of the exact ones, and of the sampled ones)."""
+        """Returns ((positions, values) of the exact elements, those of the sampled ones). Raises PayloadError."""
         level = float(floats_from_bytes(ops, payload[0], "level")[0])
         count = get_count(ops, payload[1], spec.size, spec.size)
         values = finite(ops, ops.from_bytes(payload[2], "float32"))

@@ -121,7 +121,8 @@ class Choices:
 
         before, after: the tensors' states at the start and at the end of the step. compute: seconds between two exchanges. Returns (bytes
         that this rank sent, sentences for the user's log)."""
-        sent, said = 0, []
+        sent = 0
+        said: list[str] = []
         for path, (policy, specs) in self._due(info.step, before).items():
             states = {spec: own_state(path, after[spec.name]) for spec in specs}
             found = yield from policy.survey(transport, specs, compute, f"{prefix}/survey/{path}")

@@ -105,6 +105,9 @@ class Driver:
         #: Bytes that this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
         self.observer = Observer()
+        self._arrived: dict[str, Any] = {}
+        self._info: StepInfo | None = None  # of the step under way
+        self._next = self._bytes = 0  # the bucket whose turn it is; bytes handed to collectives so far
         self.abandon()
 
     def observe(self, observer: Observer) -> None:
@@ -282,7 +285,7 @@ class Driver:
         assert self._info is not None
         bucket.finite = finite
         for spec in reversed(bucket.specs):
-            output, after = outcomes.pop()
+            output, after, _ = outcomes.pop()
             if not finite and spec.size:
                 output = self.ops.full_nan(spec.size)
             bucket.states[spec.name] = self._choices.observe(self.ops, spec, output, after, self._info) if finite else after
@@ -331,9 +334,8 @@ class Driver:
 
     def abandon(self) -> None:
         """Forgets the step under way, if there is one. The state is that of the last commit."""
-        self._arrived: dict[str, Any] = {}
+        self._arrived, self._info = {}, None
         self._next = self._bytes = 0
-        self._info: StepInfo | None = None
         for bucket in self.buckets:
             bucket.clear()
 

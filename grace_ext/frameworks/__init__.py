@@ -1,1 +1,1 @@
-"""The worlds that the parts run in: array libraries, transports, and the places where gradients appear."""
+"""Connects the parts to torch, TensorFlow with Keras, and numpy: array operations, transports, and wrappers where gradients appear."""

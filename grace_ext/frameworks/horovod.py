@@ -1,4 +1,4 @@
-"""What torch's Horovod and TensorFlow's have in common: process sets, limits of waits, and the `compression=` argument."""
+"""Horovod support that the torch and TensorFlow wrappers share: process sets, limits of waits, and the `compression=` argument."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ _known: dict[tuple[int, ...], Any] = {}
 
 
 def process_set_of(hvd: Any, ranks: Sequence[int], size: int) -> Any:
-    """Horovod's set of these ranks: that of all, one made before, or a new one. All ranks call it alike. size: of what is divided."""
+    """Returns Horovod's process set of these ranks: the global one, one made before, or a new one. All ranks must call it alike.
+    size: the number of ranks of the transport whose groups these are; it must be the whole job. Raises UnsupportedError."""
     if size != hvd.size():
         raise UnsupportedError("'hierarchical' works among all ranks of the job; leave process_set out")
     key = tuple(ranks)
     if len(key) == size:
         return hvd.global_process_set
     known = _known.get(key)
-    if known is None or known.process_set_id is None:  # None: Horovod was shut down since
+    if known is None or known.process_set_id is None:  # None: Horovod was shut down in the meantime
         try:
             _known[key] = hvd.add_process_set(list(key))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedError(
-                f"'hierarchical' needs a process set of ranks {list(key)}, and Horovod made none ({error}): set "
-                "HOROVOD_DYNAMIC_PROCESS_SETS=1 on every rank, and let no process set of your own have the same ranks"
+                f"'hierarchical' needs a process set of ranks {list(key)}, and Horovod did not make it ({error}): set "
+                "HOROVOD_DYNAMIC_PROCESS_SETS=1 on every rank, and do not give a process set of your own the same ranks"
             ) from error
     return _known[key]
 
 
 def limit_waits(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Sets Horovod's own limits, which it reads in init(), where the user has not: for a rank that does not come to a collective (by
-    default it is waited for for ever), and, with GRACE_EXT_TIMEOUT, for one that does not answer (30 s by default)."""
+    """Sets the time limits that Horovod reads in init(), unless the user has set them: for a rank that does not start a collective (by
+    default the others wait for ever), and, if GRACE_EXT_TIMEOUT is set, for a rank that does not answer (30 s by default)."""
     seconds = max(1, round(timeout(environ)))
     if "HOROVOD_STALL_CHECK_DISABLE" not in environ and "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS" not in environ:
         environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"] = str(seconds)
-        # Horovod takes no limit below its warning's.
+        # Horovod accepts no limit below the time after which it warns.
         environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(min(60, max(1, seconds // 2))))
     if environ.get(NAME):
         environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] = str(seconds)

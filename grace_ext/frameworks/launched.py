@@ -1,4 +1,4 @@
-"""The transport of the job that this process belongs to, whatever launched it: for tools that train nothing."""
+"""Joins the job that this process belongs to, whatever launched it, and gives its transport: for tools that do not train."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from . import launchers
 
 @contextmanager
 def transport() -> Iterator[Transport]:
-    """Joins the job, and leaves it at the end. Horovod or torch.distributed, as the torch wrapper chooses; without torch, Horovod for
-    TensorFlow; mpi4py under mpirun without Horovod. Raises UnsupportedError where none of them is installed."""
+    """Joins the job, yields its transport, and leaves the job at the end. The engine is Horovod or torch.distributed, as the torch wrapper
+    chooses; without torch, Horovod for TensorFlow; under mpirun without Horovod, mpi4py. Raises UnsupportedError if none is installed."""
     horovod = importlib.util.find_spec("horovod") is not None
     by_mpi = any(name in os.environ for name in launchers.MPI) and "MASTER_ADDR" not in os.environ
     if by_mpi and not horovod and importlib.util.find_spec("mpi4py"):

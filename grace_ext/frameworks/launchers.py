@@ -1,4 +1,4 @@
-"""The environment variables by which a process knows what launched it, and of how many it is one."""
+"""The environment variables that show which launcher started this process, and that it is one rank of a job."""
 
 from __future__ import annotations
 

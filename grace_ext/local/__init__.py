@@ -1,7 +1,8 @@
-"""Local-update training: ranks train models of their own and exchange, from time to time, how far these have moved.
+"""Local-update training: each rank trains a model of its own, and from time to time the ranks exchange how far their models have moved.
 
-`schedule.py` says when, `settings.py` checks what goes with what, `model.py` is the algorithm on one rank, `worker.py` runs it over a real
-engine (with `server.py`, where ranks wait for each other), `messages.py` is the asynchronous form, `cluster.py` simulates N ranks.
+`schedule.py` says when they do, `settings.py` checks that the options and parts fit, `model.py` is the algorithm on one rank, `worker.py`
+runs it over a real engine, `server.py` and `connection.py` let ranks wait for each other, `messages.py` is the asynchronous form, and
+`cluster.py` simulates N ranks in one process.
 """
 
 from __future__ import annotations

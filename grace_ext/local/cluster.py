@@ -1,4 +1,4 @@
-"""LocalSGDCluster: N ranks of local-update training in one process, for tests, simulation and understanding."""
+"""LocalSGDCluster runs N ranks of local-update training in one process, for tests, simulation and study."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .settings import settings_of
 
 
 class LocalSGDCluster:
-    """`size` simulated ranks with a model each. In every step:
+    """Simulates `size` ranks, each with a model of its own. In every step:
 
-        gradients = cluster.gradients(gradients, lr)     # by rank: what its optimizer is to apply
+        gradients = cluster.gradients(gradients, lr)     # by rank: what its optimizer has to apply
         models = ...                                     # each rank's own optimizer step
-        models = cluster.step(models)                    # by rank; a new model where it was due, else what was given
+        models = cluster.step(models)                    # by rank: the new model after a synchronization, else the model that was given
 
     compression: a Grace or a spec string. framework: as in LocalCluster. The other options: as in `LocalSGD` of the frameworks. In an
-    asynchronous cluster `every` and `schedule` may be lists with one for each rank; `tick(models, ranks)` makes steps of some ranks only,
-    so that they have speeds of their own, and all that are due in a tick send before any of them receives.
+    asynchronous cluster `every` and `schedule` may be lists with one entry per rank, and `tick(models, ranks)` makes a step of these ranks
+    only, so that ranks can differ in speed. All ranks that are due in a tick send before any of them receives.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class LocalSGDCluster:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
         if not asynchronous and isinstance(every, (list, tuple)):
-            raise ParameterError("every= by rank is for asynchronous=True; synchronous ranks have one schedule")
+            raise ParameterError("every= by rank needs asynchronous=True; synchronous ranks have one schedule")
         self.size, self.ops = size, libraries.ops_for_framework(framework)
         self._lr: float | None = None
         own: list[dict[str, Any]] = [{"every": every, "schedule": schedule}] * size
@@ -60,11 +60,11 @@ class LocalSGDCluster:
         self.for_models = [m.driver for m in self._messages] or [Driver(self.settings.for_models, self.ops, slot) for slot in slots]
         self._log: list[Entry] = []
         self._had = [0] * size
-        #: Bytes of each rank's own input buffers to collectives in the last step (asynchronous: of its message).
+        #: Bytes that each rank handed to collectives in the last step (asynchronous: bytes of its message).
         self.wire_bytes = [0] * size
 
     def start(self, models: Sequence[Mapping[str, Any]]) -> None:
-        """The models before the first step, by rank. Raises DisagreementError where they differ."""
+        """Takes the models before the first step, by rank. Raises DisagreementError if they differ."""
         for rank, (model, values) in enumerate(zip(self.models, models, strict=True)):
             specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in values.items()]
             model.begin(specs, values)
@@ -74,8 +74,8 @@ class LocalSGDCluster:
             raise DisagreementError("the ranks start from different models", [{"model": model.digest()} for model in self.models])
 
     def gradients(self, gradients: Sequence[Mapping[str, Any]], lr: float | None = None) -> list[Mapping[str, Any]]:
-        """What each rank's optimizer is to apply in the step that comes: the mean where gradients are averaged (post_local's first steps),
-        what CSER makes of it, and otherwise each rank's own."""
+        """Returns what each rank's optimizer has to apply in the coming step: the mean, if gradients are averaged (post_local's first
+        steps), the result of CSER, or else each rank's own gradients."""
         self.wire_bytes = [0] * self.size
         if not self.models[0].exchanges_gradients():
             return list(gradients)
@@ -83,16 +83,16 @@ class LocalSGDCluster:
         return self._exchange(self.for_gradients, gradients)
 
     def step(self, models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Every rank has made a local step: the models from here on. `gradients` must have been called before it."""
+        """Ends a step, after every rank's local step; returns the models to go on with. `gradients` must have been called before it."""
         return self.tick(models, range(self.size))
 
     def tick(self, models: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> list[Mapping[str, Any]]:
-        """As `step`, where only these ranks have made a step (asynchronous)."""
+        """Does as `step`, after a local step of these ranks only (asynchronous)."""
         if len(models) != self.size:
-            raise ParameterError(f"a step takes one model for each of the {self.size} ranks, got {len(models)}")
+            raise ParameterError(f"a step needs one model for each of the {self.size} ranks, got {len(models)}")
         for model, values in zip(self.models, models, strict=True):
             if set(values) != set(model.specs):
-                raise NamesError(f"the models have parameters {sorted(values)}, they started with {sorted(model.specs)}")
+                raise NamesError(f"a model has parameters {sorted(values)}; it must have those that it started with: {sorted(model.specs)}")
         due = []
         for rank in ranks:
             what = self.models[rank].advance()
@@ -103,7 +103,7 @@ class LocalSGDCluster:
         return self._synchronize(models, due)
 
     def sync(self, models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Synchronizes all ranks now: they have the same model then."""
+        """Synchronizes all ranks now; returns the models, which are then the same."""
         if not self._messages and self.models[0].together:
             return list(models)
         after = self._synchronize(models, list(range(self.size)))
@@ -140,7 +140,7 @@ class LocalSGDCluster:
 
 
 def _by_rank(value: Any, size: int) -> list[Any]:
-    """A list of one for each rank."""
+    """Returns a list with one entry per rank. Raises ParameterError for a list of another length."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * size
     if len(values) != size:
         raise ParameterError(f"a list by rank needs {size} entries, got {len(values)}")

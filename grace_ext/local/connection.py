@@ -1,9 +1,10 @@
-"""A rank's line to the meeting (server.py), and what travels on it.
+"""A rank's connection to the server where the ranks meet (server.py), and the format of what travels on it.
 
-In little-endian:  request = length u64 | kind u8, number u64, step u64 | message (of a meeting: what is exchanged);   reply =
-length u64 | 0 and the entries, or 1 and an error's ranks and text as JSON, or 2: go on waiting;   entry = rank u32, number u32,
-length u64 | message (length 0: the asker's own, or there was none).
-A connection begins with the job's token, which the engine carried, and the rank.
+All numbers are little-endian:
+    request = length u64 | kind u8, number u64, step u64 | message (for MEET: what is exchanged)
+    reply   = length u64 | 0 and entries of the log; or 1 and an error's ranks and text as JSON; or 2, which means: go on waiting
+    entry   = rank u32, number u32, length u64 | message (length 0: it is the message of the rank that asked, or it was empty)
+A connection begins with the job's token, which the ranks share by the engine, and the rank.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ REQUEST, ENTRY, LENGTH, HELLO = struct.Struct("<BQQ"), struct.Struct("<IIQ"), st
 MEET, POST, GATHER = range(3)
 WAIT = b"\2"
 RECEIVED_AT_ONCE = 1 << 20
-SECONDS = 10.0  # seconds that a rank waits for the server's answer beyond the time limit, and for a connection
+SECONDS = 10.0  # a rank waits so long for a connection, and so much longer than the time limit for the server's answer
 
 
 class Entry(NamedTuple):
-    """One message of the log: who sent it, in which of its own exchanges, and the bytes."""
+    """One message of the server's log: its sender, the number of the sender's exchange, and its bytes."""
 
     rank: int
     number: int
@@ -32,33 +33,33 @@ class Entry(NamedTuple):
 
 
 class Connection:
-    """One rank's connection to the meeting: `where` is what rank 0's `address` said."""
+    """Connects one rank to the server. `where`: the result of `address` on rank 0. Raises RankLeftError."""
 
     def __init__(self, rank: int, where: dict[str, Any], timeout: float):
         self.rank, self._timeout = rank, timeout
-        self.sent = 0  # bytes, so far
+        self.sent = 0  # bytes sent so far
         self._socket = _connect(where["hosts"], where["port"])
-        weakref.finalize(self, self._socket.close)  # the meeting takes that for leaving
+        weakref.finalize(self, self._socket.close)  # the server treats a closed connection as a rank that left
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.settimeout(timeout + SECONDS)
         self._socket.sendall(HELLO.pack(bytes.fromhex(where["token"]), rank))
 
     def meet(self, number: int, step: int, what: str = "models") -> None:
-        """Waits for all ranks, which are to exchange `what` then. Raises RankLeftError."""
+        """Waits until all ranks are ready to exchange `what`. Raises RankLeftError."""
         self._ask(MEET, number, step, what.encode())
 
     def post(self, number: int, step: int, message: bytes, gather: bool = False) -> list[Entry]:
-        """Puts a message into the log and returns what came before it, since the last time, in order. With `gather` all ranks are
-        waited for, and all messages come. Raises RankLeftError, and PayloadError for an answer that is none."""
+        """Appends a message to the log; returns the entries up to it that this rank has not had, in order. With `gather` it first waits for
+        all ranks, and returns their messages too. Raises RankLeftError, and PayloadError for an answer that cannot be read."""
         body = self._ask(GATHER if gather else POST, number, step, message)
         entries, at = [], 0
         while at < len(body):
             if at + ENTRY.size > len(body):
-                raise PayloadError("ends inside the head of an entry of the log", 0)
+                raise PayloadError("ends inside the header of an entry of the log", 0)
             rank, its_number, length = ENTRY.unpack_from(body, at)
             at += ENTRY.size
             if length > len(body) - at:
-                raise PayloadError(f"has an entry of {length} bytes in its log, of which {len(body) - at} are there", 0)
+                raise PayloadError(f"has an entry of {length} bytes in its log, but only {len(body) - at} bytes are left", 0)
             data = message if (rank, its_number) == (self.rank, number) else body[at : at + length]
             entries.append(Entry(rank, its_number, data))
             at += length
@@ -79,14 +80,14 @@ class Connection:
 
 
 def _error(reply: bytes) -> GraceError:
-    """What the meeting says in place of an answer."""
+    """Returns the error that the server sent instead of an answer."""
     try:
         ranks, text = json.loads(reply[1:])
         if reply[:1] == b"\1" and isinstance(text, str) and all(isinstance(rank, int) for rank in ranks):
             return RankLeftError(text, ranks)
     except (ValueError, TypeError, RecursionError):
         pass
-    return PayloadError("is neither an answer of the meeting nor an error", 0)
+    return PayloadError("is neither an answer of the server nor an error", 0)
 
 
 def _connect(hosts: list[str], port: int) -> socket.socket:
@@ -97,24 +98,24 @@ def _connect(hosts: list[str], port: int) -> socket.socket:
         except OSError as error:
             tried.append(f"{host}:{port} ({error})")
     raise RankLeftError(
-        f"rank 0, where ranks meet, cannot be reached at {', '.join(tried)}: open the firewall between the hosts for ports that the system "
-        "chooses",
+        f"rank 0, where ranks meet, cannot be reached at {', '.join(tried)}: let the firewall between the hosts pass TCP ports that the "
+        "system chooses",
         (0,),
     )
 
 
-def send_one(line: socket.socket, data: bytes) -> None:
-    line.sendall(LENGTH.pack(len(data)) + data)
+def send_one(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(LENGTH.pack(len(data)) + data)
 
 
-def receive_one(line: socket.socket) -> bytes:
-    return receive(line, LENGTH.unpack(receive(line, LENGTH.size))[0])
+def receive_one(connection: socket.socket) -> bytes:
+    return receive(connection, LENGTH.unpack(receive(connection, LENGTH.size))[0])
 
 
-def receive(line: socket.socket, count: int) -> bytes:
-    data = bytearray()  # grows with what has come: a length is only what a peer says
+def receive(connection: socket.socket, count: int) -> bytes:
+    data = bytearray()  # grows with the bytes that arrive: the length is only what a peer claims
     while len(data) < count:
-        piece = line.recv(min(count - len(data), RECEIVED_AT_ONCE))
+        piece = connection.recv(min(count - len(data), RECEIVED_AT_ONCE))
         if not piece:
             raise EOFError("the connection was closed")
         data += piece

@@ -1,4 +1,4 @@
-"""The asynchronous form: what a rank sends by itself, and how it takes in what others sent."""
+"""Asynchronous local-update training: makes a rank's messages, and applies the messages of all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .settings import with_allgather
 
 
 class _Outbox(Transport):
-    """A world of this rank alone, which keeps what it is given to send."""
+    """A transport of this rank alone, which keeps the bytes that it is given to send."""
 
     size, gathers_uneven = 1, True
 
@@ -40,11 +40,11 @@ class _Outbox(Transport):
 
 
 class Messages:
-    """Asynchronous Qsparse-local-SGD (Basu et al. 2019, algorithm 2) of one of `size` ranks.
+    """Runs asynchronous Qsparse-local-SGD (Basu et al. 2019, algorithm 2) on one of `size` ranks.
 
-        p_i = m_i + x_i - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                      `encode`: the message
-        x_i <- x_i - c_j / R for every message c_j since the last time;   y_i <- x_i   `apply`, in the order in which they were sent
-    R is the number of ranks, not of messages. A rank whose drift is not finite sends nothing and goes back to the master copy.
+        p_i = m_i + x_i - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                      `encode` makes the message
+        x_i <- x_i - c_j / R for every message c_j since the last time;   y_i <- x_i   `apply`, in the order of the server's log
+    R is the number of ranks, not of messages. A rank whose drift is not finite sends an empty message and goes back to the master copy.
     The driver is the usual one, in a world of one rank: its memory sees this rank's own messages only.
     """
 
@@ -55,21 +55,21 @@ class Messages:
         self.driver.skip_agreement()
 
     def begin(self) -> None:
-        """Once the model knows its parameters."""
+        """Registers the parameters; called once the model knows them."""
         self.driver.register(self.model.drift_specs)
 
     def encode(self, values: Mapping[str, Any]) -> bytes:
-        """The message of this rank's drift, empty where that is not finite. The memory counts it as sent."""
+        """Returns the message of this rank's drift, empty if the drift is not finite. The memory counts it as sent."""
         self._outbox.sent = []
         drift = self.model.outgoing(values)
         perform(self.driver.exchange(drift), self._outbox, {})
         return b"".join(self._outbox.sent) if self.driver.committed else b""
 
     def apply(self, entries: Iterable[Entry]) -> dict[str, Any]:
-        """The model from here on, in the user's tensors. Raises PayloadError for a message that cannot be decoded."""
+        """Applies the entries of the log; returns the new model in the user's tensors. Raises PayloadError for a damaged message."""
         for entry in entries:
             if not 0 <= entry.rank < self.size:
-                raise PayloadError(f"an entry of the log is of rank {entry.rank}, there are {self.size}", 0)
+                raise PayloadError(f"an entry of the log is of rank {entry.rank}, but there are {self.size} ranks", 0)
             if entry.data:
                 for name, change in self._decoded(entry).items():
                     self.model.master[name] = self.model.master[name] - change / self.size
@@ -77,7 +77,7 @@ class Messages:
         return self.model.values()
 
     def _decoded(self, entry: Entry) -> dict[str, Any]:
-        """What a message stands for, by name; nothing of it is applied where some of it is damaged."""
+        """Decodes a whole message, by name, before anything of it is applied. Raises PayloadError, with the sender, if it is damaged."""
         try:
             return self._opened(entry)
         except PayloadError as error:
@@ -91,7 +91,7 @@ class Messages:
         for bucket, message in zip(buckets, split_messages(self.ops, data, len(buckets)), strict=True):
             body, finite = open_message(self.ops, message, digest=bucket.digest, step=entry.number, rank=entry.rank)
             if not finite:
-                raise PayloadError("is of a drift that was not finite", entry.rank)
+                raise PayloadError("is of a drift that was not finite, which must not be sent", entry.rank)
             specs = [spec for spec in bucket.specs if spec.size]
             parts = [self.driver.grace.parts_for(spec)[0] for spec in specs]
             layout = [(spec.name, compressor.fields(spec)) for spec, compressor in zip(specs, parts, strict=True)]

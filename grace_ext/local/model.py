@@ -1,4 +1,4 @@
-"""Local-update training on one rank: what is sent at a synchronization, and what the model is after it. No network, no framework."""
+"""Local-update training on one rank: computes what is sent at a synchronization, and the model after it. No network, no framework."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .settings import Settings
 
 
 class LocalModel:
-    """One rank's model: the master copy x, the same on all ranks, and how many steps the rank's own model y has gone from there.
+    """Holds one rank's master copy x, the same on all ranks, and how many steps the rank's own model y has made from there.
 
     At a synchronization of R ranks (Qsparse-local-SGD, Basu et al. 2019, algorithm 1; m_i is the residual of the memory):
-        p_i = m_i + x - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                         the driver, with x - y_i in a gradient's place
+        p_i = m_i + x - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                         by the driver, with x - y_i as the gradient
         d = 1/R sum_i c_i;   u <- outer_momentum u + d;   x <- x - outer_lr (d + outer_momentum u);   y_i <- x
-    The second line is Nesterov momentum as torch has it (DiLoCo, Douillard et al. 2023); by default it is x <- x - d. Without compression
-    y_i is sent, and d = x - mean y_i: then x <- mean y_i has no rounding of a difference in it.
-    Where any rank's drift is not finite nothing is applied: all ranks go back to x, and say so (CSER's keep their own models).
+    The second line is Nesterov momentum as torch defines it (DiLoCo, Douillard et al. 2023); by default it is x <- x - d. Without
+    compression y_i is sent, and d = x - mean y_i: then x <- mean y_i contains no rounding of a difference.
+    If any rank's drift is not finite, nothing is applied: all ranks go back to x, with a warning (with CSER they keep their own models).
 
-    Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision. Of these
-    a rank gets x rounded, and how far it moved counts from there: what is lost in rounding stays in x.
+    Arrays are flat: float64 for float64 parameters, else float32, so that 16-bit parameters have a master copy of full precision. They get
+    x rounded, and the drift counts from the rounded values: what rounding lost stays in x.
     """
 
     def __init__(self, settings: Settings, ops: Ops):
         self.settings, self.ops = settings, ops
-        self.specs: dict[str, TensorSpec] = {}  # of the parameters
+        self.specs: dict[str, TensorSpec] = {}  # of the parameters, by name
         self.master: dict[str, Array] = {}
         self.outer: dict[str, Array] = {}  # u
-        self.step = self.last = 0  # local steps made; and made before the last synchronization
+        self.step = self.last = 0  # the number of local steps made, and made before the last synchronization
 
     @property
     def begun(self) -> bool:
@@ -41,13 +41,13 @@ class LocalModel:
 
     @property
     def drift_specs(self) -> list[TensorSpec]:
-        """Of what is sent."""
+        """Describes the tensors that are sent."""
         return [TensorSpec(s.name, s.shape, "float64" if s.dtype == "float64" else "float32") for s in self.specs.values()]
 
     def begin(self, specs: Iterable[TensorSpec], values: Mapping[str, Any]) -> None:
-        """The parameters, before the first local step. Where a state was loaded, its master copy stays."""
+        """Takes the parameters, before the first local step. If a state was loaded, its master copy is kept. Raises GraceError."""
         if self.begun:
-            raise GraceError("this LocalSGD has begun with other weights, which its master copy is of: make a new one to start from these")
+            raise GraceError("this LocalSGD has begun with other weights and keeps their master copy: make a new one to start from these")
         by_name = {spec.name: spec for spec in specs}
         if self.master:
             self._check({name: len(array) for name, array in self.master.items()}, by_name)
@@ -56,7 +56,7 @@ class LocalModel:
         self.specs = by_name
 
     def digest(self) -> str:
-        """Of the master copy: ranks that start from different models would drift from different places."""
+        """Returns a hash of the master copy, by which ranks check that they start from the same model."""
         hashed = hashlib.blake2b(digest_size=8)
         for name, array in self.master.items():
             hashed.update(name.encode())
@@ -65,11 +65,11 @@ class LocalModel:
 
     # --- steps ------------------------------------------------------------------------------------------------------
     def exchanges_gradients(self) -> bool:
-        """Whether the gradients of the step that comes next are exchanged."""
+        """Whether the gradients of the next step are exchanged."""
         return self.settings.by_gradients or self.step < self.settings.schedule.start
 
     def advance(self) -> str:
-        """One more local step was made. What comes now: 'synchronize', 'rebase' (see there), or '': nothing."""
+        """Counts one local step; returns what has to follow it: 'synchronize', 'rebase' (see there), or '' for nothing."""
         averaged = self.exchanges_gradients()
         self.step += 1
         if averaged:
@@ -78,11 +78,11 @@ class LocalModel:
         return "synchronize" if self.settings.schedule.due(self.step, self.last) else ""
 
     def rebase(self, values: Mapping[str, Any]) -> None:
-        """After the last step with averaged gradients: the ranks' models, which are the same, are the master copy from here on."""
+        """Makes the rank's model the new master copy, after the last step with averaged gradients: all ranks have the same model then."""
         self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in self.specs}
 
     def outgoing(self, values: Mapping[str, Any]) -> dict[str, Array]:
-        """What the driver is given in place of gradients, in the parameters' shapes: x - y, or y where nothing is lost on the way."""
+        """Returns what the driver exchanges instead of gradients, in the parameters' shapes: x - y, or y if `sends_models`."""
         sent = {}
         for name, spec in self.specs.items():
             self._same(name, values[name])
@@ -99,18 +99,18 @@ class LocalModel:
 
     @property
     def together(self) -> bool:
-        """Whether the model is the one that all ranks had at the last synchronization."""
+        """Whether the rank's model is still the one that all ranks had after the last synchronization."""
         return self.last == self.step and not self.settings.grace.memory.diverges
 
     @property
     def sends_models(self) -> bool:
-        """Whether y is sent instead of x - y."""
+        """Whether y is sent instead of x - y: without compression, and with CSER."""
         return self.settings.lossless or self.settings.grace.memory.diverges
 
     def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any] | None:
-        """The model from here on, in the user's tensors, given what the driver returned for `outgoing`, and whether all were finite. None
-        where each rank keeps its own."""
-        if not committed and self.settings.grace.memory.diverges:  # there is no earlier model that all had: gradients were exchanged
+        """Returns the new model in the user's tensors. means: what the driver returned for `outgoing`; committed: whether every rank was
+        finite. Returns None if each rank keeps its own model."""
+        if not committed and self.settings.grace.memory.diverges:  # CSER keeps no earlier model that all ranks had
             warnings.warn(
                 f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors",
                 stacklevel=2,
@@ -138,7 +138,7 @@ class LocalModel:
         return x - (drift + u * momentum) * self.settings.outer_lr
 
     def values(self) -> dict[str, Any]:
-        """The master copy as the user's tensors, which share no memory with it."""
+        """Returns the master copy as the user's tensors, which share no memory with it."""
         return {name: self.ops.emit(self.ops.copy(self.master[name]), spec) for name, spec in self.specs.items()}
 
     def _same(self, name: str, tensor: Any) -> None:
@@ -146,27 +146,27 @@ class LocalModel:
         if (shape, dtype) != (spec.shape, spec.dtype):
             raise TensorChangedError(
                 f"{name!r} was {spec.dtype}{list(spec.shape)} and is now {dtype}{list(shape)}; the master copy is kept by name, so shapes "
-                "and dtypes must stay (a new model needs a new LocalSGD)"
+                "and dtypes must not change (make a new LocalSGD for a new model)"
             )
 
     # --- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """{'plan', 'step', 'last', 'arrays': {'master/<parameter>': array, 'outer/<parameter>': array}}, copies."""
+        """Returns {'plan', 'step', 'last', 'arrays': {'master/<parameter>': array, 'outer/<parameter>': array}}, as copies."""
         kept = {"master": self.master, "outer": self.outer}
         arrays = {f"{kind}/{name}": self.ops.copy(array) for kind, of in kept.items() for name, array in of.items()}
         return {"plan": str(self.settings), "step": self.step, "last": self.last, "arrays": arrays}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit, with the parameters as they were when it was saved. Raises GraceError, and changes nothing, where it does
+        """Resumes bit for bit, if the parameters are those of the same moment. Raises GraceError, and changes nothing, if the state does
         not fit."""
         kept = self.read_state(saved)
         self.master, self.outer = kept["master"], kept["outer"]
         self.step, self.last = int(saved["step"]), int(saved["last"])
 
     def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-        """The arrays of a state by kind and parameter, copied and checked."""
+        """Returns copies of a state's arrays by kind and parameter. Raises GraceError if they do not fit."""
         if saved.get("plan") != str(self.settings):
-            raise GraceError(f"this state was saved by {saved.get('plan')}, this is {self.settings}")
+            raise GraceError(f"this state was saved by {saved.get('plan')}, and this is {self.settings}; they must be the same")
         kept: dict[str, dict[str, Array]] = {"master": {}, "outer": {}}
         for key, array in saved["arrays"].items():
             kind, name = key.split("/", 1)

@@ -1,4 +1,4 @@
-"""What local-update training does, checked against the parts that it is to do it with."""
+"""The settings of local-update training, checked against the parts that it uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import communicators
+from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..compressors.base import Compressor
@@ -19,7 +20,7 @@ from .schedule import Schedule, schedule_of, whole
 
 @dataclass(frozen=True)
 class Settings:
-    """One training's choices; the same on all ranks, but for the schedule of an asynchronous one. Make it with `settings_of`."""
+    """Holds one training's settings, which are the same on all ranks (asynchronous ranks may differ in schedule). Made by `settings_of`."""
 
     grace: Grace
     schedule: Schedule
@@ -31,38 +32,38 @@ class Settings:
 
     @property
     def has_outer(self) -> bool:
-        """An outer optimizer that does more than to take the mean."""
+        """Whether the outer optimizer does more than take the mean."""
         return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
 
     @property
     def lossless(self) -> bool:
-        """Nothing is compressed: then models are averaged instead of their drifts, which is the same without a rounding."""
+        """Whether nothing is compressed: then models are averaged instead of drifts, which is the same with one rounding less."""
         return (self.grace.compressor.name, self.grace.memory.name) == ("none", "none") and not self.asynchronous
 
     @property
     def by_gradients(self) -> bool:
-        """All steps exchange gradients: CSER, whose memory is in between; and averages at every step without loss, where averaging the
-        gradients is the same but for rounding, and is plain data-parallel training bit for bit."""
+        """Whether all steps exchange gradients: with CSER, which works on gradients; and if nothing is compressed and every step
+        synchronizes. Then it equals averaging models, except for rounding, and is plain data-parallel training bit for bit."""
         return self.grace.memory.diverges or (self.lossless and self.schedule.gap == 1 and not self.has_outer)
 
     def resets(self, step: int) -> bool:
-        """Whether step `step`, from 0, is one of CSER's error resets, with more collectives than other steps have."""
+        """Whether step `step`, counted from 0, is one of CSER's error resets, which have more collectives than other steps."""
         return self.grace.memory.diverges and (step + 1) % self.schedule.gap == 0
 
     @property
     def for_gradients(self) -> Grace:
-        """What gradients are exchanged with, in steps where they are."""
+        """Returns the Grace for steps that exchange gradients."""
         if self.grace.memory.diverges:
             return self.grace
         return grace("none @ hierarchical" if self.grace.two_level else "none")
 
     @property
     def for_models(self) -> Grace:
-        """What drifts are exchanged with (CSER's models, dense)."""
+        """Returns the Grace for drifts (dense for CSER, which sends models)."""
         return grace("none") if self.grace.memory.diverges else self.grace
 
     def __str__(self) -> str:
-        """What ranks compare: equal plans on all of them."""
+        """Returns the text that the ranks compare, and that a state is saved with."""
         when = f"asynchronous, max_ahead={self.max_ahead}" if self.asynchronous else str(self.schedule)
         outer = f", outer_lr={self.outer_lr!r}, outer_momentum={self.outer_momentum!r}" if self.has_outer else ""
         return f"LocalSGD({when}{outer}) of {self.grace}"
@@ -80,15 +81,15 @@ def settings_of(
     outer_momentum: float = 0.0,
     timeout: float = 300.0,
 ) -> Settings:
-    """The settings for what a user gives; see `LocalSGD` of the frameworks. Raises ParameterError, or IncompatiblePartsError or
+    """Returns the settings for a user's options; see `LocalSGD` of the frameworks. Raises ParameterError, or IncompatiblePartsError or
     UnsupportedError for parts that cannot work here."""
     chosen = grace("none" if compression is None else compression)
     if chosen.policy is not None:
-        raise UnsupportedError(f"{chosen} chooses by tensor or step, and LocalSGD sends all drifts through one composition: name that")
+        raise UnsupportedError(f"{chosen} chooses by tensor or step, but LocalSGD sends all drifts through one composition: name that")
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:
-            raise ParameterError(f"memory {chosen.memory} says itself when the models are drawn together: leave out every= and schedule=")
+            raise ParameterError(f"memory {chosen.memory} sets the schedule by its reset_period: leave out every= and schedule=")
     when = schedule_of(every, schedule, max_gap)
     _number("outer_lr", outer_lr, 0.0, math.inf, above=True)
     _number("outer_momentum", outer_momentum, 0.0, 1.0)
@@ -105,7 +106,7 @@ def _number(what: str, value: Any, low: float, high: float, above: bool = False)
 
 
 def _check(settings: Settings) -> None:
-    """What is exchanged is a drift, in units of the model, and not a gradient."""
+    """Raises an error if the parts cannot exchange drifts, which have the units of the model, not of a gradient."""
     compressor, memory = settings.grace.compressor, settings.grace.memory
     if memory.diverges:
         if settings.has_outer or settings.asynchronous:
@@ -113,17 +114,18 @@ def _check(settings: Settings) -> None:
         return
     if compressor.result != "mean":
         raise IncompatiblePartsError(
-            f"LocalSGD averages how far models have moved, and the result of {compressor.name!r} has no size; use compressor 'efsignsgd' "
+            f"LocalSGD averages how far models have moved, but the result of {compressor.name!r} has no size; use compressor 'efsignsgd' "
             "(signs with a scale)"
         )
     if memory.is_momentum or memory.uses_lr:
         why = "is the momentum of the training" if memory.is_momentum else "multiplies with the learning rate"
         raise IncompatiblePartsError(
-            f"memory {memory.name!r} {why}, and what LocalSGD sends is the sum of local steps, which have both in them already; use memory "
-            "'residual'"
+            f"memory {memory.name!r} {why}, but LocalSGD sends the sum of local steps, which already contain both; use memory 'residual'"
         )
     if settings.grace.communicator.uses_lr:
-        raise IncompatiblePartsError(f"{settings.grace.communicator} follows the learning rate, which a drift has in it already")
+        raise IncompatiblePartsError(
+            f"{settings.grace.communicator} follows the learning rate, which a drift already contains; use follow_rate=False"
+        )
     if settings.asynchronous:
         _check_asynchronous(settings)
 
@@ -132,23 +134,24 @@ def _check_asynchronous(settings: Settings) -> None:
     compressor, memory, communicator = settings.grace.compressor, settings.grace.memory, settings.grace.communicator
     if settings.has_outer or settings.schedule.start:
         raise UnsupportedError(
-            "asynchronous=True has no step that all ranks make together, which an outer optimizer and post_local need; leave them out"
+            "an outer optimizer and post_local need a step that all ranks make together, and asynchronous=True has none; leave them out"
         )
     own = type(memory).exchange is Memory.exchange and type(memory).on_aggregate is Memory.on_aggregate
     if compressor.shared_state or not own:
         raise IncompatiblePartsError(
-            f"{memory if not own else compressor} works with what all ranks have at one step, and asynchronous ranks have no common step; "
+            f"{memory if not own else compressor} needs data of all ranks at one step, but asynchronous ranks have no common step; "
             "use topk, qsgd, efsignsgd or another compressor without such a state, and memory 'residual'"
         )
     if type(compressor).exchange is not Compressor.exchange or communicator.name not in ("allreduce", "allgather", "broadcast"):
         part = compressor if type(compressor).exchange is not Compressor.exchange else communicator
         raise IncompatiblePartsError(
-            f"asynchronous ranks send each other whole messages, and {part.name!r} needs all ranks at once; use a compressor without "
+            f"asynchronous ranks send each other whole messages, but {part.name!r} needs all ranks at once; use a compressor without "
             "rounds of its own, and communicator 'allgather'"
         )
     with_allgather(settings.grace)
 
 
 def with_allgather(g: Grace) -> Grace:
-    """The same compressor and memory, as messages that any rank can decode by itself."""
+    """Returns the same compressor and memory with communicator 'allgather', whose messages any rank can decode by itself."""
+    assert isinstance(g.route, Composition)  # `settings_of` refuses policies
     return Grace(dataclasses.replace(g.route, communicator=communicators.get("allgather").create()), g.seed)

@@ -1,4 +1,4 @@
-"""One rank of local-update training over a real engine: the model, its exchange, and the meeting with the other ranks."""
+"""Runs one rank of local-update training over a real engine: the model, its exchanges, and the connection to the server."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .settings import Settings
 
 
 class Worker:
-    """One rank. In each step `begin_step` and, where it says so, `exchange_gradients` before the optimizer's step, and `models`
-    after it; `sync` at the end.
+    """Runs one rank. Call `begin_step` and, if it returns true, `exchange_gradients` before the optimizer's step, and `models` after it;
+    call `sync` at the end.
 
-    An engine that runs drivers in another way (TensorFlow's graphs) calls the pieces of these methods.
+    A framework that runs drivers in another way (TensorFlow's graphs) calls the parts of these methods.
     """
 
     def __init__(self, settings: Settings, ops: Ops, transport: Transport, read_lr: Callable[[], float | None] = lambda: None):
@@ -33,14 +33,14 @@ class Worker:
         self.messages = Messages(self.model, transport.rank, transport.size) if settings.asynchronous else None
         self.for_gradients = Driver(settings.for_gradients, ops, transport, read_lr=read_lr, diverging=True)
         self.for_models = self.messages.driver if self.messages else Driver(settings.for_models, ops, transport)
-        self._line: Connection | None = None
-        self._meetings = self._said = 0  # meetings so far; bytes on the line before this step
-        self._used: list[Driver] = []  # in this step
-        self._together = True  # asynchronous ranks have no messages that others have not had
+        self._connection: Connection | None = None
+        self._meetings = self._sent = 0  # the meetings so far; the bytes that the connection had sent before this step
+        self._used: list[Driver] = []  # the drivers that exchanged in this step
+        self._together = True  # whether no asynchronous rank has messages that others have not had
 
     # --- the first step ---------------------------------------------------------------------------------------------
     def begin(self, specs: Sequence[TensorSpec], values: Mapping[str, Any]) -> None:
-        """Before the first step, on every rank: all must have the same settings, parameters and model. Raises DisagreementError on all."""
+        """Begins, on every rank before the first step. Raises DisagreementError on all ranks if settings, parameters or models differ."""
         loaded = bool(self.model.master)
         self.model.begin(specs, values)
         mine = {
@@ -51,54 +51,55 @@ class Worker:
             self.for_gradients.register(specs)
             self.for_models.register(self.model.drift_specs)
             perform(agree(self.ops, self.transport, mine), self.transport, {})
-            self._meet_first()
-        except BaseException:  # nothing has begun: it may be tried again
+            self._connect()
+        except BaseException:  # nothing has begun, so that the caller may try again
             self.model.specs = {}
             if not loaded:
                 self.model.master = {}
             raise
 
-    def _meet_first(self) -> None:
-        meeting = Server(self.transport.size, self.settings.timeout, self.settings.max_ahead) if self.transport.rank == 0 else None
-        mine = {"model": self.model.digest(), **(address(meeting) if meeting else {})}
+    def _connect(self) -> None:
+        """Starts the server on rank 0, shares its address, compares the ranks' models, and connects. Raises DisagreementError."""
+        server = Server(self.transport.size, self.settings.timeout, self.settings.max_ahead) if self.transport.rank == 0 else None
+        mine = {"model": self.model.digest(), **(address(server) if server else {})}
         said = perform(share(self.ops, self.transport, mine), self.transport, {})
         differing = [rank for rank, other in enumerate(said) if other["model"] != said[0]["model"]]
         if differing:
             raise DisagreementError(
-                f"ranks {differing} start from another model than rank 0. Give all the same before the first step: "
+                f"ranks {differing} start from another model than rank 0. Give all ranks the same model before the first step: "
                 "hvd.broadcast_parameters(model.state_dict(), root_rank=0); for Keras build the model before fit (an Input layer), and "
                 "pass hvd.callbacks.BroadcastGlobalVariablesCallback(0)",
                 said,
             )
-        self._line = Connection(self.transport.rank, said[0], self.settings.timeout)
+        self._connection = Connection(self.transport.rank, said[0], self.settings.timeout)
 
     # --- steps ------------------------------------------------------------------------------------------------------
     def begin_step(self) -> bool:
-        """Whether the gradients of the step that begins are exchanged; then all ranks have met."""
-        assert self._line is not None
-        self._used, self._said = [], self._line.sent
+        """Begins a step; returns whether its gradients are exchanged, for which it has waited for all ranks. Raises RankLeftError."""
+        assert self._connection is not None
+        self._used, self._sent = [], self._connection.sent
         exchanged = self.model.exchanges_gradients()
         if exchanged:
             self.meet(self.for_gradients)
         return exchanged
 
     def exchange_gradients(self, gradients: Mapping[str, Any]) -> dict[str, Any]:
-        """What the optimizer is to apply in their place, where `begin_step` said so."""
+        """Returns what the optimizer has to apply instead of these gradients, if `begin_step` returned true."""
         return self._exchange(self.for_gradients, gradients)
 
     def end_step(self, values: Callable[[], Mapping[str, Any]]) -> bool:
-        """After the optimizer's step: whether to synchronize now."""
+        """Ends a step, after the optimizer's step; returns whether to synchronize now."""
         what = self.model.advance()
         if what == "rebase":
             self.model.rebase(values())
         return what == "synchronize"
 
     def models(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """After the optimizer's step, the parameters as they are: what they become, None where they stay. Raises RankLeftError."""
+        """Takes the parameters after the optimizer's step; returns the new ones, None if they stay. Raises RankLeftError."""
         return self.synchronize(values) if self.end_step(lambda: values) else None
 
     def synchronize(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Exchanges drifts: the parameters from here on, None where they stay."""
+        """Exchanges drifts; returns the new parameters, None if they stay. Raises RankLeftError."""
         if self.messages:
             return self.post(values)
         self.meet(self.for_models)
@@ -106,7 +107,7 @@ class Worker:
         return self.model.incoming(means, self.for_models.committed)
 
     def sync(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Synchronizes now, as every rank must: then all have the same model. None where they have it already."""
+        """Synchronizes now, on every rank, so that all have the same model; returns it, None if they have it already."""
         if not self.model.begun:
             return None
         if self.messages:
@@ -115,24 +116,24 @@ class Worker:
             return None
         new = self.synchronize(values)
         if self.settings.grace.memory.diverges and self.for_models.committed:
-            self.for_gradients.clear_state("residual")  # CSER: the mean of the models has all in it that was not sent
+            self.for_gradients.clear_state("residual")  # CSER: the mean of the models contains everything that was not sent
         return new
 
     def post(self, values: Mapping[str, Any], gather: bool = False) -> dict[str, Any]:
-        """Asynchronous: sends this rank's drift, and takes in what others have sent; with `gather`, what they send until all are here."""
-        assert self._line is not None and self.messages is not None
+        """Sends this rank's drift (asynchronous), and applies what others have sent; with `gather` it first waits until all ranks do so."""
+        assert self._connection is not None and self.messages is not None
         self._together = False
         number = self.for_models.step
         message = self.messages.encode(values)
-        new = self.messages.apply(self._line.post(number, self.model.step, message, gather))
+        new = self.messages.apply(self._connection.post(number, self.model.step, message, gather))
         self._together = gather
         return new
 
     def meet(self, driver: Driver) -> None:
-        """Waits for all ranks, before they exchange by this driver. Raises RankLeftError."""
-        assert self._line is not None
+        """Waits for all ranks before they exchange by this driver. Raises RankLeftError."""
+        assert self._connection is not None
         self._used.append(driver)
-        self._line.meet(self._meetings, self.model.step, "models" if driver is self.for_models else "gradients")
+        self._connection.meet(self._meetings, self.model.step, "models" if driver is self.for_models else "gradients")
         self._meetings += 1
 
     def _exchange(self, driver: Driver, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,27 +141,27 @@ class Worker:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that this rank sent in the last step: to collectives, and to the meeting of the ranks."""
-        return sum(driver.wire_bytes for driver in self._used) + (self._line.sent - self._said if self._line else 0)
+        """Bytes that this rank sent in the last step, to collectives and to the server."""
+        return sum(driver.wire_bytes for driver in self._used) + (self._connection.sent - self._sent if self._connection else 0)
 
     # --- state ------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank: {'model': LocalModel.state_dict(), 'gradients': ..., 'models': Driver.state_dict() of both exchanges}."""
+        """Returns {'model': LocalModel.state_dict(), 'gradients': ..., 'models': Driver.state_dict() of both exchanges} of this rank."""
         if not self._together:
-            raise GraceError("asynchronous ranks have messages under way, which no rank's state has: call sync() on all ranks before")
+            raise GraceError("asynchronous ranks have messages under way, which no rank's state contains: call sync() on all ranks before")
         return {
             "model": self.model.state_dict(), "gradients": self.for_gradients.state_dict(), "models": self.for_models.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit, with the parameters that were saved with it. Raises GraceError where it does not fit."""
+        """Resumes bit for bit, if the parameters are those of the same moment. Raises GraceError if the state does not fit."""
         self.check_state(saved)
         self.model.load_state_dict(saved["model"])
         self.for_gradients.load_state_dict(saved["gradients"])
         self.for_models.load_state_dict(saved["models"])
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
-        """Raises GraceError where `load_state_dict` would; changes nothing."""
+        """Raises GraceError if `load_state_dict` would; changes nothing."""
         if "model" not in saved:
             raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD")
         self.model.read_state(saved["model"])
@@ -168,5 +169,5 @@ class Worker:
         self.for_models.read_state(saved["models"])
 
     def saveable(self) -> Saveable:
-        """For grace_ext.save and load."""
+        """Returns what grace_ext.save and load need."""
         return saveable_by(self.transport, self.state_dict, self.check_state, self.load_state_dict)

@@ -1,4 +1,4 @@
-"""Memories by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
+"""Finds memories by name: `names()` lists them, `get(name)` returns the class, and the decorator `register(name)` adds one."""
 
 from ..parts.registry import memories as registry
 

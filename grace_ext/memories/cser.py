@@ -11,18 +11,18 @@ from .base import Memory
 @register("cser")
 @dataclass(frozen=True)
 class CSER(Memory):
-    """Error reset: what is not sent is applied at once, to this rank's own model, and the models are drawn together from time to time.
+    """Applies what was not sent to this rank's own model at once, and brings the ranks' models together periodically (error reset).
 
-    Every step:              e_i <- e_i + lr (g_i - C(g_i));   result_i = mean_j C(g_j) + (g_i - C(g_i)), this rank's own.
+    Every step:              e_i <- e_i + lr (g_i - C(g_i));   result_i = mean_j C(g_j) + (g_i - C(g_i)), different on each rank.
     Every `reset_period` steps also:  result_i += (mean_j C(e_j) - C(e_i)) / lr;   e_i <- e_i - C(e_i).
-    The optimizer (SGD without momentum: x_i <- x_i - lr result_i) keeps x_i + e_i the same on all ranks; x_i alone differs by what is
-    not sent yet. (In the paper's signs x_i - e_i.) With momentum it is not exact.
-    The gradient is never delayed, but the models differ: for LocalCluster, whose step returns each rank's mapping, and for wrappers
-    that average models; everything else refuses it. On a reset step the tensor is sent twice.
-    State: `residual` (e_i), float[d], zero at first, in units of the update, so lr may change; needs it (LearningRateError). A step with
-    lr = 0 gives zeros and leaves the state.
-    A longer period costs less and lets the models drift further apart. Any compressor but votes; shared positions (randblock, randomk)
-    make both sums all-reduces. Source: Xie et al. 2020, algorithm 2 (CSER).
+    SGD without momentum (x_i <- x_i - lr result_i) keeps x_i + e_i the same on all ranks; x_i alone differs by what is not sent yet.
+    (The paper's sign convention is x_i - e_i.) With momentum this is not exact.
+    The gradient is never delayed, but the models differ, so only LocalCluster, whose step returns each rank's mapping, and wrappers that
+    average models accept this memory; everything else raises an error. A reset step sends the tensor twice.
+    State: `residual` (e_i), float[d], zero at first, in units of the update, so lr may change. Needs lr (LearningRateError). A step with
+    lr = 0 returns zeros and leaves the state unchanged.
+    A longer period costs less and lets the models drift further apart. Works with any compressor but votes; with shared positions
+    (randblock, randomk) both sums are all-reduces. Source: Xie et al. 2020, algorithm 2 (CSER).
     """
 
     in_updates: ClassVar[bool] = True

@@ -14,12 +14,12 @@ from .base import Memory
 
 
 def whole_norm(norms):
-    """The norm of the whole model, for each of its tensors."""
+    """Returns the norm of the whole model, once for each of its tensors."""
     return [math.sqrt(math.fsum(norm * norm for norm in norms))] * len(norms)
 
 
 def masked(ops, momentum, sent):
-    """This step's own momentum without what was sent, in place; as it is where the tensor was sent whole."""
+    """Sets the momentum to zero where something was sent, in place, and returns it; unchanged if every element was sent."""
     positions = sent.positions()
     if positions is not None:
         momentum[positions] = 0
@@ -29,27 +29,27 @@ def masked(ops, momentum, sent):
 @register("dgc")
 @dataclass(frozen=True)
 class DGC(Memory):
-    """Momentum correction: every rank accumulates its own momentum, and sends of what has come together.
+    """Accumulates each rank's own momentum before compression, and sends selected elements of the sum (momentum correction).
 
     u <- m u + g;  p = v + u;              with nesterov:  u <- m (u + g);  p = v + u + g;
     v <- p - C(p);  u <- 0 where something was sent (masking);  result mean_i C(p_i), to be applied without momentum.
-    v is what is left of what was really sent, so the rounding of 16-bit values stays in it. A tensor that was sent dense has nothing
-    masked: then the result is the momentum of the mean gradient.
+    C(p) is what was really sent, so v keeps the rounding of 16-bit values. A tensor that was sent dense is not masked: then the result is
+    the momentum of the mean gradient.
     State: `momentum` (u) and `residual` (v), float[d], zero at first. Needs a compressor that picks positions, and an optimizer without
     momentum.
-    m (`momentum`): as for SGD. masking=False lets a momentum that was sent already go on pushing (staleness).
-    clipping: each rank rescales its gradient so that its norm over the WHOLE model is at most clipping / sqrt(n), n ranks; too low slows
-    training down, too high does nothing, None clips nothing. All parameters then travel in one bucket.
-    Source: Lin et al. 2018. GRACE clamps elements at the norm of a tensor, and its clipping fails in one of its forms; the authors' code
-    clears v before rounding values to 16 bits.
+    m (`momentum`): as for SGD. With masking=False, momentum that was already sent continues to act (staleness).
+    clipping: each rank rescales its gradient so that its norm over the WHOLE model is at most clipping / sqrt(n), n ranks. Too low slows
+    training down, too high has no effect, None does not clip. With clipping, all parameters travel in one bucket.
+    Source: Lin et al. 2018. GRACE clamps elements at the norm of a tensor, and its clipping fails in one of its versions; the authors'
+    code clears v before it rounds values to 16 bits.
     """
 
     feeds_back: ClassVar[bool] = True
     is_momentum: ClassVar[bool] = True
-    momentum: float = knob(0.9, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
-    nesterov: bool = knob(False, "look one step ahead")
-    masking: bool = knob(True, "forget the momentum of what was sent")
-    clipping: float | None = knob(None, "norm over the whole model that gradients are rescaled to, times sqrt(n)", above=0, kind=float)
+    momentum: float = knob(0.9, "fraction of the momentum that is kept per step", low=0, high=0.9999, headline=True)
+    nesterov: bool = knob(False, "use Nesterov momentum, which looks one step ahead")
+    masking: bool = knob(True, "set the momentum to zero where something was sent")
+    clipping: float | None = knob(None, "limit of a rank's gradient norm over the whole model, times sqrt(n)", above=0, kind=float)
 
     @property
     def whole_model(self) -> bool:  # type: ignore[override]
@@ -65,7 +65,7 @@ class DGC(Memory):
         if self.clipping is not None:
             norm = yield Together(float(ops.block_norms(grad, spec.size, 2)[0]), whole_norm)
             limit = self.clipping / math.sqrt(info.size)
-            if not norm <= limit:  # NaN goes on, and is found
+            if not norm <= limit:  # a NaN norm makes all of grad NaN, which is detected later
                 grad = grad * float(np.float32(limit / norm))
         return (yield from super().exchange(ops, send, grad, spec, info, state))
 

@@ -11,22 +11,24 @@ from .base import Memory
 @register("dist_ef_block")
 @dataclass(frozen=True)
 class DistEFBlock(Memory):
-    """Error feedback that follows the learning rate, with a momentum of the rank's own: a worker's part of dist-EF-blockSGD.
+    """Rescales the residual when the learning rate changes, and can add each rank's own momentum (the rank's part of dist-EF-blockSGD).
 
     m <- mu m + g;  p = m + (lr_before / lr) e,  with nesterov  p = (g + mu m) + (lr_before / lr) e;  e <- p - C(p);  result mean_i C(p_i).
-    lr_before is the rate of the step before. Without momentum (mu = 0) p = g + (lr_before / lr) e, and the optimizer may have its own.
-    With compressor efsignsgd(block=...) over reduce_scatter(follow_rate=True) it is the whole two-way algorithm: each rank is the server of
-    its shard, adds that shard's error of the steps before, times lr_before / lr, compresses the mean again, and sends it to all.
+    lr_before is the learning rate of the step before. Without momentum (mu = 0) p = g + (lr_before / lr) e, and the optimizer may have its
+    own momentum. With compressor efsignsgd(block=...) and communicator reduce_scatter(follow_rate=True) this is the complete two-way
+    algorithm: each rank is the server of its shard, adds that shard's residual times lr_before / lr, compresses the mean again, and sends
+    it to all.
     State: `residual` (e), float[d], zero at first, in units of the gradient; `residual_rate`, float[1], the rate it belongs to; `momentum`,
-    float[d], where mu > 0. Needs the learning rate (LearningRateError). A step with lr = 0 gives zeros and leaves the state. Not for votes.
+    float[d], if mu > 0. Needs the learning rate (LearningRateError). A step with lr = 0 returns zeros and leaves the state unchanged. Not
+    for votes.
     Source: Zheng, Huang, Kwok 2019, algorithms 2 and 3.
     """
 
     feeds_back: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
     shared_state: ClassVar[tuple[str, ...]] = ("residual_rate",)
-    momentum: float = knob(0.0, "how much of the momentum is kept at every step", low=0, high=0.9999, headline=True)
-    nesterov: bool = knob(False, "look one step ahead")
+    momentum: float = knob(0.0, "fraction of the momentum that is kept per step", low=0, high=0.9999, headline=True)
+    nesterov: bool = knob(False, "use Nesterov momentum, which looks one step ahead")
 
     @property
     def is_momentum(self) -> bool:  # type: ignore[override]

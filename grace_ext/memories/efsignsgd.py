@@ -10,14 +10,15 @@ from .base import Memory
 @register("efsignsgd")
 @dataclass(frozen=True)
 class EFSignSGDMemory(Memory):
-    """Error feedback in units of the update: the current learning rate is inside of what is compressed.
+    """Multiplies the gradient by the learning rate before compression, so that the residual is in units of the update (error feedback).
 
-    p = e + lr g;  e <- p - C(p);  result mean_i C(p_i) / lr, which the optimizer multiplies with lr again: x <- x - mean_i C(p_i).
-    The same as 'residual' while lr is constant. Where lr changes, what is left over keeps the size of the update that it was part of,
-    instead of growing or shrinking with lr. lr is read at every step, the first included; one with lr = 0 gives zeros and leaves the state.
+    p = e + lr g;  e <- p - C(p);  result mean_i C(p_i) / lr, which the optimizer multiplies by lr again: x <- x - mean_i C(p_i).
+    It equals 'residual' while lr is constant. If lr changes, the residual keeps the size of the update that it was part of, instead of
+    growing or shrinking with lr. lr is read at every step, including the first; a step with lr = 0 returns zeros and leaves the state
+    unchanged.
     State: `residual`, float[d], zero at first, in units of the update. Needs the learning rate (LearningRateError). For SGD, with or
-    without the optimizer's momentum; not with votes. Source: Karimireddy, Rebjock, Stich, Jaggi 2019. GRACE leaves lr out of the first
-    step, freezes it when it is made, and in its torch form adds the ranks up.
+    without the optimizer's momentum; not for votes. Source: Karimireddy, Rebjock, Stich, Jaggi 2019. GRACE omits lr at the first step,
+    freezes it at construction, and in its torch version sums over the ranks.
     """
 
     feeds_back: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from .base import Memory
 @register("none")
 @dataclass(frozen=True)
 class NoMemory(Memory):
-    """Remembers nothing: what compression loses is lost. Right for unbiased compressors. State: none."""
+    """Keeps nothing: what compression loses is lost. Suited to unbiased compressors. State: none."""
 
     elementwise: ClassVar[bool] = True
 

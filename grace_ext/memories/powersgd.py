@@ -10,13 +10,13 @@ from .base import Memory
 @register("powersgd")
 @dataclass(frozen=True)
 class PowerSGDMemory(Memory):
-    """Error feedback for matrices only: 'residual' for tensors of two dimensions or more, nothing for the others.
+    """Keeps a residual for tensors of two dimensions or more only (error feedback for matrices).
 
-    p = e + g;  e <- p - C(p)  where there are two dimensions or more; p = g otherwise, and what is lost there is lost.
-    State: `residual`, float[d], zero at first, of tensors of two dimensions or more. Saves the memory of vectors, which powersgd,
-    powersgd_plus and lqsgd send dense, so that with them it equals 'residual'. With a compressor that does compress vectors use 'residual'.
-    Source: Vogels, Karimireddy, Jaggi 2019. GRACE's also draws Q anew, at every step and from each rank's own generator; Q is the
-    compressor's here.
+    p = e + g;  e <- p - C(p)  for two dimensions or more; otherwise p = g, and what compression loses is lost.
+    State: `residual`, float[d], zero at first, for tensors of two dimensions or more. It stores nothing for vectors, which powersgd,
+    powersgd_plus and lqsgd send dense, so with these it equals 'residual'. With a compressor that does compress vectors, use 'residual'.
+    Source: Vogels, Karimireddy, Jaggi 2019. GRACE's memory also draws Q anew at every step from each rank's own generator; here Q belongs
+    to the compressor.
     """
 
     feeds_back: ClassVar[bool] = True

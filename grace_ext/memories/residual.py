@@ -12,18 +12,18 @@ from .base import Memory
 @register("residual")
 @dataclass(frozen=True)
 class Residual(Memory):
-    """Error feedback: what was not sent is added to the next gradient.
+    """Adds what was not sent to the next gradient (error feedback).
 
     p = beta e + gamma g;  e <- p - C(p), where C(p) is what was really sent, 16-bit rounding included.
-    State: `residual`, float[d], zero at first, in units of the gradient. beta under 1 forgets old error (a leak); gamma scales the
-    gradient. Source: Seide et al. 2014; Karimireddy et al. 2019. Differs from nothing: with beta = gamma = 1, sent + e = g + e_old exactly
-    where each is representable.
+    State: `residual`, float[d], zero at first, in units of the gradient. With beta below 1 old error fades (a leak); gamma scales the
+    gradient. Source: Seide et al. 2014; Karimireddy et al. 2019. No differences to them: with beta = gamma = 1, sent + e = g + e_old
+    exactly, if each term is representable.
     """
 
     feeds_back: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
-    beta: float = knob(1.0, "how much of the residual is kept; under 1 old error fades", low=0, high=1)
-    gamma: float = knob(1.0, "factor of the gradient", above=0, high=1e6)
+    beta: float = knob(1.0, "fraction of the residual that is kept; below 1 old error fades", low=0, high=1)
+    gamma: float = knob(1.0, "factor that the gradient is multiplied by", above=0, high=1e6)
 
     def init(self, ops, spec, info):
         return {"residual": ops.zeros(spec.size)}

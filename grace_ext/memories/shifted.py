@@ -1,4 +1,4 @@
-"""Memories that subtract a shift of each rank's gradient before compressing it."""
+"""These memories subtract a shift from each rank's gradient before it is compressed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .base import Memory
 @register("diana")
 @dataclass(frozen=True)
 class Diana(Memory):
-    """Learns a shift for every rank, and sends the unbiased compression of what is left: no error feedback, and no bias.
+    """Learns a shift for each rank, and sends the unbiased compression of gradient minus shift: no error feedback, and no bias.
 
     c_i = Q(g_i - h_i);  result h + mean_i c_i;  h_i <- h_i + alpha c_i;  h <- h + alpha mean_i c_i.
-    The shifts follow the gradients, so that what is compressed, and with it the variance of Q, goes to zero where exact gradients settle,
-    also where they differ between ranks.
-    State: `diana_shift` (h_i) and `diana_mean` (h = mean_i h_i, up to rounding), float[d], zero at first. Any optimizer.
-    alpha: how fast the shifts learn; None is 1 / (1 + omega), the most that is safe, with Q's variance omega for as many elements. Lower is
-    slower, higher may diverge. Needs an unbiased compressor (qsgd, natural, terngrad, randomk(scale=True)).
+    The shifts follow the gradients. If exact gradients converge, what is compressed goes to zero, and with it the variance of Q, even if
+    the gradients differ between ranks.
+    State: `diana_shift` (h_i) and `diana_mean` (h = mean_i h_i, up to rounding), float[d], zero at first. Works with any optimizer.
+    alpha: how fast the shifts learn; None means 1 / (1 + omega), the largest safe value, omega being Q's variance for a tensor of this
+    size. Lower is slower, higher may diverge. Needs an unbiased compressor (qsgd, natural, terngrad, randomk(scale=True)).
     Source: Mishchenko, Gorbunov, Takac, Richtarik 2019.
     """
 
@@ -38,10 +38,12 @@ class Diana(Memory):
                 "biased; with it use memory 'residual' or 'ef21'"
             )
         if self.alpha is None and compressor.omega(64) is None:
-            raise IncompatiblePartsError(f"{compressor} does not say how large its variance is (omega), so give diana an alpha")
+            raise IncompatiblePartsError(
+                f"memory 'diana' derives alpha from the variance omega, which {compressor} does not declare; give diana an alpha"
+            )
 
     def _alpha(self, compressor, spec) -> float:
-        # A tensor that was sent dense has no variance, whatever alpha is meant for.
+        # A tensor that was sent dense has no variance, so its alpha is 1 whatever the knob says.
         omega = compressor.omega(spec.size)
         return 1 / (1 + omega) if self.alpha is None or omega == 0 else self.alpha
 
@@ -68,17 +70,17 @@ class Diana(Memory):
 @register("ef_star")
 @dataclass(frozen=True)
 class EFStar(Memory):
-    """Error feedback around a given shift, for experiments on problems whose optimum is known.
+    """Subtracts a given shift from the gradient before error feedback, for experiments on problems whose optimum is known.
 
-    p = e + (g - h*);  e <- p - C(p);  result mean_i C(p_i). With h*_i the gradient of rank i's loss at the optimum, which add up to zero
-    over the ranks, nothing has to be added back; the residual is fed by what is not yet optimal only, and exact gradients converge
-    linearly where 'residual' keeps an error in proportion to how the ranks' gradients differ.
-    State: `residual` (e) and `shift` (h*), float[d], zero at first: with a zero shift it is 'residual'. The shift is an oracle's, and is
-    given through the state, which exists after a first step (one on zero gradients changes nothing):
+    p = e + (g - h*);  e <- p - C(p);  result mean_i C(p_i). h*_i is the gradient of rank i's loss at the optimum. These sum to zero over
+    the ranks, so nothing has to be added back. Only what is not yet optimal enters the residual: exact gradients converge linearly, while
+    'residual' leaves an error in proportion to how the ranks' gradients differ.
+    State: `residual` (e) and `shift` (h*), float[d], zero at first: with a zero shift it is 'residual'. The shift comes from an oracle: set
+    it in the state, which exists after a first step (one on zero gradients changes nothing):
         saved = cluster.state_dict()
         for rank in range(n): saved["ranks"][rank]["state"]["shift/w"] = h_star[rank]      # float32, flat
         cluster.load_state_dict(saved)
-    and alike with Exchange.state_dict or the optimizer's 'grace_ext' entry. Any compressor that 'residual' takes, but votes.
+    and likewise in Exchange.state_dict or the optimizer's 'grace_ext' entry. Works with any compressor that 'residual' takes, except votes.
     Source: Gorbunov, Kovalev, Makarenko, Richtarik 2020 (EC-GDstar).
     """
 

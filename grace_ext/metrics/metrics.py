@@ -4,20 +4,21 @@
     opt.metrics()["total"]["relative_error"]             # at any time
 
 Bytes and times cover every step. Values that cost passes over the data (relative error, norms) are measured at every `every`-th step.
-Metrics change nothing that is sent or returned, and need not be on on every rank; if they are, the network is measured before the first
-step.
+Metrics change nothing that is sent or returned, and may be on on some ranks only; if they are on on all ranks, the network is measured
+before the first step.
 
 A report is {'step', 'rank', 'size', 'committed', 'measured_at', 'total': values, 'parameters': {name: values}}, with these values:
-    bytes                 that this rank handed to collectives in the last step. Of a parameter: its payloads alone. In total: with headers,
-                          and with all rounds in which an engine carries a collective by others
-    dense_bytes, ratio    of the gradient itself, and dense_bytes / bytes (None if nothing was sent)
+    bytes                 this rank handed to collectives in the last step. Of a parameter: its payloads alone. In total: with headers, and
+                          with the additional rounds in which an engine carries a collective that it lacks by others
+    dense_bytes, ratio    bytes of the gradient itself, and dense_bytes / bytes (None if nothing was sent)
     relative_error        ||C(p) - p|| / ||p|| of what was compressed, p, at step `measured_at` (None if p = 0, or not finite)
-    gradient_norm         of this rank's gradient (of its node's, in two levels), at that step
-    residual_norm         of what the memory held back after that step (None if it keeps no residual)
-    encode_seconds        mean over the steps since then, that one excepted: from a gradient to its last collective; in total with packing
-    communicate_seconds   that the step spent starting collectives and waiting for them; of a parameter: of its bucket, by its bytes. It
-                          includes other ranks' delays, and in a LocalCluster their work
-    decode_seconds        from the last collective to the result; in total with unpacking, commit and writing the result
+    gradient_norm         norm of this rank's gradient (in two levels: of its node's) at that step
+    residual_norm         norm of the residual after that step (None if the memory keeps no residual)
+    encode_seconds        time from a gradient to its last collective; in total with packing. This and the next two are means over the steps
+                          that followed the latest close measurement before the last step
+    communicate_seconds   time in which the step started collectives and waited for them; a parameter has a share of its bucket's time, by
+                          its bytes. It includes other ranks' delays, and in a LocalCluster their work
+    decode_seconds        time from the last collective to the result; in total with unpacking, commit and writing the result
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ TIMES = ("encode_seconds", "communicate_seconds", "decode_seconds")
 
 
 class Metrics:
-    """Turns metrics on, and holds what they say last; a wrapper's `measure` makes one.
+    """Turns metrics on, and reports the latest values; a wrapper's `measure` makes one.
 
-    every: the steps from one close look, and report, to the next. jsonl: a file to which each report is appended as a line of JSON; by
-    rank 0 alone, or by every rank where '{rank}' is in its name. sinks: functions that get each report. dead_after: steps of a zero
+    every: the steps from one close measurement, and report, to the next. jsonl: a file to which each report is appended as a line of JSON,
+    by rank 0 alone, or by every rank if its name contains '{rank}'. sinks: functions that get each report. dead_after: steps of a zero
     gradient after which a layer is called dead. Raises ParameterError."""
 
     def __init__(
@@ -62,7 +63,7 @@ class Metrics:
         self._recorders.append(adviser)
 
     def ended(self, recorder: Recorder) -> None:
-        """Takes note that a recorder's step has ended; reports once all recorders have measured that step closely."""
+        """Writes and sends a report once all recorders have closely measured the step that this one has ended."""
         if recorder.closely and all(other.measured_at == recorder.step for other in self._recorders):
             report = self.report()
             if self.jsonl is not None and (report["rank"] == 0 or "{rank}" in str(self.jsonl)):
@@ -72,7 +73,7 @@ class Metrics:
                 sink(report)
 
     def report(self) -> Report:
-        """The latest values (see the module); {} before the first step has ended, and where nothing is compressed."""
+        """Returns the latest values (see the module); {} before the end of the first step, and if nothing is compressed."""
         seen = [recorder for recorder in self._recorders if recorder.step >= 0]
         if not seen:
             return {}
@@ -92,16 +93,16 @@ class Metrics:
 
 
 class Measured:
-    """What every wrapper offers; `_attach` is called with each driver that it makes."""
+    """Gives a wrapper its methods for metrics. The wrapper calls `_attach` with each driver that it makes."""
 
     _metrics: Metrics | None = None
 
     def measure(self, every: int = 100, **options: Any) -> Metrics:
-        """Turns metrics on, from the next step on; options as for Metrics. Once more, it starts them anew."""
+        """Turns metrics on, from the next step on; options as for Metrics. A second call starts them anew."""
         return self.measure_by(Metrics(every, **options))
 
     def measure_by(self, metrics: Metrics) -> Metrics:
-        """Turns these metrics on, which serve one wrapper."""
+        """Turns these metrics on; they can serve one wrapper only."""
         if metrics is not self._metrics:
             self._metrics = metrics
             for driver in self._drivers():
@@ -109,7 +110,7 @@ class Measured:
         return metrics
 
     def metrics(self) -> Report:
-        """This rank's latest report (see metrics.py); {} where `measure` was not called, no step was made, or nothing is exchanged."""
+        """Returns this rank's latest report (see metrics.py); {} if `measure` was not called, no step was made, or nothing is exchanged."""
         return self._metrics.report() if self._metrics else {}
 
     def _drivers(self) -> Sequence[Driver]:
@@ -121,7 +122,7 @@ class Measured:
 
 
 def scalars(report: Report) -> Iterator[tuple[str, float]]:
-    """The numbers of a report by tag, 'grace/total/ratio' or 'grace/<parameter>/ratio': for TensorBoard and the like."""
+    """Yields the numbers of a report by tag, 'grace/total/ratio' or 'grace/<parameter>/ratio', for TensorBoard and the like."""
     for place, values in [("total", report["total"]), *report["parameters"].items()]:
         yield from ((f"grace/{place}/{key}", float(value)) for key, value in values.items() if value is not None)
 
@@ -139,7 +140,7 @@ def _values(watches: Sequence[TensorWatch], nbytes: int, means: Sequence[float])
 
 
 def _together(norms: Iterator[float | None]) -> float | None:
-    """The norm of all; None where there is none, or it is not finite, which JSON has no word for."""
+    """Returns the norm of all tensors together; None if there is none, or if it is not finite, which JSON cannot express."""
     known = [x for x in norms if x is not None]
     whole = math.hypot(*known)
     return whole if known and math.isfinite(whole) else None

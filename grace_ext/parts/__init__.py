@@ -1,6 +1,6 @@
-"""What the author of a part works with: `Part` and its knobs, tensors and steps, payload fields, and requests to the network.
+"""Provides what an author of parts works with: `Part` and its knobs, tensors and steps, payload fields, and requests to the network.
 
-Everything here is plain values: nothing imports numpy, a framework or the network (`ops.py` declares the array protocol).
+All of these are plain values: none of them imports numpy, a framework or the network (`ops.py` declares the array protocol).
 """
 
 from .field import Field as Field

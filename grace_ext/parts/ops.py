@@ -1,11 +1,11 @@
-"""The array protocol: what an algorithm may do with arrays, so that it is written once for every tensor library.
+"""Defines the array protocol: what an algorithm may do with arrays, so that it is written once for every tensor library.
 
 Arrays are the library's own (numpy.ndarray, torch.Tensor on a device). Both already share arithmetic operators, comparisons,
 `reshape`, `.T`, `@`, slicing, `x[indices]` and `x[indices] = values`, which parts use directly; everything that the libraries
-spell differently, or that is worth a compiled kernel, is a method here. Unless said otherwise arrays are 1-D and contiguous;
-"float" means float32, or float64 where the gradient is float64 and the compressor sends it as it is.
+spell differently, or that is worth a compiled kernel, is a method here. Unless stated otherwise arrays are 1-D and contiguous;
+"float" means float32, or float64 if the gradient is float64 and the compressor sends it as it is.
 
-Integers are int64 in every library (`codes`, `indices`); wire integers are uint8 only. bfloat16 travels as 2 bytes an element.
+Integers are int64 in every library (`codes`, `indices`); wire integers are uint8 only. bfloat16 travels as 2 bytes per element.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Array = Any
 
 
 class Feedback(NamedTuple):
-    """What a memory adds before compression: p = beta residual + gamma grad; or p = grad, where the residual is None. `spent`: where there
-    is a residual, the gradient's memory is for the result, and may be written to at once: p itself, or, while it is in the cache, zeros
-    for a result that is mostly zeros (see Zeros)."""
+    """Defines what is compressed: p = beta residual + gamma grad; or p = grad, if the residual is None. `spent`: with a residual, the
+    gradient's memory is for the result, and may be overwritten at once: by p itself or, while it is in the cache, by zeros for a result
+    that is mostly zeros (see Zeros)."""
 
     residual: Array | None
     beta: float = 1.0
@@ -35,32 +35,32 @@ class Feedback(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """Where a result may be written to, and there are only zeros."""
+    """Marks an array that holds only zeros, and to which a result may be written."""
 
     array: Array
 
 
 class Ops(ABC):
-    """One tensor library (and device)."""
+    """Implements the array protocol for one tensor library (and device)."""
 
-    #: Compiled loops (grace_ext/kernels), by name, for parts that have a form of their own for them; None where there are none.
+    #: Compiled loops (arrays/kernels), by name, for parts that have a fast path; None if there are none.
     kernels: Any = None
 
     # --- the border to the user's tensors ---------------------------------------------------------------------------
     @abstractmethod
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
-        """(shape, dtype name) of a user's tensor."""
+        """Returns (shape, dtype name) of a user's tensor."""
 
     @abstractmethod
     def ingest(self, tensor: Any) -> Array:
-        """The elements as a flat float array: float64 stays, everything else becomes float32. May be a view: it is not kept."""
+        """Returns the elements as a flat float array: float64 stays, everything else becomes float32. May be a view: it is not kept."""
 
     @abstractmethod
     def emit(self, array: Array, spec: TensorSpec) -> Any:
-        """A user's tensor of spec's shape and dtype from a flat float array."""
+        """Returns a user's tensor of spec's shape and dtype, made from a flat float array."""
 
     def overwrite(self, tensor: Any, array: Array, spec: TensorSpec) -> bool:
-        """Writes what `emit` would give over the user's tensor; False where that cannot be done."""
+        """Writes what `emit` would return over the user's tensor. Returns False if that cannot be done."""
         return False
 
     def compiles(self, x: Array) -> bool:
@@ -72,20 +72,20 @@ class Ops(ABC):
     def zeros(self, size: int, dtype: str = "float32") -> Array: ...
 
     def recycle(self, arrays: list[Array]) -> None:
-        """Takes back arrays for later use, those of them that nobody else refers to, and empties the list."""
+        """Takes back, for later use, those of these arrays that nobody else refers to, and empties the list."""
         arrays.clear()
 
     @abstractmethod
     def upload(self, array: np.ndarray) -> Array:
-        """A host array on this library and device."""
+        """Returns a host array as this library's, on its device."""
 
     @abstractmethod
     def host(self, array: Array) -> np.ndarray:
-        """The array as numpy, a view where that is possible."""
+        """Returns the array as numpy's, a view if that is possible."""
 
     @abstractmethod
     def concat(self, arrays: Sequence[Array]) -> Array:
-        """A new array, even of one: the result never shares memory with its parts."""
+        """Concatenates into a new array, even if there is only one: the result never shares memory with its parts."""
 
     @abstractmethod
     def full_nan(self, size: int) -> Array: ...
@@ -93,31 +93,32 @@ class Ops(ABC):
     # --- dtypes and bytes -------------------------------------------------------------------------------------------
     @abstractmethod
     def cast(self, x: Array, dtype: str) -> Array:
-        """float32 <-> float64; the array itself when it has that dtype."""
+        """Converts float32 <-> float64. Returns the array itself if it has that dtype."""
 
     @abstractmethod
     def to_bytes(self, x: Array, dtype: str) -> Array:
-        """uint8 array, little-endian, of floats rounded to nearest even to `dtype`; float16 saturates at +-65504, bfloat16 and
+        """Returns a uint8 array, little-endian, of floats rounded to nearest even to `dtype`; float16 saturates at +-65504, bfloat16 and
         float32 at their largest finite value. NaN stays NaN. Integer dtypes take int64 in their range."""
 
     @abstractmethod
     def from_bytes(self, data: Array, dtype: str) -> Array:
-        """The inverse: floats (float32, or float64 for 'float64') or int64 (for 'int8', 'int16', 'int32') from uint8."""
+        """Inverts `to_bytes`: returns floats (float32, or float64 for 'float64') or int64 (for 'int8', 'int16', 'int32') from uint8."""
 
     @abstractmethod
     def float_bits(self, x: Array) -> Array:
-        """int64: the 32 bits of each float32, as an unsigned number."""
+        """Returns int64: the 32 bits of each float32, as an unsigned number."""
 
     @abstractmethod
     def bits_float(self, bits: Array) -> Array:
-        """The inverse: float32 from int64 in [0, 2**32)."""
+        """Inverts `float_bits`: returns float32 from int64 in [0, 2**32)."""
 
     @abstractmethod
     def as_int(self, x: Array) -> Array:
-        """int64 of floats that are whole numbers, or of booleans."""
+        """Returns int64 of floats that are whole numbers, or of booleans."""
 
     def mean_of_wire(self, pieces: Sequence[Array], dtype: str, divisor: int) -> Array:
-        """uint8: the wire form of the sum of floats in theirs, added in this order in float32 (or wider), divided, and rounded once."""
+        """Returns uint8: the wire form of the mean of floats in wire form, added in this order in float32 (or wider), divided, and rounded
+        once."""
         total = self.from_bytes(pieces[0], dtype)
         for piece in pieces[1:]:
             total = total + self.from_bytes(piece, dtype)
@@ -132,55 +133,56 @@ class Ops(ABC):
 
     @abstractmethod
     def block_norms(self, x: Array, block: int, order: float) -> np.ndarray:
-        """float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64."""
+        """Returns float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64."""
 
     @abstractmethod
     def top_k(self, x: Array, k: int) -> Array:
-        """int64[k], ascending: positions of the k largest |x|; among equals the lowest positions."""
+        """Returns int64[k], ascending: the positions of the k largest |x|; among equals the lowest positions."""
 
     @abstractmethod
     def top_k_each(self, x: Array, block: int, k: int) -> Array:
-        """int64, ascending: the positions in x, a whole number of blocks, of the k largest |x| of each block; equals as in `top_k`."""
+        """Returns int64, ascending: the positions in x, a whole number of blocks, of the k largest |x| of each block; equals as in
+        `top_k`."""
 
     @abstractmethod
     def at_least(self, x: Array, threshold: float) -> Array:
-        """int64[m], ascending: positions with |x| >= threshold and x != 0."""
+        """Returns int64[m], ascending: the positions with |x| >= threshold and x != 0."""
 
     @abstractmethod
     def total(self, x: Array) -> float:
-        """The sum, in float64."""
+        """Returns the sum, in float64."""
 
     @abstractmethod
     def largest(self, x: Array) -> float:
-        """max |x|, 0 where x is empty."""
+        """Returns max |x|, 0 if x is empty."""
 
     @abstractmethod
     def where(self, mask: Array, a: Any, b: Any) -> Array:
-        """a where the mask holds, else b: arrays, or Python numbers where the other is an array."""
+        """Returns a where the mask holds, else b. These are arrays, or Python numbers if the other is an array."""
 
     @abstractmethod
     def positions(self, mask: Array) -> Array:
-        """int64, ascending: where the mask holds."""
+        """Returns int64, ascending: the positions where the mask holds."""
 
     @abstractmethod
     def cumsum(self, x: Array) -> Array:
-        """int64: running sums of int64."""
+        """Returns int64: the running sums of int64."""
 
     @abstractmethod
     def sort(self, x: Array) -> Array:
-        """A new array, ascending."""
+        """Returns a new array, ascending."""
 
     @abstractmethod
     def search(self, edges: np.ndarray, x: Array) -> Array:
-        """int64: how many of these ascending edges (float32, on the host) are <= x_j."""
+        """Returns int64: how many of these ascending edges (float32, on the host) are <= x_j."""
 
     @abstractmethod
     def rank_among(self, ascending: Array, x: Array) -> Array:
-        """int64: how many elements of `ascending` (of x's dtype) are <= x_j."""
+        """Returns int64: how many elements of `ascending` (of x's dtype) are <= x_j."""
 
     @abstractmethod
     def sums_by_code(self, codes: Array, x: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(float64[count] sums of the x_j whose code is c, int64[count] how many there are), on the host, added in order of j."""
+        """Returns (float64[count]: the sums of the x_j whose code is c; int64[count]: how many), on the host; adds in order of j."""
 
     # --- elementwise ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -191,78 +193,79 @@ class Ops(ABC):
 
     @abstractmethod
     def log(self, x: Array) -> Array:
-        """float64: natural logarithms of positive floats."""
+        """Returns float64: the natural logarithms of positive floats."""
 
     @abstractmethod
     def floor(self, x: Array) -> Array: ...
 
     @abstractmethod
     def rint(self, x: Array) -> Array:
-        """Rounded to the nearest whole number, ties to even; still floats."""
+        """Rounds to the nearest whole number, ties to even. The result is still floats."""
 
     @abstractmethod
     def random_words(self, key: Key, count: int) -> Array:
-        """int64[count] in [0, 2**32): the stream of rng.words."""
+        """Returns int64[count] in [0, 2**32): the stream of rng.words."""
 
     @abstractmethod
     def transpose(self, x: Array, axes: Sequence[int]) -> Array:
-        """x with its axes in this order; contiguous."""
+        """Returns x with its axes in this order; contiguous."""
 
     @abstractmethod
     def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> Array:
-        """float32[size] (or float64): element j is per_block[j // block]."""
+        """Returns float32[size] (or float64): element j is per_block[j // block]."""
 
     @abstractmethod
     def round_randomly(self, x: Array, scale: Array, levels: int, key: Key) -> Array:
-        """int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`.
+        """Returns int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`.
         The draw for element j is (word j of the stream) >> 8, compared with the fraction times 2**24."""
 
     def product(self, a: Array, b: Array) -> Array:
-        """The elements of the matrix a @ b."""
+        """Returns the elements of the matrix a @ b."""
         return (a @ b).reshape(-1)
 
     def project(self, a: Array, x: Array) -> Array:
-        """a^T M: float[columns of a, columns of M], M being the elements x as a matrix with as many rows as a."""
+        """Returns a^T M: float[columns of a, columns of M]. M is the elements x as a matrix with as many rows as a."""
         return a.T @ x.reshape(len(a), -1)
 
     def subtract_product(self, x: Array, a: Array, b: Array) -> None:
-        """x -= product(a, b), in place."""
+        """Subtracts in place: x -= product(a, b)."""
         x -= self.product(a, b)
 
     def sum_up(self, feedback: Feedback, grad: Array) -> Array:
-        """What the feedback makes of a gradient, as a new array, finite or not."""
+        """Returns beta residual + gamma grad, for a feedback that has a residual, as a new array, finite or not."""
+        assert feedback.residual is not None
         residual = feedback.residual if feedback.beta == 1 else feedback.residual * feedback.beta
         return residual + (grad if feedback.gamma == 1 else grad * feedback.gamma)
 
     def norm(self, x: Array) -> float:
-        """||x||, summed in float64; 0 where x is empty."""
+        """Returns ||x||, summed in float64; 0 if x is empty."""
         return float(self.block_norms(x, len(x), 2)[0]) if len(x) else 0.0
 
     # --- bits -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def pack(self, codes: Array, width: int) -> Array:
-        """uint8[ceil(n * width / 8)]: n codes of `width` bits (1..32), lowest bit first, last byte padded with zero bits."""
+        """Returns uint8[ceil(n * width / 8)]: n codes of `width` bits (1..32), lowest bit first, the last byte padded with zero bits."""
 
     @abstractmethod
     def unpack(self, data: Array, width: int, count: int) -> Array:
-        """The inverse: int64[count]."""
+        """Inverts `pack`: returns int64[count]."""
 
     @abstractmethod
     def pack_signs(self, x: Array) -> Array:
-        """pack(x >= 0, 1)."""
+        """Returns pack(x >= 0, 1)."""
 
     @abstractmethod
     def unpack_signs(self, data: Array, count: int) -> Array:
-        """float32[count] of +1 and -1."""
+        """Inverts `pack_signs`: returns float32[count] of +1 and -1."""
 
     @abstractmethod
     def set_bits(self, positions: Array, bits: int) -> Array:
-        """uint8[ceil(bits / 8)] with ones at these positions."""
+        """Returns uint8[ceil(bits / 8)] with ones at these positions."""
 
     @abstractmethod
     def bit_positions(self, data: Array) -> Array:
-        """int64: positions of the ones, ascending."""
+        """Returns int64: the positions of the ones, ascending."""
 
     @abstractmethod
     def arange(self, count: int) -> Array:
-        """int64[count]."""
+        """Returns int64[count]: 0, 1, ..."""

@@ -1,7 +1,7 @@
-"""What compressors, memories, communicators and policies have in common: a name, knobs with ranges, a config, equality by value.
+"""A part is a compressor, memory, communicator or policy: all have a name, knobs with ranges, a configuration, and equality by value.
 
-A part is a frozen dataclass. Its fields are its knobs; `knob(...)` gives each a range and one line of help, from which the
-errors, `str()`, the configuration and `grace-ext show` all derive.
+A part is a frozen dataclass. Its fields are its knobs; `knob(...)` gives each a range and one line of help, from which errors, `str()`,
+the configuration and `grace-ext show` are all derived.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def knob(
     headline: bool = False,
     kind: type | None = None,
 ) -> Any:
-    """A dataclass field with a valid range. `above` excludes the bound, `low`/`high` include it; a `headline` knob is always
-    printed. Its type is that of the default, or, where the default is None (None then stays valid), `kind`, by default int."""
+    """Declares a dataclass field with a valid range. `above` excludes the bound, `low`/`high` include it; a `headline` knob is always
+    printed. Its type is that of the default. If the default is None, None stays valid, and the type is `kind`, by default int."""
     rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "headline": headline, "kind": kind}
     return dataclasses.field(default=default, metadata=rule)
 
 
 def made_knob(default: Any, help: str, words: str, make: Callable[[Any], Any]) -> Any:
-    """A field whose values `make` makes of what is given, or refuses by a GraceError or a ValueError; `words` says what is valid. What it
-    makes has `to_config` and `str`; it is always printed."""
+    """Declares a field whose value `make` creates from the user's value. `make` raises a GraceError or ValueError if that is not valid;
+    `words` says what is valid. The created values need `to_config` and `str`. The knob is always printed."""
     return dataclasses.field(default=default, metadata={"help": help, "make": make, "words": words, "choices": None, "headline": True})
 
 
-def valid_range(field: dataclasses.Field) -> str:
-    """The valid range of a knob in words, e.g. 'a number in (0, 1]'."""
+def valid_range(field: dataclasses.Field[Any]) -> str:
+    """Returns the valid range of a knob in words, e.g. 'a number in (0, 1]'."""
     rule = field.metadata
     if "words" in rule:
-        return rule["words"]
+        return str(rule["words"])
     if rule["choices"]:
         return "one of " + ", ".join(repr(c) for c in rule["choices"])
     kind, or_none = _type(field), " or None" if field.default is None else ""
@@ -59,13 +59,13 @@ def valid_range(field: dataclasses.Field) -> str:
     return f"{number} in {left}, {right}{or_none}"
 
 
-def _type(field: dataclasses.Field) -> type:
-    """What a knob's values are, None aside."""
+def _type(field: dataclasses.Field[Any]) -> type:
+    """Returns the type of a knob's values other than None."""
     return field.metadata.get("kind") or (int if field.default is None else type(field.default))
 
 
-def _valid(field: dataclasses.Field, value: Any) -> Any:
-    """The value, converted to the knob's type; raises ValueError if it is not valid."""
+def _valid(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Returns the value, converted to the knob's type. Raises ValueError if it is not valid."""
     rule, kind = field.metadata, _type(field)
     if "make" in rule:
         return rule["make"](value)
@@ -79,11 +79,12 @@ def _valid(field: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError
         return value
+    number: Any = value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError
-    if kind is not float and value != int(value if math.isfinite(value) else 0.5):
+    if kind is not float and number != int(number if math.isfinite(number) else 0.5):
         raise ValueError
-    value = float(value) if kind is float else int(value)
+    value = float(number) if kind is float else int(number)
     low, high, above = rule["low"], rule["high"], rule["above"]
     inside = math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
     if not inside:
@@ -93,21 +94,21 @@ def _valid(field: dataclasses.Field, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """Base of every part. Subclasses are frozen dataclasses whose fields are made by `knob`."""
+    """Every part inherits from this class. Subclasses are frozen dataclasses whose fields are made by `knob`."""
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
-    #: Keys of its state that are equal on all ranks; the others belong to one rank.
+    #: Keys of its state whose arrays are equal on all ranks; those of other keys are each rank's own.
     shared_state: ClassVar[tuple[str, ...]] = ()
-    #: Keys that a rank may go on with another's: settings that it learnt, no part of what is to be sent.
+    #: Keys whose arrays a rank may take over from another rank: learned settings, not something that is still to be sent.
     borrowed_state: ClassVar[tuple[str, ...]] = ()
-    #: Keys of which each rank has its shard of the tensor: one after the other, in rank order, they are whole.
+    #: Keys under which each rank holds its shard of the tensor; concatenated in rank order, the shards are the whole.
     sharded_state: ClassVar[tuple[str, ...]] = ()
-    #: Keys whose arrays add up to zero over the ranks.
+    #: Keys whose arrays sum to zero over the ranks.
     zero_sum_state: ClassVar[tuple[str, ...]] = ()
-    #: Keys that are, on all ranks, the mean (or, for a sum, the sum) over the ranks of another key, which is each rank's own.
+    #: Maps a key that is equal on all ranks to each rank's own key whose mean over the ranks (or sum, for a sum) it holds.
     mean_state: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    #: It divides by, or multiplies with, the current learning rate (`learning_rate(info)`), so an optimizer must be bound.
+    #: Whether it uses the current learning rate (`learning_rate(info)`), so that an optimizer must be bound.
     uses_lr: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -117,13 +118,13 @@ class Part:
                 object.__setattr__(self, field.name, _valid(field, value))
             except (ValueError, TypeError, OverflowError) as error:
                 if isinstance(error, GraceError) and not isinstance(error, SpecSyntaxError):
-                    raise  # of a part inside: it says more than the range
+                    raise  # from a part inside this one: its message says more than the range
                 why = f": {error}" if isinstance(error, SpecSyntaxError) else ""
                 raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {value!r}{why}") from None
 
     @classmethod
     def create(cls, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
-        """The part with these knobs, positional ones in the order of the fields. Raises ParameterError for an unknown knob."""
+        """Returns the part with these knobs, positional ones in the order of the fields. Raises ParameterError for an unknown knob."""
         fields = [f.name for f in dataclasses.fields(cls)]
         given = dict(zip(fields, args, strict=False))
         knobs = knobs or {}
@@ -136,7 +137,7 @@ class Part:
         return cls(**given, **knobs)
 
     def learning_rate(self, info: StepInfo) -> float:
-        """The current learning rate. Raises LearningRateError where there is none."""
+        """Returns the current learning rate. Raises LearningRateError if there is none."""
         if info.lr is None:
             raise LearningRateError(
                 f"{self.kind} {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
@@ -144,24 +145,24 @@ class Part:
             )
         if math.isnan(info.lr):
             raise LearningRateError(
-                f"{self.kind} {self.name!r} works with one learning rate, and the optimizer's parameter groups have different ones; give "
-                "all groups one rate, or use memory 'residual', which needs none"
+                f"{self.kind} {self.name!r} works with one learning rate, but the optimizer's parameter groups have different ones; give "
+                "all groups the same rate, or use memory 'residual', which needs none"
             )
         return info.lr
 
     def rate_change(self, before: float, info: StepInfo) -> float:
-        """lr_before / lr, in float32; 1 where there was none before. lr is not 0."""
+        """Returns lr_before / lr in float32, or 1 if there was no rate before. lr must not be 0."""
         import numpy as np
 
         return float(np.float32(before) / np.float32(self.learning_rate(info))) if before else 1.0
 
     def to_config(self) -> dict[str, Any]:
-        """{'id': name, every knob: its value}, made of JSON types only."""
+        """Returns {'id': name, every knob: its value}, made of JSON types only."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"id": self.name, **{k: v.to_config() if hasattr(v, "to_config") else v for k, v in values.items()}}
 
     def __str__(self) -> str:
-        shown: Callable[[dataclasses.Field], bool] = lambda f: (  # noqa: E731
+        shown: Callable[[dataclasses.Field[Any]], bool] = lambda f: (  # noqa: E731
             getattr(self, f.name) != f.default or (f.metadata["headline"] and f.default is not None)
         )
         values = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if shown(f)]

@@ -1,9 +1,8 @@
-"""Names -> classes, for the four kinds of parts.
+"""Maps names to classes, for the four kinds of parts.
 
-Built-in parts register themselves when their module is imported; the registry imports every module of its package at the
-first look-up, so a new part is found by existing. Parts of other packages come by entry point, in the groups
-`grace_ext.compressors`, `grace_ext.memories`, `grace_ext.communicators` and `grace_ext.policies` (name = class). No registration replaces
-another.
+Built-in parts register themselves when their module is imported; the registry imports every module of its package at the first look-up,
+so a new module in the package is enough. Parts of other packages are found by entry points, in the groups `grace_ext.compressors`,
+`grace_ext.memories`, `grace_ext.communicators` and `grace_ext.policies` (name = class). No registration replaces another.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ C = TypeVar("C", bound=type)
 
 
 class Registry:
-    """The known parts of one kind. package: the package of the built-ins, and the entry-point group. also: modules of other packages that
-    have built-ins, too."""
+    """Holds the known parts of one kind. package: the package of the built-in parts, and the name of the entry-point group. also: modules
+    of other packages that contain built-in parts, too."""
 
     def __init__(self, kind: str, package: str, also: tuple[str, ...] = ()):
         self.kind, self.package, self._also = kind, package, also
@@ -32,7 +31,7 @@ class Registry:
         self._loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator: makes the class known under `name` and sets its `name` attribute. Raises GraceError if the name is taken."""
+        """Returns a class decorator that registers a class and sets its attribute `name`. Raises GraceError if the name is taken."""
 
         def decorate(cls: C) -> C:
             self._add(name, cls)
@@ -41,16 +40,16 @@ class Registry:
         return decorate
 
     def names(self) -> tuple[str, ...]:
-        """All known names, sorted."""
+        """Returns all known names, sorted."""
         self._load()
         return tuple(sorted(self._classes))
 
     def get(self, name: str) -> Any:
-        """The class of that name. Raises UnknownPartError, which lists the nearest names."""
+        """Returns the class of that name. Raises UnknownPartError, which lists the nearest names."""
         self._load()
         try:
             return self._classes[name]
-        except (KeyError, TypeError):  # TypeError: not even a possible key
+        except (KeyError, TypeError):  # TypeError: the name is not hashable
             nearest = difflib.get_close_matches(str(name).lower(), self._classes, n=3, cutoff=0.6)
             raise UnknownPartError(self.kind, name, nearest, self.names()) from None
 
@@ -70,7 +69,7 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # first, so that a part which looks a name up while being imported does not recurse
+        self._loaded = True  # set first, so that a part that looks up a name while it is imported does not recurse
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
@@ -82,11 +81,11 @@ class Registry:
                 if not (isinstance(cls, type) and issubclass(cls, Part) and cls.kind == self.kind):
                     raise TypeError(f"{cls!r} is not a subclass of grace_ext's {self.kind} class")
                 self._add(entry.name, cls)
-            except Exception as error:  # one broken plugin must not take every other part down with it
+            except Exception as error:  # a broken plugin must not disable every other part
                 warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", stacklevel=3)
 
 
 compressors = Registry("compressor", "grace_ext.compressors")
 memories = Registry("memory", "grace_ext.memories")
 communicators = Registry("communicator", "grace_ext.communicators")
-policies = Registry("policy", "grace_ext.policies", also=("grace_ext.planning.auto",))  # auto plans
+policies = Registry("policy", "grace_ext.policies", also=("grace_ext.planning.auto",))  # auto uses the planner

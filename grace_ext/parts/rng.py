@@ -1,10 +1,10 @@
-"""The one random generator: counter-based, in 32-bit integer operations, so that numpy, torch and TensorFlow agree bit for bit.
+"""Generates all random numbers: counter-based, in 32-bit integer operations, so that numpy, torch and TensorFlow agree bit for bit.
 
 Word i of the stream with key (k0, k1) is  mix(mix(i + k0) ^ k1)  modulo 2**32, where mix is the 32-bit finaliser
     x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16.
 Nothing has a state and nothing touches a global generator. Keys come from `StepInfo.shared_key` and `.private_key`.
 
-What is drawn here on the host is small (k indices, a PowerSGD factor); bulk words, one per element, come from `Ops.random_words`.
+Only a few numbers are drawn here on the host (k indices, a PowerSGD factor); words in bulk, one per element, come from `Ops.random_words`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FEISTEL_ROUNDS = 6
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser, in place, on a uint32 array."""
+    """Applies the finaliser to a uint32 array, in place, and returns it."""
     import numpy as np
 
     x ^= x >> np.uint32(16)
@@ -32,7 +32,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def words(key: Key, count: int, start: int = 0) -> np.ndarray:
-    """uint32[count]: words start, start + 1, ... of the stream."""
+    """Returns words start, start + 1, ... of the stream, uint32[count]."""
     import numpy as np
 
     x = np.arange(start, start + count, dtype=np.int64).astype(np.uint32)
@@ -43,11 +43,11 @@ def words(key: Key, count: int, start: int = 0) -> np.ndarray:
 
 
 def normals(key: Key, count: int) -> np.ndarray:
-    """float32[count] of mean 0 and variance 1, close to normal: the sum of eight 16-bit uniforms, exact in integers, so that
-    ranks on different processors and libraries start from the same bits."""
+    """Returns float32[count] of mean 0 and variance 1, close to normal: each is the sum of eight 16-bit uniforms, exact in integers, so
+    that ranks on different processors and libraries start from the same bits."""
     import numpy as np
 
     raw = words(key, 4 * count).reshape(count, 4)
     total = ((raw & np.uint32(0xFFFF)).astype(np.int64) + (raw >> np.uint32(16))).sum(axis=1)
     mean, deviation = 8 * 65535 / 2, (8 * (65536**2 - 1) / 12) ** 0.5
-    return ((total - mean) / deviation).astype(np.float32)
+    return np.asarray((total - mean) / deviation, np.float32)

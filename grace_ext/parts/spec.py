@@ -2,7 +2,7 @@
 
 A spec string is `compressor [> compressor of the values] [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own
 expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. Or it is a policy, whose knobs may be specs, quoted or not:
-`by_size(large=topk(ratio=0.01) + residual)`. It is read with `ast`, never evaluated.
+`by_size(large=topk(ratio=0.01) + residual)`. The string is parsed with `ast` and never evaluated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import SpecSyntaxError
 from .part import Part, made_knob
@@ -18,7 +18,7 @@ from .registry import Registry, communicators, compressors, memories, policies
 
 
 def parse(text: str) -> dict[str, Part]:
-    """The parts named by a spec string, by kind: always 'compressor', and 'memory' and 'communicator' where they are said; or 'policy'."""
+    """Returns the parts of a spec string by kind: 'compressor', and 'memory' and 'communicator' if they are given; or only 'policy'."""
     node = _expression(text)
     if _means_a_policy(node):
         return {"policy": _part(policies, node, text)}
@@ -39,7 +39,7 @@ def parse(text: str) -> dict[str, Part]:
         last = node
     if _means_a_policy(last):
         raise SpecSyntaxError(
-            f"{ast.unparse(last)!r} in {text!r} is a policy, which is a spec by itself: say memory and communicator in its knobs, as in "
+            f"{ast.unparse(last)!r} in {text!r} is a policy, which is a spec by itself: give memory and communicator in its knobs, as in "
             "'by_size(large=topk(ratio=0.01) + residual)'"
         )
     parts = {"compressor": _pipeline([*stages, last], text)}
@@ -48,7 +48,7 @@ def parse(text: str) -> dict[str, Part]:
 
 
 def _means_a_policy(node: ast.expr) -> bool:
-    """Whether this is the name of a policy, or rather like one than like a compressor's."""
+    """Whether this is a policy's name, or a misspelt name that is closer to a policy's than to any compressor's."""
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name) or name.id in compressors.names():
         return False
@@ -56,21 +56,21 @@ def _means_a_policy(node: ast.expr) -> bool:
     return bool(likely) and likely[0] in policies.names()
 
 
-def _is_pipeline(node: ast.expr) -> bool:
+def _is_pipeline(node: ast.expr) -> TypeGuard[ast.Compare]:
     return isinstance(node, ast.Compare) and all(isinstance(op, ast.Gt) for op in node.ops)
 
 
 def _pipeline(stages: list[ast.expr], text: str) -> Part:
-    """One compressor, or 'select > values'."""
+    """Returns one compressor, or the pipeline 'select > values'."""
     if len(stages) == 1:
         return _part(compressors, stages[0], text)
     if len(stages) > 2:
-        raise SpecSyntaxError(f"{text!r} has {len(stages)} stages; a pipeline has two: what selects, and what encodes the values")
+        raise SpecSyntaxError(f"{text!r} has {len(stages)} stages, but a pipeline has two: one selects, one encodes the values")
     name = stages[1].func if isinstance(stages[1], ast.Call) else stages[1]
     if isinstance(name, ast.Name) and name.id == "sign":
         name.id = "efsignsgd"  # the papers' name for signs with one scale
     select, values = (_part(compressors, stage, text) for stage in stages)
-    return compressors.get("pipeline").create((select, values))
+    return _made(compressors, "pipeline", (select, values))
 
 
 def _expression(text: str) -> ast.expr:
@@ -89,9 +89,9 @@ def _part(registry: Registry, node: ast.expr, text: str) -> Part:
     if _is_pipeline(node) and registry.kind == "compressor":
         return _pipeline([node.left, *node.comparators], text)
     if isinstance(node, ast.Constant) and node.value is None:
-        node = ast.Name("none")  # a user's None, where a part called none is meant
+        node = ast.Name("none")  # a user who writes None means the part called none
     if isinstance(node, ast.Name):
-        return registry.get(node.id).create()
+        return _made(registry, node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         value = _value if registry.kind != "policy" else _policy_value
         try:
@@ -103,12 +103,17 @@ def _part(registry: Registry, node: ast.expr, text: str) -> Part:
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
             raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: give each knob once, by its name. {GRAMMAR}")
-        return registry.get(node.func.id).create(args, knobs)
+        return _made(registry, node.func.id, args, knobs)
     raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r} in {text!r}. {GRAMMAR}")
 
 
+def _made(registry: Registry, name: str, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
+    part: Part = registry.get(name).create(args, knobs)
+    return part
+
+
 def _value(node: ast.expr, text: str) -> Any:
-    """A knob's value: a plain one, or a compressor or communicator."""
+    """Returns a knob's value: a plain one, or a compressor or communicator."""
     first = node.left if _is_pipeline(node) else node
     name = first.func if isinstance(first, ast.Call) else first
     for registry in (compressors, communicators):
@@ -118,12 +123,12 @@ def _value(node: ast.expr, text: str) -> Any:
 
 
 def _policy_value(node: ast.expr, text: str) -> Any:
-    """A policy's knob: a plain value, or a spec, which stays text."""
+    """Returns the value of a policy's knob: a plain value, or a spec, which stays text."""
     if isinstance(node, ast.Dict):
         keys = [ast.literal_eval(key) for key in node.keys if key is not None]
         twice = [key for number, key in enumerate(keys) if key in keys[:number]]
         if twice:
-            raise SpecSyntaxError(f"{ast.unparse(node)} has {twice[0]!r} twice: say each pattern once, the first that matches wins")
+            raise SpecSyntaxError(f"{ast.unparse(node)} has {twice[0]!r} twice: give each pattern once; the first that matches wins")
         return {ast.literal_eval(key or node): _policy_value(value, text) for key, value in zip(node.keys, node.values, strict=True)}
     try:
         return ast.literal_eval(node)
@@ -132,29 +137,29 @@ def _policy_value(node: ast.expr, text: str) -> Any:
 
 
 def part_from(registry: Registry, value: Any) -> Part:
-    """A part from an instance, a name with knobs ('topk(ratio=0.01)'), or a configuration ({'id': 'topk', 'ratio': 0.01})."""
+    """Returns a part, given an instance, a name with knobs ('topk(ratio=0.01)'), or a configuration ({'id': 'topk', 'ratio': 0.01})."""
     if isinstance(value, Part):
         expected = registry.kind
         if value.kind != expected:
             raise SpecSyntaxError(f"{value} is a {value.kind}, where a {expected} was expected")
         return value
     if value is None:
-        return registry.get("none").create()
+        return _made(registry, "none")
     if isinstance(value, str):
         return _part(registry, _expression(value), value)
     if isinstance(value, Mapping) and isinstance(value.get("id"), str):
         knobs = {str(k): v for k, v in value.items() if k != "id"}
-        return registry.get(value["id"]).create((), knobs)
-    raise SpecSyntaxError(f"a {registry.kind} is a name, an instance or a dictionary with an 'id', got {value!r}")
+        return _made(registry, value["id"], (), knobs)
+    raise SpecSyntaxError(f"a {registry.kind} must be a name, an instance or a dictionary with an 'id', got {value!r}")
 
 
 def part_knob(default: str, help: str) -> Any:
-    """A field that holds a compressor, given as an instance, a spec string or a configuration."""
+    """Declares a field that holds a compressor, given as an instance, a spec string or a configuration."""
     return made_knob(default, help, "a compressor", _compressor)
 
 
 def communicator_knob(help: str) -> Any:
-    """A field that holds a communicator, likewise, or None."""
+    """Declares a field that holds a communicator, given likewise, or None."""
     return made_knob(None, help, "a communicator or None", _communicator)
 
 

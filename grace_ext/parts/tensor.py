@@ -1,4 +1,4 @@
-"""What a part knows of one tensor before it is seen, and of one step."""
+"""TensorSpec is what a part knows of a tensor before it sees the values; StepInfo is what it knows of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is known of a gradient before it is seen: parameter name, shape and dtype (one of DTYPES)."""
+    """Describes a gradient without its values: parameter name, shape and dtype (one of DTYPES)."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,14 +24,14 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense gradient in its own dtype."""
+        """The bytes of the dense gradient in its own dtype."""
         return self.size * {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a part may know of the step: `step` counts from 0, `divisor` is the world size for a mean and 1 for a sum, `lr` the
-    current learning rate where an optimizer is bound. Equal on all ranks but for `rank`."""
+    """Describes a step for parts: `step` counts from 0, `size` is the world size, `divisor` is the world size for a mean and 1 for a sum,
+    `lr` is the current learning rate if an optimizer is bound. All but `rank` is equal on all ranks."""
 
     step: int
     rank: int
@@ -41,11 +41,11 @@ class StepInfo:
     lr: float | None = None
 
     def shared_key(self, name: str, use: str, step: int | None = None) -> tuple[int, int]:
-        """64 bits that every rank derives alike from (seed, parameter, use, step), as two 32-bit words; see rng.py."""
+        """Returns 64 bits that every rank derives alike from (seed, parameter, use, step), as two 32-bit words; see rng.py."""
         return self._key(name, use, self.step if step is None else step, "shared")
 
     def private_key(self, name: str, use: str) -> tuple[int, int]:
-        """64 bits of this rank alone, from (seed, parameter, use, step, rank)."""
+        """Returns 64 bits that differ from rank to rank, derived from (seed, parameter, use, step, rank)."""
         return self._key(name, use, self.step, str(self.rank))
 
     def _key(self, name: str, use: str, step: int, who: str) -> tuple[int, int]:

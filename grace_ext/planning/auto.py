@@ -18,12 +18,12 @@ from .measure import probed, rows_of
 from .plan import advise
 from .probe import Probe
 
-#: Bytes of the collectives that are timed: few seconds even on slow links.
+#: Bytes of the collectives that are timed: these take few seconds even on slow links.
 SIZES = (64, 1 << 16, 1 << 20)
 
 
 class Specs(tuple):
-    """Compositions. Their configuration is a list of their specs."""
+    """Holds compositions. The configuration is a list of their specs."""
 
     def to_config(self) -> list[str]:
         return [str(candidate) for candidate in self]
@@ -44,33 +44,34 @@ def _specs(value: Any) -> Specs:
 @register("auto")
 @dataclass(frozen=True)
 class Auto(Policy):
-    """Sends the first steps dense, measures meanwhile, and then takes the candidate whose steps are the shortest, or stays dense.
+    """Sends the first steps dense, then times the candidates in this job and switches to the fastest, or stays dense.
 
-    At the end of step `steps`, or of the first one after it that is finite everywhere, the ranks time, together: collectives of a few sizes
-    on the training's own network, every candidate's codecs on gradients of the model's shapes, and real exchanges of dense and of the
-    `exchanges` candidates that seem fastest. From these, and from how long the fastest of the steps before took to compute, each
-    candidate's step is predicted as `grace-ext plan` does; times are those of the slowest rank, the same on all. The fastest is taken for
-    all tensors from the next step on; dense, where none gains a tenth. Rank 0's choice is gathered, so all ranks hold it; it and its reason
-    are told once, in the log 'grace_ext' of rank 0. The pause is some seconds to a minute, once. Speed alone is looked at: name candidates
-    whose accuracy you accept, and whose memories go with your optimizer. Where they go in two levels ('@ hierarchical'), dense does, too.
-    State: `choice`, float32[1], the number of the candidate (0: dense), -1 before: a training that is resumed keeps its choice.
-    `candidates`: specs; none named: those of `grace-ext plan`. More dense steps wait for a warm machine; more exchanges for a surer choice.
+    At the end of step `steps`, or of the first later one that is finite on all ranks, the ranks together time: collectives of a few sizes
+    on the job's own network, every candidate's codecs on gradients of the model's shapes, and real exchanges of dense gradients and of the
+    `exchanges` candidates that seem fastest. From these, and from the compute time of the fastest step so far, each candidate's step is
+    predicted as `grace-ext plan` does; times are those of the slowest rank, the same on all. The fastest is used for all tensors from the
+    next step on, or dense if no candidate is a tenth faster. Rank 0's choice is gathered, so all ranks have the same; rank 0 logs it and
+    its reason once, in the log 'grace_ext'. Training pauses once, for some seconds to a minute. Only speed counts: name candidates whose
+    accuracy you accept, and whose memories suit your optimizer. If they work in two levels ('@ hierarchical'), so do dense steps.
+    State: `choice`, float32[1], the number of the candidate (0: dense), -1 before: a resumed training keeps its choice.
+    `candidates`: specs; by default those of `grace-ext plan`. More dense steps let the machine warm up; more exchanges make the choice
+    more certain.
     Source: common practice of autotuners.
     """
 
     varies: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     whole_model: ClassVar[bool] = True
-    candidates: Any = made_knob(None, "specs to choose from, beside dense; None: a few that keep accuracy", "a list of specs", _specs)
-    steps: int = knob(3, "dense steps at the end of which it chooses", low=2, high=1e6)
-    exchanges: int = knob(3, "candidates that are really exchanged, beside dense", low=0, high=100)
+    candidates: Any = made_knob(None, "specs to choose from, besides dense; None: a few that keep accuracy", "a list of specs", _specs)
+    steps: int = knob(3, "number of dense steps before it chooses", low=2, high=1e6)
+    exchanges: int = knob(3, "number of candidates whose exchanges are timed, besides dense", low=0, high=100)
 
     def __post_init__(self):
         super().__post_init__()
         if len({leaf.communicator.two_level for leaf in self.candidates}) > 1:
             raise IncompatiblePartsError(
-                f"auto: {self.candidates}: a training goes in two levels with all it sends, or with nothing; make all of them "
-                "'@ hierarchical', or none"
+                f"auto: {self.candidates}: either all candidates are exchanged in two levels, or none; make all of them '@ hierarchical', "
+                "or none"
             )
 
     @cached_property
@@ -97,11 +98,11 @@ class Auto(Policy):
         return ops.upload(np.array([number], np.float32))
 
     def due(self, query):
-        # Later where that step was not finite, as the first ones of loss scaling often are.
+        # Later if that step was not finite, as the first ones of loss scaling often are not.
         return query.step + 1 >= self.steps and self._chosen(query) is None
 
     def survey(self, transport, specs, compute, prefix):
-        """See Policy.survey: what plan.advise says, on all ranks alike."""
+        """Returns the advice of plan.advise, the same on all ranks; see Policy.survey. None at world size 1."""
         if transport.size == 1:
             return None
         chosen = {str(leaf): Grace(leaf) for leaf in self.leaves}
@@ -120,8 +121,8 @@ class Auto(Policy):
     def settle(self, ops, reports, states, found):
         number = int(reports[0][0]) if 0 <= reports[0][0] < len(self.leaves) else -1
         if number < 0:
-            raise PayloadError(f"is a choice of {reports[0][0]}, there are {len(self.leaves)}", 0)
-        told = "auto: one rank alone exchanges nothing, and stays dense"
+            raise PayloadError(f"is choice {reports[0][0]}, but choices are 0 to {len(self.leaves) - 1}", 0)
+        told = "auto: one rank alone exchanges nothing, so all stays dense"
         if found is not None:
             told = f"auto: {found.spec} from the next step on; {found.reason}"
         return [{"choice": self._choice(ops, number)} for _ in states], [told]

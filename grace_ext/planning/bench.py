@@ -1,4 +1,4 @@
-"""How fast the parts are on this machine: `grace-ext bench`. Times are multiples of a copy of the same gradient, measured beside them."""
+"""Times the parts on this machine for `grace-ext bench`, in multiples of a copy of the same gradient, which is timed with them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from ..parts.requests import AllReduce, Gather, Scatter, Together
 from ..parts.tensor import StepInfo, TensorSpec
 
 RANKS = 2
-#: A part that would take longer than this for one step is measured on a gradient a 25th as large.
+#: If one step of a part would take more than this many seconds, it is measured on a gradient 1/SMALLER as large.
 PATIENCE = 5.0
 SMALLER = 25
-#: The gradient's standard deviation, so small that 'threshold' with its default sends about 1% of the elements a step, once its residual
-#: has grown to where it stays: so many steps go before those that are measured.
+#: The gradient's standard deviation: so small that 'threshold' with its default sends about 1% of the elements per step, once its
+#: residual has stopped growing. That takes SETTLING steps, which are made before those that are measured.
 SCALE = np.float32(1.7e-4)
 SETTLING = 200
-#: Gradients that are compressed in turn. Of one alone, over and over, error feedback would make sums that no training has.
+#: The number of gradients that are compressed in turn. If one were repeated, error feedback would make sums that no training has.
 GRADIENTS = 4
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One spec on one gradient. `encode`: memory and compressor, all but decoding; `decode`: decoding and adding up, for each rank's
-    payload (once, where the network added them up); both in multiples of a copy, as medians of `times` steps. For compressors with rounds
-    of their own `encode` is everything, and `decode` 0. `error`: ||result - mean|| / ||mean|| of a first step."""
+    """Holds the times of one spec on one gradient. `encode`: memory and compressor, except for decoding; `decode`: decoding and adding up,
+    per rank's payload (once, if the network added the payloads up); both in multiples of a copy, as medians of `times` steps. For
+    compressors with rounds of their own, `encode` is everything and `decode` is 0. `error`: ||result - mean|| / ||mean|| of the first
+    step."""
 
     spec: str
     elements: int
@@ -54,7 +55,7 @@ class Timing:
 
 
 def processor() -> str:
-    """The processor's name as the system has it, else its kind."""
+    """Returns the processor's name as the system gives it, else its architecture."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -63,7 +64,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, without names."""
+    """Returns what the figures depend on: the processor and the versions, without the host's name."""
     return {
         "processor": processor(), "threads": 1, "python": platform.python_version(), "numpy": np.__version__,
         "grace_ext": __version__, "kernels": kernels.enabled(),
@@ -71,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 
 def specs(names: tuple[str, ...]) -> list[str]:
-    """What is measured: the specs given, or every compressor with its natural memory; a name alone gets that, too."""
+    """Returns the specs to measure: those given, else every compressor. A compressor's bare name gets its natural memory."""
     chosen = []
     for text in names or compressors.names():
         bare = text in compressors.names()
@@ -80,7 +81,7 @@ def specs(names: tuple[str, ...]) -> list[str]:
 
 
 def rows(texts: list[str], elements: int, times: int) -> Iterator[Timing]:
-    """One row a spec, as they are measured."""
+    """Yields one row per spec, as soon as it is measured."""
     for text in texts:
         small = max(4, elements // SMALLER)
         first = measure(text, small, 1)
@@ -89,7 +90,7 @@ def rows(texts: list[str], elements: int, times: int) -> Iterator[Timing]:
 
 
 def measure(text: str, elements: int, times: int) -> Timing:
-    """Times one spec on a Gaussian matrix of about so many elements (a : b = 1 : 6, as the widest layer of a Transformer has)."""
+    """Times one spec on a Gaussian matrix of about `elements` elements, with sides of 1 : 6 (the ratio of a Transformer's widest layer)."""
     g, ops = grace(text), host_ops(NumpyOps)
     a = max(1, round((elements / 6) ** 0.5))
     spec = TensorSpec("w", (a, max(1, elements // a)))
@@ -99,7 +100,7 @@ def measure(text: str, elements: int, times: int) -> Timing:
     settled = SETTLING if hasattr(g.compressor, "threshold") else 1
     for step in range(settled + 1 + times):
         gradient = gradients[step % GRADIENTS]
-        copies.append(_timed(partial(np.copyto, room, gradient)))  # leaves it in `room`, which the result is written over
+        copies.append(_timed(partial(np.copyto, room, gradient)))  # leaves the gradient in `room`, which the result is written over
         encode, decode = run.step(room, step)
         if step == 0:
             error = float(np.linalg.norm(run.result - gradient) / np.linalg.norm(gradient))
@@ -121,17 +122,18 @@ def _timed(action: Callable[[], Any]) -> float:
 
 
 class _Run:
-    """One rank of two, whose peer sends the same."""
+    """Runs one rank of two; the peer sends the same payloads."""
 
     def __init__(self, g: Grace, ops: Any, spec: TensorSpec):
-        self.ops, self.spec, self.state = ops, spec, {}
+        self.ops, self.spec = ops, spec
+        self.state: dict[str, Any] = {}
         compressor, memory, communicator = g.parts_for(spec)
         self.parts = self._decoding_timed(compressor), memory, communicator
         self.nbytes, self.decoding, self.result = 0, 0.0, np.empty(0)
 
     def _decoding_timed(self, compressor: Any) -> Any:
-        """A copy that adds to `decoding` the seconds of what gives the result of a payload, or of all ranks'; none where there is no such
-        call (votes that the network counts, rounds of their own)."""
+        """Returns a copy of the compressor that adds the seconds of its decoding calls to `decoding`. It makes none if the network counts
+        votes, or if it has rounds of its own."""
         timed = copy.copy(compressor)
 
         def watched(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +151,7 @@ class _Run:
         return timed
 
     def step(self, gradient: np.ndarray, number: int) -> tuple[float, float]:
-        """(seconds of encoding, of decoding per rank)"""
+        """Makes one step; returns the seconds of encoding, and those of decoding per rank."""
         info = StepInfo(number, 0, RANKS, RANKS)
         self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
         running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info)

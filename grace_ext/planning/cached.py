@@ -1,4 +1,4 @@
-"""Keeps recorded traces in the user's cache, by all that they depend on."""
+"""Keeps recorded traces in the user's cache folder, under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .trace import Event, Trace, record
 
 
 def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Trace]:
-    """Each candidate's trace on this machine: from the cache, where it was recorded by this version before, unless `fresh`."""
+    """Returns each candidate's trace on this machine: the cached one, if this version recorded one, unless `fresh`; else a new one."""
     made = {}
     for text, g in chosen.items():
         tell(text)
@@ -27,7 +27,7 @@ def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Calla
 
 
 def _key(g: Grace, shapes: Shapes) -> str:
-    """Of all that a trace depends on: machine, versions, this package's code, the composition and the shapes."""
+    """Hashes everything that a trace depends on: machine, versions, this package's code, the composition and the shapes."""
     digest = hashlib.sha256(json.dumps([machine(), str(g), g.seed, [asdict(spec) for spec in specs_of(shapes)]]).encode())
     for file in sorted(Path(str(files("grace_ext"))).rglob("*.py")):
         digest.update(file.read_bytes())
@@ -37,8 +37,9 @@ def _key(g: Grace, shapes: Shapes) -> str:
 def _load(file: Path) -> Trace | None:
     try:
         saved = json.loads(file.read_text())
-        return Trace(*(tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair")), saved["dense"], saved["two_level"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole
+        alone, pair = (tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair"))
+        return Trace(alone, pair, saved["dense"], saved["two_level"])
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or a damaged one
         return None
 
 
@@ -48,6 +49,6 @@ def _kept(file: Path, trace: Trace) -> Trace:
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(trace)))
         fresh.replace(file)
-    except OSError:  # a cache that cannot be written
+    except OSError:  # the cache cannot be written: the trace is recorded again next time
         pass
     return trace

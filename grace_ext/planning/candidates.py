@@ -1,4 +1,4 @@
-"""The specs that a plan compares."""
+"""Chooses the specs that a plan compares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import ParameterError
 DENSE = "none"
 
 
-#: What is compared where nothing is named: dense, and settings that keep their accuracy on the tasks of docs/accuracy.md.
+#: The specs that are compared if the user names none: dense, and settings that keep their accuracy on the tasks of docs/accuracy.md.
 CANDIDATES = (
     DENSE, "fp16", "qsgd(bits=8)", "qsgd(bits=4)", "efsignsgd + residual", "topk(ratio=0.01) + residual",
     "powersgd(rank=4) + residual",
@@ -20,26 +20,28 @@ CANDIDATES = (
 
 
 def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Grace]:
-    """The specs to compare, by their full text, dense first; without any named, CANDIDATES, for more than 4 workers what reduces, and with
-    several nodes of several workers all of them in two levels, too."""
+    """Returns the specs to compare, by their full text, dense first. If none is named: CANDIDATES; for more than 4 workers, one with
+    reduce_scatter; and for several nodes of several workers, all CANDIDATES in two levels. Raises ParameterError."""
     levels = [f"{text} @ hierarchical" for text in CANDIDATES] if 1 < per_node < n else []
     chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
     graces = [grace(DENSE), *map(grace, chosen)]
     changing = next((g for g in graces if g.route.changes), None)
     if changing:
         among = ", ".join(f"'{leaf}'" for leaf in changing.leaves)
-        raise ParameterError(f"{changing} changes from step to step, and a plan is of one step; compare what it chooses among: {among}")
+        raise ParameterError(f"{changing} changes from step to step, and a plan predicts one step; compare what it chooses from: {among}")
     for g in graces:
         _check_period(g)
     return {str(g): g for g in graces}
 
 
 def _check_period(g: Grace) -> None:
-    """A part with a knob '..._period' exchanges something else at every so many steps, which the recorded ones need not have among them."""
+    """Raises ParameterError for a part with a knob '..._period': it periodically exchanges something else, which the recorded steps may
+    not contain."""
     for part in (part for leaf in g.leaves for part in (leaf.compressor, leaf.memory)):
         knob = next((field.name for field in fields(part) if field.name.endswith("_period") and getattr(part, field.name) > 1), None)
         if knob:
             raise ParameterError(
-                f"{g}: {part.name} exchanges something else every {getattr(part, knob)} steps ({knob}), and a plan is of one step; compare "
-                "parts without a period, such as 'powersgd + residual' or 'topk + residual', and add what comes every so many steps"
+                f"{g}: {part.name} exchanges something else every {getattr(part, knob)} steps ({knob}), and a plan predicts one step; "
+                "compare parts without a period, such as 'powersgd + residual' or 'topk + residual', and add the cost of the periodic "
+                "exchange yourself"
             )

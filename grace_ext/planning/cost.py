@@ -1,15 +1,15 @@
-"""What an exchange takes on a network, by the alpha-beta model: a message of m bytes takes alpha + m beta seconds.
+"""Computes the time of an exchange on a network by the alpha-beta model: a message of m bytes takes alpha + m beta seconds.
 
-For n workers, each with a full-duplex link of its own to a switch that does not limit:
+For n workers, each with a full-duplex link of its own to a switch that is not a bottleneck:
 
     all-reduce, ring      2 (n-1) (alpha + m/n beta)        m: bytes of the array that is summed
-    all-gather, ring        (n-1) (alpha + m beta)          m: bytes of one worker's payload; the longest, where they differ
+    all-gather, ring        (n-1) (alpha + m beta)          m: bytes of one worker's payload; of the longest, if they differ
     broadcast, tree     ceil(log2 n) (alpha + m beta)       m: bytes of the root's payload
     all-to-all, pairwise    (n-1) (alpha + m/n beta)        m: bytes of one worker's whole buffer
 
-and for comparison all-reduces by a tree, by recursive halving and doubling, and in two levels (see their functions); simulate.py plays
-them all out message by message. And o, once a collective, for what happens before its first message (Horovod's negotiation). Arithmetic
-is not in it: see `Work`.
+and for comparison all-reduces by a tree, by recursive halving and doubling, and in two levels (see their functions); simulate.py
+simulates all of them message by message. Each collective also takes o for what happens before its first message (Horovod's negotiation).
+Computation is not included: see `Work`.
 Sources: Thakur, Rabenseifner, Gropp 2005 (all four); Patarasu and Yuan 2009 (the ring all-reduce is optimal in bytes). Gloo, which carries
 Horovod and torch.distributed on CPUs, uses these algorithms.
 """
@@ -25,14 +25,15 @@ from ..communicators.base import Communicator
 from ..errors import ParameterError
 
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
-#: Of 1,514 bytes that a full Ethernet frame has on the line, 1,448 are the sender's own; the rest is TCP's, IP's and Ethernet's.
+#: The part of a full Ethernet frame that is data: 1,448 of 1,514 bytes on the line; the rest are headers of TCP, IP and Ethernet.
 GOODPUT = 1448 / 1514
 
 
 @dataclass(frozen=True)
 class Link:
-    """One worker's link. rate: bits per second, each direction; latency (alpha): seconds a message takes besides its bytes, software
-    included; overhead (o): seconds a collective takes before its first message; goodput: the fraction of the rate that payloads get."""
+    """Describes one worker's link. rate: bits per second in each direction; latency (alpha): seconds per message besides its bytes,
+    software included; overhead (o): seconds per collective before its first message; goodput: the fraction of the rate that payloads
+    get."""
 
     rate: float
     latency: float = 50e-6
@@ -47,7 +48,7 @@ class Link:
 
     @classmethod
     def of(cls, rate: str, latency: float = 50e-6, overhead: float = 0.0) -> Link:
-        """From a rate in words, '100mbit' or '2.5gbit'. Raises ParameterError."""
+        """Returns the link with a rate given as text, such as '100mbit' or '2.5gbit'. Raises ParameterError."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?bit)", rate.strip().lower())
         if not found:
             raise ParameterError(f"a rate is a number and one of {', '.join(UNITS)}, such as 100mbit or 2.5gbit, got {rate!r}")
@@ -55,43 +56,47 @@ class Link:
 
     @property
     def beta(self) -> float:
-        """Seconds a byte of payload."""
+        """Seconds per byte of payload."""
         return 8 / (self.rate * self.goodput)
 
     def message(self, nbytes: float) -> float:
-        """Seconds of one message: alpha + m beta."""
+        """Returns the seconds of one message: alpha + m beta."""
         return self.latency + nbytes * self.beta
 
 
 def allreduce(link: Link, n: int, nbytes: float) -> float:
-    """Seconds to sum arrays of `nbytes` over n workers: o + 2 (n-1) (alpha + m/n beta). Reduce-scatter, then all-gather, in a ring."""
+    """Returns the seconds to sum arrays of `nbytes` over n workers by a reduce-scatter and an all-gather, each in a ring:
+    o + 2 (n-1) (alpha + m/n beta)."""
     return _collective(link, n, 2 * (n - 1), nbytes, n)
 
 
 def allgather(link: Link, n: int, nbytes: float) -> float:
-    """Seconds until n workers have everyone's payload of `nbytes`: o + (n-1) (alpha + m beta). In a ring every round has all payloads under
-    way, so it takes as long as the longest: give that where they differ."""
+    """Returns the seconds until n workers have everyone's payload of `nbytes`: o + (n-1) (alpha + m beta). In a ring every round carries
+    all payloads, so it takes as long as the longest: pass that if they differ."""
     return _collective(link, n, n - 1, nbytes)
 
 
 def broadcast(link: Link, n: int, nbytes: float) -> float:
-    """Seconds until n workers have the root's `nbytes`: o + ceil(log2 n) (alpha + m beta). Those who have it double in every round."""
+    """Returns the seconds until n workers have the root's `nbytes`: o + ceil(log2 n) (alpha + m beta). Each round doubles the workers that
+    have it."""
     return _collective(link, n, (n - 1).bit_length(), nbytes)
 
 
 def alltoall(link: Link, n: int, nbytes: float) -> float:
-    """Seconds until each of n workers has its n-th of everyone's buffer of `nbytes`: o + (n-1) (alpha + m/n beta). Pairwise rounds."""
+    """Returns the seconds until each of n workers has its 1/n of everyone's buffer of `nbytes`, in pairwise rounds:
+    o + (n-1) (alpha + m/n beta)."""
     return _collective(link, n, n - 1, nbytes, n)
 
 
 def tree_allreduce(link: Link, n: int, nbytes: float) -> float:
-    """Seconds to sum by a binomial reduction and a broadcast: o + 2 ceil(log2 n) (alpha + m beta). Few messages, whole arrays."""
+    """Returns the seconds to sum by a binomial reduction and a broadcast, in few messages of whole arrays:
+    o + 2 ceil(log2 n) (alpha + m beta)."""
     return _collective(link, n, 2 * (n - 1).bit_length(), nbytes)
 
 
 def halving_allreduce(link: Link, n: int, nbytes: float) -> float:
-    """Seconds to sum by recursive halving and doubling: o + 2 log2 p alpha + 2 (p-1)/p m beta, p the largest power of 2 up to n; and
-    2 (alpha + m beta) more where p is not n."""
+    """Returns the seconds to sum by recursive halving and doubling: o + 2 log2 p alpha + 2 (p-1)/p m beta, where p is the largest power of
+    2 up to n; and 2 (alpha + m beta) more if p is not n."""
     if n < 2:
         return _collective(link, n, 0, nbytes)
     core = 1 << (n.bit_length() - 1)
@@ -100,48 +105,48 @@ def halving_allreduce(link: Link, n: int, nbytes: float) -> float:
 
 
 def two_level(inside: Link, per_node: int, dense: float, between: float, result: float) -> float:
-    """Seconds of an exchange in two levels: a ring all-reduce of `dense` bytes inside each node, `between` seconds between the nodes' first
-    workers, and a broadcast of the `result` bytes that these get to the others."""
+    """Returns the seconds of an exchange in two levels: a ring all-reduce of `dense` bytes inside each node, `between` seconds between the
+    nodes' first workers, and a broadcast of the result, of `result` bytes, from these to the others."""
     return allreduce(inside, per_node, dense) + between + broadcast(inside, per_node, result)
 
 
 def _collective(link: Link, n: int, messages: int, nbytes: float, pieces: int = 1) -> float:
-    """`messages`, one after another, of one of so many pieces of `nbytes`."""
+    """Returns the seconds of `messages` messages in a row, each with one of `pieces` equal pieces of `nbytes`; 0 for one worker."""
     if n < 1:
-        raise ParameterError(f"there is at least 1 worker, got {n}")
+        raise ParameterError(f"the number of workers must be at least 1, got {n}")
     return 0.0 if n == 1 else link.overhead + messages * link.message(nbytes / pieces)
 
 
 def network(communicator: Communicator, link: Link, n: int, payload: float, dense: float) -> float:
-    """Seconds that this communicator's collectives take, one after another, for payloads of `payload` bytes of tensors of `dense` bytes
-    (float32). The communicator says which these are; a 'broadcast' is one by each of the n workers in turn."""
+    """Returns the seconds of this communicator's collectives, one after another, for payloads of `payload` bytes of tensors of `dense`
+    bytes (float32). The communicator lists its collectives; 'broadcast' stands for n, one by each worker in turn."""
     seconds = {"allreduce": allreduce, "allgather": allgather, "alltoall": alltoall, "broadcast": lambda *args: n * broadcast(*args)}
     return sum(seconds[kind](link, n, nbytes) for kind, nbytes in communicator.collectives(n, payload, dense))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker computes in one exchange, seconds. encode: once, with error feedback; decode: for each payload that it decodes."""
+    """Holds the seconds that a worker computes in one exchange. encode: once, with error feedback; decode: per payload that it decodes."""
 
     encode: float
     decode: float
 
     def seconds(self, communicator: Communicator, n: int) -> float:
-        """encode + decode for as many payloads as the communicator says that each of n workers decodes."""
+        """Returns encode + k decode, for the k payloads that each of n workers decodes with this communicator."""
         return self.encode + communicator.decodes(n) * self.decode
 
 
 def exchange(communicator: Communicator, link: Link, n: int, payload: float, dense: float, work: Work) -> float:
-    """Seconds of one exchange that overlaps with nothing: work + network."""
+    """Returns the seconds of one exchange that overlaps with nothing: work + network."""
     return work.seconds(communicator, n) + network(communicator, link, n, payload, dense)
 
 
 def crossing(compressed: Callable[[int], float], plain: Callable[[int], float], limit: int = 1024) -> int | None:
-    """The smallest number of workers, from 2 to `limit`, at which the first is not faster than the second; None where it always is."""
+    """Returns the smallest number of workers, from 2 to `limit`, at which `compressed` is not faster than `plain`; None if it always is."""
     return next((n for n in range(2, limit + 1) if compressed(n) >= plain(n)), None)
 
 
 def gather_limit(payload: float, dense: float) -> float:
-    """The number of workers from which an all-gather of payloads moves more bytes than a dense all-reduce: (n-1) m = 2 (n-1)/n S at
-    n = 2 S / m. Latency and work are not in it."""
+    """Returns the number of workers above which an all-gather of payloads moves more bytes than a dense all-reduce: (n-1) m = 2 (n-1)/n S
+    at n = 2 S / m. Latency and work are not included."""
     return 2 * dense / payload

@@ -1,4 +1,4 @@
-"""The shapes of a model's gradients, from a file or from the model itself: what `grace-ext plan MODEL` takes."""
+"""Reads the shapes of a model's gradients from a file or from the model itself, as `grace-ext plan MODEL` takes them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..parts.tensor import TensorSpec
 from .shapes import specs_of
 
 Shapes = dict[str, tuple[int, ...] | TensorSpec]
-#: More than any model has: a mistake in a file, and more than memory.
+#: More elements than any model has, and than fit into memory: a larger number is a mistake in the file.
 MOST = 10**13
-HOW = 'MODEL is a JSON file {"name": [dims...], ...} or module:callable that gives a torch or Keras model'
+HOW = 'MODEL is a JSON file {"name": [dims...], ...} or module:callable that returns a torch or Keras model'
 
 
 def shapes_of(model: str) -> Shapes:
-    """{parameter: dims, or a TensorSpec where it is not float32}, of `model`: the path of a JSON file, or 'module:callable'. Raises
-    ModelError, which says what is wrong with it. What the user's own code prints goes to stderr."""
+    """Returns {parameter: dims, or a TensorSpec if it is not float32} of `model`, the path of a JSON file or 'module:callable'. Raises
+    ModelError, which says what is wrong with it. Whatever the user's own code prints goes to stderr."""
     named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", model)
     if named and not Path(model).exists():
         with _on_its_own():
@@ -42,7 +42,7 @@ def shapes_of(model: str) -> Shapes:
 
 
 def checked(document: Any, source: str) -> Shapes:
-    """The document as shapes. Raises ModelError naming the entry that is none."""
+    """Returns the document as shapes. Raises ModelError, which names the entry that is not a shape."""
     if not isinstance(document, Mapping) or not document:
         raise ModelError(f"{source} holds {_short(document)}, expected a dictionary of names and shapes that is not empty. {HOW}")
     shapes: Shapes = {}
@@ -63,21 +63,21 @@ def checked(document: Any, source: str) -> Shapes:
 
 
 def _made(model: str, module: str, path: str) -> Any:
-    """What module:callable gives; a model or a dictionary of shapes that is there already is taken as it is."""
+    """Returns what the callable returns; if module:name is itself a model or a dictionary of shapes, returns that."""
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: modules of the current folder
+        sys.path.insert(0, "")  # as `python -m` does, so that modules of the current folder are found
     try:
         found: Any = importlib.import_module(module)
         for name in path.split("."):
             found = getattr(found, name)
     except AttributeError:
         raise ModelError(f"module {module!r} has no {path!r}; it has {_few(vars(sys.modules[module]))}") from None
-    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported: a script may run, and end
+    except (Exception, SystemExit) as error:  # importing the user's module may run a script, which may fail or exit
         raise ModelError(f"cannot import {module!r} for {model!r}: {type(error).__name__}: {error}") from error
     if isinstance(found, Mapping) or (_is_model(found) and not isinstance(found, type)):
         return found
     if not callable(found):
-        raise ModelError(f"{model!r} is {_short(found)}, neither a model nor a callable that gives one")
+        raise ModelError(f"{model!r} is {_short(found)}, neither a model nor a callable that returns one")
     try:
         return found()
     except (Exception, SystemExit) as error:
@@ -86,11 +86,11 @@ def _made(model: str, module: str, path: str) -> Any:
 
 @contextmanager
 def _on_its_own() -> Iterator[None]:
-    """For code of the user's: without this command's arguments, and with whatever it prints on stderr, as stdout may be a JSON document."""
+    """Runs the user's code without this command's arguments. Whatever it prints goes to stderr, as stdout may be a JSON document."""
     _flush()
     kept, arguments = os.dup(1), sys.argv
     try:
-        os.dup2(2, 1)  # libraries in C print, too
+        os.dup2(2, 1)  # for C libraries, which print without Python
         sys.argv = sys.argv[:1]
         with redirect_stdout(sys.stderr):
             yield
@@ -102,7 +102,7 @@ def _on_its_own() -> Iterator[None]:
 
 
 def _flush() -> None:
-    """What was printed, in Python or in C, goes to where stdout is now, not to where it is later."""
+    """Flushes what Python and C have printed, so that it goes to where stdout is now, not to where it is later."""
     for stream in filter(None, (sys.stdout, sys.__stdout__)):
         stream.flush()
     if os.name == "posix":
@@ -110,17 +110,17 @@ def _flush() -> None:
 
 
 def of_module(source: str, model: Any) -> Shapes:
-    """The shapes of the parameters that train: of a torch module, a Keras model, or a dictionary of shapes."""
+    """Returns the shapes of the trainable parameters of a torch module or a Keras model, or checks a dictionary of shapes."""
     if isinstance(model, Mapping):
         return checked(model, repr(source))
     if not _is_model(model):
-        raise ModelError(f"{source!r} gives {_short(model)}, which is neither a torch module, a Keras model nor a dictionary of shapes")
+        raise ModelError(f"{source!r} returns {_short(model)}, which is neither a torch module, a Keras model nor a dictionary of shapes")
     try:
         named = _parameters(model)
     except Exception as error:  # torch's lazy modules have parameters without a shape
-        raise ModelError(f"{source!r} gives a model whose parameters have no shape yet: {error}; run it once before") from error
+        raise ModelError(f"{source!r} returns a model whose parameters have no shape yet: {error}; run it once before") from error
     if not named:
-        raise ModelError(f"{source!r} gives a model without parameters that train; a Keras model must be built first: model.build(...)")
+        raise ModelError(f"{source!r} returns a model without trainable parameters; a Keras model must be built first: model.build(...)")
     return checked(named, repr(source))
 
 
@@ -140,7 +140,7 @@ def _parameters(model: Any) -> Shapes:
 
 
 def _dtype(parameter: Any) -> str:
-    """torch says torch.bfloat16, TensorFlow <dtype: 'bfloat16'>, Keras bfloat16."""
+    """Returns the name of the dtype: torch prints torch.bfloat16, TensorFlow <dtype: 'bfloat16'>, Keras bfloat16."""
     return getattr(parameter.dtype, "name", str(parameter.dtype).removeprefix("torch."))
 
 

@@ -1,4 +1,4 @@
-"""Scaling curves from the simulator: how long an exchange takes for 2 to 4,096 workers, dense by several algorithms and compressed."""
+"""Draws scaling curves from the simulator: the time of an exchange for 2 to 4,096 workers, compressed, and dense by several algorithms."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WORKERS = tuple(2**i for i in range(1, 13))
 
 
 class Played:
-    """The network of OnLink, each collective played out message by message; all-reduces by `algorithm`."""
+    """Gives the seconds of a collective on the network of OnLink, simulated message by message; all-reduces use `algorithm`."""
 
     def __init__(self, link: Link, per_node: int, inside: Link, algorithm: str = "ring"):
         self.link, self.per_node, self.inside = link, per_node, inside
         self.ways = {"allreduce": algorithm, "allgather": "all-gather", "alltoall": "all-to-all", "broadcast": "broadcast"}
-        # Time is linear in the bytes: two sizes tell all, and thousands of workers are played out only twice a kind.
+        # Time is linear in the bytes, so that two simulations per kind give the line, for thousands of workers too.
         self.lines: dict[tuple[str, int], tuple[float, float]] = {}
 
     def between(self) -> Played:
@@ -27,16 +27,18 @@ class Played:
 
     def __call__(self, kind: str, n: int, nbytes: float) -> float:
         if (kind, n) not in self.lines:
-            among = {"per_node": min(self.per_node, n), "inside": self.inside}
-            start, large = (simulate.seconds(self.ways[kind], n, self.link, size, **among) for size in (0.0, 1e6))
+            per_node = min(self.per_node, n)
+            start, large = (
+                simulate.seconds(self.ways[kind], n, self.link, size, per_node=per_node, inside=self.inside) for size in (0.0, 1e6)
+            )
             self.lines[kind, n] = start, (large - start) / 1e6
         start, each = self.lines[kind, n]
         return (n if kind == "broadcast" else 1) * (start + each * nbytes)
 
 
 def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict[str, dict[int, float]]:
-    """Seconds of one exchange by number of workers, by curve: dense by ring, tree, halving-doubling and in two levels, and every candidate.
-    Where nodes would not be full there is no point."""
+    """Returns the seconds of one exchange by curve and number of workers: dense by ring, tree, halving-doubling and in two levels, and
+    every candidate. Numbers of workers that do not fill their nodes are left out."""
     made: dict[str, dict[int, float]] = {}
     dense = next(iter(model.traces))
     sizes = [n for n in workers if n <= model.per_node or n % model.per_node == 0]
@@ -46,7 +48,7 @@ def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict
     per_node = max(2, model.per_node)
     traces = {dense: replace(model.traces[dense], two_level=True)}
     levels, network = Model(traces, model.n, per_node=per_node, inside=model.inside, compute=model.compute), Played(link, 1, model.inside)
-    made[f"dense, two-level ({per_node} a node)"] = {
+    made[f"dense, two-level ({per_node} per node)"] = {
         n: levels.of(n).timed(dense, network).exchange for n in sizes if n % per_node == 0 and n > per_node
     }
     network = Played(link, model.per_node, model.inside)
@@ -57,16 +59,16 @@ def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict
 
 
 def titled(model: Model, link: Link, fitted: bool) -> str:
-    among = f"{model.per_node} workers a node" if model.per_node > 1 else "one worker a node"
+    among = f"{model.per_node} workers per node" if model.per_node > 1 else "one worker per node"
     if fitted:
-        among = f"fitted to {model.n} workers, for others a guess"
-    start = f"{1e6 * link.latency:.4g} us a message, {1e6 * link.overhead:.4g} us a collective"
+        among = f"fitted to {model.n} workers, extrapolated for other numbers"
+    start = f"{1e6 * link.latency:.4g} us per message, {1e6 * link.overhead:.4g} us per collective"
     return f"{among}:\na link of {link.rate / 1e6:.4g} Mbit/s, {start}"
 
 
 def draw(model: Model, link: Link, advice: Recommendation, file: Path, *, fitted: bool = False) -> None:
-    """Writes the picture; its format is that of the file's name. fitted: the link is what was measured among the model's workers. Raises
-    UnsupportedError without matplotlib."""
+    """Writes the picture in the format of the file's extension. fitted: whether the link was measured among the model's workers. Raises
+    UnsupportedError without matplotlib, and ParameterError if the file cannot be written."""
     try:
         import matplotlib
     except ImportError:
@@ -76,7 +78,7 @@ def draw(model: Model, link: Link, advice: Recommendation, file: Path, *, fitted
 
     figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
     for number, (name, points) in enumerate(curves(model, link).items()):
-        look = f"C{number % 10}" + "os^Dv"[number % 5] + ("-", "--", ":")[number // 10 % 3]  # colours come again after ten
+        look = f"C{number % 10}" + "os^Dv"[number % 5] + ("-", "--", ":")[number // 10 % 3]  # colours repeat after ten
         width = 3 if name == advice.spec else 1.2
         axes.loglog(list(points), [1000 * s for s in points.values()], look, label=name, linewidth=width, markersize=3.5)
     axes.set(xlabel="workers", ylabel="exchange, ms", title=titled(model, link, fitted))

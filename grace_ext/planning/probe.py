@@ -1,6 +1,6 @@
-"""What a job's own network takes: collectives of a few sizes and exchanges of a few candidates, timed on the transport that carries them.
+"""Measures a job's own network: times collectives of a few sizes on the transport that carries the training's exchanges.
 
-Everything here is collective: all ranks of the transport do it alike, and get the same answer (the slowest rank's, for each time).
+Everything here is collective: all ranks of the transport do the same and get the same answer (each time is the slowest rank's).
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..driver.driver import Effects, Start, Wait
-from ..exchange.effects import Collective
+from ..exchange.effects import Collective, Effects, Start, Wait
 from ..exchange.transport import Transport
 from .cost import GOODPUT, Link
 
 KINDS = ("allreduce", "allgather", "alltoall")
 SIZES = (64, 1 << 16, 1 << 19, 1 << 22)
-#: Of what a collective takes before its first message: what a message takes at least, besides its bytes.
+#: The smallest latency that is believed, as a fraction of a collective's overhead (see `fitted`).
 LEAST = 0.01
 #: (kind, ranks, bytes of one rank's buffer, seconds)
 Point = tuple[str, int, int, float]
 
 
 def fitted(points: Sequence[Point]) -> Link:
-    """The link of least relative error over plain collectives, by cost.py's formulas: over the smallest and the largest of each kind. What
-    is between these may pass in the burst that a limited link grants after a pause, and says little of either latency or rate. None of
-    its figures is negative: one that would be is 0. Where all points are of one number of ranks, and messages seem to take next to nothing
-    beside a collective, what it takes to start is taken for theirs: one number hardly tells these apart, and with thousands of workers no
-    link is as fast as with two."""
+    """Fits a link to timed collectives by cost.py's formulas, with the least relative error, and none of its figures negative.
+
+    It uses the smallest and the largest size of each kind only: sizes between these may pass in the burst that a limited link allows after
+    a pause, and tell little about latency or rate. If all points have one number of ranks, and the fitted latency is below LEAST times the
+    overhead, the overhead is set to 0 and the latency fitted without it: one number of ranks hardly tells the two apart, and a link
+    without latency would be too good for thousands of workers."""
     messages: dict[str, Callable[[int], int]] = {"allreduce": lambda n: 2 * (n - 1)}
     sizes = {(kind, n): [size for its, ranks, size, _ in points if (its, ranks) == (kind, n)] for kind, n, *_ in points}
     points = [p for p in points if p[2] in (min(sizes[p[:2]]), max(sizes[p[:2]]))]
@@ -46,7 +46,7 @@ def fitted(points: Sequence[Point]) -> Link:
 
 
 def _nonnegative(columns: np.ndarray) -> list[float]:
-    """The coefficients of the columns' sum that is closest to 1 in every row, those that would be negative left out."""
+    """Returns the coefficients for which the weighted sum of the columns is closest to 1 in every row; none is negative."""
     used = list(range(columns.shape[1]))
     while True:
         solved = np.linalg.lstsq(columns[:, used], np.ones(len(columns)), rcond=None)[0]
@@ -58,8 +58,8 @@ def _nonnegative(columns: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class MeasuredNetwork:
-    """Collectives of these ranks by what was measured of them: between two sizes on the line through them, beyond the largest along the
-    last such line. KeyError for what was not measured, another number of ranks too. `link` is what fits all of it."""
+    """Gives the seconds of a collective among these ranks by interpolation between the measured sizes; beyond the largest, by extrapolation
+    from the last two. Raises KeyError for a kind or a number of ranks that was not measured. `link` is the fit to all points."""
 
     points: tuple[Point, ...]
     link: Link
@@ -77,21 +77,21 @@ class MeasuredNetwork:
 
 
 class Probe:
-    """The ranks of one transport, timed together. Its methods are generators of the driver's effects, which `driver.perform` executes, or
-    whatever runs a driver: a policy may probe at the end of a step."""
+    """Times the ranks of one transport together. Its methods are generators of effects, which exchange/perform.py executes, or whatever
+    runs a driver: a policy may probe at the end of a step."""
 
     def __init__(self, transport: Transport, prefix: str = "grace/probe"):
         self.transport, self.ops, self.n, self._prefix = transport, transport.ops, transport.size, prefix
 
     def largest(self, values: Sequence[float]) -> Effects:
-        """Each value's maximum over the ranks."""
+        """Returns each value's maximum over the ranks."""
         own = self.ops.upload(np.array(values, np.float64).view(np.uint8).copy())
         told = yield from self._run(Collective("allgather", own, "", sizes=(len(own),) * self.n), f"{self._prefix}/say/{len(own)}")
         every = [np.ascontiguousarray(self.ops.host(data)).copy().view(np.float64) for data in told]
         return [float(x) for x in np.max(every, axis=0)]
 
     def collectives(self, sizes: Sequence[int] = SIZES, repeats: int = 3) -> Effects:
-        """A MeasuredNetwork: each kind at each size, once to warm up and then `repeats` times: the median."""
+        """Returns a MeasuredNetwork. Each kind is timed at each size: once to warm up, then `repeats` times, of which the median counts."""
         seen = []
         for kind in KINDS:
             for size in sizes:
@@ -120,7 +120,7 @@ class Probe:
         return Collective(kind, data, "", sizes=tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
 
     def barrier(self) -> Effects:
-        """No rank goes on before all are here."""
+        """Waits until all ranks have come to it."""
         yield from self._run(Collective("allreduce", self.ops.zeros(1), "", 1, dtype="float32"), f"{self._prefix}/barrier")
 
     def _run(self, collective: Collective, name: str) -> Effects:

@@ -1,4 +1,4 @@
-"""The shapes of a model's gradients, and gradients of such shapes to time codecs on."""
+"""Describes the shapes of a model's gradients, and makes gradients of these shapes to time codecs on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..parts.tensor import TensorSpec
 
-#: By name: dims of a float32 tensor, or what it is.
+#: The dims of a float32 tensor, or a TensorSpec, by name.
 Shapes = Mapping[str, tuple[int, ...] | TensorSpec]
 
 
@@ -17,7 +17,7 @@ def specs_of(shapes: Shapes) -> list[TensorSpec]:
 
 
 def gradients(shapes: Shapes, rank: int) -> dict[str, np.ndarray]:
-    """float32. Gaussian, with a scale of each tensor's own (log-normal: layers differ by an order of magnitude)."""
+    """Returns Gaussian float32 gradients. Each tensor has a scale of its own (log-normal, as layers differ by an order of magnitude)."""
     generator = np.random.default_rng(rank)
     scales = 1e-3 * np.exp(0.7 * np.random.default_rng(50).standard_normal(len(shapes)))
     return {

@@ -1,12 +1,12 @@
-"""Collectives message by message, for thousands of workers: what cost.py's closed forms say in one line, played out.
+"""Simulates collectives message by message, for thousands of workers: a check of the closed forms in cost.py.
 
-A message of m bytes takes alpha + m beta seconds. It starts when its sender has what it sends, and when the sender's and the receiver's
-link are free: a link carries one message each way at a time. With several workers a node, these share one link to the switch, and have a
-faster one (`inside`) to each other. Algorithms run in groups side by side: each row of `groups` is one.
+A message of m bytes takes alpha + m beta seconds. It starts when its sender has its data and the links of the sender and the receiver are
+free: a link carries one message in each direction at a time. Several workers of one node share one link to the switch, and have a faster
+one (`inside`) to each other. Algorithms run in several groups at once: each row of `groups` is one.
 
     ring         all-reduce: 2 (n-1) rounds of n-ths; all-gather: n-1 rounds of whole payloads
     tree         binomial reduction to one worker, binomial broadcast from it
-    halving      all-reduce by recursive halving and doubling; where n is no power of 2, those beyond it give theirs to a partner first
+    halving      all-reduce by recursive halving and doubling; if n is not a power of 2, the extra workers first send theirs to a partner
     two-level    all-reduce inside the nodes, an exchange between their first workers, its result broadcast inside
 
 Sources: Thakur, Rabenseifner, Gropp 2005; Patarasu and Yuan 2009.
@@ -27,7 +27,7 @@ Groups = np.ndarray
 
 
 class Machines:
-    """n workers, `per_node` to a node: when each has its data, and when each link is free. A round's messages are computed together."""
+    """Keeps, for n workers, `per_node` on each node, when each has its data and when each link is free. Raises ParameterError."""
 
     def __init__(self, n: int, link: Link, per_node: int = 1, inside: Link | None = None):
         if n < 1 or per_node < 1 or n % per_node:
@@ -35,11 +35,11 @@ class Machines:
         self.link, self.inside, self.count = link, inside or link, n // per_node
         self.workers = np.arange(n).reshape(self.count, per_node)
         self._node = np.arange(n) // per_node
-        #: By worker: when it has what it needs for its next message. By link (the nodes', then the workers'): when it is free.
+        #: By worker: when it has the data of its next message. By link (the nodes', then the workers'): when it is free.
         self.ready, self._out, self._in = np.zeros(n), np.zeros(self.count + n), np.zeros(self.count + n)
 
     def rounds(self, src: np.ndarray, dst: np.ndarray, nbytes: float, times: int = 1) -> None:
-        """`times` rounds of the same messages. What a worker sends in a round, it needs the messages of the rounds before for."""
+        """Plays `times` rounds of the same messages. A worker sends in a round once it has the messages of the rounds before."""
         src, dst = src.ravel(), dst.ravel()
         crossing = self._node[src] != self._node[dst]
         out, into = (np.where(crossing, self._node[end], self.count + end) for end in (src, dst))
@@ -55,7 +55,7 @@ class Machines:
 
 
 def _turns(out: np.ndarray, into: np.ndarray) -> Any:
-    """Messages in sets that use no link twice, in their order: those of one link go one after the other."""
+    """Yields the messages in sets that use no link twice: those of one link go one after another, in their order."""
     left = np.arange(len(out))
     while len(left):
         first = np.zeros(len(left), bool)
@@ -67,7 +67,7 @@ def _turns(out: np.ndarray, into: np.ndarray) -> Any:
 
 
 def ring(m: Machines, groups: Groups, rounds: int, nbytes: float) -> None:
-    """Everyone sends to the next, `rounds` times."""
+    """Every worker sends to the next, `rounds` times."""
     if groups.shape[1] > 1:
         m.rounds(groups, np.roll(groups, -1, axis=1), nbytes, rounds)
 
@@ -82,7 +82,7 @@ def ring_allgather(m: Machines, groups: Groups, nbytes: float) -> None:
 
 
 def broadcast(m: Machines, groups: Groups, nbytes: float) -> None:
-    """From each group's first: those who have it double in every round."""
+    """Broadcasts from each group's first worker. Each round doubles the workers that have it."""
     for have, more in _doubling(groups.shape[1]):
         m.rounds(groups[:, :more], groups[:, have : have + more], nbytes)
 
@@ -94,7 +94,7 @@ def tree_allreduce(m: Machines, groups: Groups, nbytes: float) -> None:
 
 
 def _doubling(n: int) -> list[tuple[int, int]]:
-    """(how many have it, how many get it) by round."""
+    """Returns (how many have it, how many get it) by round."""
     return [(2**i, min(2**i, n - 2**i)) for i in range((n - 1).bit_length())]
 
 
@@ -113,7 +113,7 @@ def halving_allreduce(m: Machines, groups: Groups, nbytes: float) -> None:
 
 
 def alltoall(m: Machines, groups: Groups, nbytes: float) -> None:
-    """In round i a worker sends its piece to the i-th after it; it had all pieces from the beginning."""
+    """In round i each worker sends a piece to the i-th worker after it; it has all its pieces from the beginning."""
     n = groups.shape[1]
     start = done = m.ready
     for distance in range(1, n):
@@ -124,15 +124,15 @@ def alltoall(m: Machines, groups: Groups, nbytes: float) -> None:
 
 
 def two_level(m: Machines, groups: Groups, dense: float, payload: float, gathers: bool = True) -> None:
-    """Gradients of `dense` bytes are summed inside the nodes; their first workers gather (or sum) payloads; the result goes to the others.
-    `groups` are the nodes."""
+    """Sums gradients of `dense` bytes inside the nodes, gathers (or sums) payloads between their first workers, and broadcasts the result
+    inside. `groups` are the nodes."""
     ring_allreduce(m, groups, dense)
     leaders = groups[:, :1].T
     (ring_allgather if gathers else ring_allreduce)(m, leaders, payload)
     broadcast(m, groups, payload * (leaders.shape[1] if gathers else 1))
 
 
-#: Those that work on one array of all workers.
+#: The algorithms on one array of all workers, by name.
 FLAT: dict[str, Callable[[Machines, Groups, float], None]] = {
     "ring": ring_allreduce, "tree": tree_allreduce, "halving-doubling": halving_allreduce, "all-gather": ring_allgather,
     "broadcast": broadcast, "all-to-all": alltoall,
@@ -142,10 +142,10 @@ FLAT: dict[str, Callable[[Machines, Groups, float], None]] = {
 def seconds(
     algorithm: str, n: int, link: Link, nbytes: float, *, per_node: int = 1, inside: Link | None = None, dense: float = 0.0
 ) -> float:
-    """When the last of n workers is done, overhead of the link's first message included (0 for one worker, who sends nothing).
+    """Returns when the last of n workers is done, the link's overhead included (0 for one worker, which sends nothing).
 
-    algorithm: one of FLAT, with `nbytes` as in cost.py; or 'two-level' (payloads of `nbytes` are gathered between the nodes) or 'two-level
-    sum' (they are summed), of gradients of `dense` bytes. Raises ParameterError."""
+    algorithm: one of FLAT, with `nbytes` as in cost.py; or, for gradients of `dense` bytes, 'two-level' (payloads of `nbytes` are gathered
+    between the nodes) or 'two-level sum' (they are summed). Raises ParameterError."""
     m = Machines(n, link, per_node, inside)
     if algorithm in FLAT:
         FLAT[algorithm](m, m.workers.reshape(1, -1), nbytes)

@@ -1,9 +1,9 @@
-"""What one rank does in a step: work, collectives started, collectives waited for. Recorded from the real driver, replayed on any network.
+"""Records what one rank does in a step (work, collectives started and waited for) from the real driver, and replays it on any network.
 
-`record` steps one and two simulated ranks through driver and codecs as they are, with an engine's carried collectives, and times every
-stretch of work between two of the driver's effects. `Trace.on(n)` is that for n ranks: what follows a gather grows by what one payload
-more takes to decode, and a collective of a share of the whole shrinks as a + b/n. `replay` is the time line: one thread works, and one
-network carries the collectives in the order in which they were started, meanwhile.
+`record` runs the real driver and codecs for one and for two simulated ranks, with the collectives as an engine carries them, and times
+every stretch of work between two of the driver's effects. `Trace.on(n)` extrapolates this to n ranks: the work after a gather grows by the
+time to decode one payload more, and a collective of a share of the whole shrinks as a + b/n. `replay` computes the time line: one thread
+works, while one network carries the collectives in the order in which they were started.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
 from ..composition.composition import Composition
 from ..composition.grace import Grace
-from ..driver.driver import Driver, Start
+from ..driver.driver import Driver
 from ..errors import UnsupportedError
-from ..exchange.effects import Collective
+from ..exchange.effects import Collective, Start
 from ..exchange.lockstep import execute
 from ..exchange.transport import Transport
 from ..parts.ops import Ops
@@ -31,14 +31,14 @@ from .shapes import Shapes, gradients, specs_of
 #: (kind, ranks, bytes of one rank's buffer) -> seconds
 Network = Callable[[str, int, float], float]
 GATHERS = ("allgather", "broadcast", "alltoall")
-#: A first step that takes longer, seconds, is timed once more instead of three times.
+#: If the first step takes more than this many seconds, one more is timed, instead of `steps`.
 PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
 class Event:
-    """what: 'gradient' (`work` seconds of the backward pass make it, where there is one), 'work' (`work` seconds), 'start' (of collective
-    `name`: `kind`, `nbytes` of this rank's buffer) or 'wait' (for it)."""
+    """One event of a step. what: 'gradient' (the backward pass has come to the next gradient), 'work' (for `work` seconds), 'start' (of
+    collective `name`, of a `kind`, with `nbytes` in this rank's buffer) or 'wait' (for it)."""
 
     what: str
     work: float = 0.0
@@ -49,8 +49,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Trace:
-    """The events of one step of one rank, for one rank and for two. dense: bytes of the gradients, as nodes add them up; two_level: ranks
-    are nodes, whose ranks add up before."""
+    """Holds the events of one rank's step in a world of one rank (`alone`) and of two (`pair`). dense: bytes of the gradients, as nodes sum
+    them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
@@ -58,7 +58,7 @@ class Trace:
     two_level: bool = False
 
     def on(self, n: int) -> list[Event]:
-        """The events of one of n ranks."""
+        """Returns the events of one of n ranks."""
         events, gathered, kinds = [], False, {e.name: e.kind for e in self.pair if e.what == "start"}
         for one, two in zip(self.alone, self.pair, strict=True):
             if two.what == "wait":
@@ -72,16 +72,16 @@ class Trace:
         return events
 
     def nbytes(self, n: int) -> float:
-        """What one of n ranks hands to collectives in a step."""
+        """Returns the bytes that one of n ranks hands to collectives in a step."""
         return sum(event.nbytes for event in self.on(n) if event.what == "start")
 
     def work(self, n: int) -> float:
-        """Seconds of encoding and decoding of one of n ranks."""
+        """Returns the seconds in which one of n ranks encodes and decodes."""
         return sum(event.work for event in self.on(n) if event.what == "work")
 
 
 class _Overwriting(NumpyOps):
-    """As torch's: results are written over the gradients."""
+    """Writes results over the gradients, as torch's ops do."""
 
     def overwrite(self, tensor: Any, array: Any, spec: TensorSpec) -> bool:
         if array.ctypes.data != tensor.ctypes.data:
@@ -90,7 +90,7 @@ class _Overwriting(NumpyOps):
 
 
 class _PretendedTransport(Transport):
-    """One rank's place, with the abilities of the engine that is pretended. No shortcuts of two ranks: what they do stands for n."""
+    """Stands in for an engine, with its abilities. It takes no shortcut for two ranks, because the two stand for n."""
 
     pair = False
 
@@ -102,17 +102,19 @@ class _PretendedTransport(Transport):
     def start(self, collective: Collective, name: str) -> Any:
         raise NotImplementedError
 
-    wait = start  # type: ignore[assignment]
+    def wait(self, handle: Any) -> Any:
+        raise NotImplementedError
 
 
 def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, like: Transport | None = None) -> Trace:
-    """The trace of this composition for gradients of these shapes: of each stretch of work the median of `steps` steps after a first.
-    like: a transport of the engine that it is for; else one is pretended that gathers and scatters equal sizes only."""
+    """Returns the trace of this composition for gradients of these shapes. Each stretch of work is the median of `steps` steps after a
+    first. like: a transport of the engine that is predicted; None: an engine that gathers and scatters equal sizes only. Raises
+    UnsupportedError if the steps exchange different things."""
     between = g
-    if g.two_level and g.policy is None:  # what every rank does, of nodes
+    if g.two_level and g.policy is None:  # what one rank of each node does
         between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
     alone, pair = (_timed(between, shapes, n, steps, lr, like) for n in (1, 2))
-    # Nodes add up in float32, and float64 as it is (levels.py).
+    # Nodes sum float64 as it is, all other dtypes in float32 (exchange/hierarchy.py).
     dense = sum(spec.size * (8 if spec.dtype == "float64" else 4) for spec in specs_of(shapes))
     return Trace(alone, pair, dense, g.two_level)
 
@@ -142,12 +144,12 @@ def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like:
     times = 1 if time.perf_counter() - begin > PATIENCE else steps
     runs = [run() for _ in range(times)]
     if any([(e.what, e.kind) for e in events] != [(e.what, e.kind) for e in runs[0]] for events in runs):
-        raise UnsupportedError(f"{g} exchanges something else from step to step, and a plan is of one step")
+        raise UnsupportedError(f"{g} exchanges something else from step to step, and a plan predicts one step; compare other specs")
     return tuple(sorted(same, key=lambda event: event.work)[times // 2] for same in zip(*runs, strict=True))
 
 
 def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops) -> list[Event]:
-    """One step of all ranks side by side: what rank 0 did."""
+    """Makes one step of all ranks side by side; returns the events of rank 0."""
     running = [_effects(driver, mine) for driver, mine in zip(drivers, given, strict=True)]
     answers: list[Any] = [None] * len(running)
     pending: dict[str, list[Collective]] = {}
@@ -184,8 +186,8 @@ def _effects(driver: Driver, given: Mapping[str, np.ndarray]) -> Any:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds. step: from the beginning of the forward pass to the result; exchange: what of it there would not be without one; work: of
-    encoding and decoding; network: of all collectives, one after another."""
+    """Holds the seconds of a step. step: from the beginning of the forward pass to the result; exchange: the step less the forward and
+    backward pass; work: encoding and decoding; network: all collectives, one after another."""
 
     step: float
     exchange: float
@@ -194,8 +196,8 @@ class Timed:
 
 
 def replay(events: Sequence[Event], network: Network, n: int, compute: float = 0.0) -> Timed:
-    """One step on this network. compute: seconds of the forward and backward pass, a third and two thirds of it; the gradients come at
-    equal distances in the latter, and what the driver does in between delays it (on a CPU both are work of the same thread)."""
+    """Returns the times of one step on this network. compute: seconds of the forward pass (a third) and the backward pass (two thirds). The
+    gradients come at equal intervals in the backward pass, which the driver's work delays (on a CPU one thread does both)."""
     gradients_ = sum(event.what == "gradient" for event in events)
     now = free = compute / 3
     work = carried = 0.0

@@ -1,4 +1,4 @@
-"""Policies by name: `names()`, `get(name)` -> class, `register(name)` decorator."""
+"""Finds policies by name: `names()` lists them, `get(name)` returns the class, and the decorator `register(name)` adds one."""
 
 from ..parts.registry import policies as registry
 

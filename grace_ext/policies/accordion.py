@@ -17,24 +17,25 @@ SAMPLE = TensorSpec("", (512, 512))
 @register("accordion")
 @dataclass(frozen=True)
 class Accordion(Policy):
-    """Sends more of a tensor while its gradient changes fast (a critical regime), and less elsewhere.
+    """Sends more of a tensor while its gradient changes fast (a critical regime), and less otherwise.
 
     Every `interval` steps, for each tensor: D = ||sum of the aggregates of these steps||_2. The next `interval` steps are critical if
-    |D_before - D| / D_before >= `threshold`, where D_before is the last interval's D; or D_before is zero; or the learning rate has fallen
-    by that fraction or more since the last interval (where an optimizer is bound). Critical steps, and the first interval, go through
-    `high`, all others through `low`. Two ratios, ranks or numbers of bits, or any two specs; the residual goes on from one to the other,
-    and so does powersgd's subspace: columns that both have are kept, new ones come from the shared seed.
-    A shorter interval sees more noise and reacts sooner; a higher threshold sends less. D is of aggregates, which all ranks know alike.
-    State: `sum`, float[d], and `regime`, float32[3]: D_before, critical or not, learning rate (0: unknown).
-    Source: Agarwal et al. 2021, whose interval is 10 epochs and who count any fall of the rate; here a schedule that falls a little at
-    every step is not critical throughout. The authors' code has the threshold fixed, and norms from rank 0.
+    |D_before - D| / D_before >= `threshold`, where D_before is the D of the last interval; or if D_before is zero; or if the learning rate
+    has fallen by that fraction or more since the last interval (if an optimizer is bound). Critical steps, and the first interval, go
+    through `high`, all others through `low`. These may differ in ratio, rank or bits, or be any two specs. The residual is kept when the
+    spec changes, and so is powersgd's subspace: columns that both specs have are kept, new ones come from the shared seed.
+    A shorter interval sees more noise and reacts sooner; a higher threshold sends less. D is computed from aggregates, which are the same
+    on all ranks.
+    State: `sum`, float[d], and `regime`, float32[3]: D_before, whether critical, learning rate (0: unknown).
+    Source: Agarwal et al. 2021, where the interval is 10 epochs and any fall of the rate counts; here a schedule that falls a little at
+    every step is not critical throughout. In the authors' code the threshold is fixed, and norms come from rank 0.
     """
 
     varies: ClassVar[bool] = True
     learns: ClassVar[bool] = True
-    high: Any = route_knob("topk(ratio=0.01) + residual", "what critical steps go through: sends more")
-    low: Any = route_knob("topk(ratio=0.001) + residual", "what all others go through: sends less")
-    threshold: float = knob(0.5, "relative change of the norm that is critical", above=0, high=1e6, headline=True)
+    high: Any = route_knob("topk(ratio=0.01) + residual", "spec for critical steps: sends more")
+    low: Any = route_knob("topk(ratio=0.001) + residual", "spec for all other steps: sends less")
+    threshold: float = knob(0.5, "relative change of the norm that counts as critical", above=0, high=1e6, headline=True)
     interval: int = knob(100, "steps from one decision to the next", low=1, headline=True)
 
     def __post_init__(self):
@@ -42,8 +43,8 @@ class Accordion(Policy):
         sizes = [max(leaf.nbytes(SAMPLE) for leaf in composition.leaves) for composition in (self.high, self.low)]
         if sizes[0] < sizes[1]:
             raise ParameterError(
-                f"accordion: high must send at least as much as low; of a 512 x 512 gradient {self.high} sends {sizes[0]:,} bytes and "
-                f"{self.low} {sizes[1]:,}. Exchange them"
+                f"accordion: high must send at least as much as low, but for a 512 x 512 gradient {self.high} sends {sizes[0]:,} bytes and "
+                f"{self.low} {sizes[1]:,}. Swap them"
             )
 
     def choose(self, query):
@@ -66,7 +67,7 @@ class Accordion(Policy):
         if (info.step + 1) % self.interval:
             return {"sum": total}
         before, _, rate = (float(v) for v in ops.host(state["regime"]))
-        # Rounded to float32, so that the decision does not depend on how a library adds up.
+        # Rounded to float32, so that the decision does not depend on the order in which a library sums.
         now = float(np.float32(ops.block_norms(total, spec.size, 2)[0]))
         lr = float(np.float32(info.lr or 0))
         changed = not before or abs(before - now) >= self.threshold * before

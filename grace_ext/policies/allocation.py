@@ -1,4 +1,4 @@
-"""The knapsack of L-GreCo: the cheapest choice for each layer within a budget of errors, exactly, on a grid of errors."""
+"""Solves L-GreCo's knapsack exactly on a grid of errors: the cheapest choice for each layer within a budget of errors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Points of the grid; the budget is that many grid steps.
+#: How many grid steps the budget has.
 GRID = 10_000
 
 
 def on_grid(errors: np.ndarray, budget: float, grid: int = GRID) -> np.ndarray:
-    """int64: errors in grid steps of budget / grid, rounded up, so that a sum within the grid is within the budget. What is more than the
-    whole budget by itself, or not a number, is grid + 1: never chosen."""
+    """Returns the errors as int64 multiples of budget / grid, rounded up, so that a sum of at most `grid` steps keeps the budget. An error
+    that alone exceeds the budget, or is NaN, becomes grid + 1, which is never chosen."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         steps = np.ceil(np.asarray(errors, np.float64) / (budget / grid))
     steps[np.asarray(errors) == 0] = 0
@@ -20,24 +20,24 @@ def on_grid(errors: np.ndarray, budget: float, grid: int = GRID) -> np.ndarray:
 
 
 def allocate(errors: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float, grid: int = GRID) -> list[int] | None:
-    """For each layer the index of its choice, so that the sum of sizes is the smallest of all with
+    """Returns the index of each layer's choice, such that the sum of sizes is the smallest possible with
 
         sum over layers of on_grid(error of the choice) <= grid,
 
-    and among those of the same size the sum on the grid is the smallest. None where there is none. errors, sizes: a list for each layer,
-    with an entry for each of its choices.
+    and among solutions of the same size the sum on the grid is the smallest. None if there is no solution. errors, sizes: one list per
+    layer, with one entry per choice.
 
     best[l][e] is the smallest size of layers 0..l with errors of at most e grid steps:
         best[l][e] = min over choices c of best[l-1][e - err(l, c)] + size(l, c),   best[-1][e] = 0.
-    O(layers x choices x grid) operations on whole rows of numpy. Errors are rounded up by less than one grid step a layer, so what is found
-    keeps the budget, and the true optimum is missed by at most layers / grid of the budget.
+    O(layers x choices x grid) operations on whole rows of numpy. Errors are rounded up by less than one grid step per layer, so the
+    solution keeps the budget, and misses the true optimum by at most layers / grid of the budget.
     """
     best = np.zeros(grid + 1)
     picks = np.zeros((len(errors), grid + 1), np.int16)
     steps = [on_grid(np.asarray(of_layer, np.float64), budget, grid) for of_layer in errors]
     for layer, (own_steps, own_sizes) in enumerate(zip(steps, sizes, strict=True)):
         row = np.full(grid + 1, np.inf)
-        # Ascending errors, and only what is smaller replaces: of equal sizes the smaller error stays.
+        # In order of ascending errors, and replaced only by a smaller size: among equal sizes the smallest error stays.
         for choice in np.argsort(own_steps, kind="stable"):
             shift = own_steps[choice]
             if shift > grid:

@@ -11,7 +11,7 @@ from .base import Policy, route_knob
 
 
 class Patterns(tuple):
-    """(pattern, composition or policy) in their order. Its configuration is a list of pairs, because the order counts."""
+    """Holds pairs (pattern, composition or policy) in order. Its configuration is a list of pairs, because the order matters."""
 
     def to_config(self) -> list[list[Any]]:
         return [[pattern, route.to_config()] for pattern, route in self]
@@ -32,20 +32,20 @@ def _patterns(value: Any) -> Patterns:
 @register("by_name")
 @dataclass(frozen=True)
 class ByName(Policy):
-    """Sends a tensor the way that is said for its name.
+    """Chooses the spec by parameter name (glob patterns).
 
-    A tensor goes through the spec of the first pattern that its name matches, and through `default` where none does. Patterns are those of
-    shells: * is any text, ? one character, [ab] one of these; case counts. Names are the parameters' full ones ('encoder.0.bias').
-    A pattern that matches no parameter, and parameters that a later pattern matches too, are told once, in the log
-    'grace_ext' of rank 0, at the first step. The same at every step. State: none.
+    A tensor goes through the spec of the first pattern that its name matches, or through `default` if none does. Patterns are those of
+    shells: * matches any text, ? one character, [ab] one of these; case matters. Names are the parameters' full ones ('encoder.0.bias').
+    At the first step, rank 0 logs in 'grace_ext' each pattern that matches no parameter, and parameters that a later pattern matches too.
+    The choice is the same at every step. State: none.
     Source: common practice.
     """
 
-    patterns: Any = made_knob((), "the first that matches counts", "specs by pattern, such as {'*.bias': 'none'}", _patterns)
-    default: Any = route_knob("none", "what tensors go through that match no pattern")
+    patterns: Any = made_knob((), "the first pattern that matches wins", "specs by pattern, such as {'*.bias': 'none'}", _patterns)
+    default: Any = route_knob("none", "spec for tensors that match no pattern")
 
     def _match(self, name: str) -> tuple[str, Any]:
-        """(the knob's name in paths, the spec)."""
+        """Returns (the knob's name in paths, the spec) for a parameter name."""
         for number, (pattern, route) in enumerate(self.patterns):
             if fnmatchcase(name, pattern):
                 return f"patterns[{number}]", route
@@ -70,7 +70,7 @@ class ByName(Policy):
         for pattern, _ in self.patterns:
             names = [spec.name for spec in specs if fnmatchcase(spec.name, pattern)]
             if not names:
-                said.append(f"by_name: {pattern!r} matches no parameter; there are {some([spec.name for spec in specs])}")
+                said.append(f"by_name: {pattern!r} matches no parameter; the parameters are {some([spec.name for spec in specs])}")
             for earlier in dict.fromkeys(first[name] for name in names if name in first):
                 both = [name for name in names if first.get(name) == earlier]
                 said.append(f"by_name: {earlier!r} comes before {pattern!r} and takes {some(both)}, which both match")

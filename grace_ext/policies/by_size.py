@@ -11,17 +11,17 @@ from .base import Policy, route_knob
 @register("by_size")
 @dataclass(frozen=True)
 class BySize(Policy):
-    """Sends small tensors one way and large ones another.
+    """Chooses one spec for small tensors and another for large ones.
 
     A tensor of fewer than `min_elements` elements goes through `small`, by default dense, every other one through `large`.
-    Biases and scales of normalisation are a thousandth of a model's bytes, and compressing them costs a header and a call each. A higher
-    limit sends more bytes and compresses less of what is sensitive. The same at every step. State: none.
+    Biases and normalisation scales are a thousandth of a model's bytes, and compressing them costs a header and a call each. A higher
+    limit sends more bytes and compresses less of what is sensitive. The choice is the same at every step. State: none.
     Source: common practice; torch_cgx bypasses tensors under 1,024 elements without being asked.
     """
 
     min_elements: int = knob(1024, "tensors with fewer elements are small", low=0, headline=True)
-    small: Any = route_knob("none", "what small tensors go through")
-    large: Any = route_knob("topk(ratio=0.01) + residual", "what all others go through")
+    small: Any = route_knob("none", "spec for small tensors")
+    large: Any = route_knob("topk(ratio=0.01) + residual", "spec for all other tensors")
 
     def _knob(self, spec) -> str:
         return "small" if spec.size < self.min_elements else "large"

@@ -1,4 +1,4 @@
-"""The knob of a composition's compressor that says how much is sent, for policies that turn it."""
+"""Finds and changes the knob that says how much a composition's compressor sends, for policies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def knob_of(composition: Composition, names: Sequence[str], asker: str) -> tuple[str, Any]:
-    """(name, value) of the first of these knobs that the compressor, or what selects in a pipeline, has. Raises IncompatiblePartsError."""
+    """Returns (name, value) of the first of these knobs that is set in the compressor, or in the selecting one of a pipeline. Raises
+    IncompatiblePartsError if none is; the error names `asker`."""
     owner = _owner(composition.compressor)
     for name in names:
         value = getattr(owner, name, None) if name in {field.name for field in dataclasses.fields(owner)} else None
@@ -26,9 +27,9 @@ def knob_of(composition: Composition, names: Sequence[str], asker: str) -> tuple
 
 
 def with_value(composition: Composition, name: str, value: Any) -> Composition:
-    """The composition with another value of that knob."""
+    """Returns the composition with another value of that knob."""
     compressor = composition.compressor
-    owner: Any = dataclasses.replace(_owner(compressor), **{name: value})  # type: ignore[type-var]
+    owner: Any = dataclasses.replace(_owner(compressor), **{name: value})
     if compressor.name == "pipeline":
         owner = dataclasses.replace(compressor, select=owner)  # type: ignore[call-arg]
     return dataclasses.replace(composition, compressor=owner)

@@ -1,5 +1,5 @@
-"""What compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once, and what that costs Adam: the error tables of
-L-GreCo."""
+"""Computes L-GreCo's error tables: what compression loses of a gradient, ||x - C(x)||_2, for several values of a knob at once, and what
+that costs Adam."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from ..composition.composition import Composition
     from ..parts.ops import Array, Ops
 
-#: Iterations that estimate the leading singular subspace, and how many columns it has beyond the highest rank.
+#: How many iterations estimate the leading singular subspace, and how many columns it has beyond the highest rank.
 ITERATIONS, BEYOND = 5, 4
-#: They send the largest magnitudes, exactly or nearly so.
+#: Compressors that send the largest magnitudes, exactly or nearly so.
 BY_MAGNITUDE = ("topk", "dgc", "sidco", "global_topk")
 
 
 def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], knob: str) -> list[float]:
-    """The norm of the error of each choice on x: float[d], finite. 0 where the tensor is sent dense.
+    """Returns the norm of each choice's error on x, float[d] and finite. 0 if the tensor is sent dense.
 
-    ratio, of compressors that send the largest magnitudes: the norm of the others. rank: the singular values that are left over, from
-    `ITERATIONS` subspace iterations (exact where the matrix has few rows or columns). Anything else: by compressing x."""
+    For the ratio of a compressor that sends the largest magnitudes: the norm of the others. For a rank: from the remaining singular values,
+    by `ITERATIONS` subspace iterations (exact if the matrix has few rows or columns). For anything else: by compressing x."""
     sent_dense = [choice.parts_for(spec)[0].name == "none" for choice in choices]
     if all(sent_dense):
         return [0.0] * len(choices)
     compressors: list[Any] = [choice.compressor for choice in choices]
     if knob == "ratio" and compressors[0].name in BY_MAGNITUDE:
         found = _beyond_the_largest(ops.host(x), [kept(each.ratio, spec.size) for each in compressors])
-    elif knob == "rank" and not compressors[0].unbiased:  # atomo draws, and loses more than what is beyond the rank
+    elif knob == "rank" and not compressors[0].unbiased:  # atomo samples, and loses more than what is beyond the rank
         found = _beyond_the_rank(ops.host(x).reshape(spec.shape[0], -1), [each.rank for each in compressors], spec.name)
     else:
         found = [_by_compressing(ops, x, spec, choice) for choice in choices]
@@ -40,28 +40,28 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
 
 
 def of_adam(lost: list[float], x: np.ndarray) -> list[float]:
-    """sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: what is lost of the descent of a step of Adam's. It is
+    """Returns sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: how much less an Adam step descends. A step is
     about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||. Top-k and low
     rank are projections: <x, C(x)> = ||C(x)||^2 = ||x||^2 - ||x - C(x)||^2."""
     norm = float(np.linalg.norm(x.astype(np.float64)))
-    # a - b as (a^2 - b^2) / (a + b): small losses are not rounded away, and one of more than ||x|| still counts for more.
+    # a - b as (a^2 - b^2) / (a + b): small losses are not rounded away, and a loss above ||x|| still gives a larger result.
     return [float(np.sqrt(len(x))) * e**2 / (norm + np.sqrt(max(0.0, norm**2 - e**2))) if e else 0.0 for e in lost]
 
 
 def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:
-    """Norms of x without its k largest magnitudes, for each k."""
+    """Returns, for each k, the norm of x without its k largest magnitudes."""
     squares = np.sort(np.abs(x)).astype(np.float64) ** 2
     below = np.concatenate([[0.0], np.cumsum(squares)])
     return [float(np.sqrt(below[len(x) - min(k, len(x))])) for k in counts]
 
 
 def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[float]:
-    """sqrt(sum of the squared singular values after the first r), for each r. An estimate of the subspace is never better than the best
+    """Returns, for each r, sqrt(sum of the squared singular values after the first r). An estimated subspace is never better than the best
     one, so these are upper bounds."""
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     scale = float(np.abs(matrix).max(initial=0)) or 1.0
-    matrix = matrix / np.float32(scale)  # so that squares are numbers of float32
+    matrix = matrix / np.float32(scale)  # so that squares stay in the range of float32
     rows, columns = matrix.shape
     width = min(rows, max(ranks) + BEYOND)
     total = float(np.sum(matrix.astype(np.float64) ** 2))
@@ -70,13 +70,13 @@ def _beyond_the_rank(matrix: np.ndarray, ranks: list[int], name: str) -> list[fl
     for _ in range(ITERATIONS if width < rows else 0):
         basis = np.linalg.qr(matrix @ (matrix.T @ basis))[0]
     small = (matrix.T @ basis).astype(np.float64)
-    values = np.linalg.eigvalsh(small.T @ small)[::-1].clip(0)  # squared singular values of what the subspace holds
+    values = np.linalg.eigvalsh(small.T @ small)[::-1].clip(0)  # squared singular values of the matrix within the subspace
     taken = np.concatenate([[0.0], np.cumsum(values)])
     return [scale * float(np.sqrt(max(0.0, total - taken[min(r, width)]))) if r < rows else 0.0 for r in ranks]
 
 
 def _by_compressing(ops: Ops, x: Array, spec: TensorSpec, choice: Composition) -> float:
-    """By a first step of a rank alone in the world."""
+    """Returns the norm of the error by compressing x, as at the first step of world size 1."""
     info = StepInfo(0, 0, 1, 1)
     compressor: Any = choice.compressor
     payload, _ = compressor.compress(ops, x, spec, info, compressor.init(ops, spec, info))

@@ -1,4 +1,4 @@
-"""Policies that go by the number of the step alone."""
+"""These policies choose by the number of the step alone."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .knobs import knob_of, with_value
 @register("warmup")
 @dataclass(frozen=True)
 class Warmup(Policy):
-    """Sends everything dense for some steps at first, and then goes on with another spec.
+    """Sends everything dense for the first steps, and then switches to another spec.
 
-    Steps 0 to `steps` - 1 are dense, through the memory of `then`, which therefore has its momentum, if it is one, from the start, and an
-    empty residual when compression begins. Gradients of the first steps are large, change fast, and are what low-rank subspaces and
-    thresholds are estimated from. Too few: a slow start; each costs a dense step's bytes. State: none of its own.
+    Steps 0 to `steps` - 1 are dense and use the memory of `then`. So a memory that is the training's momentum has it from the start, and
+    the residual is empty when compression begins. The first gradients are large and change fast, and low-rank subspaces and thresholds are
+    estimated from them. Too few dense steps make a slow start; each costs the bytes of a dense step. State: none of its own.
     Source: PyTorch's PowerSGD hook starts after 1,000 steps, epfml's after 100; Lin et al. 2018 warm up by the ratio (`ratio_warmup`).
     """
 
     varies: ClassVar[bool] = True
-    steps: int = knob(100, "dense steps at first", low=0, headline=True)
-    then: Any = route_knob("topk(ratio=0.01) + residual", "what comes after")
+    steps: int = knob(100, "number of dense steps at the start", low=0, headline=True)
+    then: Any = route_knob("topk(ratio=0.01) + residual", "spec for the steps after the dense ones")
 
     def choose(self, query):
         leaf = self.then.choose(query.under("then"))
@@ -46,24 +46,24 @@ class Warmup(Policy):
 @register("ratio_warmup")
 @dataclass(frozen=True)
 class RatioWarmup(Policy):
-    """Keeps a large fraction at first, and less in equal factors until the ratio that is meant.
+    """Lowers the ratio in stages, by a constant factor, from a large fraction to the target ratio.
 
     With target ratio rho, W = `stages` and a = rho^(1 / (W + 1)): stage t = 0, 1, ... W - 1, each of steps / W steps, keeps a^(t + 1), at
-    least rho; after `steps` steps rho itself. rho = 0.001 with 5 stages: 0.316, 0.1, 0.0316, 0.01, 0.00316, then 0.001; with 4 stages
-    0.251, 0.063, 0.016, 0.004. Everything else of `then` stays, and so do residual and momentum. `then` needs a compressor with a
-    `ratio`. More steps or fewer stages cost bytes; too few let the first, large gradients wait in the residual. State: none of its own.
-    Source: Lin et al. 2018 (DGC), whose stages are epochs, by the formula of the authors' code; the warm-up of the learning rate is the
-    optimizer's.
+    least rho; after `steps` steps it keeps rho itself. rho = 0.001 with 5 stages: 0.316, 0.1, 0.0316, 0.01, 0.00316, then 0.001; with 4
+    stages 0.251, 0.063, 0.016, 0.004. All other knobs of `then` stay, and so do residual and momentum. `then` needs a compressor with a
+    `ratio`. More steps or fewer stages cost bytes; too few steps leave the first, large gradients in the residual. State: none of its own.
+    Source: Lin et al. 2018 (DGC), whose stages are epochs, by the formula of the authors' code; warming up the learning rate is left to the
+    optimizer.
     """
 
     varies: ClassVar[bool] = True
     steps: int = knob(500, "steps of the warm-up, all stages together", low=1, headline=True)
-    stages: int = knob(5, "how many ratios there are before the last", low=1, high=100)
-    then: Any = composition_knob("dgc(ratio=0.001) + dgc", "what comes after; its ratio is the target")
+    stages: int = knob(5, "number of ratios before the last one", low=1, high=100)
+    then: Any = composition_knob("dgc(ratio=0.001) + dgc", "spec for the steps after the warm-up; its ratio is the target")
 
     def __post_init__(self):
         super().__post_init__()
-        self.leaves  # refuses a compressor without a ratio  # noqa: B018
+        self.leaves  # raises if the compressor has no ratio  # noqa: B018
 
     @cached_property
     def leaves(self):
@@ -81,18 +81,18 @@ class RatioWarmup(Policy):
 @register("every")
 @dataclass(frozen=True)
 class Every(Policy):
-    """Takes one step in n another way.
+    """Sends every n-th step through one spec, and all other steps through another.
 
-    Steps 0, n, 2 n, ... go through `then`, all others through `otherwise`. By default an exact step every 100: `then` is 'none', which
-    keeps the memory of the other side and sends what it held back, so that errors do not outlive n steps. It costs 1/n of dense
-    training's bytes. State: none of its own; what one side does not use of a tensor's state waits for the other.
+    Steps 0, n, 2 n, ... go through `then`, all others through `otherwise`. By default every 100th step is exact: `then` is 'none', which
+    keeps the memory of `otherwise` and sends what that held back, so that errors do not outlive n steps. This costs 1/n of dense
+    training's bytes. State: none of its own; state that one spec does not use is kept for the other.
     Source: periodic dense steps, as in PowerSGD+ and in local SGD's averaging.
     """
 
     varies: ClassVar[bool] = True
-    n: int = knob(100, "steps from one to the next", low=1, headline=True)
-    then: Any = route_knob("none", "what these steps go through")
-    otherwise: Any = route_knob("topk(ratio=0.01) + residual", "what all others go through")
+    n: int = knob(100, "`then` is used every n steps", low=1, headline=True)
+    then: Any = route_knob("none", "spec for every n-th step")
+    otherwise: Any = route_knob("topk(ratio=0.01) + residual", "spec for all other steps")
 
     def choose(self, query):
         which = "otherwise" if query.step % self.n else "then"

@@ -1,4 +1,4 @@
-"""Codes of a few bits in bytes, lowest bit first."""
+"""Packs codes of a few bits into bytes, lowest bit first, and adds up signs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sizes import L1_PIECE
 
 @kernel(read(i64), i64, write(u8))
 def pack(codes, width, out):
-    """The low `width` bits of each code, one after the other."""
+    """Packs the low `width` bits of each code, one after the other."""
     acc, bits, at, mask = np.uint64(0), 0, 0, np.uint64((1 << width) - 1)
     for j in range(len(codes)):
         acc |= (np.uint64(codes[j]) & mask) << np.uint64(bits)
@@ -27,7 +27,7 @@ def pack(codes, width, out):
 
 @kernel(read(u8), i64, write(i64))
 def unpack(data, width, out):
-    """The inverse: len(out) codes, for which `data` is long enough."""
+    """Unpacks len(out) codes, for which `data` is long enough."""
     acc, bits, at, mask = np.uint64(0), 0, 0, np.uint64((1 << width) - 1)
     for j in range(len(out)):
         while bits < width:
@@ -41,14 +41,14 @@ def unpack(data, width, out):
 
 @kernel(read(i64), write(u8))
 def set_bits(positions, out):
-    """Ones at these positions of `out`, zeros at first."""
+    """Sets ones at these positions of `out`, which is zeros at first."""
     for j in range(len(positions)):
         out[positions[j] >> 3] |= np.uint8(1 << (positions[j] & 7))
 
 
 @kernel(read(u8))
 def count_bits(data):
-    """How many ones there are."""
+    """Returns how many ones there are."""
     ones = 0
     for at in range(len(data)):
         byte = data[at]
@@ -59,12 +59,12 @@ def count_bits(data):
 
 @kernel(read(u8), write(i64))
 def bit_positions(data, out):
-    """Positions of the ones, ascending, into `out`. Returns how many there are, or -1 where `out` has no room for all."""
+    """Writes the positions of the ones, ascending, to `out`. Returns how many there are, or -1 if `out` has no room for all."""
     found = 0
     for at in range(0, len(data), 8):
         eight = data[at : at + 8]
         word = np.uint64(0)
-        if len(eight) == 8:  # one load, where the compiler sees the number
+        if len(eight) == 8:  # one load, because the compiler sees the number
             for byte in range(8):
                 word |= np.uint64(eight[byte]) << np.uint64(8 * byte)
         else:
@@ -81,7 +81,7 @@ def bit_positions(data, out):
 
 @inlined
 def add_bits(piece, bits, above, below):
-    """piece_j += above where bit j is one, else below."""
+    """Adds to piece_j `above` if bit j is one, else `below`."""
     whole = len(piece) // LANES * LANES
     for at in range(0, whole, LANES):
         two = np.uint64(bits[at >> 3]) | (np.uint64(bits[(at >> 3) + 1]) << np.uint64(8))
@@ -92,8 +92,8 @@ def add_bits(piece, bits, above, below):
 
 @kernel(write(f32), read(u8), read(f32), read(f32), i64, f32)
 def sum_signs(total, data, minus, plus, block, divisor):
-    """total_j = the sum over ranks of plus[j // block] where a rank's bit j is one, else minus[j // block], divided; the ranks' bits follow
-    one another, and so do their plus and minus. Blocks are a multiple of 8 elements, or one alone."""
+    """Computes total_j = the sum over ranks of plus[j // block] if a rank's bit j is one, else minus[j // block], divided; the ranks' bits
+    follow one another, and so do their plus and minus. Blocks are a multiple of 8 elements, or there is only one."""
     each, blocks = (len(total) + 7) // 8, (len(total) + block - 1) // block
     for b in range(blocks):
         stop = min((b + 1) * block, len(total))
@@ -111,7 +111,7 @@ def sum_signs(total, data, minus, plus, block, divisor):
 
 @kernel(write(f32), read(u8), i64, f32)
 def vote(total, ballots, ranks, tie):
-    """total_j = the sign of (ones - zeros) among bits j of the ranks' ballots, which follow one another; `tie` where it is 0."""
+    """Computes total_j = the sign of (ones - zeros) among bits j of the ranks' ballots, which follow one another; `tie` if it is 0."""
     each = (len(total) + 7) // 8
     for start in range(0, len(total), L1_PIECE):
         piece = total[start : start + L1_PIECE]
@@ -125,7 +125,7 @@ def vote(total, ballots, ranks, tie):
 
 @kernel(read(f32), write(u8))
 def pack_signs(x, out):
-    """A bit for each element: whether it is not below zero."""
+    """Writes a bit per element: whether it is not below zero."""
     whole = len(x) // LANES * LANES
     for at in range(0, whole, LANES):
         bits = signs(x, at)
@@ -139,7 +139,7 @@ def pack_signs(x, out):
 
 @kernel(read(f32), write(u8))
 def pack_signs_and_most(x, out):
-    """pack_signs and most in one pass; stops early where there is Inf or NaN."""
+    """Does pack_signs and most in one pass, and returns what most does; stops early at Inf or NaN."""
     found = np.uint32(0)
     for start in range(0, len(x), L1_PIECE):
         piece = x[start : start + L1_PIECE]
@@ -152,8 +152,8 @@ def pack_signs_and_most(x, out):
 
 @kernel(read(f32), read(f32), f32, f32, write(f32), write(u8), write(f64))
 def compensate_signs(residual, grad, beta, gamma, total, bits, sums):
-    """compensate and pack_signs in one pass. Adds to `sums`, which has one element, the sum of all |total_j|, or to its three what
-    side_sums finds. Returns whether all of total is finite; stops early where it is not."""
+    """Does compensate and pack_signs in one pass. Adds to `sums`, if it has one element, the sum of all |total_j|; if it has three, what
+    side_sums finds. Returns whether all of total is finite; stops early if not."""
     here = np.empty(1)
     for start in range(0, len(total), L1_PIECE):
         x = total[start : start + L1_PIECE]
@@ -170,6 +170,6 @@ def compensate_signs(residual, grad, beta, gamma, total, bits, sums):
 
 @kernel(write(f32), f32, f32)
 def subtract_signs(x, below, above):
-    """x_j -= below where x_j < 0, else above."""
+    """Subtracts from x_j `below` if x_j < 0, else `above`."""
     for j in range(len(x)):
         x[j] -= below if x[j] < 0 else above

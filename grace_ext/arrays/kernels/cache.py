@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def enabled() -> bool:
-    """Whether host arrays are worked on by compiled kernels."""
+    """Whether compiled kernels are used for host arrays."""
     return os.environ.get("GRACE_EXT_KERNELS", "1") != "0" and _has_numba()
 
 
@@ -21,14 +21,14 @@ def _has_numba() -> bool:
 
 
 def cache_folder() -> Path:
-    """What is kept between runs is kept here."""
+    """Returns the folder for everything that is kept between runs."""
     chosen = os.environ.get("GRACE_EXT_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "grace_ext")
 
 
 @lru_cache(maxsize=1)
 def kernels_folder() -> Path:
-    """Where compiled kernels are kept: in the user's cache, or in a temporary folder where that cannot be written."""
+    """Returns the folder of compiled kernels: in the user's cache, or a temporary one if that cannot be written."""
     digest = hashlib.sha256(os.environ.get("NUMBA_BOUNDSCHECK", "").encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())

@@ -1,6 +1,6 @@
-"""Quantizers whose codes are about a byte an element: terngrad, natural, u8bit.
+"""Encodes and decodes for quantizers whose codes are handled as bytes: terngrad, natural, u8bit.
 
-Where `left` has elements it is the same array as x, and what is sent is taken from it, piece by piece, while it is in the cache.
+If `left` has elements, it is the same array as x, and what is sent is subtracted from it, piece by piece, while it is in the cache.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .sizes import L1_PIECE
 
 S8, S9, S16, S23 = np.uint32(8), np.uint32(9), np.uint32(16), np.uint32(23)
 MANTISSA, LOW16 = np.uint32(2**23 - 1), np.uint32(2**16 - 1)
-TRITS = 5 * 512  # elements of a piece of terngrad, whole bytes
-# Five bytes times this, a digit in each, have the number that they are in base 3 in the fifth byte: no sum below is above 255.
+TRITS = 5 * 512  # elements per piece of terngrad, in whole bytes
+# Five bytes, a base-3 digit in each, times this have the number that the digits form in the fifth byte: no lower byte's sum exceeds 255.
 FIVE, POWERS_OF_3 = np.uint64(2**40 - 1), np.uint64(sum(3 ** (4 - k) << 8 * k for k in range(5)))
 
 
 @kernel(read(f32), write(f32), f32, u32, u32, write(u8))
 def encode_trits(x, left, scale, k0, k1, out):
-    """-1, 0 or 1 for each element, limited to `scale` and rounded at random; five in a byte."""
+    """Encodes each element, limited to `scale`, as -1, 0 or 1 times it, rounded at random; five per byte."""
     room = np.empty(TRITS + 8, np.uint8)
     unit = scale if scale > 0 else np.float32(1)
     for at in range(0, len(x), TRITS):
@@ -47,8 +47,8 @@ def encode_trits(x, left, scale, k0, k1, out):
 
 @kernel(write(f32), read(u8), read(f32), i64, f32)
 def add_trits(total, data, values, ranks, divisor):
-    """total_j = the sum over ranks of the values of their trits j, divided. The ranks' bytes follow one another; `values` has eight for
-    each byte of each rank, of which the first five count. Returns False, with nothing done, where a byte is no five trits."""
+    """Computes total_j = the sum over ranks of the values of their trits j, divided. The ranks' bytes follow one another; `values` has, per
+    rank, eight for each of the 256 bytes, of which the first five count. Returns False, with nothing done, if a byte has no five trits."""
     most = np.uint8(0)
     for at in range(len(data)):
         most = max(most, data[at])
@@ -74,8 +74,8 @@ def add_trits(total, data, values, ranks, divisor):
 
 @kernel(read(f32), write(f32), i32, flag, u32, u32, write(u8))
 def encode_powers(x, left, lowest, wide, k0, k1, out):
-    """Exponents rounded at random. With `wide`, all of them, and the signs are sent apart; else those above `lowest`, 127 at most, with the
-    sign on top. Returns whether all of x is finite."""
+    """Encodes exponents, rounded at random. With `wide`, all of them, and the signs are sent apart; else those above `lowest`, 127 at most,
+    with the sign in the top bit. Returns whether all of x is finite."""
     most = np.uint32(0)
     for at in range(0, len(x), L1_PIECE):
         end = min(at + L1_PIECE, len(x))
@@ -101,8 +101,8 @@ def encode_powers(x, left, lowest, wide, k0, k1, out):
 
 @kernel(write(f32), read(u8), read(u8), flag, f32)
 def add_powers(total, codes, signs, first, divisor):
-    """total_j += 2^(code - 127), negative where the sign bit is 0 (with `first`, 0 + that), and divided in the end. Returns whether all
-    codes are exponents of numbers."""
+    """Adds to total_j 2^(code - 127), negative if the sign bit is 0 (with `first`, 0 + that), and divides in the end. Returns whether all
+    codes are exponents of finite numbers."""
     room = np.empty(L1_PIECE, np.uint32)
     for at in range(0, len(total), L1_PIECE):
         end = min(at + L1_PIECE, len(total))
@@ -128,8 +128,8 @@ def add_powers(total, codes, signs, first, divisor):
 
 @kernel(read(f32), write(f32), read(f32), i64, read(u32), u32, read(f32), write(u8))
 def encode_book(x, left, scales, block, table, lowest, book, out):
-    """The place in the book of |x_j| / scales[j // block], with 128 on top where x_j < 0. `table` says it for the quotient's upper 16 bits,
-    from `lowest` on (see u8bit). In loops of their own, the others become vector instructions around the look-ups, which do not."""
+    """Encodes |x_j| / scales[j // block] as its place in the book, plus 128 if x_j < 0. `table` has the place by the upper 16 bits of
+    the quotient, from `lowest` on (see u8bit). The look-ups have loops of their own, so that the others become vector instructions."""
     quotients, entries, values = np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.float32)
     for b in range(len(scales)):
         unit = scales[b] if scales[b] > 0 else np.float32(1)
@@ -156,7 +156,7 @@ def encode_book(x, left, scales, block, table, lowest, book, out):
 
 @kernel(write(f32), read(u8), read(f32), read(f32), i64, flag, f32)
 def add_book(total, codes, scales, book, block, first, divisor):
-    """total_j += book[code j] scales[j // block] (with `first`, 0 + that), and divided in the end."""
+    """Adds to total_j book[code j] scales[j // block] (with `first`, 0 + that), and divides in the end."""
     for b in range(len(scales)):
         last = min((b + 1) * block, len(total))
         for at in range(b * block, last, L1_PIECE):

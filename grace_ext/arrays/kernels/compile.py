@@ -1,4 +1,4 @@
-"""How a kernel is compiled: for one signature, without Python's lock, into our own cache folder."""
+"""Compiles a kernel for one signature, without Python's lock, into grace_ext's own cache folder, and gives kernels vector instructions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from numba.extending import intrinsic, models, overload, register_model
 
 from .cache import kernels_folder
 
-# Arguments. Arrays that a kernel only reads may be read-only ones: what a transport or TensorFlow owns.
+# Types of arguments. Arrays that a kernel only reads may be read-only ones, such as those of a transport or TensorFlow.
 f32, f64, flag = types.float32, types.float64, types.boolean
 i32, i64, u8, u16, u32 = types.int32, types.int64, types.uint8, types.uint16, types.uint32
 
 
 def read(dtype: Any) -> Any:
-    """A contiguous 1-D array that is only read."""
+    """Returns the type of a contiguous 1-D array that is only read."""
     return types.Array(dtype, 1, "C", readonly=True)
 
 
 def write(dtype: Any) -> Any:
-    """A contiguous 1-D array that is written to."""
+    """Returns the type of a contiguous 1-D array that is written to."""
     return types.Array(dtype, 1, "C")
 
 
 def kernel(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
-    """Compiles a function for these argument types, or loads what was compiled before."""
+    """Returns a decorator that compiles a function for these argument types, or loads what was compiled before."""
 
     def compiled(function: Callable) -> Any:
-        before, config.CACHE_DIR = config.CACHE_DIR, str(kernels_folder())
+        settings: Any = config  # a module whose attributes numba sets when it is loaded
+        before, settings.CACHE_DIR = settings.CACHE_DIR, str(kernels_folder())
         try:
             return njit(tuple(arguments), cache=True, nogil=True, error_model="numpy", **options)(function)
         finally:
-            config.CACHE_DIR = before
+            settings.CACHE_DIR = before
 
     return compiled
 
@@ -52,13 +53,13 @@ def compresses() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512f"))
 
 
-#: For small functions that kernels call.
+#: Decorates small functions that kernels call.
 inlined = njit(inline="always", error_model="numpy")
 
 
 @intrinsic
 def bits_of(context, x):
-    """uint32: the bits of a float32."""
+    """Returns uint32: the bits of a float32."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -68,7 +69,7 @@ def bits_of(context, x):
 
 @intrinsic
 def float_of(context, x):
-    """The inverse of bits_of."""
+    """Inverts bits_of."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -78,7 +79,7 @@ def float_of(context, x):
 
 @intrinsic
 def lowest_one(context, word):
-    """int64: where the lowest one of a uint64 that is not zero is."""
+    """Returns int64: the position of the lowest one in a uint64 that is not zero."""
 
     def generate(context, builder, signature, arguments):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -86,13 +87,13 @@ def lowest_one(context, word):
     return types.int64(types.uint64), generate
 
 
-#: Elements that are looked at together: one vector register of the widest processors, two or four of others.
+#: Elements that are processed together: one vector register of the widest processors, two or four of others.
 LANES = 16
 
 
 class Vector(types.Type):
-    """LANES float32, with + - *: for loops that the compiler would not turn into vector instructions, because it cannot know which arrays
-    lie in the same memory, or would in more steps than one."""
+    """Is the type of LANES float32, with + - *: for loops that the compiler would not turn into vector instructions, because it cannot know
+    which arrays lie in the same memory, or would in more steps than one."""
 
 
 vector = Vector("vector")
@@ -120,7 +121,7 @@ for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (o
 
 @intrinsic
 def load(context, x, at):
-    """vector: x[at + i], for i < LANES. The caller makes sure that there are so many, for these functions."""
+    """Returns vector: x[at + i], for i < LANES. Here and below, the caller makes sure that there are so many elements."""
 
     def generate(context, builder, signature, arguments):
         return builder.load(_lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
@@ -130,7 +131,7 @@ def load(context, x, at):
 
 @intrinsic
 def store(context, x, at, values):
-    """x[at + i] = values_i."""
+    """Stores x[at + i] = values_i."""
 
     def generate(context, builder, signature, arguments):
         builder.store(arguments[2], _lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
@@ -141,13 +142,13 @@ def store(context, x, at, values):
 
 @intrinsic
 def every(context, value):
-    """vector: LANES times a float32."""
+    """Returns vector: LANES times a float32."""
     return vector(types.float32), lambda context, builder, signature, arguments: _every(builder, arguments[0])
 
 
 @intrinsic
 def sum_of(context, values):
-    """float32: the sum of a vector's elements."""
+    """Returns float32: the sum of a vector's elements."""
 
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), arguments[0].type])
@@ -159,7 +160,7 @@ def sum_of(context, values):
 
 @intrinsic
 def larger(context, a, b):
-    """vector: the larger of |a_i| and |b_i|. Inf and NaN are above all numbers."""
+    """Returns vector: the larger of |a_i| and |b_i|. Inf and NaN are above all numbers."""
 
     def generate(context, builder, signature, arguments):
         bits = ir.VectorType(ir.IntType(32), LANES)
@@ -171,7 +172,7 @@ def larger(context, a, b):
 
 @intrinsic
 def largest(context, magnitudes):
-    """uint32: the bits of the largest element of what `larger` gave."""
+    """Returns uint32: the bits of the largest element of what `larger` returned."""
 
     def generate(context, builder, signature, arguments):
         bits = ir.VectorType(ir.IntType(32), LANES)
@@ -184,7 +185,7 @@ def largest(context, magnitudes):
 
 @intrinsic
 def signs(context, x, at):
-    """uint64: bit i is set where x[at + i] >= 0, for i < LANES."""
+    """Returns uint64: bit i is set if x[at + i] >= 0, for i < LANES."""
 
     def generate(context, builder, signature, arguments):
         values = builder.load(_lanes(context, builder, signature, arguments, ir.FloatType()), align=4)
@@ -196,7 +197,7 @@ def signs(context, x, at):
 
 @intrinsic
 def reach(context, x, at, threshold):
-    """uint64: bit i is set where |x[at + i]| >= threshold, given by its bits, for i < LANES."""
+    """Returns uint64: bit i is set if |x[at + i]| >= threshold, given by its bits, for i < LANES."""
 
     def generate(context, builder, signature, arguments):
         return _as_bits(builder, _reaching(context, builder, signature, arguments)[1])
@@ -206,8 +207,8 @@ def reach(context, x, at, threshold):
 
 @intrinsic
 def keep_at(context, x, at, threshold, places, found):
-    """int64: how many |x[at + i]| >= threshold there are, given by its bits, for i < LANES. Their at + i go to `places`, int32[], from
-    `found` on. Only for processors that compress."""
+    """Returns int64: how many |x[at + i]| >= threshold there are, given by its bits, for i < LANES. Writes their at + i to `places`,
+    int32[], from `found` on. Only for processors that have the instruction (see `compresses`)."""
 
     def generate(context, builder, signature, arguments):
         magnitudes, mask = _reaching(context, builder, signature, arguments)
@@ -220,7 +221,7 @@ def keep_at(context, x, at, threshold, places, found):
 
 @intrinsic
 def keep_abs(context, x, at, threshold, out, found):
-    """As `keep_at`, but the |x[at + i]| themselves go to `out`, float32[]."""
+    """Returns what `keep_at` does, but writes the |x[at + i]| themselves to `out`, float32[]."""
 
     def generate(context, builder, signature, arguments):
         return _compress(context, builder, signature, arguments, *_reaching(context, builder, signature, arguments))
@@ -229,14 +230,14 @@ def keep_abs(context, x, at, threshold, out, found):
 
 
 def _reaching(context: Any, builder: Any, signature: Any, arguments: Any) -> tuple[Any, Any]:
-    """The bits of |x[at + i]|, and whether they reach the threshold, of arguments that begin with x, at, threshold."""
+    """Returns the bits of |x[at + i]|, and whether they reach the threshold, for arguments that begin with x, at, threshold."""
     values = builder.load(_lanes(context, builder, signature, arguments, ir.IntType(32)), align=4)
     magnitudes = builder.and_(values, ir.Constant(values.type, [0x7FFFFFFF] * LANES))
     return magnitudes, builder.icmp_unsigned(">=", magnitudes, _every(builder, arguments[2]))
 
 
 def _compress(context: Any, builder: Any, signature: Any, arguments: Any, values: Any, mask: Any) -> Any:
-    """Stores the chosen of 32-bit values in arguments[3] from arguments[4] on. Returns how many they are."""
+    """Stores the 32-bit values that the mask chooses in arguments[3], from arguments[4] on. Returns how many there are."""
     into = builder.gep(context.make_array(signature.args[3])(context, builder, arguments[3]).data, [arguments[4]])
     into = builder.bitcast(into, ir.IntType(32).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [values.type, into.type, mask.type])
@@ -246,7 +247,7 @@ def _compress(context: Any, builder: Any, signature: Any, arguments: Any, values
 
 @intrinsic
 def add_either(context, total, at, bits, above, below):
-    """total[at + i] += above where bit i is set, else below, for i < LANES."""
+    """Adds to total[at + i] `above` if bit i is set, else `below`, for i < LANES."""
 
     def generate(context, builder, signature, arguments):
         here = _lanes(context, builder, signature, arguments, ir.FloatType())
@@ -261,7 +262,7 @@ def add_either(context, total, at, bits, above, below):
 
 @intrinsic
 def copy_eight(context, into, at, values, start):
-    """into[at + i] = values[start + i], of float32, for i < 8, in one load and one store."""
+    """Copies into[at + i] = values[start + i], float32, for i < 8, in one load and one store."""
 
     def generate(context, builder, signature, arguments):
         there, here = (_lanes(context, builder, signature, arguments, ir.FloatType(), 8, argument) for argument in (0, 2))
@@ -272,18 +273,18 @@ def copy_eight(context, into, at, values, start):
 
 
 def _lanes(context: Any, builder: Any, signature: Any, arguments: Any, element: Any, number: int = LANES, argument: int = 0) -> Any:
-    """A pointer to so many elements of the array that is this argument, from the position on that is the next."""
+    """Returns a pointer to so many elements of the array in this argument, from the position in the next argument on."""
     data = context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
     return builder.bitcast(builder.gep(data, [arguments[argument + 1]]), ir.VectorType(element, number).as_pointer())
 
 
 def _every(builder: Any, value: Any) -> Any:
-    """LANES times a value."""
+    """Returns LANES times a value, as a vector."""
     nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(ir.IntType(32), 0))
     return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
 
 def _as_bits(builder: Any, answers: Any) -> Any:
-    """LANES yes or no as the low bits of a uint64."""
+    """Returns LANES truth values as the low bits of a uint64."""
     return builder.zext(builder.bitcast(answers, ir.IntType(LANES)), ir.IntType(64))

@@ -1,9 +1,9 @@
-"""One pass over all elements: gradient and residual, questions about values, norms of blocks.
+"""Makes one pass over all elements: adds gradient and residual, answers questions about values, computes norms of blocks.
 
 Magnitudes are compared as integers: the bits of floats without their sign are ordered as the floats are, with Inf and NaN on top, and
-integer comparisons become vector instructions. Loops run over slices from 0 to their length: only then are negative indices ruled out, and
-with them what keeps a loop from becoming vector instructions. Operations on two uint32 give a uint64 in numba; what is cut back at once
-stays in vectors of 32 bits.
+integer comparisons become vector instructions. Loops run over slices from 0 to their length: only then are negative indices ruled out,
+which would keep a loop from becoming vector instructions. Operations on two uint32 give a uint64 in numba; a result that is cut back at
+once stays in vectors of 32 bits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
 @inlined
 def magnitude(x):
-    """uint32: the bits of |x|."""
+    """Returns uint32: the bits of |x|."""
     return np.uint32(bits_of(x) & MAGNITUDE)
 
 
 @kernel(read(f32), read(f32), f32, f32, write(f32))
 def compensate(residual, grad, beta, gamma, out):
-    """out_j = beta residual_j + gamma grad_j. Returns whether all of out is finite."""
+    """Computes out_j = beta residual_j + gamma grad_j. Returns whether all of out is finite."""
     most = np.uint32(0)
     for j in range(len(out)):
         total = beta * residual[j] + gamma * grad[j]
@@ -35,7 +35,7 @@ def compensate(residual, grad, beta, gamma, out):
 
 @kernel(read(f32))
 def most(x):
-    """The bits of max |x_j|; Inf and NaN are above all numbers. Stops early where there is one."""
+    """Returns the bits of max |x_j|; Inf and NaN are above all numbers. Stops early at one of them."""
     found = np.uint32(0)
     for start in range(0, len(x), L1_PIECE):
         piece = x[start : start + L1_PIECE]
@@ -48,7 +48,7 @@ def most(x):
 
 @kernel(read(f32), i64, write(f64), fastmath={"reassoc"})
 def block_sums(x, block, out):
-    """out_b = the sum of |x_j| over block b, in float64."""
+    """Computes out_b = the sum of |x_j| over block b, in float64."""
     for b in range(len(out)):
         total = 0.0
         piece = x[b * block : (b + 1) * block]
@@ -59,7 +59,7 @@ def block_sums(x, block, out):
 
 @kernel(read(f32), fastmath={"reassoc"})
 def squares(x):
-    """The sum of x_j^2, in float64."""
+    """Returns the sum of x_j^2, in float64."""
     total = 0.0
     for j in range(len(x)):
         total += np.float64(x[j]) * np.float64(x[j])
@@ -68,7 +68,7 @@ def squares(x):
 
 @kernel(read(f32), i64, write(f64))
 def block_squares(x, block, out):
-    """out_b = the sum of x_j^2 over block b, in float64."""
+    """Computes out_b = the sum of x_j^2 over block b, in float64."""
     for b in range(len(out)):
         total = 0.0
         for at in range(b * block, min((b + 1) * block, len(x)), L1_PIECE):
@@ -78,7 +78,7 @@ def block_squares(x, block, out):
 
 @kernel(read(f32), i64, write(f64))
 def block_largest(x, block, out):
-    """out_b = max |x_j| over block b."""
+    """Computes out_b = max |x_j| over block b."""
     for b in range(len(out)):
         found = np.uint32(0)
         piece = x[b * block : (b + 1) * block]
@@ -89,7 +89,7 @@ def block_largest(x, block, out):
 
 @kernel(read(f32), write(f64), fastmath={"reassoc", "nsz"})
 def side_sums(x, out):
-    """Adds to out: the sum of |x_j| where x_j < 0, that of the other x_j, and how many are below zero."""
+    """Adds to out: the sum of |x_j| for x_j < 0, that of the other x_j, and how many are below zero."""
     below, above, number = 0.0, 0.0, np.uint32(0)
     for j in range(len(x)):
         below += np.float64(x[j] if x[j] < 0 else np.float32(0))
@@ -102,7 +102,7 @@ def side_sums(x, out):
 
 @kernel(read(f32), write(f64), fastmath={"reassoc"})
 def magnitude_stats(x, out):
-    """Adds to out[0] the sum of |x_j| and to out[1] how many are not zero; out[2] becomes the largest, Inf for NaN."""
+    """Adds to out[0] the sum of |x_j| and to out[1] how many are not zero. out[2] becomes the largest, Inf for NaN."""
     for start in range(0, len(x), L1_PIECE):
         piece = x[start : start + L1_PIECE]
         total, number, found = 0.0, np.uint32(0), np.uint32(0)
@@ -117,7 +117,7 @@ def magnitude_stats(x, out):
 
 @kernel(read(f32), read(f32), f32, f32, write(f32), write(f64), write(f32))
 def compensate_stats(residual, grad, beta, gamma, total, out, spent):
-    """compensate and magnitude_stats in one pass. `spent` is the gradient, where it is to become zeros as far as all is finite."""
+    """Does compensate and magnitude_stats in one pass. `spent` is the gradient, if it is to become zeros as far as all is finite."""
     for start in range(0, len(total), L1_PIECE):
         x = total[start : start + L1_PIECE]
         compensate(residual[start : start + L1_PIECE], grad[start : start + L1_PIECE], beta, gamma, x)

@@ -1,7 +1,7 @@
-"""Floats of 16 bits: IEEE half precision by the processor's own conversions, bfloat16 in integers.
+"""Converts floats of 16 bits: IEEE half precision by the processor's own conversions, bfloat16 in integers.
 
-Loaded only where the processor has those conversions (compile.converts_halves): elsewhere they would become calls of functions that may
-not be there.
+This module is loaded only if the processor has those conversions (compile.converts_halves): elsewhere they would become calls of functions
+that may not exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ S16 = np.uint32(16)
 
 @intrinsic
 def rounded(context, x):
-    """uint16: the bits of a float32 as float16, rounded to nearest even."""
+    """Returns uint16: the bits of a float32 as float16, rounded to nearest even."""
 
     def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
@@ -30,7 +30,7 @@ def rounded(context, x):
 
 @intrinsic
 def widened(context, bits):
-    """The inverse: float32."""
+    """Inverts `rounded`: returns float32."""
 
     def generate(context, builder, signature, arguments):
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -40,7 +40,7 @@ def widened(context, bits):
 
 @inlined
 def half(bits):
-    """uint16: the float32 of these bits as float16, finite ones saturated."""
+    """Returns uint16: the float32 of these bits as float16; finite ones saturate."""
     absolute = np.uint32(bits & MAGNITUDE)
     if absolute < INFINITY:
         absolute = min(absolute, LARGEST_HALF)
@@ -49,7 +49,7 @@ def half(bits):
 
 @inlined
 def brain(bits):
-    """uint16: the float32 of these bits as bfloat16, finite ones saturated, every NaN the same."""
+    """Returns uint16: the float32 of these bits as bfloat16; finite ones saturate, every NaN becomes the same."""
     absolute = np.uint32(bits & MAGNITUDE)
     up = np.uint32(np.uint32(0x7FFF) + ((absolute >> S16) & np.uint32(1)))
     nearest = np.uint32(np.uint32(min(absolute, LARGEST_BRAIN) + up) >> S16)
@@ -61,13 +61,13 @@ def brain(bits):
 
 @inlined
 def wide(bits, brains):
-    """float32: the value of 16 bits."""
+    """Returns float32: the value of 16 bits, of bfloat16 or else of float16."""
     return float_of(np.uint32(bits) << S16) if brains else widened(bits)
 
 
 @kernel(read(f32), flag, write(u16))
 def narrow(x, brains, out):
-    """The bits of x as bfloat16, or else float16, into `out`. Returns whether all of x is finite."""
+    """Writes the bits of x as bfloat16, or else float16, to `out`. Returns whether all of x is finite."""
     most = np.uint32(0)
     for j in range(len(x)):
         most = max(most, magnitude(x[j]))
@@ -77,7 +77,7 @@ def narrow(x, brains, out):
 
 @kernel(read(f32), read(f32), f32, f32, flag, write(u16), write(f32))
 def narrow_sum(residual, grad, beta, gamma, brains, out, left):
-    """p_j = beta residual_j + gamma grad_j as 16 bits into `out`, and what they leave of p_j into `left`. Returns whether all of p is
+    """Writes p_j = beta residual_j + gamma grad_j as 16 bits to `out`, and what these lose of p_j to `left`. Returns whether all of p is
     finite."""
     most = np.uint32(0)
     for j in range(len(left)):
@@ -91,14 +91,14 @@ def narrow_sum(residual, grad, beta, gamma, brains, out, left):
 
 @kernel(write(f32), read(u16), flag)
 def widen(out, data, brains):
-    """out_j = the value of these 16 bits."""
+    """Computes out_j = the value of these 16 bits."""
     for j in range(len(out)):
         out[j] = wide(data[j], brains)
 
 
 @kernel(write(f32), read(u16), flag, flag, f32)
 def add_halves(total, data, brains, first, divisor):
-    """total_j += the value of these 16 bits (with `first`, 0 + that), and divided in the end. Returns whether all values are finite."""
+    """Adds to total_j the value of these 16 bits (with `first`, 0 + that), and divides in the end. Returns whether all are finite."""
     most = np.uint32(0)
     for start in range(0, len(total), L1_PIECE):
         piece, bits = total[start : start + L1_PIECE], data[start : start + L1_PIECE]

@@ -1,6 +1,6 @@
-"""qsgd: random rounding to levels of a block's norm, all of it in one pass over gradient and residual.
+"""Encodes and decodes for qsgd: rounds at random to levels of a block's norm, all in one pass over gradient and residual.
 
-A code is a level, and above it the sign. Codes are worked on in pieces of 32-bit integers, which stay in the cache.
+A code is a level, with the sign in the bit above it. Codes are handled in pieces of 32-bit integers, which stay in the cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ S8 = np.uint32(8)
 
 @kernel(read(f32), f32, i32, i32, u32, u32, write(i32))
 def round_randomly(x, scale, levels, sign, k0, k1, codes):
-    """|x_j| scale rounded down or up at random (Ops.round_randomly), and `sign` where x_j < 0."""
+    """Computes the codes: |x_j| scale, rounded down or up at random (Ops.round_randomly), with the bit `sign` if x_j < 0."""
     for j in range(len(codes)):
         scaled = abs(x[j]) * scale
         low = np.int32(scaled)
@@ -28,7 +28,7 @@ def round_randomly(x, scale, levels, sign, k0, k1, codes):
 
 @kernel(read(i32), i64, i64, write(u8))
 def pack_piece(codes, width, start, out):
-    """Codes of `width` bits into `out`, from code number `start` on; those before it are there already. Fast for 8, 4 and 2 bits."""
+    """Packs codes of `width` bits into `out`, from code number `start` on; those before it are there already. Fast for 8, 4 and 2 bits."""
     at, bits, done = start * width >> 3, start * width & 7, 0
     if bits == 0 and (width == 8 or width == 4 or width == 2):
         into = out[at : at + len(codes) * width // 8]
@@ -57,7 +57,7 @@ def pack_piece(codes, width, start, out):
 
 @kernel(read(u8), i64, i64, write(i32))
 def unpack_piece(data, width, start, codes):
-    """The inverse: as many codes as there is room for."""
+    """Unpacks as many codes as there is room for, from code number `start` on."""
     at, bits, done = start * width >> 3, start * width & 7, 0
     if bits == 0 and (width == 8 or width == 4 or width == 2):
         piece = data[at : at + len(codes) * width // 8]
@@ -90,9 +90,9 @@ def unpack_piece(data, width, start, codes):
 
 @kernel(read(f32), read(f32), f32, f32, read(f32), write(f32), i64, i64, f64, f32, i32, u32, u32, write(f32), write(u8))
 def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smallest, levels, k0, k1, norms, out):
-    """The norms and the packed codes of x. Norms stop at `largest`; blocks whose norm is under `smallest` are zero. Where `left` has
-    elements it is the same array as x: it becomes p = beta residual + gamma grad first, and what is not sent in the end. Returns whether
-    all of x is finite."""
+    """Computes the norms and the packed codes of x. Norms are limited to `largest`; blocks whose norm is under `smallest` become zero. If
+    `left` has elements, it is the same array as x: it first becomes p = beta residual + gamma grad, and in the end what is not sent.
+    Returns whether all of x is finite."""
     room, sign = np.empty(L1_PIECE, np.int32), np.int32(1 << (width - 1))
     for b in range(len(norms)):
         first, last = b * block, min((b + 1) * block, len(x))
@@ -122,8 +122,8 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
 
 @kernel(write(f32), read(u8), read(f32), i64, i64, i32, flag, f32)
 def add_levels(total, data, units, block, width, levels, first, divisor):
-    """total_j += the signed level of code j times units[j // block] (with `first`, 0 + that), and divided in the end. Returns False where a
-    level is above `levels`."""
+    """Adds to total_j the signed level of code j times units[j // block] (with `first`, 0 + that), and divides in the end. Returns False if
+    a level is above `levels`."""
     room, sign = np.empty(L1_PIECE, np.int32), np.int32(1 << (width - 1))
     for b in range(len(units)):
         last = min((b + 1) * block, len(total))

@@ -1,4 +1,4 @@
-"""Products of a matrix with a few columns, in one pass over the matrix. BLAS, made for larger factors, takes a pass for each."""
+"""Multiplies a matrix by a few columns, in one pass over the matrix. BLAS, made for larger factors, takes a pass per column."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def dot(a, b):
 
 @inlined
 def others(rank, columns):
-    """Where the second to fourth row of Q begin: four are worked on at once. Where there are fewer, the last one again, for nothing."""
+    """Returns where the second to fourth row of Q begin: four are processed at once. If there are fewer, the last one repeats, unused."""
     return min(1, rank - 1) * columns, min(2, rank - 1) * columns, min(3, rank - 1) * columns
 
 
 @inlined
 def factor(a, i, r, rank):
-    """What a row of the matrix a has for one of the four."""
+    """Returns a vector of the element in row i and column r of the matrix a, zeros if there is no such column."""
     return every(a[i * rank + r] if r < rank else np.float32(0))
 
 
 @inlined
 def factors(a, i, r, rank):
-    """What four rows of the matrix a, from row i on, have in column r."""
+    """Returns vectors of the elements in column r of four rows of the matrix a, from row i on."""
     return every(a[i * rank + r]), every(a[(i + 1) * rank + r]), every(a[(i + 2) * rank + r]), every(a[(i + 3) * rank + r])
 
 
 @kernel(read(f32), read(f32), f32, f32, read(f32), i64, i64, write(f32), write(f32))
 def compensate_product(residual, grad, beta, gamma, q, rows, rank, x, p):
-    """x_j = beta residual_j + gamma grad_j, and p += x Q, for x: float[rows, columns], Q by rows: float[rank, columns], and
+    """Computes x_j = beta residual_j + gamma grad_j, and p += x Q, for x: float[rows, columns], Q by rows: float[rank, columns], and
     p: float[rows, rank]. Returns whether all of x is finite. x may be the gradient's own memory."""
     columns, most = len(x) // rows, np.uint32(0)
     whole, zero = columns // LANES * LANES, every(np.float32(0))
@@ -71,8 +71,8 @@ def add_multiple(x, factor, other):
 
 @kernel(read(f32), read(f32), i64, i64, write(f32))
 def project(x, p, rows, rank, q):
-    """q += P^T x, for x: float[rows, columns], P: float[rows, rank], and q by rows: float[rank, columns]. Four rows at a time, by stretches
-    of columns that stay in the second-level cache with their sums."""
+    """Computes q += P^T x, for x: float[rows, columns], P: float[rows, rank], and q by rows: float[rank, columns]. It takes four rows at
+    a time, in stretches of columns that stay in the second-level cache with their sums."""
     columns, together, fours = len(x) // rows, rows // 4 * 4, rank // 4 * 4
     whole = columns // LANES * LANES
     for start in range(0, whole, L2_PIECE):
@@ -81,10 +81,10 @@ def project(x, p, rows, rank, q):
             first = i * columns
             second, third, fourth = first + columns, first + 2 * columns, first + 3 * columns
             for base in range(0, fours, 4):
-                one, a0, b0, c0, d0 = base * columns, *factors(p, i, base, rank)
-                two, a1, b1, c1, d1 = one + columns, *factors(p, i, base + 1, rank)
-                three, a2, b2, c2, d2 = two + columns, *factors(p, i, base + 2, rank)
-                four, a3, b3, c3, d3 = three + columns, *factors(p, i, base + 3, rank)
+                one, a0, b0, c0, d0 = base * columns, *factors(p, i, base, rank)  # type: ignore[misc]  # mypy unpacks no Any
+                two, a1, b1, c1, d1 = one + columns, *factors(p, i, base + 1, rank)  # type: ignore[misc]  # mypy unpacks no Any
+                three, a2, b2, c2, d2 = two + columns, *factors(p, i, base + 2, rank)  # type: ignore[misc]  # mypy unpacks no Any
+                four, a3, b3, c3, d3 = three + columns, *factors(p, i, base + 3, rank)  # type: ignore[misc]  # mypy unpacks no Any
                 for j in range(start, end, LANES):
                     a, b, c, d = load(x, first + j), load(x, second + j), load(x, third + j), load(x, fourth + j)
                     store(q, one + j, load(q, one + j) + ((a * a0 + b * b0) + (c * c0 + d * d0)))
@@ -92,7 +92,7 @@ def project(x, p, rows, rank, q):
                     store(q, three + j, load(q, three + j) + ((a * a2 + b * b2) + (c * c2 + d * d2)))
                     store(q, four + j, load(q, four + j) + ((a * a3 + b * b3) + (c * c3 + d * d3)))
             for r in range(fours, rank):
-                at, a0, b0, c0, d0 = r * columns, *factors(p, i, r, rank)
+                at, a0, b0, c0, d0 = r * columns, *factors(p, i, r, rank)  # type: ignore[misc]  # mypy unpacks no Any
                 for j in range(start, end, LANES):
                     a, b, c, d = load(x, first + j), load(x, second + j), load(x, third + j), load(x, fourth + j)
                     store(q, at + j, load(q, at + j) + ((a * a0 + b * b0) + (c * c0 + d * d0)))
@@ -104,7 +104,8 @@ def project(x, p, rows, rank, q):
 
 @kernel(write(f32), read(f32), read(f32), i64, i64)
 def subtract_product(x, a, b, rows, rank):
-    """x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the cache."""
+    """Computes x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the
+    cache."""
     columns = len(x) // rows
     for i in range(rows):
         for start in range(0, columns, L1_PIECE):
@@ -115,7 +116,8 @@ def subtract_product(x, a, b, rows, rank):
 
 @kernel(read(f32), read(f32), read(f32), read(f32), i64, i64, write(f32), write(f32))
 def products(x, a, b, sent, rows, rank, unsent, out):
-    """unsent = x less the elements of a @ sent, and out = those of a @ b, in one pass over all. One of them may be the memory of x."""
+    """Computes unsent = x less the elements of a @ sent, and out = those of a @ b, in one pass over all. One of them may be the memory of
+    x."""
     columns = len(x) // rows
     whole = columns // LANES * LANES
     one, two, three = others(rank, columns)
@@ -144,7 +146,7 @@ def dot64(a, b):
 
 @kernel(write(f64), i64)
 def gram_schmidt(columns, rank):
-    """`rank` columns, one after the other in memory, made orthonormal; see compressors/lowrank.orthonormalize."""
+    """Makes `rank` columns, one after the other in memory, orthonormal; see compressors/forms/lowrank.orthonormalize."""
     rows, factors = len(columns) // rank, np.empty(rank)
     for j in range(rank):
         column = columns[j * rows : (j + 1) * rows]

@@ -1,4 +1,4 @@
-"""Several small tensors that lie end to end: one call for what would be a call for each. `ends`: where each of them ends."""
+"""Handles several small tensors that lie end to end in one call, instead of one call per tensor. `ends`: where each of them ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BITMAP = -1
 
 @inlined
 def code(k, d):
-    """(low bits of the Elias-Fano code of k positions of d, or BITMAP; bytes): coding.py's 'auto'."""
+    """Returns (low bits of the Elias-Fano code of k positions of d, or BITMAP; bytes), as the index coding 'auto' chooses."""
     if k == 0 or k == d:
         return BITMAP, 0
     low, size = _smallest(k, d)
@@ -26,7 +26,7 @@ def code(k, d):
 
 @inlined
 def number(data, at):
-    """Of 4 bytes."""
+    """Returns the number in 4 bytes, little-endian."""
     return np.int64(data[at]) | np.int64(data[at + 1]) << 8 | np.int64(data[at + 2]) << 16 | np.int64(data[at + 3]) << 24
 
 
@@ -38,8 +38,8 @@ def put_number(value, out, at):
 
 @kernel(read(u8), read(i64), read(i64), read(flag))
 def extent(data, counts, items, variable):
-    """How many bytes these fields take at the beginning of `data`: arrays of as many items of so many bytes each, or, of variable ones, of
-    as many as their first 4 bytes say. -1 where that is more than there may be, or than there are bytes."""
+    """Returns how many bytes these fields take at the beginning of `data`: arrays of `counts` items of `items` bytes each or, if variable,
+    of as many items as their first 4 bytes say. Returns -1 if these are more than `counts`, or take more bytes than there are."""
     at = 0
     for field in range(len(counts)):
         count = counts[field]
@@ -57,8 +57,8 @@ def extent(data, counts, items, variable):
 
 @kernel(read(i64), read(u8), i64, read(i64), read(i64), flag, write(u8))
 def merge_sparse(positions, values, item, found, ends, counted, out):
-    """The payloads of compressors/sparse.py, one after the other, into `out`, zeros at first: each tensor's values, of `item` bytes, and
-    their positions, which end at `found`; both after their number where they are counted."""
+    """Writes the payloads of compressors/forms/sparse.py, one after the other, to `out`, which is zeros at first: each tensor's values, of
+    `item` bytes, and their positions, which end at `found`; both after their number if they are counted."""
     at, first, start = 0, 0, 0
     for t in range(len(ends)):
         k, d = found[t] - first, ends[t] - start
@@ -83,8 +83,8 @@ def merge_sparse(positions, values, item, found, ends, counted, out):
 
 @kernel(read(u8), i64, read(i64), read(i64), flag, write(i64), write(u8))
 def open_sparse(data, item, most, ends, counted, positions, values):
-    """The inverse, where each tensor has at most `most` values (exactly so many, if they are not counted). Returns how many there are in
-    all, or -1 where anything is not as it should be."""
+    """Inverts merge_sparse, for tensors with at most `most` values each (exactly so many, if they are not counted). Returns how many there
+    are in all, or -1 if anything in `data` does not fit."""
     at, first, start = 0, 0, 0
     for t in range(len(ends)):
         k, d = most[t], ends[t] - start
@@ -122,8 +122,8 @@ def open_sparse(data, item, most, ends, counted, positions, values):
 
 @kernel(read(f32), read(i64), read(i64), write(i64))
 def largest_each(x, ends, counts, positions):
-    """Where each tensor's largest |x_j| are, so many of each, ascending; among equals the lowest positions. Looks at a byte of the
-    magnitudes at a time, from the highest on, until it has all bits of the smallest that is kept."""
+    """Finds where each tensor's largest |x_j| are, `counts` of each, ascending; among equals the lowest positions. It looks at a byte of
+    the magnitudes at a time, from the highest on, until it has all bits of the smallest that is kept."""
     found, start, how_many = 0, 0, np.empty(256, np.int64)
     for t in range(len(ends)):
         piece, missing, smallest, known = x[start : ends[t]], counts[t], np.int64(0), np.int64(0)
@@ -149,7 +149,7 @@ def largest_each(x, ends, counts, positions):
 
 @kernel(read(f32), read(f32), f32, f32, read(i64), write(f32), write(u8), write(f64))
 def compensate_signs_each(residual, grad, beta, gamma, ends, total, bits, sums):
-    """compensate_signs of each tensor, whose signs begin at a byte of their own. Returns whether all of total is finite."""
+    """Does compensate_signs for each tensor, whose signs begin at a byte of their own. Returns whether all of total is finite."""
     start, at, each = 0, 0, len(sums) // len(ends)
     for t in range(len(ends)):
         here = slice(start, ends[t])
@@ -162,7 +162,7 @@ def compensate_signs_each(residual, grad, beta, gamma, ends, total, bits, sums):
 
 @kernel(write(f32), read(f32), read(f32), read(i64))
 def subtract_signs_each(x, below, above, ends):
-    """subtract_signs of each tensor."""
+    """Does subtract_signs for each tensor."""
     start = 0
     for t in range(len(ends)):
         subtract_signs(x[start : ends[t]], below[t], above[t])
@@ -171,8 +171,8 @@ def subtract_signs_each(x, below, above, ends):
 
 @kernel(write(f32), read(u8), read(f32), read(f32), read(i64), f32)
 def sum_signs_each(total, data, minus, plus, ends, divisor):
-    """total_j = the sum over ranks of the tensor's plus where a rank's bit j is one, else its minus, divided; the ranks' bits follow one
-    another, and so do their plus and minus."""
+    """Computes total_j = the sum over ranks of the tensor's plus if a rank's bit j is one, else its minus, divided; the ranks' bits follow
+    one another, and so do their plus and minus."""
     tensors = len(ends)
     ranks = len(plus) // tensors
     each = len(data) // ranks

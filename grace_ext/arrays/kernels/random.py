@@ -1,4 +1,4 @@
-"""The counter-based generator of grace_ext/rng.py, word by word, without a pass of its own."""
+"""Computes the words of the counter-based generator of parts/rng.py, one at a time, without a pass of their own."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(1
 
 @inlined
 def mix(x):
-    """The finaliser of rng.mix."""
-    x = np.uint32((x ^ (x >> S16)) * M1)  # integers are widened to 64 bits by every operation
+    """Returns rng.mix(x), the finaliser."""
+    x = np.uint32((x ^ (x >> S16)) * M1)  # numba widens integers to 64 bits in every operation
     x = np.uint32((x ^ (x >> S15)) * M2)
     return np.uint32(x ^ (x >> S16))
 
 
 @inlined
 def word(j, k0, k1):
-    """Word j of the stream with key (k0, k1)."""
+    """Returns word j of the stream with key (k0, k1)."""
     return mix(np.uint32(mix(np.uint32(np.uint32(j) + k0)) ^ k1))
 
 
 @kernel(u32, u32, write(i64))
 def random_words(k0, k1, out):
-    """rng.words((k0, k1), len(out))."""
+    """Writes rng.words((k0, k1), len(out)) to `out`."""
     for j in range(len(out)):
         out[j] = word(j, k0, k1)
 
 
 @kernel(u32, u32, i64, write(i64))
 def scramble(k0, k1, half, x):
-    """Each of x, numbers of 2 * half bits, becomes its image under a keyed Feistel network."""
+    """Replaces each of x, numbers of 2 * half bits, by its image under a keyed Feistel network."""
     mask, shift = np.uint32((1 << half) - 1), np.uint32(half)
     left, right = np.empty(L1_PIECE, np.uint32), np.empty(L1_PIECE, np.uint32)
     for start in range(0, len(x), L1_PIECE):
@@ -55,7 +55,7 @@ def scramble(k0, k1, half, x):
 
 @kernel(u32, u32, i64, i64, write(i64))
 def permuted(k0, k1, half, d, out):
-    """The images of 0, 1, ... under the keyed permutation of [0, d) of rng.sample: what falls outside is scrambled again."""
+    """Writes the images of 0, 1, ... under the keyed permutation of [0, d) of sampling.sample: what falls outside is scrambled again."""
     for j in range(len(out)):
         out[j] = j
     scramble(k0, k1, half, out)
@@ -79,7 +79,8 @@ def permuted(k0, k1, half, d, out):
 
 @kernel(read(u32), read(i64), read(i64), read(i64), write(i64))
 def permuted_each(keys, halves, sizes, counts, out):
-    """permuted for each size, with two words of the keys and so many images each, as positions in arrays of these sizes laid end to end."""
+    """Does permuted for each size, with two words of the keys and `counts` images each, as positions in arrays of these sizes laid end to
+    end."""
     at, start = 0, 0
     for t in range(len(sizes)):
         mine = out[at : at + counts[t]]

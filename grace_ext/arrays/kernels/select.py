@@ -1,4 +1,4 @@
-"""Sparse payloads: finding elements above a threshold, adding values at positions, and the Elias-Fano code of positions."""
+"""Handles sparse payloads: finds elements above a threshold, adds values at positions, and codes positions by Elias-Fano."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COMPRESSES = compresses()
 
 
 def _selects(keep, of):
-    """The function that puts `of(x, j)` of all |x_j| >= threshold (given by its bits, above zero) in order into `out`, which has room for
-    all, and returns how many. `keep` is its instruction where the processor has one."""
+    """Returns the function that writes `of(x, j)` of all |x_j| >= threshold (given by its bits, above zero) in order to `out`, which has
+    room for all, and returns how many. `keep` is the instruction for it, if the processor has one."""
     of = inlined(of)
 
     @inlined
@@ -46,13 +46,13 @@ _magnitudes = _selects(keep_abs, lambda x, j: abs(x[j]))
 
 @kernel(read(f32), u32, write(i32))
 def reaching(x, threshold, places):
-    """Where |x_j| >= threshold (given by its bits, above zero), in order, into `places`, which has room for all. Returns how many."""
+    """Writes where |x_j| >= threshold (given by its bits, above zero), in order, to `places`, which has room for all. Returns how many."""
     return _places(x, threshold, places)
 
 
 @inlined
 def take(x, start, threshold, places, positions, values):
-    """What reaches the threshold of a piece that starts there, into `positions` and `values`. Returns how many, or NOT_FINITE."""
+    """Writes what reaches the threshold in a piece that begins at `start` to `positions` and `values`. Returns how many, or NOT_FINITE."""
     found, most = reaching(x, threshold, places), np.uint32(0)
     for j in range(found):
         positions[j], values[j] = start + places[j], x[places[j]]
@@ -62,8 +62,8 @@ def take(x, start, threshold, places, positions, values):
 
 @kernel(read(f32), u32, write(i64), write(f32), write(f32))
 def collect(x, threshold, positions, values, taken):
-    """The x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops where L1_PIECE more might have no room. Returns
-    (how many were found, or NOT_FINITE; the position it came to). `taken` is x's own memory, where what is found is to become zero."""
+    """Collects the x_j with |x_j| >= threshold (given by its bits, above zero), in order. Stops when L1_PIECE more might have no room.
+    Returns (how many were found, or NOT_FINITE; the position it came to). `taken` is x's own memory, if what is found is to become zero."""
     found, places = 0, np.empty(L1_PIECE, np.int32)
     for start in range(0, len(x), L1_PIECE):
         piece = x[start : start + L1_PIECE]
@@ -81,8 +81,8 @@ def collect(x, threshold, positions, values, taken):
 
 @kernel(read(f32), u32, write(f32))
 def gather_above(x, threshold, out):
-    """The |x_j| >= threshold (given by its bits), in order, into `out`. Stops as `collect`. Returns (how many, the position it came to, the
-    least of them as bits, or those of Inf)."""
+    """Writes the |x_j| >= threshold (given by its bits), in order, to `out`. Stops as `collect` does. Returns (how many, the position it
+    came to, the bits of the least of them, or of Inf if there are none)."""
     found, least = 0, INFINITY
     for start in range(0, len(x), L1_PIECE):
         piece, into = x[start : start + L1_PIECE], out[found:]
@@ -97,7 +97,7 @@ def gather_above(x, threshold, out):
 
 @kernel(read(f32), f32, fastmath={"reassoc"})
 def total_above(x, least):
-    """The sum of x_j - least, each in float32, in float64."""
+    """Returns the sum, in float64, of x_j - least, each in float32."""
     total = 0.0
     for j in range(len(x)):
         total += np.float64(x[j] - least)
@@ -106,8 +106,9 @@ def total_above(x, least):
 
 @kernel(read(f32), read(f32), f32, f32, u32, write(f32), write(i64), write(f32), write(f32))
 def sweep(residual, grad, beta, gamma, threshold, total, positions, values, spent):
-    """compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, but zero where its magnitude reaches the threshold, and
-    those. Stops and returns as collect. `spent` is the gradient, where it is to become zeros as far as that came and all is finite."""
+    """Does compensate and collect in one pass: total_j = beta residual_j + gamma grad_j, but zero where its magnitude reaches the
+    threshold; collects those. Stops and returns as collect. `spent` is the gradient, if it is to become zeros as far as that came
+    and all is finite."""
     found, places = 0, np.empty(L1_PIECE, np.int32)
     for start in range(0, len(total), L1_PIECE):
         piece = total[start : start + L1_PIECE]
@@ -128,8 +129,8 @@ def sweep(residual, grad, beta, gamma, threshold, total, positions, values, spen
 
 @kernel(read(f32), read(f32), f32, f32, read(i64), write(f32), write(f32), write(f32))
 def compensate_at(residual, grad, beta, gamma, positions, total, values, spent):
-    """values = beta residual_j + gamma grad_j at these ascending positions; total_j = the same everywhere else, and zero there. Returns
-    whether all are finite; `spent` as for sweep."""
+    """Computes values = beta residual_j + gamma grad_j at these ascending positions; total_j = the same everywhere else, and zero there.
+    Returns whether all are finite; `spent` as for sweep."""
     at = 0
     for start in range(0, len(total), L1_PIECE):
         piece = total[start : start + L1_PIECE]
@@ -144,8 +145,8 @@ def compensate_at(residual, grad, beta, gamma, positions, total, values, spent):
 
 @kernel(write(f32), write(i64), write(f32), read(flag))
 def put_back(total, positions, values, which):
-    """Keeps those positions and values that `which` says, in order at the beginning of both, and returns how many; puts the other values
-    back at their positions of `total`, where that is not empty."""
+    """Keeps the positions and values that `which` selects, in order at the beginning of both, and returns how many; puts the other values
+    back at their positions of `total`, if that is not empty."""
     kept = 0
     for j in range(len(which)):
         if which[j]:
@@ -158,15 +159,15 @@ def put_back(total, positions, values, which):
 
 @kernel(write(f32), read(i64), read(f32), f32)
 def add_at(total, positions, values, factor):
-    """total[p_j] += factor values_j, for positions that are distinct and in range."""
+    """Adds factor values_j to total[p_j], for positions that are distinct and in range."""
     for j in range(len(positions)):
         total[positions[j]] += factor * values[j]
 
 
 @kernel(write(f32), read(i64), read(f32), read(i64), f32)
 def add_sparse(total, positions, values, ends, divisor):
-    """total = the sum over ranks of their values at their positions, divided: rank r's are those from ends[r - 1] to ends[r]. Works through
-    `total` in pieces that stay in the cache, so that each is written once."""
+    """Computes total = the sum over ranks of their values at their positions, divided: rank r's are those from ends[r - 1] to ends[r]. It
+    works through `total` in pieces that stay in the cache, so that each is written once."""
     ranks = len(ends)
     at = np.zeros(ranks, np.int64)
     for r in range(1, ranks):
@@ -191,7 +192,7 @@ def add_sparse(total, positions, values, ends, divisor):
 
 @kernel(write(f32), read(i64), read(f32), read(i64), f32)
 def add_to_zeros(total, positions, values, ends, divisor):
-    """add_sparse, where total holds zeros: looks at nothing else of it than what is added to."""
+    """Does add_sparse for a total that holds zeros: touches only those of its elements to which something is added."""
     ranks, touched = len(ends), np.zeros(L1_PIECE // 64, np.uint64)
     at = np.zeros(ranks, np.int64)
     for r in range(1, ranks):
@@ -208,15 +209,15 @@ def add_to_zeros(total, positions, values, ends, divisor):
                 j += 1
             at[r] = j
         for word in range(len(touched)):
-            while touched[word]:  # once, however many ranks it is from
+            while touched[word]:  # once per element, however many ranks added to it
                 piece[64 * word + lowest_one(touched[word])] /= divisor
                 touched[word] &= touched[word] - ONE
 
 
 @kernel(read(i64), i64, i64, write(u8))
 def elias_fano(positions, start, low, out):
-    """The code of ascending positions, counted from `start`, into `out`, zeros at first: the low bits of each, packed, then the rest in
-    unary."""
+    """Writes the code of ascending positions, counted from `start`, to `out`, which is zeros at first: the low bits of each, packed, then
+    the rest in unary."""
     acc, bits, at, mask = np.uint64(0), 0, 0, (1 << low) - 1
     high = (len(positions) * low + 7) // 8
     for j in range(len(positions)):
@@ -236,7 +237,7 @@ def elias_fano(positions, start, low, out):
 
 @kernel(read(u8), i64, i64, write(i64))
 def open_elias_fano(data, low, d, out):
-    """The inverse, into `out`. Returns whether these are exactly that many ascending positions below d."""
+    """Inverts elias_fano, into `out`. Returns whether these are exactly that many ascending positions below d."""
     k = len(out)
     if bit_positions(data[(k * low + 7) // 8 :], out) != k:
         return False

@@ -1,10 +1,11 @@
-"""The size of codes of positions: plain arithmetic, for kernels and for all else."""
+"""Computes the size of codes of positions, in plain arithmetic for kernels and all other code; and holds sizes that they share."""
 
 from __future__ import annotations
 
 
 def smallest_elias_fano(k: int, d: int) -> tuple[int, int]:
-    """For k positions of d, 0 < k < d: (the number of low bits that makes the Elias-Fano code smallest, the lowest of such; its bytes)."""
+    """Returns, for k positions of d, 0 < k < d: (the number of low bits that makes the Elias-Fano code smallest, the lowest such number;
+    the bytes of that code)."""
     quotient, about = d // k, 0
     while quotient > 1:
         quotient >>= 1
@@ -17,13 +18,13 @@ def smallest_elias_fano(k: int, d: int) -> tuple[int, int]:
     return best, least
 
 
-#: The bits of an infinite float32: those of finite magnitudes are below.
+#: The bits of an infinite float32. Those of finite magnitudes are smaller.
 INFINITY = 0x7F800000
 
 
-#: Elements that stay in the first-level cache while kernels look at them again.
+#: Elements that stay in the first-level cache while kernels use them again.
 L1_PIECE = 2048
 
 
-#: And in the second-level cache, a few times as many.
+#: Elements of which a few such pieces stay in the second-level cache together.
 L2_PIECE = 16384

@@ -1,4 +1,4 @@
-"""What the low-rank compressors share: the matrix of a tensor, its starting subspace, and orthonormal columns."""
+"""Low-rank compressors share this code: the matrix of a tensor, its starting subspace, and orthonormal columns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..base import Compressor
 
 
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:
-    """Columns made orthonormal by two passes of Gram-Schmidt in float64; a column that is zero, or depends on those before it,
-    becomes zero. Never divides by zero, whatever the input."""
+    """Returns the columns, made orthonormal by two passes of Gram-Schmidt in float64, as float32. A column that is zero, or depends on
+    those before it, becomes zero. Never divides by zero, whatever the input."""
     if kernels.enabled():
-        columns = matrix.T.astype(np.float64).reshape(-1)
-        kernels.load().gram_schmidt(columns, matrix.shape[1])
-        return columns.reshape(matrix.shape[::-1]).T.astype(np.float32, order="C")
+        flat = matrix.T.astype(np.float64).reshape(-1)
+        kernels.load().gram_schmidt(flat, matrix.shape[1])
+        return flat.reshape(matrix.shape[::-1]).T.astype(np.float32, order="C")
     columns = matrix.astype(np.float64)
     for j in range(columns.shape[1]):
         column = columns[:, j].copy()
@@ -30,8 +30,8 @@ def orthonormalize(matrix: np.ndarray) -> np.ndarray:
 
 
 class _LowRank(Compressor):
-    """Base: a gradient as a matrix float[a, b] (first dimension x the rest), and Q: float[b, r], kept by rows as float[r, b]. 0-d and 1-D
-    tensors are sent dense."""
+    """The base of low-rank compressors. A gradient is a matrix float[a, b] (first dimension x the rest); Q: float[b, r] is stored
+    transposed, as float[r, b]. 0-d and 1-D tensors are sent dense."""
 
     wants_memory: ClassVar[bool] = True
     deterministic_bytes: ClassVar[bool] = False  # matrix products round differently from library to library
@@ -46,7 +46,7 @@ class _LowRank(Compressor):
         return len(spec.shape) < 2 or super().sends_dense(spec)
 
     def resized(self, ops, key, before, fresh):
-        """Q is kept by rows, one a column of the matrix: those that both ranks have stay, further ones are as at the first step."""
+        """Keeps the columns of Q (stored as rows) that exist at both values of `rank`; further ones are those of the first step."""
         common = min(len(before), len(fresh))
         return ops.concat([before[:common], fresh[common:]])
 
@@ -56,7 +56,8 @@ class _LowRank(Compressor):
 
 
 def kept_subspace(ops, q, before, p_host: np.ndarray):
-    """What the next step starts from: q (float[r, b]), or, where a column of P is dead, the row of it that was there before."""
+    """Returns the subspace that the next step starts from, flat: q (float[r, b]), but the row of `before` for a column of P that is all
+    zeros."""
     alive = p_host.any(axis=0)
     if alive.all():
         return ops.copy(q.reshape(-1))

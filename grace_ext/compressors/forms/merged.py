@@ -1,6 +1,6 @@
-"""Small tensors of one bucket, laid end to end, as one: what is done for each of a hundred biases costs more than the work on them.
+"""Compresses the small tensors of a bucket as one, laid end to end: for a hundred biases, the fixed cost per tensor exceeds the work.
 
-The bytes are those of each tensor by itself, one after the other, so that it does not matter which rank merges what.
+The bytes are those of each tensor by itself, one after the other, so it does not matter which tensors a rank merges.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from ..fast_path import Payload
 if TYPE_CHECKING:
     pass
 
-#: Elements of a tensor that may be merged, and of those that are merged to one: they stay in the cache.
+#: The most elements of a tensor that may be merged, and of all tensors that are merged into one, so that they stay in the cache.
 SMALL, ROOM = 1 << 14, 1 << 17
 
 
 def fields_of(each: Compressor, specs: tuple[TensorSpec, ...]) -> tuple[tuple[str, tuple[Field, ...]], ...]:
-    """(name, fields) of each tensor by itself."""
+    """Returns (name, fields) of each tensor by itself."""
     return tuple((spec.name, each.fields(spec)) for spec in specs)
 
 
 @dataclass(frozen=True)
 class Merged(Compressor):
-    """Several tensors as one, each compressed by itself. Not registered. Subclasses say how that is done at once: `fused`, `add_all`."""
+    """Handles several tensors as one, with the payload of each by itself. Not registered. Subclasses define the forms that handle all of
+    them in one pass: `fused` and `add_all`."""
 
     each: Any
     specs: tuple[TensorSpec, ...]
@@ -67,11 +68,11 @@ class Merged(Compressor):
         return self._fields
 
     def _apart(self, ops: Ops, payload: Payload, rank: int) -> list[Payload]:
-        """Each tensor's own payload. Raises PayloadError."""
+        """Returns each tensor's own payload. Raises PayloadError."""
         return list(unpack(ops, payload[0], fields_of(self.each, self.specs), rank))
 
     def _whole(self, ops: Ops, payloads: Iterator[Payload]) -> Payload:
-        """The inverse."""
+        """Joins the tensors' own payloads: the inverse of `_apart`."""
         pieces = [piece for spec, payload in zip(self.specs, payloads, strict=True) for piece in pack(ops, self.each.fields(spec), payload)]
         return (ops.concat(pieces),)
 
@@ -87,7 +88,7 @@ class Merged(Compressor):
         out = ops.empty(spec.size) if out is None else out
         if self.add_all(ops, out, payloads, spec, info):
             return out
-        # Something is wrong with a payload, and its own compressor says what.
+        # A payload is invalid: the tensor's own compressor raises the error that says why.
         apart = [self._apart(ops, payload, rank) for rank, payload in enumerate(payloads)]
         for here, own, its in zip(self._slices, self.specs, zip(*apart, strict=True), strict=True):
             result = self.each.combine(ops, its, own, info, out[here])
@@ -97,11 +98,12 @@ class Merged(Compressor):
 
     @abstractmethod
     def add_all(self, ops: Ops, total: Array, payloads: Sequence[Payload], spec: TensorSpec, info: StepInfo) -> bool:
-        """`combine`, into `total`; False where something is wrong with a payload."""
+        """Does what `combine` does, into `total`. Returns False if a payload is invalid."""
 
 
 class MergedCasts(Merged):
-    """Of compressors that send every element in one form and nothing else: all is as of one tensor, but the names in errors."""
+    """Merges tensors of a compressor that casts every element and sends nothing else (none, fp16, bf16). All is as for one tensor, except
+    the names in errors."""
 
     summable: ClassVar[bool] = True
 

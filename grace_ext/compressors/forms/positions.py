@@ -1,15 +1,15 @@
-"""Index coding: k ascending positions of d as bytes. Chosen by its size, or named.
+"""Encodes k ascending positions of d elements as bytes. The coding is chosen by its size, or named by the user.
 
     elias_fano  the low b bits of every position, packed, and the high parts in unary as a bitmap of k + (d - 1 >> b) bits. With the best b
-                about log2(d / k) + 2 bits a position (8.6 at 1%), of a size that k and d alone decide
-    bitmap      d bits; the smallest where k / d is above about 1/5
-    golomb      Golomb-Rice: gaps, low b bits packed and the rest in unary; the smallest on average (8.1 bits at 1%), but of a size that
-                varies, so that a payload cannot be gathered without an exchange of sizes on engines that need one
-    packed      ceil(log2 d) bits a position
-    block16     16-bit offsets in blocks of 65,536 and a 32-bit count a block
+                about log2(d / k) + 2 bits per position (8.6 at 1%); the size depends only on k and d
+    bitmap      d bits; the smallest if k / d is above about 1/5
+    golomb      Golomb-Rice: gaps, low b bits packed and the rest in unary; the smallest on average (8.1 bits at 1%), but its size varies,
+                so that engines which must know the sizes exchange them before a gather
+    packed      ceil(log2 d) bits per position
+    block16     16-bit offsets in blocks of 65,536 and a 32-bit count per block
     auto        elias_fano or bitmap, whichever is smaller
 
-All are encoded and decoded by array operations without a loop. Where k = d, nothing is sent.
+All are encoded and decoded by array operations without a loop. If k is 0 or d, nothing is sent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _bytes(bits: int) -> int:
 
 @lru_cache(maxsize=4096)  # a model asks for the same few sizes at every step
 def _low_bits(k: int, d: int) -> int:
-    """The number of low bits that makes the Elias-Fano code smallest."""
+    """Returns the number of low bits that makes the Elias-Fano code smallest."""
     return smallest_elias_fano(k, d)[0]
 
 
@@ -43,13 +43,13 @@ def _elias_fano_bytes(k: int, d: int, low: int) -> int:
 
 
 def _rice_bits(k: int, d: int) -> int:
-    """The remainder's bits that are best for gaps of random positions at density k / d."""
+    """Returns the number of remainder bits that is best for the gaps of random positions at density k / d."""
     return max(0, min(31, 1 + math.floor(math.log2(math.log(GOLDEN - 1) / math.log1p(-k / d)))))
 
 
 @lru_cache(maxsize=4096)
 def _coding(k: int, d: int, index: str) -> str:
-    """The coding that 'auto' stands for."""
+    """Returns the coding itself, or, for 'auto', the one that it stands for."""
     if index != "auto":
         return index
     return "elias_fano" if _elias_fano_bytes(k, d, _low_bits(k, d)) < _bytes(d) else "bitmap"
@@ -57,7 +57,7 @@ def _coding(k: int, d: int, index: str) -> str:
 
 @lru_cache(maxsize=4096)
 def index_bytes(k: int, d: int, index: str = "auto") -> int:
-    """Bytes that k positions of d take; for golomb, the most that they may take."""
+    """Returns the bytes that k positions of d take; for golomb, the most that they may take."""
     if k == 0 or k == d:
         return 0
     coding = _coding(k, d, index)
@@ -72,7 +72,7 @@ def index_bytes(k: int, d: int, index: str = "auto") -> int:
 
 @lru_cache(maxsize=4096)
 def max_index_bytes(most: int, d: int, index: str = "auto") -> int:
-    """An upper bound for every number of positions up to `most`."""
+    """Returns an upper bound of `index_bytes` for any number of positions up to `most`."""
     if index in ("auto", "bitmap"):
         whole = _bytes(d)
         return min(whole, index_bytes(most, d)) if index == "auto" and 0 < most < d else whole
@@ -85,7 +85,7 @@ def max_index_bytes(most: int, d: int, index: str = "auto") -> int:
 
 
 def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> Array:
-    """uint8[index_bytes(k, d, index)] (at most, for golomb) for int64[k], ascending and distinct."""
+    """Encodes positions, int64[k], ascending and distinct, as uint8[index_bytes(k, d, index)]; for golomb, at most so many."""
     k = len(positions)
     if k == 0 or k == d:
         return ops.set_bits(positions[:0], 0)
@@ -114,19 +114,19 @@ def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> A
 
 
 def decode_indices(ops: Ops, data: Array, k: int, d: int, index: str = "auto") -> Array:
-    """int64[k], ascending, distinct and in [0, d), whatever the bytes are; else PayloadError."""
+    """Returns the positions, int64[k]: ascending, distinct and in [0, d), whatever the bytes are. Raises PayloadError otherwise."""
     if k > d:
-        raise PayloadError(f"has {k} indices of {d} elements")
+        raise PayloadError(f"has {k} indices, more than its {d} elements")
     expected, coding = index_bytes(k, d, index), _coding(k, d, index) if 0 < k < d else "none"
     if len(data) != expected and not (coding == "golomb" and len(data) <= expected):
-        raise PayloadError(f"has {len(data)} bytes of indices where {k} of {d} take {expected}")
+        raise PayloadError(f"has {len(data)} bytes of indices, but {k} of {d} take {expected}")
     if k == 0 or k == d:
         return ops.arange(k)
     if coding == "elias_fano" and ops.kernels:
         positions = np.empty(k, np.int64)
         if ops.kernels.open_elias_fano(data, _low_bits(k, d), d, positions):
             return positions
-        # What is wrong with it, the plain form says.
+        # The code is invalid: the plain form raises the error that says why.
     if coding == "packed":
         positions = ops.unpack(data, (d - 1).bit_length(), k)
     elif coding == "block16":
@@ -134,7 +134,7 @@ def decode_indices(ops: Ops, data: Array, k: int, d: int, index: str = "auto") -
     else:
         positions = _decode_unary(ops, data, k, d, coding)
     if k > 1 and coding != "bitmap" and not bool((positions[1:] > positions[:-1]).all()):
-        raise PayloadError("has indices out of order")
+        raise PayloadError("has indices that repeat or are out of order")
     if int(positions[-1]) >= d:
         raise PayloadError(f"has index {int(positions[-1])}, out of range for {d} elements")
     return positions
@@ -144,7 +144,7 @@ def _decode_blocks(ops: Ops, data: Array, k: int, d: int) -> Array:
     blocks = -(-d // BLOCK)
     counts = np.ascontiguousarray(ops.host(data[: 4 * blocks])).copy().view("<u4").astype(np.int64)
     if counts.sum() != k:
-        raise PayloadError(f"has {int(counts.sum())} indices in its blocks, not {k}")
+        raise PayloadError(f"has {int(counts.sum())} indices in its blocks, expected {k}")
     return ops.upload(np.repeat(np.arange(blocks, dtype=np.int64) << 16, counts)) + ops.unpack(data[4 * blocks :], 16, k)
 
 
@@ -153,7 +153,7 @@ def _decode_unary(ops: Ops, data: Array, k: int, d: int, coding: str) -> Array:
     low_bytes = _bytes(k * low)
     ones = ops.bit_positions(data[low_bytes:])
     if len(ones) != k:
-        raise PayloadError(f"marks {len(ones)} indices, not {k}")
+        raise PayloadError(f"marks {len(ones)} indices, expected {k}")
     if coding == "bitmap":
         return ones
     positions = ones - ops.arange(k)

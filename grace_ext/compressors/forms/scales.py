@@ -1,4 +1,4 @@
-"""What quantizers share that send a few floats beside their codes: blocks, and the check of floats that a peer sent."""
+"""Quantizers that send a few floats beside their codes share this: blocks, and the check of floats that a peer sent."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def blocks(size: int, block: int | None) -> tuple[int, int]:
-    """(elements a block, number of blocks); no block: one of all elements."""
+    """Returns (elements per block, number of blocks). With block None, one block has all elements."""
     block = min(block or size, size)
     return block, -(-size // block)
 
 
 def counts(size: int, block: int | None) -> np.ndarray:
-    """int64: the elements of each block; the last may be shorter."""
+    """Returns the number of elements of each block, as int64; the last block may be shorter."""
     block, number = blocks(size, block)
     sizes = np.full(number, block)
     sizes[-1] = size - block * (number - 1)
@@ -30,12 +30,12 @@ def counts(size: int, block: int | None) -> np.ndarray:
 
 
 def floats_to_bytes(ops: Ops, values: np.ndarray) -> Array:
-    """The wire form of floats on the host: float32, finite ones saturated."""
+    """Returns the wire form of floats on the host: float32; values beyond its finite range saturate."""
     return ops.upload(np.minimum(np.maximum(values, -LARGEST), LARGEST).astype(np.float32).view(np.uint8))
 
 
 def floats_from_bytes(ops: Ops, data: Array, what: str, *, signed: bool = False) -> np.ndarray:
-    """The inverse, on the host: all finite, and not negative unless `signed`; else PayloadError."""
+    """Returns the floats, on the host: all finite, and not negative unless `signed`. Raises PayloadError otherwise."""
     values = ops.host(ops.from_bytes(data, "float32"))
     if not ((values >= (-LARGEST if signed else 0)) & (values <= LARGEST)).all():
         raise PayloadError(f"has a {what} that is {'' if signed else 'negative or '}not finite")

@@ -1,4 +1,4 @@
-"""What compressors share that send some elements and zero for the rest: subclasses say which positions, this is their wire form."""
+"""Sparse compressors send some elements, and zero for the rest: subclasses choose the positions, and share the wire form here."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .merged import Merged
 from .positions import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 
 if TYPE_CHECKING:
+    from ...parts.fast_ops import FastOps
     from ...parts.ops import Array, Feedback, Ops
     from ...parts.state import State
     from ...parts.tensor import StepInfo, TensorSpec
@@ -30,12 +31,12 @@ VALUES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def values_knob():
-    """How kept values travel; the rounding error of a 16-bit form stays in the residual."""
-    return knob("fp32", "precision of the kept values on the wire", choices=tuple(VALUES))
+    """Returns the knob for the precision of the values; the rounding error of a 16-bit form stays in the residual."""
+    return knob("fp32", "precision of the sent values on the wire", choices=tuple(VALUES))
 
 
 def index_knob():
-    return knob("auto", "coding of the positions; auto: the smallest whose size depends on k and d alone", choices=CODINGS)
+    return knob("auto", "coding of the positions; auto: the smallest whose size depends only on k and d", choices=CODINGS)
 
 
 def ratio_knob():
@@ -49,39 +50,39 @@ def ratio_knob():
 
 
 def kept(ratio: float, d: int) -> int:
-    """How many of d elements a ratio keeps: at least one, rounded up."""
+    """Returns how many of d elements a ratio selects: at least one, rounded up."""
     return max(1, min(d, math.ceil(ratio * d - 1e-9)))
 
 
 def finite(ops: Ops, values: Array) -> Array:
-    """The values, which a peer sent. Raises PayloadError where one is not finite: its own were."""
+    """Returns the values, which a peer sent. Raises PayloadError if one is not finite, because no rank compresses such values."""
     if not ops.all_finite(values):
         raise PayloadError("has a value that is not finite")
     return values
 
 
 def largest(ops: Ops, values: Array, k: int) -> Array:
-    """bool[m]: which of the values are the k largest; see `Ops.top_k`."""
+    """Returns bool[m]: which of the values have the k largest magnitudes; see `Ops.top_k`."""
     which = np.zeros(len(values), bool)
     which[ops.top_k(values, k)] = True
     return which
 
 
 def keep_rest(ops: Ops, left: Array, positions: Array, values: Array, sent: Array, dtype: str) -> None:
-    """Puts back what these bytes, sent for the values, have lost of them."""
+    """Stores in `left`, at these positions, what the values lost when they were rounded to `sent`, their wire form."""
     if dtype != "float32":
         left[positions] = values - ops.from_bytes(sent, dtype)
 
 
 def scatter(ops: Ops, positions: Array, values: Array, d: int) -> Array:
-    """float32[d] with these values at these distinct positions."""
+    """Returns float32[d] with these values at these distinct positions, and zero elsewhere."""
     dense = ops.zeros(d)
     dense[positions] = values
     return dense
 
 
 def add_up(ops: Ops, out: Array | Zeros, positions: list[Array], values: list[Array], divisor: int) -> Array:
-    """The ranks' values at their positions, by a kernel, added up in rank order and divided; all else is zero. Written to `out`."""
+    """Adds up the ranks' values at their positions, by a kernel, in rank order, and divides the sum; all else is zero. Writes to `out`."""
     ends = np.array(list(accumulate(map(len, positions))))
     add, total = (ops.kernels.add_to_zeros, out.array) if isinstance(out, Zeros) else (ops.kernels.add_sparse, out)
     add(total, ops.concat(positions), ops.concat(values), ends, np.float32(divisor))
@@ -89,13 +90,13 @@ def add_up(ops: Ops, out: Array | Zeros, positions: list[Array], values: list[Ar
 
 
 class AtPositions(Compressor):
-    """Base of compressors whose payload stands for values at some positions, and zero elsewhere."""
+    """The base of compressors whose payload decodes to values at some positions, and zero elsewhere."""
 
     selects: ClassVar[bool] = True
 
     @abstractmethod
     def decoded(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> tuple[Array, Array]:
-        """(int64[m], ascending and distinct: positions; float32[m]: their values). Raises PayloadError."""
+        """Returns (the positions: int64[m], ascending and distinct; their values: float32[m]). Raises PayloadError."""
 
     def positions(self, ops, payload, spec, info):
         return self.decoded(ops, payload, spec, info)[0]
@@ -123,31 +124,31 @@ class AtPositions(Compressor):
 
 
 class Selecting(AtPositions):
-    """Base of compressors that send values and their positions. A subclass says which: `select`; and how many at most: `most`.
+    """The base of compressors that send values and their positions. A subclass chooses the positions in `select`, at most `most` of them.
 
-    Where `exactly` is True, `select` gives exactly `most` positions and the payload has a fixed size; else `typical` says how many are
-    expected.
+    If `exactly` is True, `select` returns exactly `most` positions and the payload has a fixed size; otherwise `typical` says how many
+    are expected.
     """
 
     wants_memory: ClassVar[bool] = True
-    #: The number of positions depends on the shape alone.
+    #: Whether the number of positions depends on the shape alone.
     exactly: ClassVar[bool] = False
-    #: It has `take_each`.
+    #: Whether it has `take_each`.
     merges: ClassVar[bool] = False
-    # A subclass has knobs of these names, or keeps these.
+    # A subclass has knobs of these names, or keeps these values.
     values = "fp32"
     index = "auto"
 
     @abstractmethod
     def select(self, ops: Ops, x: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State]:
-        """(int64[m], ascending and distinct: the positions to send; the new state)."""
+        """Returns (the positions to send: int64[m], ascending and distinct; the new state)."""
 
     def most(self, d: int) -> int:
-        """The largest number of positions that are sent of d."""
+        """Returns the largest number of positions that are sent of d."""
         return d
 
     def typical(self, d: int) -> int:
-        """About how many positions are sent of d."""
+        """Returns about how many positions are sent of d."""
         return self.most(d)
 
     @property
@@ -166,7 +167,7 @@ class Selecting(AtPositions):
         d, most, item = spec.size, self.most(spec.size), ITEMSIZE[self.wire]
         if self.exactly:
             return super().nbytes(spec)
-        # Where any number may be sent, `payload` sends all values without positions if that is not larger.
+        # If any number may be sent, `payload` sends all values without positions when that is not larger.
         return 8 + (item * d if most == d else item * most + max_index_bytes(most, d, self.index))
 
     def mean_nbytes(self, spec):
@@ -179,31 +180,33 @@ class Selecting(AtPositions):
         return self.payload(ops, x, positions, spec), state
 
     def swept(
-        self, ops: Ops, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State
+        self, ops: FastOps, grad: Array, feedback: Feedback, spec: TensorSpec, info: StepInfo, state: State
     ) -> tuple[Array, tuple[Array, Array] | None] | None:
-        """For `fused`, where candidates are found as the residual is added: as `ops.sweep`, (what is compressed, but where there is a
-        residual without the candidates; their positions and values, None where nothing was looked for). None where it is not finite. With a
-        gradient that is spent, where something was looked for, that is zeros now."""
+        """Finds candidates in the pass that adds the residual, for `fused`. Returns, as `ops.sweep`, (what is compressed, with zeros at the
+        candidates if there is a residual; their positions and values, or None if it did not look for any). None if the input is not finite.
+        If it looked for candidates, a gradient that is spent is all zeros afterwards."""
         x = ops.compensate(feedback, grad)
         return None if x is None else (x, None)
 
-    def take_each(self, ops: Ops, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray) -> tuple[Array, Array, Array] | None:
-        """For `MergedSelecting`: of tensors that end there in `grad`, `swept` and what is chosen: (what is compressed, but where there is a
-        residual without what is sent; positions; values). None where it is not finite. A subclass that has it says so with `merges`."""
+    def take_each(
+        self, ops: FastOps, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray
+    ) -> tuple[Array, Array, Array] | None:
+        """Does `swept` and chooses, for the tensors that end at `ends` in `grad`, for `MergedSelecting`. Returns (what is compressed, with
+        zeros at what is sent if there is a residual; positions; values); None if it is not finite. Subclasses that have it set `merges`."""
         raise NotImplementedError
 
     def merged(self, specs):
         return MergedSelecting(self, specs) if self.merges and self.index == "auto" else None
 
     def among(self, ops: Ops, values: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State] | None:
-        """(which of these candidates to send, bool[m]; the new state); None where they are not the right ones."""
+        """Returns (which of these candidates to send: bool[m]; the new state); None if `select` has to choose instead."""
         return None
 
     def fused(self, ops, grad, feedback, spec, info, state):
         if grad.dtype != np.float32 or (swept := self.swept(ops, grad, feedback, spec, info, state)) is None:
             return None
         x, found = swept
-        left = x if feedback.residual is not None else None  # to be without what is sent; else x is the gradient, which stays as it is
+        left = x if feedback.residual is not None else None  # what is not sent; without a residual, x is the gradient and must not change
         chosen = found and self.among(ops, found[1], spec, info, state)
         if not chosen:
             if found and left is not None:
@@ -230,13 +233,13 @@ class Selecting(AtPositions):
         return Fused(payload, left, state, zeroed=feedback.spent and left is not None and found is not None)
 
     def payload(self, ops: Ops, x: Array, positions: Array, spec: TensorSpec) -> Payload:
-        """The wire form of x at these positions."""
+        """Returns the wire form of x at these positions."""
         if self.sends_all(len(positions), spec.size):
             positions = ops.arange(spec.size)
         return self._wire(ops, positions, x[positions], spec)
 
     def sends_all(self, count: int, d: int) -> bool:
-        """All values without positions are no larger than so many with theirs."""
+        """Whether all values without positions are no larger than `count` values with theirs."""
         item = ITEMSIZE[self.wire]
         return not self.exactly and self.most(d) == d and item * count + index_bytes(count, d, self.index) >= item * d
 
@@ -249,11 +252,11 @@ class Selecting(AtPositions):
 
 
 class MergedSelecting(Merged):
-    """Of sparse.py's Selecting, with the index coding 'auto'."""
+    """Merges small tensors of a Selecting compressor with the index coding 'auto'."""
 
     @cached_property
     def most(self) -> np.ndarray:
-        """The largest number of positions of each tensor; where the compressor sends exactly so many, the number."""
+        """The largest number of positions of each tensor; the exact number if the compressor is `exactly`."""
         return np.array([self.each.most(spec.size) for spec in self.specs])
 
     def fused(self, ops, grad, feedback, spec, info, state):
@@ -278,8 +281,8 @@ class MergedSelecting(Merged):
         return Fused((payload,), left)
 
     def _with_whole(self, ops, x, left, positions, values, found, whole):
-        """(positions, values, where each tensor's end) with all elements of those tensors whose every value is no larger without positions;
-        what is left of them is zero."""
+        """Sends all elements, without positions, of the tensors that `whole` marks, so that nothing of them is left. Returns (positions,
+        values, where each tensor's end)."""
         places, kept, start = [], [], 0
         for here, end, every in zip(self._slices, found, whole, strict=True):
             places.append(positions[start:end])
@@ -310,17 +313,17 @@ class MergedSelecting(Merged):
 
 
 def count_field() -> Field:
-    """The wire field of a number of positions, for payloads from whose other fields it does not follow."""
+    """Returns the wire field of a number of positions, for payloads whose other fields do not imply it."""
     return Field("count", "uint32", 1)
 
 
 def put_count(ops: Ops, count: int) -> Array:
-    """The bytes of a `count_field`."""
+    """Returns the bytes of a `count_field`."""
     return ops.upload(np.array([count], "<u4").view(np.uint8))
 
 
 def get_count(ops: Ops, piece: Array, most: int, d: int) -> int:
-    """The inverse. Raises PayloadError where there are more than `most`."""
+    """Returns the count of a `count_field`. Raises PayloadError if it is more than `most`."""
     count = int(ops.host(piece).copy().view("<u4")[0])
     if count > most:
         raise PayloadError(f"claims {count} values of {d} elements, at most {most} are possible")
@@ -328,13 +331,13 @@ def get_count(ops: Ops, piece: Array, most: int, d: int) -> int:
 
 
 def expect_bytes(piece: Array, size: int, what: str) -> None:
-    """Raises PayloadError where a variable field has not the size that a count before it implies."""
+    """Raises PayloadError if a variable field does not have the size that a count before it implies."""
     if len(piece) != size:
         raise PayloadError(f"has {len(piece)} bytes of {what}, expected {size}")
 
 
 def index_field(most: int, d: int, index: str, *, exactly: bool) -> Field:
-    """The wire field of at most (or exactly) `most` positions of d."""
+    """Returns the wire field of at most (or exactly) `most` positions of d."""
     if exactly and index != "golomb":
         return Field("positions", "uint8", index_bytes(most, d, index))
     return Field("positions", "uint8", max_index_bytes(most, d, index), variable=True)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""efsignsgd and onebit share this base: signs, and two floats per block that the signs decode to."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 
 class TwoSided(Compressor):
-    """Base of compressors whose payload is floats and then signs: what elements below zero stand for, and what the others do, by block."""
+    """The base of compressors whose payload is floats, then signs. Per block, elements below zero decode to one value, the others to
+    another."""
 
-    #: How many `floats` wants for each tensor: 1, that of all magnitudes, or 3; see `ops.compensate_signs`.
+    #: How many sums per tensor `floats` needs: 1, that of all magnitudes, or 3; see `ops.compensate_signs`.
     number_of_sums: ClassVar[int] = 1
     block: int | None
 
     @abstractmethod
     def sides(self, ops: Ops, floats: Payload) -> tuple[np.ndarray, np.ndarray]:
-        """float32[number of blocks], on the host: what elements below zero stand for, and the others. Raises PayloadError."""
+        """Returns what elements below zero decode to, and the others: float32[number of blocks] each, on the host. Raises PayloadError."""
 
     @abstractmethod
     def floats(self, ops: Ops, sums: np.ndarray, d: np.ndarray) -> Payload:
-        """The payload's floats for tensors of one block, of `d` elements each, from the sums of each."""
+        """Returns the payload's floats for tensors of one block each, with `d` elements, from the sums of each."""
 
     def decompress(self, ops, payload, spec, info):
         block, _ = blocks(spec.size, self.block)
@@ -68,11 +69,11 @@ class TwoSided(Compressor):
 
 
 class MergedSigns(Merged):
-    """Of signs.py's TwoSided, each tensor of one block."""
+    """Merges small tensors of a TwoSided compressor, each of one block."""
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where in the payload the bytes are of (the floats: the first of all tensors, then the second of all; the signs)."""
+        """Byte positions in the payload: (of the floats, the first of all tensors, then the second of all; of the signs)."""
         number = len(self.each.fields(self.specs[0])) - 1
         whole = [4 * number + (spec.size + 7) // 8 for spec in self.specs]
         starts = np.cumsum([0, *whole[:-1]])

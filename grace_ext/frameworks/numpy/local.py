@@ -1,4 +1,4 @@
-"""`LocalSGD` over MPI: the models of any array code make steps of their own, and how far they have moved is exchanged from time to time."""
+"""Defines `LocalSGD` over MPI, for any array code: ranks make local steps, and from time to time exchange how far their models moved."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .mpi import MpiTransport, duplicated
 
 
 class LocalSGD:
-    """One rank's side of local-update training over an MPI communicator.
+    """Trains by local updates over an MPI communicator. Each rank makes one such object.
 
         local = gnp.LocalSGD("topk(ratio=0.01) > qsgd(bits=4) + residual", every=8)
         weights = local.start(weights)
         for ...:
-            gradients = local.gradients({"w": gradient_w})     # only where they are exchanged: post_local, cser, every=1 without loss
+            gradients = local.gradients({"w": gradient_w})     # only if they are exchanged: post_local, cser, every=1 without loss
             weights = {"w": weights["w"] - lr * gradients["w"]}
             weights = local.step(weights)
 
     The algorithm and the options are those of grace_ext.frameworks.torch.LocalSGD; comm and simulate as for Exchange. All ranks must start
-    from the same weights. `sync` at the end: every rank calls it, and all have the same model then. The communicator is duplicated:
-    making this object is collective.
+    from the same weights. At the end every rank calls `sync`, so that all have the same model. The communicator is duplicated, so making
+    this object is collective.
     """
 
     def __init__(self, compression: Any = None, comm: Any = None, *, simulate: bool = False, **options: Any):
@@ -38,22 +38,23 @@ class LocalSGD:
         self._in_step = False
 
     def start(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """The weights before the first step, the same on all ranks; returns copies. Collective. Raises DisagreementError."""
+        """Takes the weights before the first step, the same on all ranks, and returns copies. Collective. Raises DisagreementError if ranks
+        differ."""
         ops = self._transport.ops
         if not self._alone:
             self._worker.begin([TensorSpec(name, *ops.describe(array)) for name, array in weights.items()], weights)
         return {name: ops.emit(ops.copy(ops.ingest(w)), TensorSpec(name, *ops.describe(w))) for name, w in weights.items()}
 
     def gradients(self, gradients: Mapping[str, Any], lr: float | None = None) -> Mapping[str, Any]:
-        """What this rank is to apply in the step that begins: its own gradients, or, where gradients are exchanged in it, what comes of
-        them. `lr` is for a memory that uses it (cser)."""
+        """Returns the gradients that this rank applies in the step that begins: its own or, if the step exchanges gradients, their
+        aggregates. `lr` is for a memory that uses it (cser)."""
         self._lr = lr
         if self._alone or not self._begin_step():
             return gradients
         return self._worker.exchange_gradients(gradients)
 
     def step(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The weights after this rank's own step; returns what they become. Raises RankLeftError, TensorChangedError, NamesError."""
+        """Takes the weights after this rank's own step; returns what they become. Raises RankLeftError, TensorChangedError, NamesError."""
         if self._alone:
             return weights
         if not self._in_step and self._begin_step():
@@ -62,12 +63,13 @@ class LocalSGD:
             )
         self._in_step = False
         if set(weights) != set(self._worker.model.specs):
-            raise NamesError(f"the weights are {sorted(weights)}, they started as {sorted(self._worker.model.specs)}")
+            names = sorted(self._worker.model.specs)
+            raise NamesError(f"the weights are {sorted(weights)}, but they started as {names}; pass the same names at every step")
         new = self._worker.models(weights)
         return weights if new is None else new
 
     def sync(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Synchronizes now; every rank calls it, a synchronous one after as many steps."""
+        """Synchronizes now. Every rank calls it, unless asynchronous after the same number of steps."""
         new = None if self._alone else self._worker.sync(weights)
         return weights if new is None else new
 
@@ -79,11 +81,11 @@ class LocalSGD:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank sent in the last step, the meeting of the ranks before an exchange included."""
+        """Returns the bytes that this rank sent in the last step, including the meeting of the ranks before an exchange."""
         return 0 if self._alone else self._worker.wire_bytes
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's master copy, memory and step; every rank's is needed to resume, with every rank's weights."""
+        """Returns this rank's master copy, memory and step. Those of every rank are needed to resume, with every rank's weights."""
         return self._worker.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""MPI without Horovod: `Exchange` compresses and exchanges the gradients of any array code over mpi4py.
+"""Defines `Exchange`: it compresses and exchanges the gradients of any array code over mpi4py, without Horovod.
 
     mpirun -np 4 python -m mpi4py train.py
 
 Start it with `-m mpi4py` as above: an error that one rank does not catch then aborts the whole job. Without it that rank waits in
-MPI_Finalize for the others, and they wait for it. A rank that dies by a signal, or leaves by os._exit, is noticed by mpirun either way,
-which aborts all ranks. MPI has no timeouts: `step` waits for a rank that stays alive and does not come for GRACE_EXT_TIMEOUT seconds, and
-raises CollectiveError.
+MPI_Finalize for the others, and they wait for it. If a rank dies by a signal, or leaves by os._exit, mpirun notices either way and aborts
+all ranks. MPI has no timeouts: `step` waits GRACE_EXT_TIMEOUT seconds for a rank that is alive but takes no part, and then raises
+CollectiveError.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ..timeouts import timeout
 
 # MPI-3 counts and offsets are C ints.
 LIMIT = 2**31 - 1
-# What a failed step left under way. MPI may still write into these buffers, so they live as long as the process; waiting for them
-# instead could take for ever, where the peers failed too.
+# What failed steps left under way. MPI may still write into these buffers, so they live as long as the process; to wait for them instead
+# could take for ever, if the peers failed too.
 _abandoned: list[Any] = []
 
 
 def load_mpi() -> Any:
-    """mpi4py.MPI, which this initialises. Raises UnsupportedError where mpi4py or an MPI library is missing."""
+    """Imports mpi4py.MPI, which initialises MPI, and returns it. Raises UnsupportedError if mpi4py or an MPI library is missing."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no libmpi
@@ -49,14 +49,15 @@ def load_mpi() -> Any:
 
 
 class MpiTransport(Transport):
-    """Non-blocking collectives of one communicator, on numpy arrays.
+    """Runs the non-blocking collectives of one communicator, on numpy arrays.
 
     MPI matches collectives by the order in which they start, which the driver keeps the same on all ranks; so the communicator must
     carry nothing else. They progress inside MPI calls: while the next bucket is being encoded and started, and in `wait`.
-    Sums are MPI's: the same bits on all ranks, in an order of MPI's own choice (at two ranks there is only one).
+    MPI forms the sums: the same bits on all ranks, in an order that MPI chooses (with two ranks there is only one).
     """
 
-    # Iallgatherv takes different lengths as they are, but wants all of them on every rank: see `carry`.
+    ops: NumpyOps
+    # Iallgatherv takes different lengths as they are, but every rank must know all of them: see `carry`.
     gathers_uneven = True
     splits = True
 
@@ -70,7 +71,8 @@ class MpiTransport(Transport):
         return MpiTransport(self.ops, made) if mine else None
 
     def carry(self, collective: Collective) -> Carried:
-        """As every transport; a gather of unknown lengths first gathers these, 8 bytes a rank, and pads nothing."""
+        """Carries a collective as every transport does, but a gather of unknown lengths first gathers these, 8 bytes per rank, and pads
+        nothing."""
         if collective.kind == "allgather" and collective.sizes is None:
             sizes = yield from exchange_lengths(self, collective)
             collective = collective._replace(sizes=sizes)
@@ -80,9 +82,9 @@ class MpiTransport(Transport):
         # The handle holds every buffer: mpi4py's requests do not, for some collectives (4.1.2: Iallreduce, Iallgatherv).
         data, comm, sizes = collective.array, self.comm, list(collective.sizes or ())
         if max([len(data), *sizes]) > LIMIT or (collective.kind == "alltoall" and sum(sizes) > LIMIT):
-            raise UnsupportedError(f"{name}: MPI counts to {LIMIT} elements, this tensor needs more; split it into several parameters")
+            raise UnsupportedError(f"{name}: MPI counts to {LIMIT} elements, but this tensor needs more; split it into several parameters")
         if collective.kind == "allreduce":
-            # Not in place, for which Open MPI has only a slower algorithm (25 MB, 2 ranks: 136 ms against 92).
+            # Not in place: for that Open MPI has only a slower algorithm (25 MB, 2 ranks: 136 ms against 92 ms).
             total = np.empty_like(data)
             return collective, total, [comm.Iallreduce(data, total, self._mpi.SUM)]
         if collective.kind == "alltoall":
@@ -92,7 +94,7 @@ class MpiTransport(Transport):
         if collective.kind == "allgather" and sum(sizes) <= LIMIT:
             out = np.empty(sum(sizes), np.uint8)
             return collective, cut(out, sizes), [comm.Iallgatherv(data, [out, sizes])]
-        # Query for, or a gather whose offsets would not fit: every rank knows all sizes, so all decide alike.
+        # A broadcast, or a gather whose offsets would not fit: every rank knows all sizes, so all decide alike.
         outs = [data if rank == self.rank else np.empty(size, np.uint8) for rank, size in enumerate(sizes)]
         return collective, outs, [comm.Ibcast(out, root=rank) for rank, out in enumerate(outs) if len(out)]
 
@@ -101,13 +103,14 @@ class MpiTransport(Transport):
         deadline = time.monotonic() + self._timeout
         while not self._mpi.Request.Testall(requests):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"the other ranks did not come in {self._timeout:g} s")
+                raise RuntimeError(f"the other ranks took no part within {self._timeout:g} s")
             os.sched_yield()
         return np.divide(result, collective.divisor, out=result) if collective.kind == "allreduce" else result
 
 
 def duplicated(comm: Any) -> Any:
-    """A communicator of our own over the same ranks, by default all. Raises ParameterError or UnsupportedError for what is none."""
+    """Returns a duplicate of the communicator, by default of COMM_WORLD. Raises ParameterError if `comm` is none, UnsupportedError if it is
+    no intra-communicator that this rank belongs to."""
     mpi = load_mpi()
     comm = mpi.COMM_WORLD if comm is None else comm
     if not isinstance(comm, mpi.Comm):
@@ -118,7 +121,7 @@ def duplicated(comm: Any) -> Any:
 
 
 class Exchange(Measured):
-    """The compressed mean (or sum) of gradients over the ranks of an MPI communicator.
+    """Exchanges compressed gradients over the ranks of an MPI communicator: `step` returns their mean (or sum).
 
         import grace_ext.frameworks.numpy as gnp          # before mpi4py, if it is to run without mpirun too
         with gnp.Exchange(grace_ext.grace("topk(ratio=0.01) + residual")) as exchange:
@@ -129,40 +132,44 @@ class Exchange(Measured):
       making an Exchange, and `close`, are collective; every rank of comm takes part.
     op: 'mean' or 'sum'.
     simulate: compress at world size 1 too; otherwise a single rank gets copies of its gradients.
-    Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator), and DisagreementError where ranks give different `op`.
+    Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator), and DisagreementError if ranks pass different `op`.
     """
 
     def __init__(self, g: Grace | str | Mapping[str, Any], comm: Any = None, *, op: str = "mean", simulate: bool = False):
         if op not in ("mean", "sum"):
             raise ParameterError(f"op must be 'mean' or 'sum', got {op!r}")
-        self.grace, self._mpi, self._lr = grace(g), load_mpi(), None
+        self.grace, self._mpi = grace(g), load_mpi()
+        self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
         self._dense = self._transport.size == 1 and not simulate
         self._over = ""  # why there can be no more steps
         said = self._transport.comm.allgather({"op": op})
         if any(other != said[0] for other in said):
             self.close()
-            raise DisagreementError(f"ranks combine gradients differently: op by rank is {[other['op'] for other in said]}", said)
+            ops = [other["op"] for other in said]
+            raise DisagreementError(f"ranks combine gradients differently: op by rank is {ops}; pass the same on every rank", said)
         divisor = self._transport.size if op == "mean" else 1
         self._driver = Driver(self.grace, self._transport.ops, self._transport, divisor=divisor, read_lr=lambda: self._lr)
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes of this rank's own input buffers to all collectives of the last step: headers, exchanged lengths and every round included.
-        0 where nothing is exchanged. A 16-bit sum is an all-to-all of the whole buffer and a gather of this rank's share of the result."""
+        """Returns the bytes of this rank's own input buffers to all collectives of the last step, including headers, exchanged lengths and
+        every round. 0 if nothing is exchanged. A 16-bit sum is an all-to-all of the whole buffer and a gather of this rank's share of the
+        result."""
         return self._driver.wire_bytes
 
     def step(self, gradients: Mapping[str, Any], lr: float | None = None) -> dict[str, np.ndarray]:
-        """One exchange: this rank's gradients in, by name; the aggregate out, the same bits on all ranks, in the gradients' shapes and
-        dtypes. Arrays are numpy's or what numpy.asarray takes; new numpy arrays are returned. `lr` is for memories that use it.
+        """Makes one exchange: takes this rank's gradients by name, and returns the aggregates by name, the same bits on all ranks, in the
+        gradients' shapes and dtypes. Arrays are numpy's or what numpy.asarray takes; new numpy arrays are returned. `lr` is for memories
+        that use it.
 
         Every rank passes the same names, at the first step in the same order, and the same shapes and dtypes at every step. If a
-        gradient is NaN or Inf on any rank, all ranks get NaN for what travelled with it, and none changes its memory.
+        gradient is NaN or Inf on any rank, all ranks get NaN for its bucket, and none changes its memory.
 
-        Raises, before anything is sent: NamesError, TensorChangedError, UnsupportedDtypeError, LearningRateError on the ranks where it is
-        so (the others wait for them, see the module's text); DisagreementError on all ranks alike. And PayloadError, on all ranks alike,
-        for a message that cannot be decoded. After an error in the middle of a step ranks may be out of step with each other, which MPI
-        could not tell from the right order; so this Exchange refuses to go on. Its `state_dict` is then that of the last whole step."""
+        Before anything is sent, it raises NamesError, TensorChangedError, UnsupportedDtypeError or LearningRateError on the ranks at fault
+        (the others wait for them, see the module's text), and DisagreementError on all ranks alike. It raises PayloadError, on all ranks
+        alike, for a message that cannot be decoded. After an error in the middle of a step ranks may be out of step with each other, which
+        MPI could not tell from the right order; so later calls raise GraceError. `state_dict` then returns that of the last whole step."""
         if self._over:
             raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
         self._check(gradients)
@@ -185,7 +192,7 @@ class Exchange(Measured):
         return [] if self._dense else [self._driver]
 
     def _check(self, gradients: Mapping[str, Any]) -> None:
-        """Registers the parameters at the first step, and raises where those of a later one are not the same."""
+        """Registers the parameters at the first step. Raises NamesError or TensorChangedError if those of a later step differ."""
         driver = self._driver
         if not driver.specs:
             driver.register([TensorSpec(name, *driver.ops.describe(tensor)) for name, tensor in gradients.items()])
@@ -196,7 +203,7 @@ class Exchange(Measured):
             driver.check(name, tensor)
 
     def check_agreement(self, parameters: Mapping[str, Any] | None = None) -> None:
-        """Raises DisagreementError on every rank alike, naming ranks and parameters, where the ranks' specs, names, shapes, versions or
+        """Raises DisagreementError on every rank alike, naming ranks and parameters, if the ranks' specs, names, shapes, versions or
         steps differ, or the bits of these `parameters` (arrays by name). Collective: every rank calls it, between steps."""
         if self._over:
             raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
@@ -205,12 +212,12 @@ class Exchange(Measured):
             perform(self._driver.compare(digests), self._transport, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of this rank's state, as Driver.state_dict; every rank's is needed to resume."""
+        """Returns copies of this rank's state, as Driver.state_dict does. Those of every rank are needed to resume."""
         return self._driver.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` gave on the same rank of as many; from rank 0's alone as Driver.load_state_dict says.
-        Raises GraceError, and changes nothing, if it does not fit."""
+        """Resumes bit for bit from what `state_dict` gave on the same rank of as many ranks; from rank 0's state alone, as
+        Driver.load_state_dict does. Raises GraceError, and changes nothing, if it does not fit."""
         self._driver.load_state_dict(saved)
 
     def _saveable(self) -> Saveable:
@@ -228,7 +235,7 @@ class Exchange(Measured):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        # With an error on its way the other ranks may never get here, and `close` would wait for them.
+        # If an error is on its way, the other ranks may never get here, and `close` would wait for them.
         if kind is None:
             self.close()
         self._over = self._over or "was left by an error"

@@ -1,24 +1,25 @@
-"""Drop-in for `horovod.tensorflow`: `import grace_ext.frameworks.tensorflow as hvd`. Keras 3 included.
+"""Replaces `horovod.tensorflow`: `import grace_ext.frameworks.tensorflow as hvd`. Keras 3 is supported.
 
-Every public name of horovod.tensorflow, with `DistributedOptimizer` (Keras 3) and `DistributedGradientTape` taking a Grace or a spec
-string as `compression=`, `broadcast_variables` taking Keras 3 variables, and `callbacks`. The collectives are Horovod's.
+It has every public name of horovod.tensorflow. `DistributedOptimizer` (Keras 3) and `DistributedGradientTape` take a Grace or a spec
+string as `compression=`, `broadcast_variables` takes Keras 3 variables, too, and there are `callbacks`. The collectives are Horovod's.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from ...errors import UnsupportedError
 from .. import launchers
 from ..horovod import limit_waits
 
 if not any(name in os.environ for name in ("HOROVOD_RANK", "HOROVOD_CONTROLLER", *launchers.MPI)):
-    # Plain python: a Horovod that was built with MPI would otherwise try to start it, and abort.
+    # Plain python: otherwise a Horovod that was built with MPI would try to start MPI, and abort.
     os.environ["HOROVOD_CONTROLLER"] = os.environ["HOROVOD_CPU_OPERATIONS"] = "gloo"
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE") != "1":
         raise UnsupportedError(
-            "torchrun started this process, and TensorFlow's collectives come from Horovod, for which it would be alone: it would train on "
-            "its share and reduce nothing. Use horovodrun or mpirun"
+            "torchrun started this process, but TensorFlow's collectives come from Horovod, which torchrun does not start: each rank would "
+            "train on its share alone and reduce nothing. Use horovodrun or mpirun"
         )
 
 limit_waits()
@@ -28,15 +29,16 @@ try:
 except ImportError as error:
     _missing = error
 
-    def __getattr__(name: str):
+    # For a type checker this also declares Horovod's names, which it cannot see, as Any.
+    def __getattr__(name: str) -> Any:
         raise UnsupportedError(
-            f"hvd.{name}: TensorFlow's collectives come from Horovod, which is not installed, or not built for this TensorFlow "
-            f"({_missing}): run `make horovod` (python tools/build_horovod.py)"
+            f"hvd.{name} needs Horovod, which is not installed, or not built for this TensorFlow ({_missing}): run `make horovod` "
+            "(python tools/build_horovod.py)"
         )
 else:
     from ...local import post_local as post_local
 
-    del elastic  # noqa: F821 (Horovod's, which the next line would take for ours)
+    del elastic  # noqa: F821 (Horovod's, which the import below would take for ours)
     from . import callbacks as callbacks
     from . import elastic as elastic
     from .agreement import check_agreement as check_agreement

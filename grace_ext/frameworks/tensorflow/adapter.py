@@ -1,12 +1,12 @@
-"""A `compression=` object for the unmodified `horovod.tensorflow.DistributedGradientTape` over tf.Variables.
+"""Compresses under the unmodified `horovod.tensorflow.DistributedGradientTape`, for tf.Variables: `compression=g.bind(variables)`.
 
 Horovod calls `compress(gradient)` and `decompress(reduced, ctx)` while it traces its reduction, for one tensor after the other, in the
-order of the tape's sources, and more than once for the same tensor; what it all-reduces in between is pruned from the graph where nobody
-uses it. So each variable gets an exchange of its own, and a tensor is known by its place among those of its graph. Variables without a
-gradient, and sparse ones, are never seen; they are recognised as skipped by the shapes that follow.
+order of the tape's sources, and more than once for the same tensor; TensorFlow prunes Horovod's own all-reduce in between from the graph,
+because its result is not used. So each variable gets an exchange of its own, and a tensor is identified by its place among those of its
+graph. Horovod passes no variables without a gradient and no sparse ones; they are recognised as skipped by the shapes that follow.
 
-State is committed by step, not by variable: where one variable's gradients were not finite on some rank, the others' commits of that
-step are taken back before the next step begins.
+State is committed per step, not per variable: if one variable's gradients were not finite on some rank, the others' commits of that
+step are rolled back before the next step begins.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .loop import exchange_of
 
 
 def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool, **for_torch: Any) -> BoundCompression:
-    """See Grace.bind."""
+    """Returns what Grace.bind returns for TensorFlow. Raises UnsupportedError or UnboundError if Horovod's tape cannot use it."""
     if any(not isinstance(v, tf.Variable) for v in variables):
         raise UnsupportedError(
-            "bind takes tf.Variables; Horovod's own tape and optimizer cannot use Keras 3 variables (it has no error for the optimizer: it "
-            "silently reduces nothing). Use `import grace_ext.frameworks.tensorflow as hvd`"
+            "bind takes only tf.Variables: Horovod's own tape and optimizer cannot use Keras 3 variables (its optimizer then reduces "
+            "nothing, without an error). Use `import grace_ext.frameworks.tensorflow as hvd`"
         )
     together = [policy for policy in g.policies if policy.whole_model]
     if together:
         raise UnsupportedError(
-            f"{together[0]} decides for all variables at once, and under Horovod's own tape each has an exchange of its own; use the tape "
+            f"{together[0]} decides for all variables at once, but under Horovod's own tape each has an exchange of its own; use the tape "
             "or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
     if g.two_level:
@@ -49,13 +49,15 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
             "tape or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
     if simulate:
-        raise UnboundError("simulate=True: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape")
+        raise UnboundError(
+            "simulate=True has no effect here: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape"
+        )
     op = hvd.Average if op is None else op
     return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set)
 
 
 class BoundCompression(Measured):
-    """One tape's compression: make it once, for the tape's sources in their order. Compared and hashed by identity."""
+    """Compresses the gradients of one tape. Make it once, for the tape's sources in their order. It compares and hashes by identity."""
 
     def __init__(self, g: Grace, variables: Sequence[tf.Variable], average: bool, process_set: Any):
         self.grace, self._average, self._process_set = g, average, process_set
@@ -68,7 +70,7 @@ class BoundCompression(Measured):
 
     @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Called by Horovod while it traces: the exchange of this gradient goes into `ctx`."""
+        """Exchanges this gradient. Horovod calls it while it traces. Returns (zeros for Horovod to reduce, the aggregate as `ctx`)."""
         if self._process_set.size() == 1:
             return tensor, None
         spec = self._spec_of(tensor)
@@ -76,16 +78,17 @@ class BoundCompression(Measured):
 
     @tf.autograph.experimental.do_not_convert
     def decompress(self, tensor: tf.Tensor, ctx: tf.Tensor | None) -> tf.Tensor:
-        """Called by Horovod: the aggregate."""
+        """Returns the aggregate, for Horovod, which calls it."""
         return tensor if ctx is None else ctx
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step."""
+        """Returns the bytes that this rank handed to collectives in the last step."""
         return sum(exchange.driver.wire_bytes for exchange in self._exchanges.values())
 
     def _spec_of(self, tensor: tf.Tensor) -> TensorSpec:
-        """The variable this gradient belongs to: the next one of its shape, in the order of this graph's tensors."""
+        """Returns the variable that this gradient belongs to: the next one of its shape, in the order of this graph's tensors. Raises
+        NamesError if there is none."""
         places = self._places.setdefault(tensor.graph, {})
         if tensor.name not in places:
             place = max(places.values(), default=-1) + 1
@@ -93,8 +96,8 @@ class BoundCompression(Measured):
                 place += 1
             if place == len(self._specs):
                 raise NamesError(
-                    f"{tensor.name} {tensor.dtype.name}{tensor.shape} is the gradient of none of the bound variables that are left: bind "
-                    "the tape's sources, all of them and in their order, and make one bound object for each tape"
+                    f"{tensor.name} {tensor.dtype.name}{tensor.shape} fits none of the bound variables that have no gradient yet: bind all "
+                    "of the tape's sources, in their order, and make one bound object per tape"
                 )
             places[tensor.name] = place
         return self._specs[places[tensor.name]]
@@ -120,7 +123,7 @@ class BoundCompression(Measured):
         return [exchange.driver for exchange in self._exchanges.values()]
 
     def _agree(self) -> None:
-        """One agreement for all variables."""
+        """Makes the ranks agree, once for all variables."""
         transport = HorovodTransport(self._process_set)
         driver = Driver(self.grace, transport.ops, transport)
         driver.register(self._specs)
@@ -128,7 +131,8 @@ class BoundCompression(Measured):
         self._prefix = driver.prefix
 
     def _settle(self, step: int) -> None:
-        """Before the first variable begins a step: if any rank had a non-finite gradient in the last one, nothing of it was learnt."""
+        """Rolls the last step back, for all variables, if any rank had a non-finite gradient in it. Called with the number of the step that
+        begins, by each variable's exchange; the first call counts."""
         if step <= self._settled:
             return
         self._settled = step
@@ -138,13 +142,14 @@ class BoundCompression(Measured):
                 driver.roll_back()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory, by variable: save it on every rank."""
+        """Returns this rank's memory, by variable. It differs by rank: save every rank's."""
         self._settle(max((exchange.driver.step for exchange in self._exchanges.values()), default=0))
         own = {name: exchange.driver.state_dict() for name, exchange in self._exchanges.items()}
         return {**self._saved, **own}  # what was loaded before the first step is this rank's, too
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes bit for bit; before the first step it is kept until the variables' exchanges are made."""
+        """Resumes bit for bit. Before the first step the state is kept until the variables' exchanges are made. Raises GraceError if it
+        does not fit."""
         self._check(saved)
         self._saved = dict(saved)
         for name, exchange in self._exchanges.items():
@@ -155,7 +160,7 @@ class BoundCompression(Measured):
     def _check(self, saved: dict[str, Any]) -> None:
         unknown = set(saved) - {spec.name for spec in self._specs}
         if unknown:
-            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}")
+            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}; bind those that it was saved for")
         transport = HorovodTransport(self._process_set)
         for name, state in saved.items():
             driver = Driver(self.grace, transport.ops, transport)

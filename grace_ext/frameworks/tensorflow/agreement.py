@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks that the ranks of a DistributedOptimizer have not diverged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .optimizer import _Distributed
 
 
 def check_agreement(optimizer: Any, model: Any = None) -> None:
-    """Raises DisagreementError on every rank alike, naming ranks and variables, where the ranks' specs, variables' names, shapes, versions
+    """Raises DisagreementError on every rank alike, naming ranks and variables, if the ranks' specs, variables' names, shapes, versions
     or steps differ, or the bits of the variables: those that this DistributedOptimizer trains, or with `model` all of the model's
-    (moving averages of BatchNormalization are each rank's own).
+    (the moving averages of BatchNormalization differ by rank).
 
-    Every rank of its process set calls it between steps, after the first (else GraceError), outside of tf.function. It waits for the
-    slowest, reads every variable once and gathers some 30 bytes for each. At world size 1 it does nothing. For `fit`, see
+    Every rank of its process set calls it between steps, after the first (else GraceError), outside tf.function. It waits for the
+    slowest rank, reads every variable once and gathers about 30 bytes per variable. At world size 1 it does nothing. For `fit`, see
     callbacks.AgreementCallback."""
     if not isinstance(optimizer, _Distributed):
-        raise UnsupportedError(f"check_agreement takes grace_ext's DistributedOptimizer, not {type(optimizer).__name__}")
-    optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)  # type: ignore[attr-defined]
+        raise UnsupportedError(f"check_agreement takes what grace_ext's DistributedOptimizer returns, not {type(optimizer).__name__}")
+    optimizer._grace.compare(optimizer._trainable_variables if model is None else model.variables)

@@ -1,4 +1,4 @@
-"""Keras 3 callbacks for data-parallel `fit`: Horovod's names, and the metrics of compression."""
+"""Defines Keras 3 callbacks for data-parallel `fit`: those of Horovod, one for the metrics of compression, and one for agreement."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MEASURED = ("relative_error", "residual_norm", "gradient_norm", *TIMES)
 
 
 def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
-    """Gives every rank the root's values. Takes tf.Variables and Keras 3 variables."""
+    """Gives every rank the root's values of these tf.Variables or Keras 3 variables. options: as Horovod's."""
     inner = [v if isinstance(v, tf.Variable) else v.value for v in variables]
     api.broadcast_variables(inner, root_rank, process_set=process_set, **options)
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own.
-    Turns Keras's jit_compile='auto' off where it came to True, with a notice."""
+    Turns jit_compile off, with a warning, if Keras's default 'auto' chose True."""
 
     def __init__(self, root_rank: int = 0, device: str = "", process_set: Any = api.global_process_set):
         super().__init__()
@@ -45,18 +45,18 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._done = False
-        if self.model.built:  # before the first step, which LocalSGD measures all others from
+        if self.model.built:  # before the first step: LocalSGD measures drift from there
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
             self._broadcast()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if not self._done:  # a model that is built by its first batch
+        if not self._done:  # the first batch has built the model
             self._broadcast()
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Replaces the metrics of an epoch by their means over the ranks. Put it before callbacks that look at them."""
+    """Replaces the metrics of an epoch by their means over the ranks. Put it before callbacks that read them."""
 
     def __init__(self, device: str = "", process_set: Any = api.global_process_set):
         super().__init__()
@@ -73,7 +73,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to initial_lr * multiplier(epoch), from start_epoch until end_epoch: at each epoch, or with staircase=False
-    at each batch."""
+    at each batch. momentum_correction has no effect."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         if not self.staircase:
             steps = self.steps_per_epoch or self.params.get("steps")
             if not steps:
-                raise ValueError("the number of steps per epoch is unknown here; pass steps_per_epoch")
+                raise ValueError("staircase=False needs the number of steps per epoch, which is unknown here; pass steps_per_epoch")
             self._set(self._epoch + batch / steps)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -140,22 +140,24 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
 
 class CompressionMetricsCallback(keras.callbacks.Callback):
-    """Adds to each epoch's logs: `wire_bytes` (a rank's bytes a step) and `compression_ratio` (dense bytes / sent bytes).
+    """Adds to each epoch's logs `wire_bytes` (bytes per rank and step) and `compression_ratio` (dense bytes / sent bytes).
 
-    every: measures (grace_ext/metrics.py), with a report every so many steps, and adds what is measured of the whole model, too:
+    every: turns metrics on (metrics/metrics.py), with a report every so many steps, and also adds the values for the whole model:
       `relative_error`, `residual_norm`, `gradient_norm`, `encode_seconds`, `communicate_seconds`, `decode_seconds`.
-    jsonl: a file for the reports, as lines of JSON; tensorboard: a folder for their numbers, by rank 0. Either means every=100."""
+    jsonl: a file for the reports, as lines of JSON. tensorboard: a folder to which rank 0 writes their numbers. Either implies every=100.
+    options: as for Metrics."""
 
     def __init__(self, every: int | None = None, *, jsonl: str | Path | None = None, tensorboard: str | Path | None = None, **options: Any):
         super().__init__()
         self.every = 100 if every is None and (jsonl or tensorboard) else every
-        # Reports are made inside of the training step, and written outside of it.
+        # Reports are made inside the training step, but TensorBoard's files are written outside of it.
         self._reports: list[Report] = []
         self.options = {**options, "jsonl": jsonl, "sinks": [*options.get("sinks", ()), *([self._reports.append] if tensorboard else ())]}
-        self._folder, self._writer, self._on = tensorboard, None, False
+        self._folder, self._on = tensorboard, False
+        self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        if self.every is not None and not self._on:  # a second fit goes on
+        if self.every is not None and not self._on:  # a second fit goes on with them
             self.model.optimizer.measure(self.every, **self.options)
             self._on = True
 
@@ -183,8 +185,8 @@ class CompressionMetricsCallback(keras.callbacks.Callback):
 
 
 class AgreementCallback(keras.callbacks.Callback):
-    """Every `every` batches, and at the end of training: raises DisagreementError on all ranks alike where their specs, steps or trained
-    variables differ (see check_agreement)."""
+    """Calls check_agreement every `every` batches and at the end of training: DisagreementError on all ranks alike if their specs, steps
+    or trained variables differ."""
 
     def __init__(self, every: int = 100):
         super().__init__()

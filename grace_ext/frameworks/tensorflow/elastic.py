@@ -1,7 +1,8 @@
-"""Elastic Horovod (`hvd.elastic`) with compression, for Keras 3: `run`, `TensorFlowKerasState`, callbacks; and Horovod's TensorFlowState.
+"""Supports elastic Horovod (`hvd.elastic`) with compression for Keras 3: `run`, `TensorFlowKerasState`, a callback; and Horovod's
+TensorFlowState.
 
-Each rank's memory is its own: it is committed and rolled back with the model, and when ranks leave or join it is brought to the new ones
-before training goes on. (Horovod 0.28's own Keras state calls `optimizer.variables()`, which is no method in Keras 3.)
+Each rank has its own memory, which is committed and rolled back with the model. When ranks leave or join, it is converted for the new
+ranks before training goes on. (Horovod 0.28's own Keras state calls `optimizer.variables()`, which is no method in Keras 3.)
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from .optimizer import _Distributed
 
 
 class TensorFlowKerasState(ObjectState):
-    """A Keras model, its optimizer, and attributes that all ranks share. If the optimizer is a DistributedOptimizer of grace_ext, also each
-    rank's memory.
+    """Holds a Keras model, its optimizer, and attributes that all ranks share. If the optimizer is a DistributedOptimizer of grace_ext, it
+    also holds each rank's memory.
 
-    model: built already. optimizer: by default the model's. resize: what becomes of the memory when the number of ranks changes, see
-    hvd.elastic.TorchState of grace_ext.frameworks.torch.
+    model: must be built (else GraceError). optimizer: by default the model's. resize: how the memory is converted when the number of ranks
+    changes, see hvd.elastic.TorchState of grace_ext.frameworks.torch.
     """
 
     def __init__(self, model: Any, optimizer: Any = None, *, resize: str = "mean", **attributes: Any):
@@ -47,15 +48,15 @@ class TensorFlowKerasState(ObjectState):
     def _save_model(self) -> None:
         self._saved_values = [v.numpy().copy() for v in self._variables()]
         ours = isinstance(self.optimizer, _Distributed)
-        self._saved_memory = self.optimizer.grace_state_dict() if ours else None  # copies
+        self._saved_memory = self.optimizer.grace_state_dict() if ours else None  # its arrays are copies
 
     def save(self) -> None:
-        """Keeps all of it, for `restore`."""
+        """Keeps copies of everything that it holds, for `restore`."""
         self._save_model()
         super().save()
 
     def restore(self) -> None:
-        """Goes back to what was saved last."""
+        """Restores what was saved last."""
         for variable, value in zip(self._variables(), self._saved_values, strict=True):
             variable.assign(value)
         if self._saved_memory is not None:
@@ -63,17 +64,17 @@ class TensorFlowKerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        """Rank 0's variables and attributes to all ranks; the memory follows in `settle`."""
+        """Gives all ranks rank 0's variables and attributes. The memory follows in `settle`."""
         broadcast_variables(self._variables(), root_rank=0)
         super().sync()
 
     def settle(self) -> None:
-        """Brings the memory of compression to the ranks that there are now, and commits. Collective; `run` calls it on all ranks before the
-        function begins, each time. Keras makes its training step anew."""
+        """Converts the memory for the present ranks, and saves all. Collective: `run` calls it on all ranks each time before it calls the
+        function. Keras then makes its training step anew."""
         if isinstance(self.optimizer, _Distributed):
             gather = functools.partial(api.allgather_object, name="grace.elastic")
             how = {"rank": api.rank(), "size": api.size(), "how": self._resize}
-            self.optimizer._grace.move(functools.partial(carried_over, gather, **how))  # type: ignore[attr-defined]
+            self.optimizer._grace.move(functools.partial(carried_over, gather, **how))
             self.model.train_function = None
         self.save()
 
@@ -86,7 +87,7 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.state, self.batches_per_commit, self._batches = state, batches_per_commit, 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._batches = 0  # ranks count alike from here
+        self._batches = 0  # so that all ranks count from the same batch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._batches += 1
@@ -98,7 +99,7 @@ class CommitStateCallback(keras.callbacks.Callback):
 
 
 def run(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As Horovod's: runs `function(state, ...)`, and again from the last commit after ranks have failed, left or joined."""
+    """Runs `function(state, ...)`, as Horovod's `run` does, and again from the last commit after ranks have failed, left or joined."""
 
     @functools.wraps(function)
     def settled(state: Any, *args: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Exchanges the gradients of one Keras optimizer or tape: dense ones compressed, sparse ones exactly."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from .trackable import TrackedState
 
 
 def averages(op: Any) -> bool:
-    """Whether `op` is the mean; raises UnsupportedError for what is neither mean nor sum."""
+    """Whether `op` is the mean. Raises UnsupportedError if it is neither mean nor sum."""
     if op in (api.Average, api.Sum):
         return op == api.Average
     raise UnsupportedError(
-        "compressed gradients can be averaged or added up only (Adasum combines parameter updates by their angles); use op=hvd.Average"
+        "op must be hvd.Average or hvd.Sum: compressed gradients can only be averaged or added up (Adasum combines parameter updates by "
+        "their angles); use op=hvd.Average"
     )
 
 
 def names_of(variables: Sequence[Any]) -> list[str]:
-    """A name for each variable, the same on all ranks: its path or name, with a number where several share one."""
+    """Returns a name for each variable, the same on all ranks: its path or name, with a number if several share one."""
     names: list[str] = []
     for variable in variables:
         name = getattr(variable, "path", None) or variable.name
@@ -42,27 +43,29 @@ def names_of(variables: Sequence[Any]) -> list[str]:
 
 
 def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set: Any) -> tf.IndexedSlices:
-    """A sparse gradient, exchanged exactly and uncompressed, as Horovod does."""
+    """Exchanges a sparse gradient exactly, uncompressed, as Horovod does."""
     return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
 
 
 class GradientExchange(Measured):
-    """The exchange of one optimizer or tape: made at the first call, when the variables and their gradients' kinds are known."""
+    """Exchanges the gradients of one optimizer or tape.
+
+    dense: the exchange of dense gradients, made at the first call, when the variables and their gradients' kinds are known."""
 
     def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
         self.grace, self.op, self.process_set = g, op, process_set
         self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
         self.dense: GraphExchange | None = None
         self._saved: Any = None
-        self._sizes: dict[str, int] = {}  # of the variables, where they were known before the ranks changed
+        self._sizes: dict[str, int] = {}  # of the variables, if they were known before the ranks changed
 
     @property
     def idle(self) -> bool:
-        """Nothing to exchange on this rank."""
+        """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`."""
         return not self.process_set.included() or (self.process_set.size() == 1 and not self.simulate)
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None) -> list[Any]:
-        """The aggregates of the gradients; None stays None."""
+        """Returns the aggregates of the gradients; None stays None."""
         results, dense = list(gradients), []
         for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
             if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
@@ -86,17 +89,17 @@ class GradientExchange(Measured):
         if {spec.name: spec for spec in specs} != known:
             differing = sorted({s.name for s in specs} ^ set(known)) or [s.name for s in specs if known[s.name] != s]
             raise NamesError(
-                f"the variables with gradients are not those of the first step (state is kept by name): {', '.join(differing[:5])}; "
-                "make a new optimizer for a changed model"
+                f"the variables with gradients differ from those of the first step, whose state is kept by name: "
+                f"{', '.join(differing[:5])}; make a new optimizer for a changed model"
             )
         return self.dense
 
     def compare(self, variables: Sequence[Any]) -> None:
-        """See Driver.compare; of these variables. Every rank calls it between steps, after the first."""
+        """Compares these variables among the ranks, as Driver.compare does. Every rank calls it between steps, after the first."""
         if self.idle or self.process_set.size() == 1:
             return
         if self.dense is None:
-            raise GraceError("ranks compare their parameters after the first step: nothing has been exchanged yet")
+            raise GraceError("ranks can compare their parameters only after the first step: nothing has been exchanged yet")
         arrays = [np.asarray(v.numpy()) for v in variables]
         digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
         perform(self.dense.driver.compare(digests), self.dense.transport, {})
@@ -106,15 +109,15 @@ class GradientExchange(Measured):
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step, sparse gradients excluded."""
+        """Returns the bytes that this rank handed to collectives in the last step, without those of sparse gradients."""
         return self.dense.driver.wire_bytes if self.dense else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory: see Driver.state_dict."""
+        """Returns this rank's memory, as Driver.state_dict does."""
         return self.dense.driver.state_dict() if self.dense else (self._saved or {})
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes; before the first step it is kept until the variables are known."""
+        """Resumes from this state. Before the first step it is kept until the variables are known. Raises GraceError if it does not fit."""
         if self.dense:
             self.dense.driver.load_state_dict(saved)
         elif saved:
@@ -122,8 +125,8 @@ class GradientExchange(Measured):
         self._saved = saved
 
     def move(self, carried_over: Callable[[Any], Any]) -> None:
-        """After the ranks have changed: the next call exchanges among those that there are now. `carried_over` gives this rank's state for
-        them from that of before (None on a rank that had none); collective. Functions that were traced before are of no use any more."""
+        """Prepares for other ranks, after they have changed: the next call exchanges among the present ones. Collective. `carried_over`
+        converts this rank's state of before (None if it had none) for them. Functions that were traced before then raise GraceError."""
         own = self.state_dict()
         if self.dense:
             self._sizes = {spec.name: spec.size for spec in self.dense.driver.specs.values()}
@@ -140,7 +143,7 @@ class GradientExchange(Measured):
             Driver(self.grace, transport.ops, transport).read_state(saved)
 
     def trackable(self) -> TrackedState:
-        """For tf.train.Checkpoint(memory=...)."""
+        """Returns this memory in the form that tf.train.Checkpoint(memory=...) takes."""
         return TrackedState(self)
 
     def _saveable(self) -> Saveable:

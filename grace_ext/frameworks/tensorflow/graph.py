@@ -1,13 +1,13 @@
-"""One model's exchange as TensorFlow operations, in eager code and in graphs.
+"""Makes one model's exchange of TensorFlow operations, for eager code and for graphs.
 
-The driver is the same generator as everywhere. Here it is run in pieces, each a `tf.numpy_function` between two network operations:
+The driver is the same generator as on every engine. Here it runs in pieces, each a `tf.numpy_function` between two network operations:
     put(bucket 0) -> arrays -> Horovod ops ...   put(bucket 1) -> ...   finish: result -> next arrays -> Horovod ops ... -> gradients
-Which collectives there are, and of which kind, must be known when the graph is traced: a rehearsal with zero gradients and a pretended
-network tells (sizes may change from step to step, kinds and order do not; so what an all-to-all sends to whom is a tensor, too). A
-token passes through all pieces, so they run in this order whatever the graph around them is; no piece ever waits for the network, so any
-number of models may be under way.
+The collectives and their kinds must be known when the graph is traced: a rehearsal with zero gradients on a pretended network finds them
+(sizes may change from step to step, kinds and order do not; so the sizes of an all-to-all's pieces are a tensor, too). A token passes
+through all pieces, so they run in this order whatever graph is around them. No piece ever waits for the network, so any number of models
+may be under way.
 
-The agreement of the first step is a blocking collective, made when the first graph is traced, outside of it.
+The agreement of the first step is a blocking collective, made outside the graph when the first graph is traced.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import tensorflow as tf
 
 from ...checkpoints.elastic import STALE
 from ...composition.grace import Grace
-from ...driver.driver import Driver, Start
+from ...driver.driver import Driver
 from ...errors import GraceError, UnsupportedError
-from ...exchange.effects import Collective
+from ...exchange.effects import Collective, Start
 from ...exchange.perform import perform
-from ...exchange.transport import Transport, by_sum, cut, gathered, to_sum
+from ...exchange.transport import Carried, Transport, by_sum, cut, gathered, to_sum
 from ...parts.tensor import TensorSpec
 from ..horovod import process_set_of
 from .ops import GraphOps, graph_ops
 
 
 class HorovodTransport(Transport):
-    """Horovod's named collectives as TensorFlow ops. `start` and `wait` are for eager code; graphs are built by `apply`."""
+    """Runs Horovod's named collectives as TensorFlow ops. `start` and `wait` are for eager code; `apply` builds graphs."""
 
+    ops: GraphOps
     gathers_uneven = True
     scatters_uneven = True
     splits = True
@@ -43,11 +44,12 @@ class HorovodTransport(Transport):
         self.rank, self.size = (0, 1) if process_set.size() == 1 else (process_set.rank(), process_set.size())
 
     def apply(self, collective: Collective, inputs: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
-        """The collective on the tensors of its `arrays_of`; `result` turns their values into what the driver expects."""
+        """Applies the collective to the tensors of its `arrays_of`. `result` turns the values of those that this returns into what the
+        driver expects."""
         tensor, *splits = inputs
         if self.size == 1:
             return [tensor, *splits]
-        name = name.replace("/", ".")  # Horovod ignores scopes by dropping all before the last slash
+        name = name.replace("/", ".")  # with ignore_name_scope Horovod drops all before the last slash
         options = {"process_set": self.process_set, "ignore_name_scope": True}
         if collective.kind == "allreduce":
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
@@ -58,10 +60,10 @@ class HorovodTransport(Transport):
             return [hvd.allgather(tensor, name=name, **options)]
         if collective.kind == "alltoall":
             return list(hvd.alltoall(tensor, splits=splits[0], name=name, **options))
-        raise GraceError(f"no TensorFlow form of {collective.kind}")
+        raise GraceError(f"Horovod has no TensorFlow op for the collective {collective.kind!r}")
 
     def result(self, collective: Collective, values: Sequence[np.ndarray]) -> Any:
-        """What the driver waits for, from the values of the tensors of `apply`."""
+        """Returns what the driver waits for, given the values of the tensors that `apply` returned."""
         if collective.kind == "allreduce":
             return values[0] if collective.divisor in (1, self.size) else values[0] / collective.divisor
         if collective.kind == "alltoall":
@@ -71,14 +73,14 @@ class HorovodTransport(Transport):
             return by_sum(self, collective, (values[0] - mine.view(np.int32)).view(np.uint8))
         return gathered(self, collective, values[0])
 
-    def carry(self, collective: Collective):
+    def carry(self, collective: Collective) -> Carried:
         # Broadcasts of n messages need n operations whose shapes the graph does not know; one all-gather brings the same bytes.
         if collective.kind == "broadcast":
             collective = collective._replace(kind="allgather")
         return super().carry(collective)
 
     def arrays_of(self, collective: Collective) -> list[np.ndarray]:
-        """What the graph has to carry for it: the array, and how much of it goes to each rank."""
+        """Returns the arrays that a graph carries for it: its array, and for an all-to-all how much of that goes to each rank."""
         if collective.kind == "alltoall":
             return [collective.array, np.array(collective.sizes, np.int32)]
         mine = to_sum(self, collective)
@@ -91,6 +93,11 @@ class HorovodTransport(Transport):
         made = process_set_of(hvd, ranks, self.size)
         return type(self)(made) if mine else None
 
+    def among(self, group: str) -> HorovodTransport | None:
+        found = super().among(group)
+        assert found is None or isinstance(found, HorovodTransport)  # `group` makes no others
+        return found
+
     def start(self, collective: Collective, name: str) -> Any:
         return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)
 
@@ -100,7 +107,7 @@ class HorovodTransport(Transport):
 
 
 class Alone(HorovodTransport):
-    """A network of one rank; or a pretended one, for a rehearsal: other ranks do the same things in the same order."""
+    """Stands for a network of one rank; or, in a rehearsal, for a pretended one, whose other ranks do the same things in the same order."""
 
     pair = False
 
@@ -115,12 +122,13 @@ class Alone(HorovodTransport):
 
 
 class GraphExchange:
-    """The exchange of one set of variables. Call it with their gradients (tensors, in the order of `specs`) and the learning rate.
-    driver: one that has registered these specs already, in place of a new one. rehearsed: the step whose collectives all steps of this
-    object have."""
+    """Exchanges the gradients of one set of variables. Call it with them (tensors, in the order of `specs`) and the learning rate.
+
+    before_step: called with the driver's step before each step. driver: one that has registered these specs already, in place of a new one.
+    rehearsed: the step whose collectives all steps of this object have."""
 
     transport_type: ClassVar[type[HorovodTransport]] = HorovodTransport
-    #: It has collectives of some of the ranks.
+    #: Whether it can make collectives among some of the ranks.
     two_levels: ClassVar[bool] = False
 
     def __init__(
@@ -135,9 +143,9 @@ class GraphExchange:
         rehearsed: int = 0,
     ):
         if grace.two_level and not self.two_levels:
-            raise UnsupportedError(f"{grace}: TensorFlow's LocalSGD has no 'hierarchical'; use what is between the nodes by itself")
+            raise UnsupportedError(f"{grace}: TensorFlow's LocalSGD has no 'hierarchical'; use its `between` communicator alone")
         self._before_step = before_step
-        self.ended = False  # the ranks have changed since
+        self.ended = False  # whether the ranks have changed since
         self.transport = self.transport_type(process_set)
         divisor = self.transport.size if average else 1
         if driver is None:
@@ -150,7 +158,7 @@ class GraphExchange:
         self._finishing: Any = None
 
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
-        """The effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
+        """Returns the effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
         pretended = Alone(self.transport.ops, self.transport.pair)
         driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
         driver.register(self.driver.specs.values())
@@ -180,14 +188,14 @@ class GraphExchange:
 
     # --- building the operations ------------------------------------------------------------------------------------
     def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
-        """The aggregates, in the gradients' order, shapes and dtypes."""
+        """Returns the aggregates, in the gradients' order, shapes and dtypes."""
         self.driver.check_rate(None if lr is None else 1.0)  # while the graph is traced
         if not self.driver.agreed:
             with tf.init_scope():
                 perform(self.driver.agree(), self.transport, {})
         specs = list(self.driver.specs.values())
         by_name = dict(zip(self.driver.specs, gradients, strict=True))
-        token = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)  # it carries the learning rate, too
+        token = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)  # the token carries the learning rate, too
         in_flight: dict[str, list[tf.Tensor]] = {}
         outputs: list[tf.Tensor] = []
         for number, (what, effects) in enumerate(self._pieces):
@@ -213,7 +221,7 @@ class GraphExchange:
         return self.driver.prefix + rehearsed
 
     def _piece(self, what: list[str] | str, first: bool, last: bool) -> Callable[..., list[np.ndarray]]:
-        """What runs between two network operations, as a function of numpy arrays."""
+        """Returns what runs between two network operations, as a function of numpy arrays."""
 
         def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
             if first:
@@ -223,7 +231,7 @@ class GraphExchange:
                 for name, value in zip(what, values, strict=True):
                     for effect in self.driver.put(name, value):
                         self._begin(effect)
-                outputs = self._resume(None) if last else None  # last only where nothing needs the network
+                outputs = self._resume(None) if last else None  # it is the last only if nothing needs the network
             else:
                 name = self._real_name(what)
                 outputs = self._resume(self.transport.result(self._under_way.pop(name), values))
@@ -234,7 +242,7 @@ class GraphExchange:
         return run
 
     def _begin_anew(self, rate: np.ndarray) -> None:
-        """What comes before a step, at this learning rate (NaN: there is none)."""
+        """Prepares a step at this learning rate (NaN: there is none). Raises GraceError if the ranks have changed."""
         if self.ended or self.transport.size != self.transport.process_set.size():
             raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
         self._abandon()
@@ -242,7 +250,7 @@ class GraphExchange:
         self.driver.set_learning_rate(None if np.isnan(rate) else float(rate))
 
     def _abandon(self) -> None:
-        """Forgets a step that was begun and not ended (an error elsewhere in the graph)."""
+        """Forgets a step that has begun and not ended, because of an error elsewhere in the graph."""
         self._finishing = None
         self._started, self._under_way = [], {}
         self.driver.abandon()
@@ -252,7 +260,8 @@ class GraphExchange:
         self._started += self.transport.arrays_of(effect.collective)
 
     def _resume(self, result: Any) -> dict[str, np.ndarray] | None:
-        """Runs the driver's `finish` from the wait that this is the result of to its next wait; returns the outputs at its end."""
+        """Resumes the driver's `finish` with the result that it waits for, and runs it to its next wait. Returns the outputs at its end,
+        else None."""
         try:
             if self._finishing is None:
                 self._finishing = self.driver.finish()

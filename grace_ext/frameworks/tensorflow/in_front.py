@@ -1,10 +1,11 @@
-"""TODO."""
+"""Puts the exchange in front of a Keras optimizer's `apply`, by a class that comes before the optimizer's own, and rejects settings under
+which Keras would skip the exchange."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -14,21 +15,26 @@ from ...errors import UnsupportedError
 from ..optimizers import check_optimizer
 from .trackable import TrackedState
 
+if TYPE_CHECKING:  # in_front_of puts it before such a class, so type checkers may see one
+    from keras.optimizers import Optimizer as KerasOptimizer
+else:
+    KerasOptimizer = object
+
 XLA = (
-    "jit_compile=True: XLA cannot run Horovod's operations nor ours, so the exchange would be left out or fail to compile; "
+    "jit_compile=True: XLA cannot run the operations of Horovod and grace_ext, so the exchange would be left out or fail to compile; "
     "use model.compile(..., jit_compile=False). (Keras's default 'auto' is turned off by hvd.callbacks.BroadcastGlobalVariablesCallback.)"
 )
 
 
 SCALING = (
-    "this optimizer is inside of a LossScaleOptimizer, which leaves out the step of a rank whose own gradients are not finite: the other "
-    "ranks would wait for it for ever. Put it inside: hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
-    "(model.compile makes one by itself under the policy 'mixed_float16', unless the optimizer is one.)"
+    "this optimizer is inside a LossScaleOptimizer, which skips the step of a rank whose own gradients are not finite: the other ranks "
+    "would wait for it for ever. Put the scaling inside: hvd.DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), ...). "
+    "(Under the policy 'mixed_float16' model.compile puts one around an optimizer that is none.)"
 )
 
 
 def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
-    """Raises where this is no Keras 3 optimizer on TensorFlow, or one that the memory cannot work with."""
+    """Raises UnsupportedError if this is no Keras 3 optimizer on TensorFlow, IncompatiblePartsError if the memory cannot work with it."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise UnsupportedError(
             f"{type(optimizer).__module__}.{type(optimizer).__name__} is not a Keras 3 optimizer; for TF1-style optimizers use plain "
@@ -36,7 +42,7 @@ def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
         )
     if keras.backend.backend() != "tensorflow":
         raise UnsupportedError(
-            f"Keras runs on the {keras.backend.backend()!r} backend here; this wrapper exchanges TensorFlow gradients. "
+            f"Keras runs on the {keras.backend.backend()!r} backend here, but this wrapper exchanges TensorFlow gradients. "
             + ("Use grace_ext.frameworks.torch" if keras.backend.backend() == "torch" else "Set KERAS_BACKEND=tensorflow")
         )
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
@@ -44,11 +50,11 @@ def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
 
 
 def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
-    """A copy of the optimizer whose class has this one in front of its own, and these attributes."""
+    """Returns a copy of the optimizer, with these attributes, whose class inherits from this mixin before the optimizer's own class."""
     # The module and name of the wrapped class are kept: Keras writes them into saved models.
-    cls = type(type(optimizer).__name__, (mixin, type(optimizer)), {"__module__": type(optimizer).__module__})
+    cls: Any = type(type(optimizer).__name__, (mixin, type(optimizer)), {"__module__": type(optimizer).__module__})
     wrapped = cls.from_config(optimizer.get_config())
-    for name, value in attributes.items():  # outside of Keras's tracking: neither a layer nor a variable
+    for name, value in attributes.items():  # past Keras's tracking: they are neither layers nor variables
         object.__setattr__(wrapped, name, value)
     wrapped._track_trackable(TrackedState(wrapped._grace), "grace_ext")
     if optimizer.built:
@@ -58,14 +64,15 @@ def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
     return wrapped
 
 
-class InFront:
-    """What is put in front of a Keras optimizer's class; a subclass says what a step of it is."""
+class InFront(KerasOptimizer):
+    """Is put in front of a Keras optimizer's class (see in_front_of). A subclass defines `_apply_exchanged`, a step."""
 
     _grace: Any
+    built: bool
 
     @tf.autograph.experimental.do_not_convert
     def build(self, variables: Any) -> None:
-        super().build(variables)  # type: ignore[misc]
+        super().build(variables)
         if not self._grace.idle:
             refuse_xla(self)
             refuse_inside_scaling(self)
@@ -75,22 +82,22 @@ class InFront:
         grads = list(grads)
         if not grads or self._grace.idle:
             return self._apply_wrapped(grads, trainable_variables)
-        if trainable_variables is not None and not self.built:  # type: ignore[has-type]
+        if trainable_variables is not None and not self.built:
             self.build(list(trainable_variables))
             self.built = True
         self._apply_exchanged(grads, self._trainable_variables if trainable_variables is None else list(trainable_variables))
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
-        """A step with this rank's gradients of these variables."""
+        """Makes a step with this rank's gradients of these variables."""
         raise NotImplementedError
 
     def _apply_wrapped(self, grads: list[Any], variables: list[Any] | None) -> None:
-        """A step as the wrapped class makes it."""
-        super().apply(grads, variables)  # type: ignore[misc]
+        """Makes a step as the wrapped class does."""
+        super().apply(grads, variables)
 
 
 def refuse_inside_scaling(optimizer: Any) -> None:
-    """Raises where this optimizer is the inner one of a LossScaleOptimizer, which is found on the stack: it builds the inner one."""
+    """Raises UnsupportedError if a LossScaleOptimizer has this optimizer inside. It builds this one, so it is found on the stack."""
     frame = inspect.currentframe()
     while frame is not None:
         outer = frame.f_locals.get("self")
@@ -100,8 +107,8 @@ def refuse_inside_scaling(optimizer: Any) -> None:
 
 
 def refuse_xla(optimizer: Any) -> None:
-    """Raises where the training step that is being traced would be compiled by XLA. The model is found on the stack: an optimizer is not
-    told about it. Keras's own default, jit_compile='auto', is turned off earlier, by the callbacks (see `without_xla`)."""
+    """Raises UnsupportedError if XLA would compile the training step that is being traced. The model is found on the stack, because an
+    optimizer has no reference to it. Keras's own default, jit_compile='auto', is turned off earlier by the callbacks (see without_xla)."""
     frame = inspect.currentframe()
     while frame is not None:
         model = frame.f_locals.get("self")
@@ -113,10 +120,10 @@ def refuse_xla(optimizer: Any) -> None:
 
 
 def without_xla(model: Any) -> None:
-    """Before the training step is made: turns jit_compile='auto' off, with a notice, where it came to True."""
+    """Turns jit_compile off, with a warning, if Keras's 'auto' chose True. Called before the training step is made."""
     exchanges = getattr(getattr(model, "optimizer", None), "_grace", None)
     wrapped = exchanges is not None and not exchanges.idle
-    # compile() keeps no trace of what was said; True was asked for where "auto" would have said no, and is refused later.
+    # compile() does not keep its argument. If "auto" would choose False, the user asked for True, which refuse_xla rejects later.
     if wrapped and model.jit_compile and model._resolve_auto_jit_compile():
         model.jit_compile = False
         warnings.warn(

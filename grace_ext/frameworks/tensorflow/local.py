@@ -1,4 +1,4 @@
-"""`LocalSGD`: a Keras 3 optimizer that makes steps of its own, and exchanges how far the model has moved from time to time."""
+"""Defines `LocalSGD`: a Keras 3 optimizer that makes local steps, and from time to time exchanges how far the model has moved."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
     timeout: float = 300.0,
     process_set: Any = api.global_process_set,
     simulate: bool = False,
-) -> Any:
-    """A Keras 3 optimizer whose `apply` applies this rank's own gradients, and after some steps exchanges the models' drift: for `compile`
-    and `fit`, and for custom loops.
+) -> _LocalSGD:
+    """Returns a Keras 3 optimizer whose `apply` applies this rank's own gradients, and after some steps exchanges the models' drift: for
+    `compile` and `fit`, and for custom loops.
 
     The algorithm and the options are those of grace_ext.frameworks.torch.LocalSGD. All ranks must start from the same model: build it
-    before fit (an Input layer) and pass hvd.callbacks.BroadcastGlobalVariablesCallback(0). What is no trainable variable stays each rank's
-    own: BatchNorm's statistics, and the optimizer's momentum.
+    before fit (an Input layer) and pass hvd.callbacks.BroadcastGlobalVariablesCallback(0). Each rank keeps its own values of all
+    that is no trainable variable: BatchNorm's statistics, and the optimizer's momentum.
 
     The result is of the same Keras class. Beyond Keras it has `sync()`, which every rank calls after fit (all have the same model then),
     `wire_bytes`, and `grace_state_dict()` / `load_grace_state_dict()`, which resume bit for bit with every rank's own model.
@@ -52,17 +52,17 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
     )  # fmt: skip
     check_keras_optimizer(settings.grace, optimizer)
     if settings.grace.memory.diverges and hasattr(optimizer, "inner_optimizer"):
-        raise UnsupportedError("cser would keep errors at one loss scale and take them back at another; train in bfloat16, without")
+        raise UnsupportedError("cser would keep errors at one loss scale and undo them at another; train in bfloat16, without loss scaling")
     if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
         raise UnsupportedError(
-            "use_ema=True puts each rank's own averages into its model, at the end of fit or in between, so ranks would not have the same "
-            "model; average what LocalSGD has synchronized, by a callback after it"
+            "use_ema=True puts each rank's own averages into its model, at the end of fit or in between, so the ranks' models would "
+            "diverge; average the model after LocalSGD has synchronized it, by a callback"
         )
     return in_front_of(optimizer, _LocalSGD, _grace=_Local(settings, process_set, simulate))
 
 
 class _Local:
-    """The exchanges of one optimizer, as TensorFlow operations around a Worker."""
+    """Makes the exchanges of one optimizer, as TensorFlow operations around a Worker."""
 
     def __init__(self, settings: Settings, process_set: Any, simulate: bool):
         self.settings, self._process_set = settings, process_set
@@ -70,18 +70,18 @@ class _Local:
         transport = HorovodTransport(process_set)
         self.worker = Worker(settings, transport.ops, transport)
         self._takes_part = process_set.included()
-        self._by_gradients: list[GraphExchange] = []  # in usual steps, and in CSER's resets
+        self._by_gradients: list[GraphExchange] = []  # one for usual steps, with CSER one for its resets
         self._by_models: GraphExchange | None = None
 
     def begin(self, variables: Sequence[Any]) -> None:
-        """Before the first step, in eager code; later calls check that the variables are the same."""
+        """Begins with these variables, before the first step, in eager code. Later calls raise NamesError if the variables differ."""
         specs = [
             TensorSpec(name, tuple(v.shape), tf.as_dtype(v.dtype).name) for name, v in zip(names_of(variables), variables, strict=True)
         ]
         known = self.worker.model.specs
         if known:
             if {spec.name: spec for spec in specs} != known:
-                raise NamesError(f"the variables are not those of the first step: {[s.name for s in specs][:5]}; make a new optimizer")
+                raise NamesError(f"the variables differ from those of the first step: {[s.name for s in specs][:5]}; make a new optimizer")
             return
         self.worker.begin(specs, _values(variables))
         by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
@@ -98,13 +98,13 @@ class _Local:
 
     # --- operations -------------------------------------------------------------------------------------------------
     def gradients(self, gradients: list[Any], variables: Sequence[Any], lr: Any) -> list[Any]:
-        """What is to be applied: these, or in steps that exchange gradients what comes of them."""
+        """Returns the gradients to apply: these, or in steps that exchange gradients their aggregates."""
         begun = tf.numpy_function(lambda: np.array([self.worker.begin_step(), self.settings.resets(self.worker.model.step)]), [], tf.bool)
         begun.set_shape([2])
         if not self.settings.by_gradients and not self.settings.schedule.start:
             return gradients
         if any(isinstance(g, tf.IndexedSlices) for g in gradients):
-            raise UnsupportedError("sparse gradients (IndexedSlices) cannot be averaged in LocalSGD; use tf.convert_to_tensor on them")
+            raise UnsupportedError("sparse gradients (IndexedSlices) cannot be averaged in LocalSGD; apply tf.convert_to_tensor to them")
         own = [tf.zeros(v.shape, v.dtype) if g is None else tf.convert_to_tensor(g) for g, v in zip(gradients, variables, strict=True)]
         usual, *resets = self._by_gradients
         if resets:
@@ -112,7 +112,7 @@ class _Local:
         return list(tf.cond(begun[0], lambda: usual(own, lr), lambda: [tf.identity(g) for g in own]))
 
     def end_step(self, variables: Sequence[Any]) -> None:
-        """After the gradients were applied: synchronizes where it is due."""
+        """Ends a step, after the gradients were applied: synchronizes if it is due."""
         codes = {"": NOTHING, "synchronize": SYNCHRONIZE, "rebase": REBASE}
         what = tf.numpy_function(lambda: np.int32(codes[self.worker.model.advance()]), [], tf.int32)
         what.set_shape([])
@@ -150,7 +150,9 @@ class _Local:
         return self._list(self.worker.model.outgoing(self._by_name(arrays)))
 
     def _incoming(self, *means: np.ndarray) -> list[Any]:
-        return self._list(self.worker.model.incoming(self._by_name(means), self.worker.for_models.committed))
+        new = self.worker.model.incoming(self._by_name(means), self.worker.for_models.committed)
+        assert new is not None  # None is only for memories that diverge, whose steps exchange gradients
+        return self._list(new)
 
     def _by_name(self, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         return dict(zip(self.worker.model.specs, arrays, strict=True))
@@ -160,21 +162,20 @@ class _Local:
 
 
 class _LocalSGD(InFront):
-    """Applies this rank's gradients as the wrapped class does, and synchronizes where it is due."""
+    """Applies this rank's gradients as the wrapped class does, and synchronizes if it is due."""
 
     _grace: _Local
-    _trainable_variables: list[Any]
-    learning_rate: Any
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         local = self._grace
-        with tf.init_scope():  # once for every trace, before the first step of all
+        with tf.init_scope():  # once per trace, before the first step
             local.begin(variables)
         self._apply_wrapped(local.gradients(grads, variables, self.learning_rate), variables)
         local.end_step(variables)
 
     def sync(self) -> None:
-        """Synchronizes now, in eager code; every rank calls it, a synchronous one after as many steps. All have the same model then."""
+        """Synchronizes now, in eager code: all ranks then have the same model. Every rank calls it, unless asynchronous after the same
+        number of steps."""
         if self._grace.idle or not self._grace.worker.model.begun:
             return
         variables = self._trainable_variables
@@ -185,11 +186,11 @@ class _LocalSGD(InFront):
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank sent in the last step."""
+        """Returns the bytes that this rank sent in the last step."""
         return self._grace.worker.wire_bytes
 
     def grace_state_dict(self) -> dict[str, Any]:
-        """This rank's master copy, memory and step, as numpy arrays by name. It differs by rank: save every rank's."""
+        """Returns this rank's master copy, memory and step, as numpy arrays by name. They differ by rank: save every rank's."""
         return self._grace.worker.state_dict()
 
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
@@ -201,7 +202,7 @@ class _LocalSGD(InFront):
 
 
 def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:
-    """tf.numpy_function, which in eager code gives a single result without its list."""
+    """Calls tf.numpy_function, and returns a list: in eager code TensorFlow returns a single result without one."""
     results = tf.numpy_function(function, inputs, types)
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
@@ -211,5 +212,5 @@ def _tensor(variable: Any) -> tf.Tensor:
 
 
 def _values(variables: Sequence[Any]) -> dict[str, np.ndarray]:
-    """By name, in eager code."""
+    """Returns the variables' values by name, in eager code."""
     return {name: _tensor(v).numpy() for name, v in zip(names_of(variables), variables, strict=True)}

@@ -1,14 +1,14 @@
-"""One model's exchange where a policy changes from step to step WHICH collectives there are, or where they differ from rank to rank
+"""Exchanges one model's gradients if a policy changes from step to step WHICH collectives there are, or if they differ from rank to rank
 ('hierarchical').
 
-graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver says, as a tensor, which kind
-comes next and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing left to do.
-So one traced graph serves every choice of every policy, and no choice is made when tracing.
+graph.py traces a step's collectives once. Here the graph is a loop that can make any of them: the driver returns, as tensors, the kind of
+the next collective and what it carries; a switch makes that one collective; its result goes back to the driver, until there is nothing
+left to do. So one traced graph serves every choice of every policy, and no choice is made when tracing.
 
     begin: gradients -> (kind, arrays);   while kind >= 0: (kind, arrays) -> collective -> the driver -> (kind, arrays);   end: -> results
 
 The order of collectives is the driver's, the same on all ranks, and each waits for the one before it: buckets do not overlap, which costs
-most where there are many.
+most if there are many.
 """
 
 from __future__ import annotations
@@ -22,37 +22,36 @@ import numpy as np
 import tensorflow as tf
 
 from ...composition.grace import Grace
-from ...driver.driver import Start
 from ...errors import GraceError
-from ...exchange.effects import Collective
+from ...exchange.effects import Collective, Start
 from ...exchange.perform import perform
 from .graph import GraphExchange, HorovodTransport
 
-#: What a collective carries, by its kind and element type, which makes a branch of the switch with each group of ranks that there are
-#: (Collective.group). An all-to-all has its splits beside it.
+#: (kind, element type) of a collective. With each group of ranks (Collective.group) each makes one branch of the switch. An all-to-all
+#: also carries its splits.
 BRANCHES = (("allreduce", "float32"), ("allreduce", "float64"), ("allgather", "uint8"), ("alltoall", "uint8"))
 ENDED = -1
-#: The arrays that go around: one for each branch, and the splits.
+#: The element types of the loop's arrays: one for each entry of BRANCHES, and the splits.
 TYPES = ("float32", "float64", "uint8", "uint8", "int32")
 
 
 class _GatheringTransport(HorovodTransport):
-    """Gathers always as gathers: a sum of int32 would be one branch more."""
+    """Never gathers by a sum, which would be of int32 and need one more branch."""
 
     pair = False
 
 
 class LoopExchange(GraphExchange):
-    """A GraphExchange whose collectives are known when they are made."""
+    """Exchanges as GraphExchange does, but its collectives become known only when they are made."""
 
     transport_type = _GatheringTransport
     two_levels = True
 
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
-        return []  # what a step does is found out when it does it
+        return []  # a step's collectives are found while it runs
 
     def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
-        """The aggregates, in the gradients' order, shapes and dtypes."""
+        """Returns the aggregates, in the gradients' order, shapes and dtypes."""
         self.driver.check_rate(None if lr is None else 1.0)
         if not self.driver.agreed:
             with tf.init_scope():
@@ -66,7 +65,7 @@ class LoopExchange(GraphExchange):
 
         def one(kind: tf.Tensor, *arrays: tf.Tensor) -> list[tf.Tensor]:
             branches = [(group, place) for group in self._groups for place in range(len(BRANCHES))]
-            results = tf.switch_case(kind, [lambda what=what: self._collective(*what, arrays) for what in branches])
+            results = tf.switch_case(kind, [lambda group=group, at=at: self._collective(group, at, arrays) for group, at in branches])
             after = tf.numpy_function(self._go_on, results, types)
             after[0].set_shape([])
             for array in after[1:]:
@@ -86,7 +85,7 @@ class LoopExchange(GraphExchange):
         return ("all", "inside", "between") if self.driver.grace.two_level else ("all",)
 
     def _collective(self, group: str, place: int, arrays: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """What goes around, with the array of this branch replaced by the collective's result."""
+        """Returns the loop's arrays, the array of this branch replaced by the collective's result."""
         kind, dtype = BRANCHES[place]
         among, result = self.transport.among(group), list(arrays)
         if among is None or among.size == 1:
@@ -102,7 +101,7 @@ class LoopExchange(GraphExchange):
         return result
 
     # --- what runs between the collectives ----------------------------------------------------------------------------
-    def _begin_step(self, rate: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    def _begin_step(self, rate: np.ndarray, *values: np.ndarray) -> list[Any]:
         self._begin_anew(rate)
         self._steps = self._whole_step(values)
         self._queue: deque[Start] = deque()
@@ -116,20 +115,22 @@ class LoopExchange(GraphExchange):
         outputs = yield from self.driver.exchange(by_name)
         self._outputs = list(outputs.values())
 
-    def _go_on(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Takes the result of the collective that was made."""
+    def _go_on(self, *arrays: np.ndarray) -> list[Any]:
+        """Takes the result of the collective that was made, and continues as `_next`."""
         made = self._queue.popleft()
         collective = made.collective
         values = [arrays[_place(collective)], arrays[-1]]
         if collective.kind == "allreduce":
             self._results[made.name] = values[0] / collective.divisor
         else:
-            self._results[made.name] = self.transport.among(collective.group).result(collective, values)
+            among = self.transport.among(collective.group)
+            assert among is not None  # else it was never queued
+            self._results[made.name] = among.result(collective, values)
         return self._next()
 
-    def _next(self) -> list[np.ndarray]:
-        """Runs the driver until it waits for a collective that is not made yet: the kind and the arrays of the first of those in the queue,
-        or ENDED where the step is over."""
+    def _next(self) -> list[Any]:
+        """Runs the driver until it waits for a collective that is not made yet. Returns the branch (int32) and the arrays of the first
+        collective in the queue, or ENDED if the step is over."""
         while True:
             answer = None
             if self._waiting:
@@ -147,7 +148,7 @@ class LoopExchange(GraphExchange):
             else:
                 self._queue.append(effect._replace(collective=_as_gather(effect.collective)))
 
-    def _carried(self, collective: Collective | None) -> list[np.ndarray]:
+    def _carried(self, collective: Collective | None) -> list[Any]:
         arrays = [np.empty(0, dtype) for dtype in TYPES]
         if collective is None:
             return [np.int32(ENDED), *arrays]
@@ -161,18 +162,18 @@ class LoopExchange(GraphExchange):
 
 
 def _as_gather(collective: Collective) -> Collective:
-    """See HorovodTransport.carry, through which what goes on inside a node does not come."""
+    """Makes a broadcast an all-gather, as HorovodTransport.carry does, which collectives inside a node do not pass through."""
     return collective._replace(kind="allgather") if collective.kind == "broadcast" else collective
 
 
 def _place(collective: Collective) -> int:
-    """The branch that makes it."""
+    """Returns the position in BRANCHES of this collective's kind and element type. Raises GraceError if there is none."""
     wanted = collective.kind, collective.array.dtype.name
     if wanted not in BRANCHES:
-        raise GraceError(f"no TensorFlow form of {collective.kind} of {collective.array.dtype}")
+        raise GraceError(f"the loop has no TensorFlow op for the collective {collective.kind!r} of {collective.array.dtype}")
     return BRANCHES.index(wanted)
 
 
 def exchange_of(grace: Grace, *args: Any, **options: Any) -> GraphExchange:
-    """The exchange for this Grace: traced collective by collective where all steps and ranks have the same ones, else as a loop."""
+    """Returns the exchange for this Grace: traced collective by collective if all steps and ranks have the same ones, else as a loop."""
     return (LoopExchange if grace.route.changes or grace.two_level else GraphExchange)(grace, *args, **options)

@@ -1,4 +1,4 @@
-"""The array protocol for TensorFlow: its tensors at the border, numpy arrays inside.
+"""Implements the array protocol for TensorFlow: its tensors at the border, numpy arrays inside.
 
 Eager CPU tensors share memory with numpy. In graphs the same code runs in `tf.numpy_function` (see graph.py), whose inputs are live
 TensorFlow memory: they are only read.
@@ -18,14 +18,14 @@ from ...arrays.numpy import NumpyOps, saturated
 from ...errors import UnsupportedError
 from ...parts.tensor import TensorSpec
 
-#: Bytes. tf.numpy_function hands over arrays that start at a multiple of it as they are, and copies all others.
+#: In bytes. tf.numpy_function passes on arrays that start at a multiple of it as they are, and copies all others.
 ALIGNMENT = 64
-#: Bytes under which a copy costs less than to avoid it.
+#: In bytes. To copy a smaller array costs less than to avoid the copy.
 SMALL = 1 << 14
 
 
 class TensorFlowOps(NumpyOps):
-    """TensorFlow tensors and variables, or numpy arrays, in; TensorFlow tensors out."""
+    """Takes TensorFlow tensors and variables, or numpy arrays, and returns TensorFlow tensors."""
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         if hasattr(tensor, "dtype") and isinstance(tensor.dtype, tf.DType):
@@ -36,26 +36,26 @@ class TensorFlowOps(NumpyOps):
         if isinstance(tensor, tf.IndexedSlices):
             tensor = tf.convert_to_tensor(tensor)
         if tf.is_tensor(tensor) and not hasattr(tensor, "numpy"):
-            raise UnsupportedError("a symbolic tensor cannot be compressed here; in a tf.function use grace_ext.frameworks.tensorflow")
+            raise UnsupportedError("a symbolic tensor has no value to compress; in a tf.function use grace_ext.frameworks.tensorflow")
         return super().ingest(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
-        # Converted by TensorFlow, which copies: the array may be shared by simulated ranks.
+        # TensorFlow converts it, and thereby copies it: simulated ranks may share the array.
         return tf.cast(tf.reshape(tf.constant(saturated(array, spec.dtype)), spec.shape), spec.dtype)
 
 
 class GraphOps(NumpyOps):
-    """numpy on both sides, for code inside `tf.numpy_function`; 16-bit floats come and go as ml_dtypes arrays."""
+    """Takes and returns numpy arrays, for code inside `tf.numpy_function`; bfloat16 ones are ml_dtypes arrays."""
 
     def lend(self, arrays: Sequence[np.ndarray]) -> None:
-        """Called with what TensorFlow gets: it keeps this as long as it likes, and writes to it where nobody else has the tensor."""
+        """Takes note of the arrays that TensorFlow gets. It may keep them for any time, and write to one if nobody else has the tensor."""
 
     def take_back(self) -> None:
-        """Called at the start of a step: what TensorFlow got in the last one may be used again, where it has let go of it."""
+        """Lets the arrays that TensorFlow got in the last step be used again, if it has released them. Called at the start of a step."""
 
 
 class CompiledGraphOps(GraphOps, CompiledOps):
-    """With compiled kernels, and with arrays that TensorFlow need not copy."""
+    """Uses compiled kernels, and arrays that TensorFlow need not copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class CompiledGraphOps(GraphOps, CompiledOps):
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> np.ndarray:
         if spec.dtype == "float32" and array.dtype == np.float32 and array.ctypes.data % ALIGNMENT and array.nbytes >= SMALL:
-            array = self.copy(array)  # TensorFlow would, to new memory
+            array = self.copy(array)  # else TensorFlow would copy it, to new memory
         return super().emit(array, spec)
 
     def lend(self, arrays: Sequence[np.ndarray]) -> None:
@@ -88,7 +88,7 @@ def graph_ops() -> GraphOps:
 
 
 def aligned(count: int, dtype: str) -> np.ndarray:
-    """A new array, not set, that tf.numpy_function hands over without a copy, where it is not small. It is no view of another array."""
+    """Returns a new array, not set, that tf.numpy_function passes on without a copy if it is not small. It is no view of another array."""
     size = count * np.dtype(dtype).itemsize
     if size < SMALL:
         return np.empty(count, dtype)
@@ -98,7 +98,7 @@ def aligned(count: int, dtype: str) -> np.ndarray:
 
 
 def _root(array: np.ndarray) -> np.ndarray:
-    """The array that this one is a view of."""
+    """Returns the array that owns the memory of this one."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array

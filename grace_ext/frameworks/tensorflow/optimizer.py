@@ -1,4 +1,4 @@
-"""`DistributedOptimizer` for Keras 3 optimizers."""
+"""Defines `DistributedOptimizer` for Keras 3 optimizers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     scale_local_gradients: bool = True,
     *,
     simulate: bool = False,
-) -> Any:
-    """A Keras 3 optimizer whose `apply` exchanges the gradients of all ranks first: for `compile` and `fit`, and for custom loops.
+) -> _Distributed:
+    """Returns a Keras 3 optimizer whose `apply` first exchanges the gradients of all ranks: for `compile` and `fit`, and for custom loops.
 
     compression: a Grace, a spec string, None or hvd.Compression.none/.fp16. (Plain Horovod 0.28 reduces nothing under Keras 3, so these
       too go through grace_ext.)
     backward_passes_per_step: gradients of that many calls are added up (averaged with average_aggregated_gradients) and exchanged once.
     op: Average or Sum. gradient_predivide_factor, num_groups, groups: accepted; sums are formed in float32 and gradients travel in buckets.
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
-    device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
-    The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes` and
-    `grace_state_dict()` / `load_grace_state_dict()`, this rank's memory. tf.train.Checkpoint(optimizer=...) holds that memory, too, of the
-    rank that writes it; model.save and save_weights do not: see grace_ext.save.
+    name, device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
+    The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes`,
+    `measure()`, `metrics()`, and for this rank's memory `grace_state_dict()` and `load_grace_state_dict()`.
+    tf.train.Checkpoint(optimizer=...) also holds the memory of the rank that writes it; model.save and save_weights do not: see
+    grace_ext.save.
     """
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
@@ -64,6 +65,9 @@ class _Distributed(InFront):
     """Exchanges the gradients, and applies the aggregates as the wrapped class does."""
 
     _grace: GradientExchange
+    _grace_passes: tuple[int, bool]
+    _grace_local: tuple[set[int], bool]
+    _grace_accumulators: tuple[Any, list[Any]] | None
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         passes, average = self._grace_passes
@@ -78,26 +82,28 @@ class _Distributed(InFront):
         results = list(grads)
         if scale and len(shared) < len(grads):
             results = [g if g is None or i in shared else g / self._grace.process_set.size() for i, g in enumerate(grads)]
-        # Of a LossScaleOptimizer: compressed as if the loss were not scaled, so that a change of scale does not change the memory.
-        scale = getattr(self, "dynamic_scale", None)
-        own = [_times(grads[i], scale, -1) for i in shared]
+        # A LossScaleOptimizer's gradients are compressed as if the loss were not scaled: a change of scale then leaves the memory right.
+        loss_scale = getattr(self, "dynamic_scale", None)
+        own = [_times(grads[i], loss_scale, -1) for i in shared]
         exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate)
         for i, result in zip(shared, exchanged, strict=True):
-            results[i] = _times(result, scale, 1)
+            results[i] = _times(result, loss_scale, 1)
         return results
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[Any], passes: int, average: bool) -> None:
         present = [i for i, g in enumerate(grads) if g is not None]
-        if self._grace_accumulators is None:
+        accumulators = self._grace_accumulators
+        if accumulators is None:
             with tf.init_scope():
                 sums = [tf.Variable(tf.zeros(variables[i].shape, tf.as_dtype(grads[i].dtype)), trainable=False) for i in present]
-                object.__setattr__(self, "_grace_accumulators", (tf.Variable(0, trainable=False, dtype=tf.int64), sums))
-        count, sums = self._grace_accumulators
+                accumulators = (tf.Variable(0, trainable=False, dtype=tf.int64), sums)
+                object.__setattr__(self, "_grace_accumulators", accumulators)
+        count, sums = accumulators
         for total, i in zip(sums, present, strict=True):
             total.assign_add(tf.convert_to_tensor(grads[i]))
         count.assign_add(1)
 
-        def exchange_and_apply() -> None:
+        def exchange_and_apply() -> tf.Tensor:
             summed: list[Any] = [None] * len(grads)
             for total, i in zip(sums, present, strict=True):
                 summed[i] = total / passes if average else total.read_value()
@@ -105,28 +111,30 @@ class _Distributed(InFront):
             for total in sums:
                 total.assign(tf.zeros_like(total))
             count.assign(0)
+            return tf.constant(True)
 
-        tf.cond(tf.equal(count, passes), lambda: (exchange_and_apply(), tf.constant(True))[1], lambda: tf.constant(False))
+        tf.cond(tf.equal(count, passes), exchange_and_apply, lambda: tf.constant(False))
 
     def register_local_var(self, variable: Any) -> None:
-        """Gradients of this variable are not exchanged (with scale_local_gradients they are divided by the world size, as in Horovod)."""
+        """Leaves the gradients of this variable out of the exchange (with scale_local_gradients they are divided by the world size, as in
+        Horovod)."""
         self._grace_local[0].add(id(variable))
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step."""
+        """Returns the bytes that this rank handed to collectives in the last step."""
         return self._grace.wire_bytes
 
     def measure(self, every: int = 100, **options: Any) -> Metrics:
-        """Turns metrics on, as Measured.measure. (CompressionMetricsCallback does it for `fit`.)"""
+        """Turns metrics on, as Measured.measure does. (CompressionMetricsCallback does it for `fit`.)"""
         return self._grace.measure(every, **options)
 
     def metrics(self) -> Report:
-        """This rank's latest report; {} where `measure` was not called."""
+        """Returns this rank's latest report; {} if `measure` was not called."""
         return self._grace.metrics()
 
     def grace_state_dict(self) -> dict[str, Any]:
-        """This rank's memory and compressor state, as numpy arrays by name. It differs by rank: save every rank's."""
+        """Returns this rank's memory and compressor state, as numpy arrays by name. They differ by rank: save every rank's."""
         return self._grace.state_dict()
 
     def load_grace_state_dict(self, saved: dict[str, Any]) -> None:
@@ -138,7 +146,7 @@ class _Distributed(InFront):
 
 
 def _times(gradient: Any, scale: Any, sign: int) -> Any:
-    """The gradient multiplied (1) or divided (-1) by the scale of the loss, where there are both. By a power of two it is exact."""
+    """Multiplies (1) or divides (-1) the gradient by the loss scale, if there are both. For a power of two this is exact."""
     if gradient is None or scale is None:
         return gradient
     factor = tf.convert_to_tensor(scale.value) if sign > 0 else 1.0 / tf.convert_to_tensor(scale.value)

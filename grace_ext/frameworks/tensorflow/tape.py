@@ -1,4 +1,4 @@
-"""`DistributedGradientTape`: a gradient tape whose gradients are those of all ranks."""
+"""Defines `DistributedGradientTape`: a gradient tape that returns the aggregates of all ranks' gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange
 
-# Tapes come and go with every step; the memory must not. It belongs to the Grace that the user made once, and to the variables.
-_exchanges: dict[tuple[int, ...], tuple[Any, dict, GradientExchange, list[Any]]] = {}
+# A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables.
+_exchanges: dict[tuple[Any, ...], tuple[Any, dict, GradientExchange, list[Any]]] = {}
 
 ANEW = (
-    "a tape for these variables got another Grace of the same spec than before ({}): made anew at each step, it would lose its memory. "
-    "Call grace_ext.grace(...) once, outside of the step, and pass the same object"
+    "a tape for these variables got another Grace than before, of the same spec ({}): a Grace made anew at each step loses its memory. "
+    "Call grace_ext.grace(...) once, outside the step, and pass the same object"
 )
 
 
 def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> GradientExchange:
-    """The exchange of these variables with this Grace, made once."""
+    """Returns the exchange of these variables with this Grace, which is made once. Raises UnsupportedError if the Grace was made anew."""
     key = tuple(id(v) for v in variables) + settings
     g = chosen_compression(compression, api.Compression)
     known = _exchanges.get(key)
@@ -43,7 +43,7 @@ def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[A
 
 
 class _Tape:
-    """Wraps a tf.GradientTape. Everything but `gradient` is the tape's own."""
+    """Wraps a tf.GradientTape. What is not defined here is the tape's own."""
 
     def __init__(
         self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool,
@@ -65,17 +65,17 @@ class _Tape:
         self._tape.__exit__(*error)
 
     def metrics(self) -> Report:
-        """This rank's latest report of the metrics that the tape was given; {} without any."""
+        """Returns this rank's latest report of the metrics that the tape was given; {} without any."""
         return self._metrics.report() if self._metrics else {}
 
     def register_local_source(self, source: Any) -> None:
-        """Gradients of this variable stay this rank's own (divided by the world size, with scale_local_gradients)."""
+        """Leaves the gradients of this variable to this rank (divided by the world size, with scale_local_gradients)."""
         self._local.add(id(source))
 
     @tf.autograph.experimental.do_not_convert
     def memory(self, sources: Any) -> GradientExchange:
-        """What all tapes with this compression and these settings share for these variables: for grace_ext.save and load, and by
-        `trackable()` for tf.train.Checkpoint. It may be had before the first step."""
+        """Returns the exchange that all tapes with this compression and these settings share for these variables: for grace_ext.save and
+        load, and by its `trackable()` for tf.train.Checkpoint. It can be called before the first step."""
         settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
         return _exchanges_for(
             self._compression,
@@ -86,7 +86,7 @@ class _Tape:
 
     @tf.autograph.experimental.do_not_convert
     def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
-        """The tape's gradients, exchanged: in the structure of `sources` (tf.Variables or Keras 3 variables)."""
+        """Returns the tape's gradients, exchanged, in the structure of `sources` (tf.Variables or Keras 3 variables)."""
         flat = tf.nest.flatten(sources)
         inner = [v.value if hasattr(v, "path") and hasattr(v, "value") and not isinstance(v, tf.Variable) else v for v in flat]
         gradients = self._tape.gradient(target, inner, output_gradients)
@@ -119,10 +119,11 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     simulate: bool = False,
     metrics: Metrics | None = None,
 ) -> Any:
-    """A tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, eager and in tf.function.
+    """Returns a tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, in eager code and in
+    tf.function.
 
-    compression: a Grace, made once outside of the step (its memory is kept for it and the variables; one made anew each step is refused), a
-    spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. The other arguments: as for
+    compression: a Grace, made once outside the step (its memory is kept for it and the variables; one made anew at each step is rejected),
+    a spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. The other arguments: as for
     DistributedOptimizer.
     """
     if gradient_predivide_factor != 1.0 and op != api.Average:
@@ -131,7 +132,7 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
 
 
 def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **options: Any) -> Any:  # noqa: N802
-    """A DistributedGradientTape that leaves the trainable weights of `local_layers` to their rank."""
+    """Returns a DistributedGradientTape that leaves the gradients of the trainable weights of `local_layers` to their rank."""
     tape = DistributedGradientTape(gradtape, *args, **options)
     layers = [] if local_layers is None else local_layers if isinstance(local_layers, (list, tuple, set)) else [local_layers]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The memory of compression as a part of TensorFlow's checkpoints."""
+"""Makes the memory of compression a part of TensorFlow's checkpoints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ...checkpoints.statefile import decode, driver_states, encode
 
 
 class TrackedState(tf.train.experimental.PythonState):
-    """What tf.train.Checkpoint writes of an optimizer's or tape's exchange: this rank's state, in the bytes of a safetensors file. It is
-    restored where the optimizer is, also before the first step."""
+    """Gives tf.train.Checkpoint the state of an optimizer's or tape's exchange: this rank's, as the bytes of a safetensors file. It is
+    restored with the optimizer, also before the first step."""
 
     def __init__(self, exchange: Any):
         self._exchange = exchange

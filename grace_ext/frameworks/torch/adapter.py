@@ -1,10 +1,10 @@
-"""A `compression=` object for the unmodified `horovod.torch.DistributedOptimizer`.
+"""The `compression=` object for the unmodified `horovod.torch.DistributedOptimizer`.
 
-Horovod promises only this: it calls `compress(gradient)` once a parameter and step (from backward hooks, in any order), all-reduces the
-tensor it gets, and calls `decompress(result, ctx)` after that, all `compress` calls of the step having come first. So `compress` hands
-the gradient to the driver, which starts named collectives of its own, and returns one element for Horovod to reduce; the first
-`decompress` of a step finishes the exchange. Horovod does not say which parameter a tensor belongs to: it is found by identity with
-`parameter.grad`, or, for a sparse gradient made dense, by the parameter whose hook ran last.
+Horovod guarantees only this: it calls `compress(gradient)` once per parameter and step (from backward hooks, in any order), all-reduces
+the tensor that it gets, and, after all `compress` calls of the step, calls `decompress(result, ctx)`. So `compress` hands the gradient to
+the driver, which starts named collectives of its own, and returns one element for Horovod to reduce; the first `decompress` of a step
+finishes the exchange. Horovod does not say which parameter a tensor belongs to: it is found by identity with `parameter.grad`, or, for a
+sparse gradient made dense, by the parameter whose hook ran last.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .transports import HorovodTransport, SingleTransport
 
 
 def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool, scaler: Any) -> BoundCompression:
-    """See Grace.bind."""
+    """Returns the `compression=` object for these (name, parameter) pairs; see Grace.bind for the options."""
     try:
         import horovod.torch as hvd
     except ImportError as error:
         raise UnsupportedError(
-            "bind is for plain horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
+            "bind is for unmodified horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
         ) from error
     parameters = named(pairs)
     check_torch_optimizer(g, optimizer)
@@ -40,7 +40,7 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
         parameters = {name: p for name, p in parameters.items() if id(p) in trained}
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     if not parameters:
-        raise NamesError("none of these parameters requires a gradient (or is in the optimizer)")
+        raise NamesError("none of these parameters requires a gradient (and is in the optimizer); bind model.named_parameters()")
     if simulate and optimizer is None:
         raise UnboundError("simulate=True needs optimizer=: at world size 1 Horovod never calls a compression object")
     average = require_sum_or_mean(op, hvd)
@@ -48,7 +48,7 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
 
 
 class BoundCompression(Measured):
-    """One model's compression. Compared and hashed by identity: it holds that model's memory."""
+    """One model's compression, made by Grace.bind. It is compared and hashed by identity, because it holds that model's memory."""
 
     def __init__(
         self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool, scaler: Any
@@ -67,11 +67,12 @@ class BoundCompression(Measured):
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to our collectives in the last step; Horovod's own one-element all-reduces excluded."""
+        """Bytes that this rank handed to grace_ext's collectives in the last step, without Horovod's own one-element all-reduces."""
         return self._session.wire_bytes if self._session else 0
 
     def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, str | None]:
-        """Called by Horovod: starts the exchange of this gradient, and gives one element to all-reduce in its place."""
+        """Starts the exchange of this gradient. Returns one element, which Horovod all-reduces in its place, and the parameter's name.
+        Horovod calls it."""
         if self._process_set.size() == 1:
             return tensor, None
         name = self._name_of(tensor)
@@ -81,7 +82,8 @@ class BoundCompression(Measured):
         return tensor.new_zeros(1), name
 
     def decompress(self, tensor: torch.Tensor, ctx: str | None) -> torch.Tensor:
-        """Called by Horovod: the aggregate. ctx is None for what never went through `compress` (sparse gradients)."""
+        """Returns the aggregate. ctx: the name that `compress` returned; None for a tensor that was not compressed (sparse gradients,
+        world size 1). Horovod calls it."""
         if ctx is None:
             return tensor
         if self._results is None:
@@ -90,18 +92,19 @@ class BoundCompression(Measured):
         return self._results.pop(ctx)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's memory, which Horovod's optimizer does not save: save it beside the optimizer's own state_dict, on every rank."""
+        """Returns this rank's memory, which Horovod's optimizer does not save: save it beside the optimizer's own state_dict, on every
+        rank."""
         return self._get_session().state_dict()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
         self._get_session().load_state_dict(saved)
 
     def _saveable(self) -> Saveable:
         return self._get_session().saveable()
 
     def _get_session(self) -> Session:
-        if self._session is None:  # at the first use: Horovod may be initialised after bind
+        if self._session is None:  # made at first use, because Horovod may be initialized after bind
             alone = self._process_set.size() == 1
             self._session = Session(
                 self.grace,
@@ -128,7 +131,7 @@ class BoundCompression(Measured):
         return hook
 
     def _name_of(self, tensor: torch.Tensor) -> str:
-        # The order of the last step is the best guess, and it saves a search over all parameters for each.
+        # The order of the last step is the best guess, and saves a search over all parameters for each gradient.
         place = len(self._put)
         if place < len(self._order) and self._parameters[self._order[place]].grad is tensor:
             return self._order[place]
@@ -140,23 +143,25 @@ class BoundCompression(Measured):
         return self._sparse_name_of(tensor)
 
     def _sparse_name_of(self, tensor: torch.Tensor) -> str:
-        """sparse_as_dense makes a new tensor: it is that of the hook which runs now, or the only sparse one of its shape left."""
+        """Returns the parameter's name if Horovod's sparse_as_dense made a new tensor: it belongs to the parameter whose hook runs now, or
+        to the only one left with a sparse gradient of this shape."""
         left = [
             name for name, p in self._parameters.items()
             if name not in self._put and p.grad is not None and p.grad.is_sparse and p.shape == tensor.shape
         ]  # fmt: skip
-        if self._last_hooked in left:
-            return self._last_hooked  # type: ignore[return-value]
+        if self._last_hooked is not None and self._last_hooked in left:
+            return self._last_hooked
         if len(left) == 1:
             return left[0]
         raise NamesError(
             f"a gradient of shape {list(tensor.shape)} belongs to none of the {len(self._parameters)} bound parameters: bind all of the "
-            "model's named_parameters(), and one bound object to one optimizer"
+            "model's named_parameters(), and use one bound object for one optimizer only"
         )
 
 
 def _simulate_alone(bound: BoundCompression) -> Any:
-    """At world size 1: compresses the gradients just before an optimizer that holds the bound parameters steps."""
+    """Registers a hook that, at world size 1, compresses the gradients just before an optimizer of the bound parameters makes its step.
+    Returns the hook's handle."""
     mine = {id(p) for p in bound._parameters.values()}
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

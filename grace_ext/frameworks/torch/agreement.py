@@ -1,7 +1,8 @@
-"""`check_agreement`: whether all ranks still train the same model in the same way."""
+"""`check_agreement`: checks that all ranks still train the same model in the same way."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,19 +14,22 @@ from . import engine
 from .adapter import BoundCompression
 from .ddp import DDPState
 from .ops import ops_for
-from .optimizer import _Distributed
+from .optimizer import CompressedOptimizer
 from .session import Session, digests_of
 
 
 def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
-    """Raises DisagreementError on every rank alike, naming ranks and parameters, where the ranks' specs, parameter names, shapes, versions
-    or steps differ, or the bits of their parameters: those that `of` exchanges gradients for, or with `model` its whole state_dict,
-    buffers included (running statistics of BatchNorm are each rank's own, unless it is a SyncBatchNorm).
+    """Raises DisagreementError on every rank alike, naming ranks and parameters, if the ranks' specs, parameter names, shapes, versions or
+    steps differ, or the bits of their parameters.
 
-    of: a DistributedOptimizer, the state of `ddp_comm_hook`, a bound Grace, or Horovod's own DistributedOptimizer.
-    Every rank of its process set calls it, between steps: after `step()`, before the next `backward()` (else GraceError). It waits for
-    the slowest, reads every parameter once and gathers some 30 bytes for each, so call it every hundred steps or so. At world size 1 it
-    does nothing.
+    of: a DistributedOptimizer, the state of `ddp_comm_hook`, a bound Grace, or Horovod's own DistributedOptimizer. The parameters whose
+      gradients it exchanges are compared.
+    model: compares the whole state_dict of this model instead, including buffers. (BatchNorm's running statistics differ by rank, unless
+      it is a SyncBatchNorm.)
+
+    Every rank of the process set must call it between steps, after `step()` and before the next `backward()`; else it raises GraceError.
+    It waits for the slowest rank, reads every parameter once and gathers about 30 bytes per parameter, so call it about every hundred
+    steps. At world size 1 it does nothing.
     """
     session = _session_of(of)
     tensors = _tensors_of(of) if model is None else {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
@@ -41,19 +45,19 @@ def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
 
 
 def _session_of(of: Any) -> Session | None:
-    """None where there is nothing of ours."""
+    """Returns the session of one of grace_ext's objects; None for another optimizer. Raises UnsupportedError for anything else."""
     if isinstance(of, DDPState):
         return of._session()
     if isinstance(of, BoundCompression):
         return of._get_session()
-    if isinstance(of, _Distributed):
+    if isinstance(of, CompressedOptimizer):
         return of._session
     if isinstance(of, torch.optim.Optimizer):
         return None
     raise UnsupportedError(f"check_agreement takes a DistributedOptimizer, ddp_comm_hook's state or a bound Grace, not {type(of).__name__}")
 
 
-def _tensors_of(of: Any) -> dict[str, torch.Tensor]:
-    if isinstance(of, (DDPState, BoundCompression, _Distributed)):
+def _tensors_of(of: Any) -> Mapping[str, torch.Tensor]:
+    if isinstance(of, (DDPState, BoundCompression, CompressedOptimizer)):
         return of._parameters
     return {f"parameter {i}.{j}": p for i, group in enumerate(of.param_groups) for j, p in enumerate(group["params"])}

@@ -4,19 +4,19 @@ DDP packs gradients into buckets, calls the hook for each, in the same order on 
 Torch's own multi-round hooks start a later round in a future's callback. Callbacks run in whatever order the collectives finish, which
 differs by rank, and torch.distributed pairs collectives by order: with several buckets, Gloo mixes them up. Here a bucket's first round
 starts in its hook, and later rounds in the hook of the last bucket, in the driver's order (driver.py, comments 1-4). Waiting there delays
-nothing: the last bucket is complete when the backward pass has computed all it has to.
+nothing: when the last bucket is complete, the backward pass has computed everything.
 
-State is kept by parameter name, so it survives that DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's, and
-part those that are large: a layout not seen before (first step, first step after the rebuild) is known only at its last bucket, so what
-differs starts there.
+State is kept by parameter name, so it survives when DDP rebuilds its buckets after the first step. The driver's buckets follow DDP's, and
+split the large ones. A new layout (first step, first step after the rebuild) is known only at its last bucket, so the buckets that changed
+start there.
 
-The agreement of the first step covers the first layout. Later ones need none: where DDP rebuilds, it broadcasts rank 0's layout to all;
-with find_unused_parameters, where the ranks' first layouts may differ (by bucket_cap_mb), it never rebuilds.
+The agreement of the first step covers the first layout. Later layouts need no agreement: if DDP rebuilds, it broadcasts rank 0's layout to
+all. With find_unused_parameters the ranks' first layouts may differ (by bucket_cap_mb), but then DDP never rebuilds.
 """
-# No `from __future__ import annotations` here: DDP checks the hook's annotations, and does not take strings.
+# No `from __future__ import annotations` here: DDP checks the hook's annotations, and does not accept strings.
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -46,14 +46,15 @@ def ddp_comm_hook(
     process_group: dist.ProcessGroup | None = None,
     scaler: Any = None,
 ) -> tuple["DDPState", Any]:
-    """(state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp))`. The gradients become the mean over the ranks.
+    """Returns (state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp))`. The gradients become the mean over the ranks.
 
-    ddp: the DistributedDataParallel; or, for libraries that wrap it later (Lightning), the module that it will wrap.
+    g: a Grace, or a spec string.
+    ddp: the DistributedDataParallel; or, for libraries that wrap the model later (Lightning), the module that will be wrapped.
     optimizer: gives the learning rate to memories that use it.
-    simulate: compress at world size 1 too, to see the effect of compression without a cluster.
+    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster.
+    process_group: for a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     scaler: the torch.amp.GradScaler that scales the loss, so that the memory is in units of the gradient and not of its scale. The step is
       torch's own: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update().
-    process_group: with a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     """
     chosen = grace(g) if isinstance(g, str) else g
     check_torch_optimizer(chosen, optimizer)
@@ -65,8 +66,8 @@ def _hook(state: "DDPState", bucket: dist.GradBucket) -> Future[torch.Tensor]:
 
 
 class _Taken(NamedTuple):
-    """A bucket whose hook was called: its gradients by name, in the memory of `buffer`, and the names in each of the driver's buckets that
-    it makes."""
+    """A DDP bucket whose hook was called: its gradients by name, which are views of `buffer`, and `packed`, the names in each of the
+    driver's buckets that it is split into."""
 
     gradients: dict[str, torch.Tensor]
     packed: list[list[str]]
@@ -75,47 +76,53 @@ class _Taken(NamedTuple):
 
 
 class DDPState(Measured):
-    """The exchange of one DDP module on this rank.
+    """The exchange of one DDP module on this rank; `ddp_comm_hook` makes it.
 
-    `state_dict()` and `load_state_dict()` hold the memory and compressor state; it differs by rank: save every rank's.
+    `state_dict()` and `load_state_dict()` hold the memory and compressor state, which differs by rank: save every rank's. `wire_bytes`,
+    `measure(...)` and `metrics()` say what was sent.
     """
 
     def __init__(self, g: Grace, ddp: torch.nn.Module, optimizer: Any, simulate: bool, process_group: Any, scaler: Any):
-        wrapped = isinstance(ddp, DistributedDataParallel)
-        if wrapped and process_group not in (None, ddp.process_group):
-            raise UnsupportedError("process_group is for modules that are not wrapped yet; gradients travel in the DDP's own group")
+        wrapped = ddp if isinstance(ddp, DistributedDataParallel) else None
+        if wrapped is not None and process_group not in (None, wrapped.process_group):
+            raise UnsupportedError(
+                "process_group is for modules that are not wrapped yet, and this one is a DDP, whose gradients travel in its own group; "
+                "leave process_group out"
+            )
         self._grace, self._optimizer, self._simulate, self._scaler = g, optimizer, simulate, scaler
-        self._group = ddp.process_group if wrapped else process_group
-        # The reducer owns this object, so holding the module here would keep both for ever.
-        self._ddp = weakref.ref(ddp) if wrapped else lambda: None
-        self._parameters = named((ddp.module if wrapped else ddp).named_parameters())
+        self._group: Any = process_group if wrapped is None else wrapped.process_group
+        # DDP's reducer owns this object, so a strong reference to the module would keep both for ever.
+        self._ddp: Callable[[], DistributedDataParallel | None] = (lambda: None) if wrapped is None else weakref.ref(wrapped)
+        module: Any = ddp if wrapped is None else wrapped.module
+        self._parameters = named(module.named_parameters())
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._made: Session | None = None
         self._taken: list[_Taken] = []
-        self._put = 0  # how many of them the driver has
+        self._put = 0  # how many of _taken the driver has
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step: payloads, headers, all rounds. 0 where nothing is compressed."""
+        """Bytes that this rank handed to collectives in the last step: payloads, headers, all rounds. 0 if nothing is compressed."""
         return self._made.wire_bytes if self._made else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, as torch tensors by 'kind/parameter'."""
+        """Returns this rank's state, with torch tensors by 'kind/parameter' under 'state'."""
         return self._session().state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
         self._session().load_state_dict(dict(saved))
 
     def _saveable(self) -> Saveable:
         return self._session().saveable()
 
     def _session(self) -> Session:
-        """Made at first use: a module may be handed over before there is a process group, or before it is on its device."""
+        """Returns the session. It is made at first use, because a module may be passed before there is a process group, or before it is
+        on its device."""
         if self._made is None:
             if not dist.is_initialized():
                 raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
-            named(self._parameters.items())  # it may be on several devices now
+            named(self._parameters.items())  # checks again: it may be on several devices now
             self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr, scaler=self._scaler)
             self._attach(self._made.driver)
         return self._made
@@ -131,7 +138,7 @@ class DDPState(Measured):
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def take(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
-        """The hook: takes one bucket; with the last one the step ends, and all futures have results."""
+        """The hook: takes one bucket. With the last bucket the step ends, and all futures get their results."""
         buffer = bucket.buffer()
         future: Future[torch.Tensor] = Future() if buffer.device.type == "cpu" else Future(devices=[buffer.device])
         if dist.get_world_size(self._group) == 1 and not self._simulate:
@@ -140,7 +147,7 @@ class DDPState(Measured):
         if buffer.is_sparse:
             raise UnsupportedError("DDP has a bucket of sparse gradients, which this hook does not compress; use Embedding(sparse=False)")
         if bucket.index() == 0:
-            self._taken, self._put = [], 0  # a backward pass that an exception ended may have left some
+            self._taken, self._put = [], 0  # an exception in a backward pass may have left some
         session, gradients = self._session(), self._gradients(bucket)
         packed = session.driver.packed({name: gradient.nbytes for name, gradient in gradients.items()})
         self._taken.append(_Taken(gradients, packed, buffer, future))
@@ -157,23 +164,23 @@ class DDPState(Measured):
             if name is None:
                 raise NamesError(
                     f"DDP has a parameter of shape {list(parameter.shape)} that is not one of the module's that ddp_comm_hook was given; "
-                    "call it with the module that this DDP wraps, after its parameters were made"
+                    "call ddp_comm_hook with the module that this DDP wraps, after the module's parameters were made"
                 )
-            # DDP keeps elements in the parameter's memory order (channels_last, for one), but shows them as if they were in row order.
+            # DDP keeps elements in the parameter's memory order (for example channels_last), but presents them as if in row order.
             dense = parameter.numel() == 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
             strides = parameter.stride() if dense and parameter.numel() else flat.stride()
             found[name] = flat.as_strided(flat.shape, strides, flat.storage_offset())
         return found
 
     def _as_before(self, session: Session) -> bool:
-        """Whether the bucket just taken holds the parameters of the driver's buckets in its place."""
+        """Whether the bucket just taken holds the same parameters as the driver's buckets at its place."""
         *before, last = self._taken
         place = sum(len(taken.packed) for taken in before)
         there = session.driver.buckets[place : place + len(last.packed)]
         return [bucket.names for bucket in there] == [set(names) for names in last.packed]
 
     def _give(self, session: Session) -> None:
-        """Hands the next bucket to the driver, which starts it (at the very first step: only keeps it)."""
+        """Hands the next bucket to the driver, which starts it (at the very first step it only keeps it)."""
         for name, gradient in self._taken[self._put].gradients.items():
             session.put(name, gradient)
         self._put += 1
@@ -196,7 +203,7 @@ class DDPState(Measured):
             self._taken, self._put = [], 0
 
     def _follow(self, session: Session) -> None:
-        """Gives the driver DDP's buckets, where they are not the ones it has."""
+        """Regroups the driver's buckets by DDP's, if they differ."""
         driver, every = session.driver, {name: x for taken in self._taken for name, x in taken.gradients.items()}
         if not driver.specs:
             driver.register(TensorSpec(name, *describe(every[name])) for name in self._parameters if name in every)
@@ -205,10 +212,11 @@ class DDPState(Measured):
             driver.regroup(layout)
 
     def _keep_unused(self) -> None:
-        """DDP throws away the result for a parameter that no rank used in this step. It may hold what a memory kept from earlier steps and
-        counts as sent now, so it is put into `.grad` here. Where a rank did use the parameter, DDP writes the same values again."""
+        """Puts results into `.grad` itself, because DDP discards the result for a parameter that no rank used in this step. Such a result
+        may hold what a memory kept from earlier steps and now counts as sent. If a rank did use the parameter, DDP writes the same values
+        again."""
         for_all = [(self._parameters[name], result) for taken in self._taken for name, result in taken.gradients.items()]
-        # gradient_as_bucket_view: gradients lie in the bucket, and DDP wants them there.
+        # With gradient_as_bucket_view gradients are views of the bucket, and DDP requires them there.
         views = any(p.grad is not None and p.grad.data_ptr() == result.data_ptr() for p, result in for_all)
         for parameter, result in for_all:
             if parameter.grad is None:

@@ -1,7 +1,7 @@
 """Elastic Horovod (`hvd.elastic`) with compression: `run`, `TorchState` and `ElasticSampler`.
 
-Horovod's own state would copy rank 0's memory to all, or lose it. Here each rank's memory is its own: it is committed and rolled back with
-the optimizer, and when ranks leave or join, it is brought to the new ones before training goes on.
+Horovod's own state would copy rank 0's memory to all ranks, or lose it. Here each rank keeps its own memory: it is committed and rolled
+back with the optimizer, and when ranks leave or join, it is resized to the present ranks before training continues.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from horovod.torch.elastic.state import StateHandler, get_handler_registry
 
 from ...checkpoints.elastic import carried_over, check_how
 from . import engine
-from .optimizer import _Distributed, broadcast_optimizer_state
+from .optimizer import CompressedOptimizer, broadcast_optimizer_state
 
 
 class TorchState(horovod_elastic.TorchState):
-    """Horovod's TorchState, for optimizers of grace_ext's DistributedOptimizer, too (and any others).
+    """Horovod's TorchState, which also keeps the memory of grace_ext's DistributedOptimizer. Any other optimizer works as in Horovod.
 
-    resize: what becomes of the memory when the number of ranks changes: 'mean' (what the remaining ranks had not sent keeps its effect),
-      'keep' (each goes on with its own, new ranks start at zero) or 'reset' (see grace_ext.resize). What a rank that died had not sent is
-      lost with it. With one rank left, compression goes on, as with simulate=True.
-    The optimizers must exchange among all ranks: process sets do not survive a change of ranks.
+    model, optimizer, attributes: as for Horovod's TorchState.
+    resize: what happens to the memory when the number of ranks changes. 'mean': what the remaining ranks had not sent keeps its effect.
+      'keep': each rank keeps its own, and new ranks start at zero. 'reset': all start at zero (see grace_ext.resize). What a rank that
+      died had not sent is lost. If one rank is left, compression continues, as with simulate=True.
+    The optimizers must exchange among all ranks, because process sets do not survive a change of ranks.
     """
 
     def __init__(self, model: Any = None, optimizer: Any = None, *, resize: str = "mean", **attributes: Any):
@@ -34,8 +35,8 @@ class TorchState(horovod_elastic.TorchState):
         super().__init__(model=model, optimizer=optimizer, **attributes)
 
     def settle(self) -> None:
-        """Brings the memory of compression to the ranks that there are now, and commits. Collective; `run` calls it on all ranks before the
-        function begins, each time."""
+        """Resizes the memory of compression to the present ranks, and commits. It is a collective; `run` calls it on all ranks each time
+        before the function begins."""
         for handler in self._handlers.values():
             if isinstance(handler, CompressedOptimizerHandler):
                 handler.settle(self._resize)
@@ -43,9 +44,9 @@ class TorchState(horovod_elastic.TorchState):
 
 
 class CompressedOptimizerHandler(StateHandler):
-    """Of one DistributedOptimizer, its memory included."""
+    """Saves, restores and synchronizes one DistributedOptimizer, including its memory."""
 
-    def __init__(self, optimizer: _Distributed):
+    def __init__(self, optimizer: CompressedOptimizer):
         super().__init__(optimizer)
         self.save()
 
@@ -56,7 +57,7 @@ class CompressedOptimizerHandler(StateHandler):
         self.value.load_state_dict(self._saved)
 
     def sync(self) -> None:
-        # A new rank's optimizer is filled by a step on zero gradients, which weight decay would let change the weights that were synced.
+        # Horovod fills a new rank's optimizer by a step with zero gradients. With weight decay that would change the synchronized weights.
         parameters = [p for group in self.value.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in parameters]
         broadcast_optimizer_state(self.value, 0, memory=False)
@@ -68,11 +69,12 @@ class CompressedOptimizerHandler(StateHandler):
 
 
 def _gather(mine: Any) -> list[Any]:
-    return engine.api.allgather_object(mine, name="grace.elastic")  # Horovod's default is the object's type, which differs by rank
+    return engine.api.allgather_object(mine, name="grace.elastic")  # Horovod's default name is the object's type, which differs by rank
 
 
 def run(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As Horovod's: runs `function(state, ...)`, and again from the last commit after ranks have failed, left or joined."""
+    """Runs `function(state, ...)`, and again from the last commit after ranks have failed, left or joined, as `horovod.torch.elastic.run`
+    does."""
 
     @functools.wraps(function)
     def settled(state: Any, *args: Any, **options: Any) -> Any:
@@ -83,4 +85,4 @@ def run(function: Callable[..., Any]) -> Callable[..., Any]:
     return horovod_elastic.run(settled)
 
 
-get_handler_registry().insert(0, (_Distributed, CompressedOptimizerHandler))  # before that of all optimizers
+get_handler_registry().insert(0, (CompressedOptimizer, CompressedOptimizerHandler))  # before Horovod's handler of all optimizers

@@ -1,9 +1,9 @@
-"""Which engine carries the collectives of this process: Horovod, where a Horovod launcher started it, else torch.distributed.
+"""Chooses the engine of this process's collectives: Horovod if a Horovod launcher started it, else torch.distributed.
 
     horovodrun, or mpirun with Horovod installed     -> horovod
     torchrun, or RANK, WORLD_SIZE, MASTER_ADDR, ...  -> torch.distributed
     plain python                                     -> torch.distributed, as one rank
-The environment variable GRACE_EXT_ENGINE=horovod or =torch decides otherwise.
+The environment variable GRACE_EXT_ENGINE=horovod or =torch overrides this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .transports import DistTransport, HorovodTransport, SingleTransport
 
 
 def choose(environ: Any = os.environ) -> str:
-    """'horovod' or 'torch', from the environment that the launcher made."""
+    """Returns 'horovod' or 'torch', by the environment that the launcher made. Raises UnsupportedError."""
     forced = environ.get("GRACE_EXT_ENGINE")
     if forced:
         if forced not in ("horovod", "torch"):
@@ -42,11 +42,11 @@ if ENGINE == "horovod":
 
     limit_waits()
 else:
-    from .dist import api as api  # type: ignore[no-redef]
+    from .dist import api as api
 
 
 def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | DistTransport | SingleTransport:
-    """The collectives among the ranks of this process set."""
+    """Returns the transport among the ranks of this process set."""
     if process_set.size() == 1:
         return SingleTransport(ops)
     if ENGINE == "horovod":

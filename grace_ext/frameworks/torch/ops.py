@@ -1,6 +1,6 @@
 """The array protocol for torch: `HostOps` for CPU tensors, through numpy without copies; `TorchOps` for any device, in torch operations.
 
-Both give the same bytes. On a CPU the numpy form is the faster one, and the one that compiled kernels plug into.
+Both give the same bytes. On a CPU the numpy form is faster, and only it has compiled kernels.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ MASK32 = 0xFFFFFFFF
 
 
 def ops_for(device: torch.device) -> HostOps | TorchOps:
-    """The implementation for tensors of this device."""
+    """Returns the implementation for tensors of this device."""
     return host_ops(HostOps) if device.type == "cpu" else TorchOps(device)
 
 
 def describe(tensor: Any) -> tuple[tuple[int, ...], str]:
-    """(shape, dtype name) of a torch tensor, or of anything that numpy takes."""
+    """Returns (shape, dtype name) of a torch tensor, or of anything that numpy accepts."""
     if isinstance(tensor, torch.Tensor):
         return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     return NumpyOps.describe(NumpyOps(), tensor)
 
 
 def flat(tensor: Any) -> torch.Tensor:
-    """The elements as a flat contiguous tensor, float64 as it is, everything else as float32."""
+    """Returns the elements as a flat contiguous tensor: float64 stays, everything else becomes float32."""
     if not isinstance(tensor, torch.Tensor):
         tensor = torch.from_numpy(np.ascontiguousarray(NumpyOps().ingest(tensor)))
     tensor = tensor.detach()
@@ -42,7 +42,7 @@ def flat(tensor: Any) -> torch.Tensor:
 
 
 class HostOps(NumpyOps):
-    """Torch CPU tensors at the border, numpy arrays inside."""
+    """Operations for torch CPU tensors: the user's tensors are torch's, the arrays inside are numpy's."""
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         return describe(tensor)
@@ -51,7 +51,7 @@ class HostOps(NumpyOps):
         return flat(tensor).numpy()
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> torch.Tensor:
-        # Received data may be a read-only or shared view; what the user gets is always its own, writable memory.
+        # Received data may be a read-only or shared view; the user always gets memory of their own that is writable.
         array = saturated(array, spec.dtype)
         owned = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
         return torch.from_numpy(owned).to(getattr(torch, spec.dtype)).reshape(spec.shape)
@@ -62,16 +62,16 @@ class HostOps(NumpyOps):
         return True
 
     def as_torch(self, array: np.ndarray) -> torch.Tensor:
-        """For a transport: the same memory as a tensor."""
+        """Returns the array as a tensor that shares its memory (a copy if the array is read-only), for a transport."""
         return torch.from_numpy(array if array.flags.writeable else array.copy())
 
     def from_torch(self, tensor: torch.Tensor) -> np.ndarray:
-        """The inverse of `as_torch`."""
+        """Returns the tensor as an array that shares its memory: the inverse of `as_torch`."""
         return tensor.numpy()
 
 
 class TorchOps(Ops):
-    """Torch tensors on one device, in torch operations only."""
+    """Operations for torch tensors on one device, by torch operations only."""
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
@@ -227,7 +227,7 @@ class TorchOps(Ops):
         return x.permute(*axes).contiguous()
 
     def random_words(self, key: rng.Key, count: int) -> torch.Tensor:
-        # In int64 kept below 2**32: torch has no unsigned 32-bit arithmetic.
+        # The words are int64 kept below 2**32, because torch has no unsigned 32-bit arithmetic.
         x = (torch.arange(count, device=self.device) + key[0]) & MASK32
         return self._mix(self._mix(x) ^ key[1])
 
@@ -277,7 +277,7 @@ class TorchOps(Ops):
 
 
 def _narrowed(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """x in that dtype, rounded to nearest even; what is finite saturates, Inf and NaN stay."""
+    """Returns x in this dtype, rounded to nearest even. Finite values saturate; Inf and NaN stay."""
     largest = LARGEST[dtype]
     if largest < LARGEST[str(x.dtype).removeprefix("torch.")]:
         x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,11 +25,11 @@ from .ops import ops_for
 from .session import Session, check_none_new, check_torch_optimizer, named, require_sum_or_mean
 
 api = engine.api
-_hooks: Any = WeakTensorKeyDictionary()  # the hook that this module has on a parameter
+_hooks: Any = WeakTensorKeyDictionary()  # the hook that this module has on each parameter
 
 
 UNSCALED = (
-    "with scaler= the gradients of all ranks must be there before they are unscaled: call optimizer.synchronize(), "
+    "with scaler= the gradients must be exchanged before they are unscaled: call optimizer.synchronize(), "
     "scaler.unscale_(optimizer), and scaler.step(optimizer) inside `with optimizer.skip_synchronize():`"
 )
 
@@ -48,26 +48,32 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     *,
     simulate: bool = False,
     scaler: Any = None,
-) -> torch.optim.Optimizer:
+) -> CompressedOptimizer:
     """Wraps an optimizer so that `step()` applies the gradients of all ranks, as `horovod.torch.DistributedOptimizer` does.
 
-    compression: a Grace, a spec string ('topk(ratio=0.01) + residual'), or what Horovod takes (None, hvd.Compression.none or .fp16):
-      then it is Horovod's own optimizer, or its equal over torch.distributed.
-    backward_passes_per_step: gradients of that many backward passes are added up, compressed once, and exchanged.
-    op: Average or Sum; anything else is refused with a reason.
-    gradient_predivide_factor: accepted; sums are formed in float32 (16-bit ones too), so splitting the division changes nothing.
-    num_groups, groups: checked as Horovod does; gradients always travel in buckets of about 25 MB, which takes the place of groups.
-    sparse_as_dense: sparse gradients are compressed as dense ones; otherwise they are exchanged exactly, uncompressed, as in Horovod.
-    process_set: only these ranks take part.
-    simulate: compress at world size 1 too, to see the effect of compression without a cluster.
-    scaler: the torch.amp.GradScaler that scales the loss. Gradients are compressed as if it were not there, so that a change of scale does
-      not change what the memory means. The step is then Horovod's recipe, and `step()` by itself is refused:
+    optimizer: any torch optimizer. The result shares its parameter groups and state, and is of its class, so schedulers work.
+    named_parameters: model.named_parameters(); it must name every parameter of the optimizer. None numbers the parameters.
+    compression: a Grace, a spec string ('topk(ratio=0.01) + residual'), or what Horovod takes (None, hvd.Compression.none or .fp16). For
+      the latter the result is Horovod's own optimizer, without what is listed at the end; over torch.distributed it is the equivalent
+      'none' or 'fp16'.
+    backward_passes_per_step: the gradients of that many backward passes are summed, compressed once, and exchanged.
+    op: hvd.Average or hvd.Sum. Any other op raises UnsupportedError.
+    gradient_predivide_factor: accepted, without effect: sums are formed in float32 (16-bit ones too), so splitting the division changes
+      nothing.
+    num_groups, groups: checked as Horovod does, without effect: compressed gradients travel in buckets of about 25 MB, not in groups.
+    sparse_as_dense: True compresses sparse gradients as dense ones; False exchanges them exactly, uncompressed, as Horovod does.
+    process_set: the ranks that take part.
+    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster.
+    scaler: the torch.amp.GradScaler that scales the loss. Gradients are divided by the scale before they are compressed, and multiplied
+      by it afterwards, so that what the memory holds does not depend on the scale. `step()` by itself then raises UnsupportedError; use
+      Horovod's recipe:
         optimizer.synchronize(); scaler.unscale_(optimizer)
         with optimizer.skip_synchronize(): scaler.step(optimizer)
         scaler.update()
-      An Inf on one rank is one on all: all skip the step, lower the scale, and keep their memory as it was.
-    Attributes beyond Horovod's: `wire_bytes`, the bytes this rank handed to collectives in the last step; `state_dict()` holds the
-    memory of this rank under 'grace_ext'.
+      An Inf on one rank becomes an Inf on all: all skip the step, lower the scale, and keep their memory as it was.
+
+    Beyond Horovod's optimizer the result has `wire_bytes`, the bytes that this rank handed to collectives in the last step; `measure(...)`
+    and `metrics()`, as in grace_ext.metrics; and this rank's memory in `state_dict()['grace_ext']`.
     """
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
@@ -86,9 +92,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         return _checked_at_first(horovods, compression, process_set)
     check_torch_optimizer(chosen, optimizer)
     _check_groups(groups)
-    # The class of the wrapped optimizer is kept as a base, so that schedulers and isinstance() see what they expect.
-    cls = type(type(optimizer).__name__, (_Distributed, type(optimizer)), {"__module__": __name__})
-    wrapped = cls.__new__(cls)
+    # The wrapped optimizer's class stays a base class, so that schedulers and isinstance() see what they expect.
+    cls: Any = type(type(optimizer).__name__, (CompressedOptimizer, type(optimizer)), {"__module__": __name__})
+    wrapped: CompressedOptimizer = cls.__new__(cls)
     wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
     average = require_sum_or_mean(op, api)
     wrapped._begin(chosen, named_parameters, average, sparse_as_dense, simulate, scaler)
@@ -99,7 +105,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
 
 
 def _checked_at_first(optimizer: Any, compression: Any, process_set: Any) -> Any:
-    """Horovod's own optimizer, which takes part in the agreement of the first step: a peer that compresses would wait for ever."""
+    """Makes Horovod's own optimizer take part in the agreement of the first step; without it, a peer that compresses would wait for ever.
+    Returns the optimizer."""
     synchronize = optimizer.synchronize
 
     def agree_then_synchronize() -> None:
@@ -116,7 +123,7 @@ def _checked_at_first(optimizer: Any, compression: Any, process_set: Any) -> Any
 
 
 def _compression(compression: Any) -> Grace | None:
-    """Returns the Grace to use; None if Horovod's own optimizer serves."""
+    """Returns the Grace to use; None if Horovod's own optimizer is to be used."""
     chosen = chosen_compression(compression, api.Compression)
     return None if engine.ENGINE == "horovod" and not isinstance(compression, (Grace, str)) else chosen
 
@@ -133,8 +140,9 @@ def _check_groups(groups: Any) -> None:
         raise ValueError("A parameter can only appear once in groups.")
 
 
-class _Distributed(Measured, torch.optim.Optimizer):
-    """What is put in front of the wrapped optimizer's class. Its instances share the wrapped one's groups and state."""
+class CompressedOptimizer(Measured, torch.optim.Optimizer):
+    """The optimizer that `DistributedOptimizer` returns. Its class derives from this one and, after it, from the wrapped optimizer's class;
+    it shares the wrapped optimizer's parameter groups and state."""
 
     backward_passes_per_step: int
     op: Any
@@ -153,7 +161,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
         self._wire_bytes_sparse = 0
 
     def _named(self, named_parameters: Any) -> dict[str, torch.nn.Parameter]:
-        """The optimizer's parameters that train, by name; all of them must be named."""
+        """Returns the optimizer's parameters that train, by name. Raises NamesError if one of the optimizer's parameters has no name."""
         own = [p for group in self.param_groups for p in group["params"]]
         if named_parameters is None:
             named_parameters = [
@@ -167,7 +175,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
         return {name: p for name, p in by_name.items() if id(p) in mine and p.requires_grad}
 
     def _connect(self) -> None:
-        """Hooks up the parameters, where this rank takes part in an exchange."""
+        """Makes the session and hooks the parameters, if this rank takes part in an exchange."""
         self.set_backward_passes_per_step(self.backward_passes_per_step)
         if not self._parameters or not self.process_set.included() or (self.process_set.size() == 1 and not self._simulate):
             return
@@ -181,7 +189,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
         )
         for name, parameter in self._parameters.items():
             if parameter in _hooks:
-                _hooks[parameter].remove()  # of an optimizer that this one takes the place of
+                _hooks[parameter].remove()  # the hook of an optimizer that this one replaces
             _hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._make_hook(name))
 
     def _make_hook(self, name: str) -> Callable[[torch.Tensor], None]:
@@ -194,6 +202,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
             self._pending = True
             self._delay[name] -= 1
             if self._delay[name] == 0:
+                assert parameter.grad is not None  # this hook runs after torch has accumulated it
                 self._put(name, parameter.grad)
 
         return hook
@@ -211,12 +220,12 @@ class _Distributed(Measured, torch.optim.Optimizer):
 
     # --- Horovod's methods ------------------------------------------------------------------------------------------
     def set_backward_passes_per_step(self, passes: int) -> None:
-        """How many backward passes are added up before an exchange."""
+        """Sets the number of backward passes whose gradients are summed before an exchange."""
         self.backward_passes_per_step = passes
         self._delay = dict.fromkeys(self._parameters, passes)
 
     def synchronize(self) -> None:
-        """Ends the exchange: every gradient becomes the aggregate of all ranks. Waits."""
+        """Waits for the exchange to end: every gradient becomes the aggregate of all ranks."""
         if self._session is not None:
             self._check_world()
             for name, parameter in self._parameters.items():
@@ -226,7 +235,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
             dense = [name for name in self._parameters if name not in self._sparse]
             first, handles = not self._session.driver.agreed, []
             try:
-                if not first:  # before that, ranks may not know alike which gradients are sparse
+                if not first:  # at the first step the ranks may not yet agree on which gradients are sparse
                     handles = self._start_all_sparse()
                 results = self._session.finish(dense) if dense else {}
                 if first:
@@ -243,7 +252,8 @@ class _Distributed(Measured, torch.optim.Optimizer):
         self._synchronized = True
 
     def _check_world(self) -> None:
-        size = self._session.driver.transport.size  # type: ignore[union-attr]
+        assert self._session is not None
+        size = self._session.driver.transport.size
         if size != self.process_set.size():
             raise GraceError(STALE.format(size, self.process_set.size()))
         check_none_new(self, self._parameters.values())
@@ -255,13 +265,13 @@ class _Distributed(Measured, torch.optim.Optimizer):
         elif parameter.grad.is_sparse:
             parameter.grad.zero_().add_(result.to_sparse(parameter.grad.sparse_dim()))
         else:
-            parameter.grad.set_(result)
+            cast(Any, parameter.grad).set_(result)  # torch's stub lacks set_(Tensor)
 
     def _start_all_sparse(self) -> list[tuple[str, Any]]:
         return [(name, self._start_sparse(name)) for name in self._parameters if name in self._sparse]
 
     def _start_sparse(self, name: str) -> Any:
-        """A sparse gradient goes uncompressed through the engine's own sparse all-reduce."""
+        """Starts the engine's own sparse all-reduce of a gradient, uncompressed; returns its handle."""
         parameter = self._parameters[name]
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter).to_sparse(1)
@@ -273,7 +283,8 @@ class _Distributed(Measured, torch.optim.Optimizer):
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Within it `step()` does not synchronize, for scripts that called `synchronize()` themselves (clipping, loss scaling)."""
+        """Keeps `step()` from synchronizing inside the with block, for scripts that called `synchronize()` themselves (clipping, loss
+        scaling)."""
         self._should_synchronize = False
         try:
             yield
@@ -281,7 +292,7 @@ class _Distributed(Measured, torch.optim.Optimizer):
             self._should_synchronize = True
 
     def step(self, closure: Any = None) -> Any:
-        """Synchronizes, unless inside `skip_synchronize`, and lets the wrapped optimizer step."""
+        """Synchronizes, unless inside `skip_synchronize`, and makes the wrapped optimizer's step."""
         if self._should_synchronize:
             if self._scaler is not None and self._scaler.is_enabled() and self._session is not None:
                 raise UnsupportedError(UNSCALED)
@@ -296,7 +307,8 @@ class _Distributed(Measured, torch.optim.Optimizer):
         return super().step(closure)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """As the wrapped optimizer's; refused between backward() and step(), where an exchange is under way."""
+        """Clears the gradients as the wrapped optimizer does. Raises AssertionError between backward() and step(), while an exchange is
+        under way."""
         if self._pending:
             raise AssertionError(
                 "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or optimizer.synchronize(). "
@@ -305,10 +317,10 @@ class _Distributed(Measured, torch.optim.Optimizer):
         super().zero_grad(*args, **kwargs)
 
     def move(self, carried_over: Callable[[Any], Any]) -> None:
-        """After the ranks have changed: exchanges among those that there are now. `carried_over` gives this rank's state for them, from
-        that of before; collective."""
+        """Exchanges among the present ranks from now on, after the ranks of the job have changed. `carried_over` maps this rank's old
+        state to its state among the present ranks; it is a collective."""
         if self.process_set is not api.global_process_set:
-            raise UnsupportedError("process sets do not survive a change of ranks: in an elastic job leave process_set out")
+            raise UnsupportedError("process sets do not survive a change of ranks; leave process_set out in an elastic job")
         if self._session is None:
             self._connect()
         if self._session is not None:
@@ -319,19 +331,20 @@ class _Distributed(Measured, torch.optim.Optimizer):
     # --- state ------------------------------------------------------------------------------------------------------
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step: payloads, headers, all rounds, sparse gradients."""
+        """Bytes that this rank handed to collectives in the last step: payloads, headers, all rounds, sparse gradients."""
         return (self._session.wire_bytes if self._session else 0) + self._wire_bytes_sparse
 
     def _drivers(self) -> list[Driver]:
         return [self._session.driver] if self._session else []
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under 'grace_ext' this rank's memory and compressor state. It differs by rank: save every rank's."""
+        """Returns the wrapped optimizer's state_dict and, under 'grace_ext', this rank's memory and compressor state. The latter differs by
+        rank: save every rank's."""
         saved = super().state_dict()
         return {**saved, "grace_ext": self._session.state_dict()} if self._session else saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes both. Without a 'grace_ext' entry the memory stays as it is."""
+        """Loads the wrapped optimizer's state, and this rank's memory from 'grace_ext'. Without that entry the memory stays as it is."""
         own = state_dict.get("grace_ext")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
         if own is not None and self._session is not None:
@@ -344,14 +357,16 @@ class _Distributed(Measured, torch.optim.Optimizer):
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: Any = None, *, memory: bool = True) -> None:
-    """As Horovod's: every rank gets the root's optimizer state. The memory of compression is each rank's own and stays; but where the
-    root is at another step (it alone has loaded a checkpoint), a rank takes from it what all ranks share, and its own memory starts at
-    zero, with a warning. memory=False leaves it alone."""
+    """Gives every rank the optimizer state of root_rank, as `horovod.torch.broadcast_optimizer_state` does.
+
+    The memory of compression belongs to each rank and stays. But if the root is at another step (it alone has loaded a checkpoint), a rank
+    takes from the root the state that all ranks share, and its own memory starts at zero, with a warning.
+    model: passed on to Horovod. memory: False leaves the memory alone even then."""
     args = (optimizer, root_rank) + (() if model is None else (model,))
-    if not isinstance(optimizer, _Distributed):
+    if not isinstance(optimizer, CompressedOptimizer):
         api.broadcast_optimizer_state(*args)
         return
-    # Horovod fills an empty state by a step on zero gradients, which must not start an exchange.
+    # Horovod fills an empty state by a step with zero gradients, which must not start an exchange.
     with optimizer.skip_synchronize():
         api.broadcast_optimizer_state(*args)
     session = optimizer._session

@@ -1,6 +1,6 @@
-"""The gradients of one model on this rank: names them, checks them, and runs the driver for them on a transport.
+"""Names and checks the gradients of one model on this rank, and runs the driver for them on a transport.
 
-Shared by the wrapper (optimizer.py) and by the `compression=` object for unmodified Horovod (adapter.py).
+The wrapper (optimizer.py), the DDP hook (ddp.py) and the `compression=` object for unmodified Horovod (adapter.py) share it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FSDP = (
 
 
 def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
-    """The parameters by name, checked. Raises NamesError or UnsupportedError."""
+    """Returns the parameters by name, checked. Raises NamesError or UnsupportedError."""
     pairs = list(named_parameters)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
@@ -42,33 +42,33 @@ def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
         if kind in ("FlatParameter", "DTensor") or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:
             raise UnsupportedError(FSDP.format(name, kind))
     if len({p.device for _, p in pairs}) > 1:
-        raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device a process")
+        raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device per process")
     return dict(pairs)
 
 
 def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises IncompatiblePartsError for an optimizer that this memory cannot work with."""
+    """Raises IncompatiblePartsError if a memory of this Grace cannot work with the optimizer."""
     for group in [] if optimizer is None else optimizer.param_groups:
         check_optimizer(grace, type(optimizer).__name__, group)
 
 
 def check_none_new(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Raises UnsupportedError where the optimizer trains others than these, which were known when it was wrapped."""
+    """Raises UnsupportedError if the optimizer trains parameters other than these, which were known when it was wrapped."""
     known = {id(p) for p in parameters}
     new = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
     if new:
         raise UnsupportedError(
             f"{len(new)} parameters (shapes {[list(p.shape) for p in new[:3]]}) train now that did not when the optimizer was wrapped, "
-            "so nobody would exchange them: wrap the optimizer again on every rank after layers are unfrozen or added"
+            "so their gradients would not be exchanged: wrap the optimizer again on every rank after layers are unfrozen or added"
         )
 
 
 class Session:
     """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients.
 
-    scaler: a GradScaler, where gradients come multiplied by its scale. They are divided by it before they are compressed, and the
-    results are multiplied by it again: the memory is in units of the gradient, whatever the scale becomes. By a power of two both are
-    exact."""
+    scaler: the GradScaler by whose scale the gradients are multiplied, or None. They are divided by the scale before they are compressed,
+    and the results are multiplied by it again: the memory is in units of the gradient, however the scale changes. Both are exact if the
+    scale is a power of two."""
 
     def __init__(
         self,
@@ -84,7 +84,8 @@ class Session:
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
         self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr, in_place=True)
-        self._scaler, self._scale = scaler, None  # the scale of the step under way, once it is asked for
+        self._scaler = scaler
+        self._scale: float | None = None  # the scale of the step under way, once it was read
         self._handles: dict[str, Any] = {}
         self._first: dict[str, torch.Tensor] = {}
         self._sizes: dict[str, int] = {}
@@ -92,18 +93,18 @@ class Session:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes this rank handed to collectives in the last step."""
+        """Bytes that this rank handed to collectives in the last step."""
         return self.driver.wire_bytes
 
     @property
     def scale(self) -> float:
-        """What this step's gradients are multiplied by; 1 without a scaler."""
-        if self._scale is None:  # once a step: on a GPU it waits for the device
+        """The factor by which this step's gradients are multiplied; 1 without a scaler."""
+        if self._scale is None:  # read once per step: on a GPU it waits for the device
             self._scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         return self._scale
 
     def put(self, name: str, gradient: torch.Tensor) -> None:
-        """Takes a gradient; never waits."""
+        """Takes a gradient, and starts the buckets whose turn it is; never waits."""
         with self._lock:
             if self.scale != 1:
                 with torch.no_grad():
@@ -114,8 +115,8 @@ class Session:
                 self._first[name] = gradient
 
     def finish(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Ends the step, for the parameters of these names (the same at every step): the aggregates, by name, written over the gradients
-        that there were."""
+        """Ends the step for the parameters of these names (the same at every step). Returns the aggregates by name; they are written over
+        the gradients that `put` got."""
         with self._lock:
             try:
                 if not self.driver.specs:
@@ -133,15 +134,15 @@ class Session:
         return TensorSpec(name, *describe(self._first.get(name, self.parameters[name])))
 
     def compare(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See Driver.compare; of these tensors, by name."""
+        """Compares these tensors, by name, between the ranks, as Driver.compare does. Raises GraceError or DisagreementError."""
         with self._lock:
             if self._first:
                 raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
             perform(self.driver.compare(digests_of(tensors)), self.driver.transport, {})
 
     def move(self, carried_over: Callable[[Any], Any], make_transport: Callable[[Any], Transport], average: bool) -> None:
-        """Goes on among other ranks, see Driver.move; `carried_over` maps this rank's state (numpy arrays, None where there is none) to
-        that of the new world."""
+        """Continues among other ranks, as Driver.move does. `carried_over` maps this rank's state (numpy arrays; None if there is none) to
+        its state among the new ranks."""
         driver = self.driver
         saved = driver.state_dict()
         state = {key: self.ops.host(array) for key, array in saved["state"].items()}
@@ -157,24 +158,24 @@ class Session:
             driver.load_state_dict({**moved, "state": {key: self.ops.upload(array) for key, array in moved["state"].items()}})
 
     def state_dict(self) -> dict[str, Any]:
-        """The driver's state, as torch tensors (so that `torch.load` reads them without pickle)."""
+        """Returns the driver's state, with torch tensors (so that `torch.load` reads them without pickle)."""
         saved = self.driver.state_dict()
         return {**saved, "state": {key: self.ops.as_torch(array) for key, array in saved["state"].items()}}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes bit for bit; raises GraceError if the state does not fit."""
+        """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
         device = next(iter(self.parameters.values())).device
         state = {key: self.ops.from_torch(torch.as_tensor(array).to(device)) for key, array in saved["state"].items()}
         self.driver.load_state_dict({**saved, "state": state})
 
     def saveable(self) -> Saveable:
-        """For grace_ext.save and load."""
+        """Returns what grace_ext.save and load need."""
         driver = self.driver
         return saveable_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """agreement.digest_of, by name: of bits, whatever the dtype."""
+    """Returns a digest of each tensor's dtype, shape and bits, by name (agreement.digest_of), for any dtype."""
     found = {}
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
@@ -183,7 +184,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def require_sum_or_mean(op: Any, api: Any) -> bool:
-    """Whether `op` is the mean. Raises UnsupportedError for what is neither mean nor sum."""
+    """Whether `op` is the mean. Raises UnsupportedError if it is neither mean nor sum."""
     if op in (None, api.Average):
         return True
     if op == api.Sum:
@@ -192,6 +193,6 @@ def require_sum_or_mean(op: Any, api: Any) -> bool:
     reason = (
         "it combines parameter updates by their angles, and grace_ext compresses gradients"
         if op == api.Adasum
-        else "compressed gradients can be averaged or added up only"
+        else "compressed gradients can only be averaged or summed"
     )
     raise UnsupportedError(f"op={known.get(op, op)} cannot be combined with compression: {reason}; use op=hvd.Average or compression=None")

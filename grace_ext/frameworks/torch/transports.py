@@ -1,4 +1,4 @@
-"""Asynchronous collectives for the driver: a world of one, Horovod's, and torch.distributed's."""
+"""The transports of torch: for a world of one rank, for Horovod, and for torch.distributed."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from .dist.world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
-#: Seconds that Horovod's own limits, which say more, come before ours.
+#: Seconds by which our time limit is later than Horovod's own limits, whose errors say more.
 GRACE = 10.0
 
 
 @cache
 def _failure(kind: type[Exception]) -> type[CollectiveError]:
-    """A CollectiveError that is an engine's own error, too: elastic jobs and Horovod's users catch that."""
+    """Returns a CollectiveError class that is also the engine's own error, which elastic jobs and Horovod's users catch."""
     return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
 
 
 class SingleTransport(Transport):
-    """A world of one: every collective gives back what was put in."""
+    """A world of one rank: every collective returns its input."""
 
+    ops: DeviceOps
     rank, size, gathers_uneven, scatters_uneven, splits = 0, 1, True, True, True
 
     def __init__(self, ops: DeviceOps):
@@ -50,6 +51,7 @@ class SingleTransport(Transport):
 class HorovodTransport(Transport):
     """Horovod's named collectives. Its all-gather takes arrays of different lengths and returns one concatenation."""
 
+    ops: DeviceOps
     gathers_uneven = True
     scatters_uneven = True
     splits = True
@@ -62,9 +64,9 @@ class HorovodTransport(Transport):
     def start(self, collective: Collective, name: str) -> Any:
         tensor, hvd, among = self.ops.as_torch(collective.array), self.hvd, self.process_set
         if collective.kind == "allreduce":
-            # With Average the engine divides, as it does for dense gradients: the same bits as plain Horovod's.
+            # With Average the engine divides, as it does for dense gradients: this gives the same bits as plain Horovod.
             op = hvd.Average if collective.divisor == self.size else hvd.Sum
-            return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)], None  # in place: it is ours
+            return collective, [hvd.allreduce_async_(tensor, name=name, op=op, process_set=among)], None  # in place: the array is ours
         if collective.kind == "allgather":
             summand = to_sum(self, collective)
             if summand is not None:
@@ -91,12 +93,12 @@ class HorovodTransport(Transport):
             if not length:
                 handles.append(data)
                 continue
-            root = self.process_set.ranks[rank] if self.process_set.ranks else rank  # Horovod wants the rank in the whole world
+            root = self.process_set.ranks[rank] if self.process_set.ranks else rank  # Horovod expects the rank in the whole job
             handles.append(self.hvd.broadcast_async(data, root_rank=root, name=f"{name}/{rank}", process_set=self.process_set))
         return handles
 
     def wait(self, handle: Any) -> Any:
-        collective, handles, words = handle  # words: what this rank gave to a sum in place of a gather
+        collective, handles, words = handle  # words: this rank's summand, if a sum replaces the gather
         results = [h if isinstance(h, torch.Tensor) else self._finished(h) for h in handles]
         if collective.kind == "allreduce":
             total = self.ops.from_torch(results[0])
@@ -111,13 +113,14 @@ class HorovodTransport(Transport):
         return gathered(self, collective, self.ops.from_torch(results[0]))
 
     def _finished(self, handle: int) -> Any:
-        """Horovod's `synchronize`, which looks once in a millisecond, and for ever: an operation that is handed over just as a peer's death
-        ends Horovod's own thread never ends. Ours looks more often at first, and until GRACE_EXT_TIMEOUT."""
+        """Waits for a handle, as Horovod's `synchronize` does, but with a time limit. Horovod polls once per millisecond, for ever: an
+        operation that is started just as a peer's death ends Horovod's own thread never ends. This polls more often at first, and raises
+        RuntimeError GRACE seconds after GRACE_EXT_TIMEOUT."""
         began = time.monotonic()
         while not self.hvd.poll(handle):
             waited = time.monotonic() - began
             if waited > timeout() + GRACE:
-                raise RuntimeError(f"Horovod has not finished it in {waited:.0f} s")
+                raise RuntimeError(f"Horovod has not finished this collective in {waited:.0f} s")
             time.sleep(min(1e-3, 5e-5 + waited / 10))
         return self.hvd.synchronize(handle)
 
@@ -125,6 +128,7 @@ class HorovodTransport(Transport):
 class DistTransport(Transport):
     """torch.distributed's collectives of one process group, matched by the order in which they start."""
 
+    ops: DeviceOps
     splits = True
     failure = _failure(HorovodInternalError)
 
@@ -168,7 +172,7 @@ class DistTransport(Transport):
         return collective, outs, [dist.broadcast(out, src=root, group=self._group, async_op=True) for out, root in pairs], None
 
     def wait(self, handle: Any) -> Any:
-        collective, result, works, words = handle  # as above
+        collective, result, works, words = handle  # words: as in HorovodTransport
         for work in works:
             work.wait()
         if collective.kind == "allreduce":
@@ -179,10 +183,10 @@ class DistTransport(Transport):
 
 
 def _words(data: torch.Tensor) -> torch.Tensor:
-    """Bytes as int32."""
+    """Returns the bytes as int32[], copied if they are not aligned to 4 bytes."""
     return data.view(torch.int32) if data.data_ptr() % 4 == 0 else data.clone().view(torch.int32)
 
 
 def _less(total: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The bytes of total - own, both int32[], in place."""
+    """Returns the bytes of total - own, both int32[], computed in place."""
     return total.sub_(own).view(torch.uint8)

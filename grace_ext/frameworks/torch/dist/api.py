@@ -1,14 +1,14 @@
-"""The public names of horovod.torch over torch.distributed, but for DistributedOptimizer.
+"""The public names of horovod.torch over torch.distributed, except DistributedOptimizer.
 
-A script written for `import horovod.torch as hvd` runs under torchrun, or as a single rank under plain python, where every
-collective gives a copy of its input. Over Gloo for CPU tensors and NCCL for CUDA tensors, unless the script has initialized
+A script written for `import horovod.torch as hvd` runs under torchrun, or as a single rank under plain python, where every collective
+returns a copy of its input. Collectives run over Gloo for CPU tensors and over NCCL for CUDA tensors, unless the script has initialized
 torch.distributed before hvd.init().
 
-One rule is stricter than Horovod's: torch.distributed matches collectives by order. All ranks must start the same collectives
-in the same order, and the `name` arguments are ignored. allgather and alltoall of uneven sizes agree on the sizes first, so
-their async forms block until all ranks have started them.
+One rule is stricter than Horovod's: torch.distributed matches collectives by order. All ranks must start the same collectives in the same
+order, and the `name` arguments are ignored. allgather and alltoall of uneven sizes first agree on the sizes, so their async forms block
+until all ranks have started them.
 
-What torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when used.
+What torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when it is used.
 """
 
 from __future__ import annotations
@@ -144,12 +144,12 @@ def mpi_threads_supported() -> bool:
 
 
 def mpi_enabled() -> bool:
-    """False: MPI is not used."""
+    """Returns False: MPI is not used."""
     return False
 
 
 def mpi_built() -> bool:
-    """False: MPI is not used."""
+    """Returns False: MPI is not used."""
     return False
 
 
@@ -164,7 +164,7 @@ def gloo_built() -> bool:
 
 
 def nccl_built() -> int:
-    """The NCCL version of this PyTorch as one number (2.21.5 is 22105); 0 if it has none."""
+    """Returns the NCCL version of this PyTorch as one number (2.21.5 is 22105); 0 if it has none."""
     if not (dist.is_available() and dist.is_nccl_available()):
         return 0
     major, minor, patch = torch.cuda.nccl.version()[:3]
@@ -172,12 +172,12 @@ def nccl_built() -> int:
 
 
 def ddl_built() -> bool:
-    """False: IBM DDL is not used."""
+    """Returns False: IBM DDL is not used."""
     return False
 
 
 def ccl_built() -> bool:
-    """False: oneCCL is not used."""
+    """Returns False: oneCCL is not used."""
     return False
 
 

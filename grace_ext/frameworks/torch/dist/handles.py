@@ -1,8 +1,8 @@
 """Starts collectives and keeps them until they are synchronized.
 
-Each `start_*` launches one collective and returns a Pending; its result exists once the work is done and `finish` has run.
-Data that is only moved travels as bytes, so every dtype can. In a job of one process without a group nothing is launched,
-and the same code hands back copies.
+Each `start_*` launches one collective and returns a Pending; its result exists once the work is done and `finish` has run. Data that is
+only moved travels as bytes, so every dtype works. In a job of one process without a group nothing is launched, and the same code returns
+copies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REDUCTIONS = {
     Max: dist.ReduceOp.MAX,
     Product: dist.ReduceOp.PRODUCT,
 }
-# 16-bit floats would be rounded at every addition, and the sum that an average needs may not fit a short integer
+# 16-bit floats would be rounded at every addition, and the sum that an average needs may overflow a short integer.
 _REDUCED_AS = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -45,7 +45,7 @@ _REDUCED_AS = {
 
 @dataclass
 class Pending:
-    """A launched collective: what to wait for, then what gives its result."""
+    """A launched collective: `works` to wait for, and `finish`, which then returns its result."""
 
     works: list[dist.Work]
     finish: Callable[[], Any]
@@ -55,7 +55,7 @@ class Pending:
         return all(work.is_completed() for work in self.works)
 
     def result(self) -> Any:
-        """Waits, then gives the result. HorovodInternalError if the collective failed."""
+        """Waits, then returns the result. Raises HorovodInternalError if the collective failed."""
         with _failures():
             for work in self.works:
                 work.wait()
@@ -68,14 +68,14 @@ _handles = itertools.count(1)
 
 
 def hand_out(pending: Pending) -> int:
-    """Keeps a pending collective; gives the handle for poll() and synchronize()."""
+    """Keeps a pending collective; returns the handle for poll() and synchronize()."""
     handle = next(_handles)
     _pending[handle] = pending
     return handle
 
 
 def together(pending: Sequence[Pending]) -> Pending:
-    """Several pending collectives as one, whose result is the tuple of theirs."""
+    """Joins several pending collectives into one, whose result is the tuple of theirs."""
     return Pending([work for p in pending for work in p.works], lambda: tuple(p.finish() for p in pending))
 
 
@@ -106,18 +106,18 @@ def _failures() -> Iterator[None]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The tensor's memory as flat bytes, without a copy if it is contiguous."""
+    """Returns the tensor's elements as flat bytes, without a copy if it is contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _typed(data: Tensor, like: Tensor, rows: int) -> Tensor:
-    """Bytes as `rows` rows of what `like` is made of."""
+    """Returns the bytes as a tensor of `rows` rows, each of the dtype and shape of a row of `like`."""
     return data.view(like.dtype).reshape(rows, *like.shape[1:])
 
 
 def _row_bytes(tensor: Tensor, what: str) -> int:
     if tensor.dim() == 0:
-        raise ValueError(f"{what} works along the first dimension, and this tensor has none; use tensor.unsqueeze(0)")
+        raise ValueError(f"{what} works along the first dimension, and a scalar tensor has none; use tensor.unsqueeze(0)")
     return math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
@@ -139,14 +139,14 @@ def _scale_(tensor: Tensor, factor: float, divisor: int = 1) -> Tensor:
 
 
 def start_allreduce(tensor: Tensor, op: int, prescale: float, postscale: float, process_set: ProcessSet, in_place: bool = False) -> Pending:
-    """Reduces over the ranks of the set; in place, the result is `tensor` itself."""
+    """Starts a reduction over the ranks of the set. in_place: the result is `tensor` itself."""
     if op == Adasum:
         raise UnsupportedError(
             "op=hvd.Adasum is not available over torch.distributed, which only has elementwise reductions; "
             "use Average or Sum, or launch with horovodrun"
         )
     if op not in _REDUCTIONS:
-        raise ValueError(f"op is {op!r}, not one of hvd.Average, Sum, Min, Max, Product")
+        raise ValueError(f"op is {op!r}; it must be one of hvd.Average, Sum, Min, Max, Product")
     group = group_of(process_set)
     source, dtype = tensor.detach(), _REDUCED_AS.get(tensor.dtype, tensor.dtype)
     if in_place and dtype == tensor.dtype and source.is_contiguous():
@@ -165,11 +165,11 @@ def start_allreduce(tensor: Tensor, op: int, prescale: float, postscale: float, 
 
 
 def start_allgather(tensor: Tensor, process_set: ProcessSet) -> Pending:
-    """Concatenates along the first dimension, which may differ between ranks."""
+    """Starts a concatenation of the ranks' tensors along the first dimension, which may differ between ranks."""
     row_bytes, group = _row_bytes(tensor, "allgather"), group_of(process_set)
     if group is None:
         return Pending([], tensor.detach().clone)
-    # Gloo and NCCL gather equal sizes only: agree on the largest, send that much, cut what has arrived
+    # Gloo and NCCL gather only equal sizes: the ranks agree on the largest, send that much, and cut what has arrived.
     lengths = _agree_on_rows(tensor, row_bytes, group, len(process_set.ranks))
     longest = max(lengths) * row_bytes
     own = _bytes(tensor)
@@ -187,7 +187,7 @@ def start_allgather(tensor: Tensor, process_set: ProcessSet) -> Pending:
 
 
 def _agree_on_rows(tensor: Tensor, row_bytes: int, group: dist.ProcessGroup, ranks: int) -> list[int]:
-    """How many rows each rank brings. Blocks, so that the gather itself keeps its place in the order of collectives."""
+    """Returns how many rows each rank has. It blocks, so that the gather itself keeps its place in the order of collectives."""
     mine = torch.tensor([tensor.shape[0], row_bytes], device=tensor.device)
     everyone = [torch.empty_like(mine) for _ in range(ranks)]
     with _failures():
@@ -198,7 +198,7 @@ def _agree_on_rows(tensor: Tensor, row_bytes: int, group: dist.ProcessGroup, ran
 
 
 def start_broadcast(tensor: Tensor, root_rank: int, process_set: ProcessSet, in_place: bool = False) -> Pending:
-    """Gives every rank the tensor of `root_rank` (a rank of the job, not of the set); in place, the result is `tensor` itself."""
+    """Starts to send the tensor of `root_rank` (a rank of the job, not of the set) to all. in_place: the result is `tensor` itself."""
     group = group_of(process_set)
     if root_rank not in process_set.ranks:
         raise ValueError(f"root_rank {root_rank} is not one of the ranks {process_set.ranks}")
@@ -217,7 +217,7 @@ def _delivered(result: Tensor, tensor: Tensor, in_place: bool) -> Tensor:
 
 
 def start_alltoall(tensor: Tensor, splits: Tensor | Sequence[int] | None, process_set: ProcessSet) -> Pending:
-    """Sends `splits[i]` rows to rank i of the set. The result is (rows received, how many came from each rank)."""
+    """Starts to send `splits[i]` rows to rank i of the set. The result is (rows received, number of rows from each rank)."""
     row_bytes, group = _row_bytes(tensor, "alltoall"), group_of(process_set)
     sent = _rows_to_send(tensor, splits, len(process_set.ranks))
     source = _bytes(tensor)[: sum(sent) * row_bytes]
@@ -245,7 +245,7 @@ def _rows_to_send(tensor: Tensor, splits: Tensor | Sequence[int] | None, ranks: 
     rows = tensor.shape[0]
     if splits is None:
         if rows % ranks:
-            raise ValueError(f"alltoall without splits needs a first dimension that {ranks} ranks divide, not {rows}")
+            raise ValueError(f"alltoall without splits needs a first dimension divisible by the {ranks} ranks, not {rows}")
         return [rows // ranks] * ranks
     sent = [int(n) for n in splits]
     if len(sent) != ranks or min(sent) < 0 or sum(sent) > rows:
@@ -254,13 +254,14 @@ def _rows_to_send(tensor: Tensor, splits: Tensor | Sequence[int] | None, ranks: 
 
 
 def start_reducescatter(tensor: Tensor, op: int, prescale: float, postscale: float, process_set: ProcessSet) -> Pending:
-    """Reduces, and gives each rank its share of the rows; the first ranks get one more if the rows do not divide evenly."""
+    """Starts a reduction whose result is this rank's share of the rows; the first ranks get one more if the rows do not divide evenly."""
     if op not in (Average, Sum, Adasum):  # the allreduce has its own message for Adasum
-        raise ValueError(f"op is {op!r}; reducescatter knows hvd.Average and hvd.Sum only")
+        raise ValueError(f"op is {op!r}; reducescatter has only hvd.Average and hvd.Sum")
     _row_bytes(tensor, "reducescatter")
-    # torch.distributed scatters equal shares only, and a padded one would not cut where Horovod cuts
+    # torch.distributed scatters only equal shares, and padding would cut at other rows than Horovod does.
     whole = start_allreduce(tensor, op, prescale, postscale, process_set)
     me, (share, extra) = process_set.rank(), divmod(tensor.shape[0], len(process_set.ranks))
+    assert me is not None  # start_allreduce raises if the set is not registered
     first, rows = me * share + min(me, extra), share + (me < extra)
     return Pending(whole.works, lambda: whole.finish().narrow(0, first, rows).clone())
 
@@ -277,5 +278,5 @@ class _Differentiable(torch.autograd.Function):
 
 
 def differentiable(run: Run, gradients: Run, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`run(tensors)`, such that `gradients` of the gradients of its results are the gradients of `tensors`."""
+    """Returns `run(tensors)`, differentiable: `gradients` maps the gradients of the results to the gradients of `tensors`."""
     return _Differentiable.apply(run, gradients, *tensors)

@@ -1,6 +1,6 @@
 """allgather, broadcast, alltoall and barrier of horovod.torch, over torch.distributed.
 
-`name` is accepted and ignored. The forms that block carry gradients, with the factors that Horovod's gradients have.
+`name` is accepted and ignored. The blocking functions are differentiable; their gradients have the same factors as Horovod's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def allgather_async(tensor: Tensor, name: str | None = None, process_set: Proces
 
 
 def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
-    """The ranks' tensors concatenated along the first dimension, which may differ."""
+    """Returns the ranks' tensors concatenated along the first dimension, which may differ."""
     return grouped_allgather([tensor], name, process_set)[0]
 
 
@@ -55,28 +55,28 @@ def _averaged(tensors: Sequence[Tensor], process_set: ProcessSet) -> Sequence[Te
 
 
 def broadcast_async(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
-    """Starts sending root_rank's tensor to all; returns the handle. `tensor` says shape and type on the other ranks."""
+    """Starts to send root_rank's tensor to all; returns the handle. On the other ranks `tensor` gives its shape and dtype."""
     return hand_out(start_broadcast(tensor, root_rank, process_set))
 
 
 def broadcast_async_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
-    """Like broadcast_async, into `tensor` itself (complete once synchronized)."""
+    """Like broadcast_async, but the result replaces `tensor` (once synchronized)."""
     return hand_out(start_broadcast(tensor, root_rank, process_set, True))
 
 
 def broadcast_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
-    """Overwrites `tensor` with that of root_rank and returns it."""
+    """Overwrites `tensor` with root_rank's tensor and returns it."""
     return start_broadcast(tensor, root_rank, process_set, True).result()
 
 
 def broadcast(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
-    """root_rank's tensor. Its gradient arrives on root_rank; the other ranks' inputs get zeros."""
+    """Returns root_rank's tensor. Its gradient goes to root_rank; the inputs of the other ranks get zeros."""
 
     def sent(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return start_each(start_broadcast, tensors, root_rank, process_set).result()
 
     def gradient_to_root(grads: Sequence[Tensor]) -> list[Tensor]:
-        # a product and not zeros_like: for second derivatives, every rank's graph must lead to the same collectives
+        # A product instead of zeros_like: for second derivatives, every rank's graph must lead to the same collectives.
         return [mean * (rank() == root_rank) for mean in _averaged(grads, process_set)]
 
     return differentiable(sent, gradient_to_root, [tensor])[0]
@@ -88,7 +88,7 @@ def alltoall_async(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> int:
-    """Starts sending `splits[i]` rows to rank i; returns the handle, whose result is (rows received, rows per sender)."""
+    """Starts to send `splits[i]` rows to rank i; returns the handle, whose result is (rows received, number of rows per sender)."""
     return hand_out(start_alltoall(tensor, splits, process_set))
 
 
@@ -98,8 +98,8 @@ def alltoall(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sends `splits[i]` rows to rank i (equal shares without splits). Returns the rows received, in rank order; with splits,
-    also how many came from each rank."""
+    """Sends `splits[i]` rows to rank i (without splits: equal shares). Returns the rows received, in rank order; with splits, also how
+    many came from each rank."""
     counts: list[Tensor] = []
 
     def exchanged(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -117,7 +117,7 @@ def alltoall(
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Waits until all ranks of the set are here."""
+    """Waits until all ranks of the set have called it."""
     group = group_of(process_set)
     if group:
         dist.barrier(group)

@@ -1,6 +1,6 @@
 """allreduce, sparse_allreduce and reducescatter of horovod.torch, over torch.distributed.
 
-`name` is accepted and ignored. The forms that block carry gradients, with the factors that Horovod's gradients have.
+`name` is accepted and ignored. The blocking functions are differentiable; their gradients have the same factors as Horovod's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .world import ProcessSet, global_process_set
 
 
 class Compressor:
-    """What `compression=` takes: how a tensor is made smaller before a collective, and restored after it."""
+    """A compression for `compression=` of a collective: makes a tensor smaller before the collective, and restores it afterwards."""
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
-        """The tensor to send, and what decompress() needs to know."""
+        """Returns the tensor to send, and the `ctx` that decompress() needs."""
         return tensor, None
 
     @staticmethod
     def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
-        """The tensor in its original type."""
+        """Returns the tensor in its original dtype."""
         return tensor
 
 
@@ -35,24 +35,25 @@ class _HalfCompressor(Compressor):
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, torch.dtype | None]:
-        """The tensor as float16 if it is floating point."""
+        """Returns the tensor as float16 if it is floating point, and its dtype."""
         return tensor.half() if tensor.is_floating_point() else tensor, tensor.dtype
 
     @staticmethod
-    def decompress(tensor: Tensor, ctx: torch.dtype) -> Tensor:
-        """The tensor in the type it had before compress()."""
+    def decompress(tensor: Tensor, ctx: torch.dtype | None) -> Tensor:
+        """Returns the tensor in the dtype that it had before compress()."""
+        assert ctx is not None  # compress() above always returns a dtype
         return tensor.to(ctx)
 
 
 class Compression:
-    """Horovod's own choices for `compression=`."""
+    """Horovod's own values for `compression=`: `none`, and `fp16`."""
 
     none = Compressor
     fp16 = _HalfCompressor
 
 
 def _operation(op: int | None, average: bool | None) -> int:
-    """The op that `op` or its deprecated predecessor `average` asks for."""
+    """Returns the op that `op`, or its deprecated predecessor `average`, asks for. Raises ValueError if both are given."""
     if average is None:
         return Average if op is None else op
     if op is not None:
@@ -83,7 +84,7 @@ def allreduce_async_(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> int:
-    """Like allreduce_async, into `tensor` itself (complete once synchronized)."""
+    """Like allreduce_async, but the result replaces `tensor` (once synchronized)."""
     return hand_out(start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set, True))
 
 
@@ -110,7 +111,7 @@ def allreduce(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
-    """The tensor reduced over the ranks (`op` defaults to Average). The gradient is reduced in the same way."""
+    """Returns the tensor reduced over the ranks (`op` defaults to Average). The gradient is reduced in the same way."""
     op = _operation(op, average)
     return grouped_allreduce([tensor], None, name, compression, op, prescale_factor, postscale_factor, process_set)[0]
 
@@ -182,9 +183,9 @@ def grouped_allreduce(
 
 
 def sparse_allreduce_async(tensor: Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> Callable[[], Tensor]:
-    """Starts the reduction of a sparse COO tensor (Sum, or Average). Returns a function that waits and gives the result."""
+    """Starts the reduction of a sparse COO tensor (Sum or Average). Returns a function that waits and returns the result."""
     if op not in (Average, Sum):
-        raise ValueError(f"op is {op!r}; a sparse reduction knows hvd.Average and hvd.Sum only")
+        raise ValueError(f"op is {op!r}; a sparse reduction has only hvd.Average and hvd.Sum")
     pending = start_each(start_allgather, [tensor._indices().t(), tensor._values()], process_set)
 
     def handle() -> Tensor:
@@ -203,7 +204,7 @@ def reducescatter_async(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> int:
-    """Starts a reduction (Average or Sum) of which each rank gets its share of the rows; returns the handle."""
+    """Starts a reduction (Average or Sum) whose result is this rank's share of the rows; returns the handle."""
     return hand_out(start_reducescatter(tensor, op, prescale_factor, postscale_factor, process_set))
 
 
@@ -216,7 +217,7 @@ def reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> Tensor:
-    """This rank's share of the rows of the reduced tensor (Average or Sum)."""
+    """Returns this rank's share of the rows of the reduced tensor (Average or Sum)."""
     return grouped_reducescatter([tensor], name, compression, op, process_set, prescale_factor, postscale_factor)[0]
 
 
@@ -243,7 +244,7 @@ def grouped_reducescatter(
 ) -> list[Tensor]:
     """Like reducescatter for several tensors."""
     small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
-    factor = prescale_factor * postscale_factor * (process_set.size() if op == Sum else 1)
+    factor = prescale_factor * postscale_factor * (len(process_set.ranks) if op == Sum else 1)
 
     def scattered(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return start_each(start_reducescatter, tensors, op, prescale_factor, postscale_factor, process_set).result()

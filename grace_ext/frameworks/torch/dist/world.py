@@ -1,4 +1,4 @@
-"""Start and end of a job, ranks and sizes, process sets, and what torch.distributed has no counterpart for."""
+"""Start and end of a job, ranks and sizes, process sets, and the names that torch.distributed has no counterpart for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ....errors import GraceError, UnsupportedError
 from ...timeouts import timeout
 
-#: Seconds that threads get to let go of tensors.
+#: Seconds that Gloo's threads get to release tensors.
 LET_GO = 0.05
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NO_TIMELINE = "timelines are written by Horovod's core (torch.profiler can record collectives)"
@@ -32,7 +32,8 @@ class HorovodInternalError(GraceError, RuntimeError):
 
 @dataclass
 class _World:
-    """This rank's place in the job. `connected`: there is a process group; `owned`: init() made it, so shutdown() ends it."""
+    """This rank's place in the job. `connected`: whether there is a process group; `owned`: whether init() made it, so that shutdown()
+    ends it."""
 
     rank: int
     size: int
@@ -43,7 +44,7 @@ class _World:
     connected: bool
     owned: bool
     sets: dict[int, ProcessSet] = field(default_factory=dict)
-    set_ids: Iterable[int] = field(default_factory=lambda: itertools.count(1))
+    set_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
 _world: _World | None = None
@@ -57,7 +58,8 @@ def _current() -> _World:
 
 
 class ProcessSet:
-    """Some of the ranks, to run collectives among them. Becomes usable through init(process_sets=...) or add_process_set()."""
+    """Some of the ranks, to run collectives among them. It can be used once init(process_sets=...) or add_process_set() has registered
+    it."""
 
     process_set_id: int | None = None
     mpi_comm = None
@@ -65,7 +67,7 @@ class ProcessSet:
     def __init__(self, ranks_or_comm: Iterable[int]):
         if not isinstance(ranks_or_comm, Iterable):
             raise UnsupportedError(
-                "a ProcessSet from an MPI communicator: torch.distributed does not know MPI communicators; "
+                "a ProcessSet cannot be made from an MPI communicator, which torch.distributed does not know; "
                 "give a list of ranks, or launch with horovodrun"
             )
         self.ranks = sorted(ranks_or_comm)
@@ -74,11 +76,11 @@ class ProcessSet:
         self._group: dist.ProcessGroup | None = None
 
     def size(self) -> int | None:
-        """How many ranks are in the set; None if the set is not registered."""
+        """Returns how many ranks are in the set; None if the set is not registered."""
         return None if self.process_set_id is None else len(_registered(self).ranks)
 
     def rank(self) -> int | None:
-        """This process's position in the set; None if the set is not registered. ValueError if this rank is not in it."""
+        """Returns this process's position in the set; None if the set is not registered. Raises ValueError if this rank is not in it."""
         if self.process_set_id is None:
             return None
         me, ranks = _current().rank, _registered(self).ranks
@@ -99,28 +101,31 @@ global_process_set.process_set_id = 0
 
 
 def _registered(process_set: ProcessSet) -> ProcessSet:
-    if _current().sets.get(process_set.process_set_id) is not process_set:
+    sets, number = _current().sets, process_set.process_set_id
+    if number is None or sets.get(number) is not process_set:
         raise ValueError(f"{process_set} is not registered: pass it to hvd.init(process_sets=[...]) or hvd.add_process_set()")
     return process_set
 
 
 def group_of(process_set: ProcessSet) -> dist.ProcessGroup | None:
-    """The process group to use for a collective of that set; None when this process is the whole job."""
+    """Returns the process group to use for a collective of that set; None if this process is the whole job."""
     _registered(process_set).rank()
     return process_set._group
 
 
 @functools.cache
 def let_go_at_exit() -> None:
-    """For processes that have collectives of torch.distributed. Gloo's threads hold tensors of the last one a moment longer than its
-    result, and one that lets go of them when the interpreter has ended aborts it ("terminate called without an active exception")."""
+    """Makes the process wait for LET_GO seconds at exit, for processes that run collectives of torch.distributed. Gloo's threads hold the
+    tensors of the last collective a moment longer than its result, and a thread that releases them after the interpreter has ended aborts
+    the process ("terminate called without an active exception")."""
     atexit.register(time.sleep, LET_GO)
 
 
 def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] | str | None = None) -> None:
-    """Joins the job: an existing process group, else that of torchrun's environment variables, else this process alone.
+    """Joins the job: an existing process group, else the job of torchrun's environment variables, else this process alone.
 
-    `comm` must name all ranks or nothing. `process_sets` are registered; "dynamic" is accepted and means none yet.
+    comm: None, or a list of all ranks. A list of only some of them raises UnsupportedError.
+    process_sets: process sets to register; "dynamic" is accepted and registers none.
     """
     global _world
     if _world is not None:
@@ -149,7 +154,7 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
 
 
 def _launched() -> bool:
-    """Whether the environment describes a job. A half-described job is refused: its ranks would train apart, silently."""
+    """Whether the environment describes a job. Raises an error if it describes half of one, whose ranks would silently train apart."""
     missing = [name for name in _LAUNCH if name not in os.environ]
     if not missing:
         return True
@@ -158,7 +163,7 @@ def _launched() -> bool:
     if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
         raise UnsupportedError(
             f"srun started {os.environ['SLURM_NTASKS']} tasks, but {', '.join(missing)} is not set, so each would train alone; let srun "
-            "start one torchrun a node (docs/multinode.md), or set these variables"
+            "start one torchrun per node (docs/multinode.md), or set these variables"
         )
     for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(name, 1)) > 1:
@@ -170,8 +175,8 @@ def _launched() -> bool:
 
 
 def _connect() -> None:
-    """init_process_group from the environment, under a prefix of its own: torchrun's store outlives a shutdown() and a restart of the
-    ranks, and the addresses of the previous group in it would be taken for those of the new one."""
+    """Calls init_process_group by the environment, under a store prefix of its own: torchrun's store outlives a shutdown() and a restart
+    of the ranks, and the previous group's addresses in it would be mistaken for those of the new group."""
     store, rank, size = next(dist.rendezvous("env://"))
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"grace_ext/{life}/{next(_generations)}", store)
@@ -180,7 +185,7 @@ def _connect() -> None:
 
 
 def _places(rank: int, size: int, connected: bool) -> tuple[int, int, int, int]:
-    """local_rank, local_size, cross_rank, cross_size, from what the ranks say of their node and their place on it."""
+    """Returns (local_rank, local_size, cross_rank, cross_size). Every rank tells all others its node and its place on it."""
     mine = (os.environ.get("GROUP_RANK") or socket.gethostname(), (int(os.environ.get("LOCAL_RANK", rank)), rank))
     everyone: list[Any] = [mine] * size
     if connected:
@@ -195,7 +200,7 @@ def _places(rank: int, size: int, connected: bool) -> tuple[int, int, int, int]:
 
 
 def shutdown() -> None:
-    """Leaves the job; ends the process group if init() made it. Runs at exit too, and does nothing the second time."""
+    """Leaves the job; ends the process group if init() made it. It also runs at exit, and does nothing the second time."""
     global _world
     if _world is None:
         return
@@ -214,47 +219,47 @@ def is_initialized() -> bool:
 
 
 def size() -> int:
-    """How many ranks the job has."""
+    """Returns how many ranks the job has."""
     return _current().size
 
 
 def rank() -> int:
-    """This process's rank in the job."""
+    """Returns this process's rank in the job."""
     return _current().rank
 
 
 def local_size() -> int:
-    """How many ranks of the job are on this node."""
+    """Returns how many ranks of the job are on this node."""
     return _current().local_size
 
 
 def local_rank() -> int:
-    """This process's place among the ranks on its node."""
+    """Returns this process's place among the ranks on its node."""
     return _current().local_rank
 
 
 def cross_size() -> int:
-    """How many nodes have a rank with this local_rank()."""
+    """Returns how many nodes have a rank with this local_rank()."""
     return _current().cross_size
 
 
 def cross_rank() -> int:
-    """The place of this node among the nodes that have a rank with this local_rank()."""
+    """Returns the place of this node among the nodes that have a rank with this local_rank()."""
     return _current().cross_rank
 
 
 def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
-    """Registers a process set; all ranks of the job must call this, in the same order.
+    """Registers a process set and returns it. All ranks of the job must call this, in the same order.
 
-    ValueError if those ranks have one already.
+    Raises ValueError if these ranks have a process set already, or are not distinct ranks of the job.
     """
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
     world = _current()
     if any(known.ranks == process_set.ranks for known in world.sets.values()):
-        raise ValueError(f"there is a process set of those ranks already: {process_set}")
+        raise ValueError(f"these ranks have a process set already: {process_set}")
     if len(set(process_set.ranks)) != len(process_set.ranks) or not set(process_set.ranks) <= set(range(world.size)):
-        raise ValueError(f"{process_set} needs distinct ranks of 0..{world.size - 1}")
+        raise ValueError(f"{process_set} must have distinct ranks from 0 to {world.size - 1}")
     if world.connected:
         process_set._group = dist.new_group(process_set.ranks)
     process_set.process_set_id = next(world.set_ids)
@@ -263,13 +268,13 @@ def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
-    """Unregisters a process set; all ranks must call this. False for the global set and for one that is not registered."""
-    world = _current()
-    if process_set.process_set_id == 0 or world.sets.get(process_set.process_set_id) is not process_set:
+    """Unregisters a process set; all ranks must call this. Returns False for the global set and for one that is not registered."""
+    world, number = _current(), process_set.process_set_id
+    if not number or world.sets.get(number) is not process_set:  # 0 is the global set, None is not registered
         return False
     if world.connected and process_set.included() and dist.is_initialized():
         dist.destroy_process_group(process_set._group)
-    del world.sets[process_set.process_set_id]
+    del world.sets[number]
     process_set.process_set_id = process_set._group = None
     return True
 
@@ -279,7 +284,7 @@ def _unsupported(what: str, why: str) -> NoReturn:
 
 
 class _Elastic:
-    """Stands for horovod.torch.elastic: importable, but using anything of it raises."""
+    """Stands for horovod.torch.elastic: it can be imported, but every use of it raises UnsupportedError."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):  # Python's own protocols (copy, inspect) probe for these
@@ -287,19 +292,20 @@ class _Elastic:
         _unsupported(f"hvd.elastic.{name}", "its jobs cannot gain or lose ranks (torchrun --max-restarts restarts them)")
 
 
-elastic = _Elastic()
+elastic: Any = _Elastic()
 
 
-def join(device: int = -1) -> NoReturn:
+# The three names below have Horovod's return types: type checkers take code after a NoReturn for unreachable, and under Horovod it is not.
+def join(device: int = -1) -> int:
     """Raises UnsupportedError: torch.distributed has no join."""
-    _unsupported("hvd.join()", "ranks that have run out of data cannot stand in with zeros; give every rank as many batches")
+    _unsupported("hvd.join()", "a rank that has run out of data cannot take part with zeros; give every rank equally many batches")
 
 
-def start_timeline(file_path: str, mark_cycles: bool = False) -> NoReturn:
+def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
     """Raises UnsupportedError: torch.distributed writes no Horovod timeline."""
     _unsupported("hvd.start_timeline()", _NO_TIMELINE)
 
 
-def stop_timeline() -> NoReturn:
+def stop_timeline() -> None:
     """Raises UnsupportedError: torch.distributed writes no Horovod timeline."""
     _unsupported("hvd.stop_timeline()", _NO_TIMELINE)
