@@ -1,6 +1,6 @@
-"""Hugging Face Accelerate with compressed gradients: the hook is registered on the model that `prepare` returns.
+"""Trains with Hugging Face Accelerate and compressed gradients: the hook is registered on the model that `prepare` returns.
 
-    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (`accelerate launch --cpu` starts one process, whatever it is told)
+    torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (`accelerate launch --cpu` always starts one process)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 state = None
-if accelerator.num_processes > 1:  # else there is no DDP to register it on
+if accelerator.num_processes > 1:  # with one process there is no DDP to register the hook on
     state, hook = ddp_comm_hook(arguments.compression, model, optimizer)
     model.register_comm_hook(state, hook)
 

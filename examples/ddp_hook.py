@@ -1,4 +1,4 @@
-"""DistributedDataParallel with compressed gradients.
+"""Trains with DistributedDataParallel and compressed gradients.
 
     torchrun --nproc-per-node 2 examples/ddp_hook.py [--compression "powersgd(rank=4) + residual"]
 """

@@ -1,9 +1,9 @@
-"""The demo: trains examples/torch_mnist.py dense and with three compressions on 2 ranks, and checks that compression costs no accuracy.
+"""Trains examples/torch_mnist.py densely and with three compressors on 2 ranks, and checks that compression costs no accuracy.
 
     python examples/demo.py [--launcher torchrun|horovodrun] [--seeds 0 1 2] [--out demo]
 
-Shows what is running, ends with a table, and writes results.json and curves.png. Exits with 1, and says why, if a job fails, if dense
-training stays below 95%, or if a compressed mean is more than one point below the dense one.
+Shows progress, prints a table at the end, and writes results.json and curves.png. Exits with 1, and says why, if a job fails, if dense
+training does not exceed 95% accuracy, or if the mean of a compressor is more than one point below that of dense training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 EXAMPLE = Path(__file__).with_name("torch_mnist.py")
 RANKS = 2
 DENSE = "dense"
-# The names of the results -> what the example is started with.
+# Name of a result -> value of the example's --compression.
 SPECS = {
     DENSE: DENSE,
     "topk": "topk(ratio=0.01) + residual @ allgather",
@@ -49,36 +49,36 @@ SPECS = {
 }
 LEAST_DENSE = 95.0  # percent
 MOST_LOST = 1.0  # percentage points
-# The example prints this once an epoch. horovodrun puts a prefix before every line.
+# The example prints this line once per epoch. horovodrun puts a prefix before every line.
 EPOCH = re.compile(r"seed (\d+)  epoch (\d+)/(\d+)  loss \S+  accuracy (\S+)%")
 
 
 class JobFailed(Exception):
-    """A training job did not end well; the message has its last lines."""
+    """Raised if a training job fails; the message has the last lines of its output."""
 
 
 def command(launcher: str) -> list[str]:
-    """What starts a Python file on RANKS ranks, in this Python's environment."""
+    """Returns the command that starts a Python file on RANKS ranks, in this Python's environment."""
     if launcher == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     horovodrun = Path(sys.executable).with_name("horovodrun")
     if not horovodrun.exists():
         raise JobFailed(f"there is no {horovodrun}: `make horovod` installs it")
-    # Gloo needs no mpirun on the PATH.
+    # With Gloo, no mpirun needs to be on the PATH.
     return [str(horovodrun), "--gloo", "-np", str(RANKS), sys.executable]
 
 
 def run_job(arguments: list[str], on_epoch: Callable[[re.Match[str]], None], timeout: float) -> list[dict[str, Any]]:
     """Runs one job, calls `on_epoch` for each epoch that it reports, and returns the example's results."""
-    # One thread a rank: the ranks have the cores already. horovodrun imports TensorFlow, which logs a lot.
+    # One thread per rank, because the ranks share the cores. horovodrun imports TensorFlow, which logs a lot.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    last: deque[str] = deque(maxlen=60)  # torchrun's own report comes after the rank's
+    last: deque[str] = deque(maxlen=60)  # enough for torchrun's own report, which follows that of the rank
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         arguments = [*arguments, "--json", str(result)]
         with subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as job:
             assert job.stdout is not None
-            # A launcher that is told to terminate stops its ranks.
+            # A launcher that gets SIGTERM stops its ranks.
             watchdog = threading.Timer(timeout, job.terminate)
             watchdog.start()
             try:
@@ -100,7 +100,7 @@ def run_job(arguments: list[str], on_epoch: Callable[[re.Match[str]], None], tim
 
 
 def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the table: a spec's runs over all seeds."""
+    """Returns one row of the table: the summary of a spec's runs over all seeds."""
     accuracies = [run["accuracy"] for run in runs]
     dense_bytes = 4 * runs[0]["parameters"]
     payload = statistics.mean(run["bytes_per_step"] for run in runs)
@@ -117,7 +117,7 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The demo's criteria, each with what was measured, what is required, and whether it is met."""
+    """Returns the demo's criteria, each with the measured value, the requirement, and whether it is met."""
     dense = rows[DENSE]["accuracy_mean"]
     criteria = [{"name": "dense accuracy, percent", "measured": dense, "required": f"above {LEAST_DENSE}", "met": dense > LEAST_DENSE}]
     for name, row in rows.items():
@@ -147,7 +147,7 @@ def make_table(rows: dict[str, dict[str, Any]], seeds: list[int]) -> Table:
 
 
 def draw(rows: dict[str, dict[str, Any]], file: Path) -> None:
-    """Test accuracy over epochs, and over the bytes that a rank has sent."""
+    """Draws the test accuracy over the epochs, and over the bytes that a rank has sent."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for row in rows.values():
         curves = [run["test_accuracy"] for run in row["runs"]]
@@ -174,7 +174,7 @@ def versions(launcher: str) -> dict[str, str]:
 
 
 def train_all(options: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:
-    """All specs with all seeds, one job a spec, under one progress bar."""
+    """Trains all specs with all seeds, one job per spec, under one progress bar."""
     results: dict[str, list[dict[str, Any]]] = {}
     counts = (MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(), *counts, console=console, disable=not console.is_terminal) as progress:
@@ -208,7 +208,7 @@ def main() -> int:
     try:
         results = train_all(options, console)
     except JobFailed as failure:
-        sentence = f"[bold red]The demo failed:[/] a training job did not end well. {escape(str(failure))}"
+        sentence = f"[bold red]The demo failed:[/] a training job failed. {escape(str(failure))}"
         console.print(sentence, highlight=False, soft_wrap=True)
         return 1
     rows = {name: summarise(name, runs) for name, runs in results.items()}
@@ -230,6 +230,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # As for Ctrl-C: unwind, so that the job is stopped too.
+    # Unwinds the stack, as Ctrl-C does, so that the job is stopped, too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,10 +1,10 @@
-"""Train a small CNN on MNIST with Keras 3 `fit` and compressed gradients.
+"""Trains a small CNN on MNIST with Keras 3 `fit` and compressed gradients.
 
     horovodrun -np 2 python examples/keras_mnist.py                        or: mpirun -np 2 python examples/keras_mnist.py
     horovodrun -np 2 python examples/keras_mnist.py --compression dense
-    horovodrun -np 2 python examples/keras_mnist.py --plain-horovod        what Horovod 0.28 does under Keras 3: it reduces nothing
+    horovodrun -np 2 python examples/keras_mnist.py --plain-horovod        shows that Horovod 0.28 under Keras 3 reduces nothing
 
-The lines that end in `# +` are what distributes and compresses it. At the end every rank's weights are compared, bit for bit.
+The lines that end in `# +` distribute and compress the training. At the end all ranks' weights are compared, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRAIN = 3000
 
 
 def load() -> tuple[np.ndarray, ...]:
-    """Training images and labels, test images and labels: always the same split. The file is sorted by label, so it is shuffled."""
+    """Returns training images and labels, test images and labels; the split is fixed. The file is sorted by label, so it is shuffled."""
     pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(labels))
     images = ((pixels[order].astype(np.float32) / 255 - 0.1307) / 0.3081).reshape(-1, 28, 28, 1)
@@ -60,16 +60,16 @@ def ranks_agree(model: keras.Model) -> bool:
 
 
 def train(seed: int, data: tuple[np.ndarray, ...], options: argparse.Namespace) -> dict[str, Any]:
-    """One training from scratch."""
+    """Trains a new model once and returns its results."""
     images, labels, test_images, test_labels = data
     keras.utils.set_random_seed(seed)
     model = make_model()
-    mine = slice(hvd.rank(), len(images) // hvd.size() * hvd.size(), hvd.size())  # + every rank takes its share, all as many
+    mine = slice(hvd.rank(), len(images) // hvd.size() * hvd.size(), hvd.size())  # + every rank takes a share of equal size
     optimizer = make_optimizer(options, options.epochs * (len(labels[mine]) // options.batch_size))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"], jit_compile=False)  # + XLA cannot run the exchange
     callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]  # +
-    if options.plain_horovod:  # its wrapped optimizer cannot list its variables under Keras 3; all ranks start from the same seed
+    if options.plain_horovod:  # under Keras 3 its optimizer cannot list its variables to broadcast them; all ranks start from one seed
         callbacks = []
     started = time.perf_counter()
     model.fit(
@@ -87,13 +87,13 @@ def train(seed: int, data: tuple[np.ndarray, ...], options: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compression", default="topk(ratio=0.01) + residual @ allgather", metavar="SPEC", help="or 'dense'")
-    parser.add_argument("--plain-horovod", action="store_true", help="horovod.tensorflow.keras instead, to see the difference")
+    parser.add_argument("--compression", default="topk(ratio=0.01) + residual @ allgather", metavar="SPEC", help="spec, or 'dense'")
+    parser.add_argument("--plain-horovod", action="store_true", help="use horovod.tensorflow.keras instead, to show the difference")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=16, help="of each rank")
-    parser.add_argument("--lr", type=float, default=0.02, help="the peak of the schedule")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one training for each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list with one entry for each seed")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size per rank")
+    parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of the schedule")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds; one training per seed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file: a list with one entry per seed")
     options = parser.parse_args()
     hvd.init()  # +
     data = load()

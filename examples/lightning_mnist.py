@@ -1,4 +1,4 @@
-"""Lightning with compressed gradients: DDPStrategy takes the hook and its state, which are made for the module before it is wrapped.
+"""Trains with Lightning and compressed gradients: DDPStrategy takes the hook and its state, made for the module before it is wrapped.
 
     torchrun --nproc-per-node 2 examples/lightning_mnist.py
 """
@@ -31,8 +31,8 @@ class Digits(L.LightningModule):
 
 
 class Compression(L.Callback):
-    """Counts bytes, tells the accuracy, and does what DDPStrategy leaves out: it registers a hook on CUDA devices only, and elsewhere
-    ignores it without a word."""
+    """Counts bytes, prints the accuracy, and registers the hook on devices other than CUDA, where DDPStrategy ignores it without a
+    warning."""
 
     def __init__(self, state, hook):
         self.state, self.hook, self.sent, self.dense = state, hook, 0, 0

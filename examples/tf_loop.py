@@ -1,8 +1,8 @@
-"""A custom TensorFlow training loop with compressed gradients: tf.function, GradientTape, tf.Variables, no Keras.
+"""Trains in a custom TensorFlow loop with compressed gradients: tf.function, GradientTape, tf.Variables, no Keras.
 
     horovodrun -np 2 python examples/tf_loop.py --compression "topk(ratio=0.01) + residual"
 
-Softmax regression on MNIST. The lines that end in `# +` are what distributes and compresses it.
+The model is softmax regression on MNIST. The lines that end in `# +` distribute and compress the training.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import grace_ext.frameworks.tensorflow as hvd  # +
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compression", default="topk(ratio=0.01) + residual", metavar="SPEC", help="'none' for dense")
+    parser.add_argument("--compression", default="topk(ratio=0.01) + residual", metavar="SPEC", help="spec; 'none' for dense")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size per rank")
     parser.add_argument("--lr", type=float, default=0.05)
     options = parser.parse_args()
     hvd.init()  # +
-    g = grace_ext.grace(options.compression)  # + made once: it keeps the memory
+    g = grace_ext.grace(options.compression)  # + made once, because it keeps the memory
 
     images, labels, test_images, test_labels = load()
     weights, bias = tf.Variable(tf.zeros((784, 10)), name="weights"), tf.Variable(tf.zeros(10), name="bias")

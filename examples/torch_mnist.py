@@ -1,11 +1,11 @@
-"""Train a small CNN on 5,000 MNIST images, with compressed gradients.
+"""Trains a small CNN on 3,000 MNIST images with compressed gradients, and tests it on 2,000 others.
 
-    python examples/torch_mnist.py                                        one process: nothing to send
+    python examples/torch_mnist.py                                        one process: sends nothing
     torchrun --nproc-per-node 2 examples/torch_mnist.py --compression "powersgd(rank=2) + residual @ allreduce"
     horovodrun -np 2 python examples/torch_mnist.py --compression dense
     mpirun -np 2 python examples/torch_mnist.py
 
-The lines that end in `# +` are what distributes and compresses it; the rest is a plain script.
+The lines that end in `# +` distribute and compress the training; the rest is a plain script.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRAIN = 3000
 
 
 def load() -> tuple[torch.Tensor, ...]:
-    """Training images and labels, test images and labels: always the same split. The file is sorted by label, so it is shuffled."""
+    """Returns training images and labels, test images and labels; the split is fixed. The file is sorted by label, so it is shuffled."""
     pixels, labels = (torch.from_numpy(array) for array in mnist_data())
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images = (pixels[order].float().reshape(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081
@@ -48,21 +48,21 @@ def make_model() -> nn.Module:
 
 @torch.no_grad()
 def test(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The accuracy, in percent."""
+    """Returns the accuracy in percent."""
     model.eval()
     answers = torch.cat([model(batch).argmax(1) for batch in images.split(250)])
     return 100 * int((answers == labels).sum()) / len(labels)
 
 
 def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace) -> dict[str, Any]:
-    """One training from scratch. Returns its accuracy, curves, bytes and step time."""
+    """Trains a new model once. Returns its accuracy, curves, bytes and step time."""
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     model = make_model()
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # +
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), compression=options.compression)  # +
-    steps = TRAIN // (options.batch_size * hvd.size())  # + every rank makes as many steps
+    steps = TRAIN // (options.batch_size * hvd.size())  # + every rank makes the same number of steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=steps * options.epochs, pct_start=0.2, cycle_momentum=False
     )
@@ -73,7 +73,7 @@ def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace
         for epoch in range(1, options.epochs + 1):
             model.train()
             total = 0.0
-            order = torch.randperm(TRAIN)[hvd.rank() :: hvd.size()]  # + the same permutation on all ranks: each takes its share
+            order = torch.randperm(TRAIN)[hvd.rank() :: hvd.size()]  # + all ranks draw the same permutation; each takes its share
             for batch in order.split(options.batch_size)[:steps]:
                 started = time.perf_counter()
                 optimizer.zero_grad()
@@ -82,7 +82,7 @@ def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace
                 optimizer.step()
                 seconds.append(time.perf_counter() - started)
                 schedule.step()
-                sent.append(optimizer.wire_bytes)  # + what this rank handed to collectives in this step
+                sent.append(optimizer.wire_bytes)  # + bytes that this rank handed to collectives in this step
                 total += loss.item()
                 progress.update(task, advance=1, description=f"seed {seed}  epoch {epoch}/{options.epochs}  loss {loss.item():.3f}")
             losses.append(total / steps)
@@ -98,16 +98,16 @@ def train(seed: int, data: tuple[torch.Tensor, ...], options: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compression", default="topk(ratio=0.01) + residual @ allgather", metavar="SPEC", help="or 'dense'")
+    parser.add_argument("--compression", default="topk(ratio=0.01) + residual @ allgather", metavar="SPEC", help="spec, or 'dense'")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=16, help="of each rank")
-    parser.add_argument("--lr", type=float, default=0.01, help="the peak of a one-cycle schedule")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one training for each")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there: a list with one entry for each seed")
+    parser.add_argument("--batch-size", type=int, default=16, help="batch size per rank")
+    parser.add_argument("--lr", type=float, default=0.01, help="peak learning rate of the one-cycle schedule")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds; one training per seed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file: a list with one entry per seed")
     options = parser.parse_args()
     options.compression = grace_ext.grace("none" if options.compression == "dense" else options.compression)  # +
     hvd.init()  # +
-    torch.set_num_threads(1)  # one core a rank, and sums in the same order on every machine
+    torch.set_num_threads(1)  # one core per rank, and sums in the same order on every machine
     data = load()
     results = [train(seed, data, options) for seed in options.seed]
     if options.json and hvd.rank() == 0:

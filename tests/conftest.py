@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite."""
+"""Fixtures for the whole suite."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from grace_ext.testing.worlds import WORLDS, World
 
 @pytest.fixture(params=WORLDS, ids=lambda world: world.name)
 def world(request) -> World:
-    """Every tensor library that is installed."""
+    """Each installed tensor library in turn."""
     return request.param

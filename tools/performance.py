@@ -1,9 +1,9 @@
-"""Writes docs/performance.md from what the benchmarks wrote to benchmarks/results, and the pictures of exchange.json and cost.json.
+"""Writes docs/performance.md from the benchmarks' JSON in benchmarks/results, and the pictures of exchange.json and cost.json.
 
     python tools/performance.py             writes the page and docs/pictures
-    python tools/performance.py --check     exits with 1 if the page is not what the results say (pictures only have to be there)
+    python tools/performance.py --check     exits with 1 if the page differs from the results (pictures must only exist)
 
-A benchmark that has not written its JSON has no section; where none has, there is no page.
+A benchmark without JSON has no section; without any JSON there is no page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PAGE, PICTURES, RESULTS = ROOT / "docs" / "performance.md", ROOT / "docs" / "pic
 
 
 def table(heading: list[str], rows: Iterable[Iterable[Any]]) -> list[str]:
-    """Markdown; what is not text is aligned to the right."""
+    """Returns a Markdown table; all columns but the first are aligned to the right."""
     rows = [[str(x).replace("|", chr(92) + "|") for x in row] for row in rows]
     return [_line(heading), _line(["---", *["--:"] * (len(heading) - 1)]), *map(_line, rows), ""]
 
@@ -34,7 +34,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def origin(found: dict[str, Any], command: str) -> list[str]:
-    """Where a section's numbers are from."""
+    """Returns the paragraph that says which command measured a section's numbers, where and when."""
     packages = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
     commit = f"commit {found['commit']}" if "commit" in found else None
     where = "; ".join(x for x in (found.get("machine"), found.get("date"), commit, packages) if x)
@@ -42,7 +42,7 @@ def origin(found: dict[str, Any], command: str) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """Formats a number with three significant digits; from 100 on, as a whole number."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -50,14 +50,14 @@ def number(value: float | None) -> str:
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 def targets_section(found: dict[str, Any]) -> list[str]:
-    """found: all results by name."""
+    """Returns the section that compares the targets with all results. found: results by the name of their file."""
     rows = targets.of_local(found["bench"]["rows"]) if "bench" in found else []
     rows += targets.of_exchange(found["exchange"]) if "exchange" in found else []
     rows += targets.of_accuracy(found["time_to_accuracy"]["rows"]) if "time_to_accuracy" in found else []
     if not rows:
         return []
     met = sum(row.met for row in rows)
-    lines = ["## Targets", "", f"Set before the code was written. {met} of {len(rows)} are met.", ""]
+    lines = ["## Targets", "", f"The targets were set before the code was written. {met} of {len(rows)} are met.", ""]
     bounds = [f"{'at most' if row.most else 'at least'} {row.target:g}" for row in rows]
     outcomes = [(number(row.measured), "yes" if row.met else "**no**") for row in rows]
     shown = [(row.what, row.where, bound, *outcome) for row, bound, outcome in zip(rows, bounds, outcomes, strict=True)]
@@ -68,10 +68,11 @@ def targets_section(found: dict[str, Any]) -> list[str]:
 def exchange_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "## A full exchange", "",
-        "One step's gradients of a whole model, on hosts that netlab makes (all share this machine's cores), one thread a rank; the time",
-        "until the mean is in place of every gradient, the median over steps of the slowest rank. `x dense` is relative to dense Horovod",
-        "in the same run; a time of DDP is less that of a step with a hook that does nothing. Bytes are those that a host's network",
-        "interface sent, headers included. Memory is the most that was resident beyond the gradients themselves, in multiples of them.", "",
+        "Ranks exchange one step's gradients of a whole model, one thread per rank, on hosts that netlab makes (all share this machine's",
+        "cores). `ms` is the time until the mean has replaced every gradient: the median over the steps of the slowest rank's time.",
+        "`x dense` is relative to dense Horovod in the same run. For DDP, the time of a step with a hook that does nothing is subtracted.",
+        "`MB sent` is what a host's network interface sent, headers included. `x memory` is the peak of resident memory beyond the",
+        "gradients themselves, in multiples of them.", "",
     ]  # fmt: skip
     for key, cell in found["cells"].items():
         if cell["complete"] and cell["dense_ms"]:
@@ -105,16 +106,17 @@ def cost_section(found: dict[str, Any]) -> list[str]:
     lines = ["## More workers", "", *origin(found, "python benchmarks/exchange/cost_model.py")]
     off = statistics.median(abs(row["predicted"] / row["measured"] - 1) for row in found["compared"])
     lines += [
-        f"The cost model of `grace_ext/cost.py`, for {found['model']}'s gradients: latency and rate from plain collectives, encoding and",
-        f"decoding from simulated ranks. Of {len(found['compared'])} exchanges that were measured it is off by {100 * off:.0f}% in the",
-        "median. An all-gather brings every worker's payload to all, so from some number of workers on dense all-reduce is faster.", "",
+        f"The cost model of `grace_ext/planning/cost.py` predicts exchanges of {found['model']}'s gradients. Latency and rate come from",
+        "plain collectives, the times of encoding and decoding from simulated ranks. The median error over the",
+        f"{len(found['compared'])} measured exchanges is {100 * off:.0f}%. An all-gather brings every worker's payload to all workers, so",
+        "dense all-reduce is faster from some number of workers on.", "",
     ]  # fmt: skip
     rates = found["extrapolated"]
     rows = []
     for name, work in found["work"].items():
         limits = [rates[rate]["slower_from"][name] or "over 1,024" for rate in rates]
         rows.append((name, number(1000 * work["encode"]), number(1000 * work["decode"]), number(work["payload"] / 1e6), *limits))
-    lines += table(["system", "encode ms", "decode ms", "MB", *(f"slower than dense from, {rate}" for rate in rates)], rows)
+    lines += table(["system", "encode ms", "decode ms", "MB", *(f"dense is faster from, at {rate}" for rate in rates)], rows)
     lines += ["![times faster than dense Horovod, over the number of workers](pictures/cost.png)", "", "Predicted and measured, ms:", ""]
     predictions = [(r["system"], r["rate"], r["hosts"], number(r["predicted"]), number(r["measured"])) for r in found["compared"]]
     return lines + table(["system", "rate", "hosts", "predicted", "measured"], predictions)
@@ -133,28 +135,28 @@ def accuracy_section(found: dict[str, Any]) -> list[str]:
             times = "1" if spec == "dense" else number(faster[spec])
             rows.append((f"`{spec}`", seconds, times, *means, megabytes, len(runs)))
         lines += [f"### {task}, {found['rate']}, {found['ranks']} ranks", ""]
-        lines += table(["parts", "seconds", "times sooner than dense", "steps", "ms a step", "MB a step", "seeds"], rows)
+        lines += table(["parts", "seconds", "times faster than dense", "steps", "ms per step", "MB per step", "seeds"], rows)
     return lines
 
 
 def local_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "## One gradient on one rank", "", *origin(found, "python benchmarks/exchange/local.py"),
-        "Each part with its natural memory, in multiples of a copy of the same gradient, measured beside it. Encoding includes error",
-        "feedback; decoding is for each rank's payload, or once where the network adds them up. Parts with rounds of their own",
-        "have all under encode. Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench` measures",
-        "your machine.", "",
+        "Each compressor is timed with its natural memory, in multiples of a copy of the same gradient that is timed beside it. Encoding",
+        "includes error feedback. Decoding is per rank's payload, or once if the network adds payloads up. For compressors with their own",
+        "rounds, all work is under encode. Error is ||result - mean|| / ||mean|| at the first step, of Gaussian numbers. `grace-ext bench`",
+        "measures your machine.", "",
     ]  # fmt: skip
     rows = [
         (f"`{row['spec']}`", f"{row['elements']:,}", f"{row['encode']:.1f}", f"{row['decode']:.1f}" if row["decode"] else "-",
          number(row["bytes_per_element"]), number(row["error"]))
         for row in found["rows"]
     ]  # fmt: skip
-    return lines + table(["parts", "elements", "encode", "decode a rank", "bytes an element", "error"], rows)
+    return lines + table(["parts", "elements", "encode", "decode per rank", "bytes per element", "error"], rows)
 
 
 def plain_section(title: str, command: str) -> Callable[[dict[str, Any]], list[str]]:
-    """A section for results that are a head and a list of flat rows."""
+    """Returns a function that makes the section of results with a head and a list of flat rows."""
 
     def section(found: dict[str, Any]) -> list[str]:
         rows = next((x for x in found.values() if isinstance(x, list) and x and all(isinstance(row, dict) for row in x)), [])
@@ -175,8 +177,9 @@ SECTIONS = {
 
 
 def page(found: dict[str, Any]) -> str:
-    """Markdown of all results, by the name of their file."""
-    lines = ["# Performance", "", "Generated by `python tools/performance.py` from `benchmarks/results`. Each section says where and when."]
+    """Returns the page in Markdown. found: results by the name of their file."""
+    head = "Generated by `python tools/performance.py` from `benchmarks/results`. Each section says where and when it was measured."
+    lines = ["# Performance", "", head]
     lines += ["", *targets_section(found)]
     for name, section in SECTIONS.items():
         if name in found:
@@ -191,7 +194,7 @@ def _plots() -> Any:
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[str]:
-    """Names of the pictures."""
+    """Draws the pictures. Returns their names."""
     drawn = _plots().draw_exchange(found["exchange"], folder) if "exchange" in found else []
     return drawn + ([_plots().draw_cost(found["cost"], folder)] if "cost" in found else [])
 
@@ -200,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is not up to date")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the pictures go to the folder pictures beside it")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="the page; pictures go to `pictures` beside it")
     options = parser.parse_args()
     files = [options.results / f"{name}.json" for name in SECTIONS]
     found = {file.stem: json.loads(file.read_text()) for file in files if file.exists()}

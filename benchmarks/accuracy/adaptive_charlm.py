@@ -1,14 +1,14 @@
-"""Trains a small character Transformer with uniform compression and with L-GreCo's choices: bits per character, and bytes.
+"""Compares uniform compression with L-GreCo's choices on a small character Transformer: bits per character, and bytes.
 
     python benchmarks/accuracy/adaptive_charlm.py [SPEC ...] [--seeds 0 1 2 3] [--rates 1e-3 2e-3] [--steps 600]
                                          [--out benchmarks/results/adaptive_charlm.json]
 
-The task of benchmarks/time_to_accuracy/tasks.py with two layers of width 128, two ranks simulated in a process (LocalCluster), which gives
-the results of real ones; as many trainings at a time as there are cores. Each spec has the best of the learning rates, in the mean of the
-seeds: what is sent late and in large pieces wants another one than what is sent at once. By default also uniform choices of about the
-bytes of L-GreCo's default, a base whose accuracy more bytes hardly change, and no compression. Prints a table as it goes and writes it as
-JSON. Exits with 1 if there is a base among the SPECs over which none of the lgreco there sends less without being worse by more than 0.01
-bits."""
+The task is that of benchmarks/time_to_accuracy/tasks.py with two layers of width 128. Two ranks are simulated in one process
+(LocalCluster), which gives the results of real ranks; as many trainings run at a time as there are cores. Each spec gets the learning rate
+that is best in the mean over the seeds, because gradients that are sent late and in large pieces need another rate than those that are sent
+at once. The default SPECs include uniform choices of about the bytes of L-GreCo's default, a base whose accuracy hardly depends on bytes,
+and no compression. Prints each row when it is known, and writes all as JSON. Exits with 1 if for one of the bases among the SPECs no
+lgreco over it sends fewer bytes with at most 0.01 more bits per character."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Small(CharTransformer):
 
 
 def train(spec: str, rate: float, seed: int, steps: int) -> tuple[float, float]:
-    """Bits per character of held-out text at the end, and bytes a rank and step."""
+    """Trains once. Returns bits per character of held-out text at the end, and bytes per rank and step."""
     torch.set_num_threads(1)
     task = Small()
     torch.manual_seed(seed)
@@ -75,7 +75,7 @@ def train(spec: str, rate: float, seed: int, steps: int) -> tuple[float, float]:
 
 
 def tuned(pool: Executor, spec: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The means over the seeds at the learning rate where bits are fewest, and the bits of all trainings."""
+    """Returns the means over the seeds at the learning rate with the fewest bits, and the bits of all trainings."""
     runs = {rate: [pool.submit(train, spec, rate, seed, options.steps) for seed in options.seeds] for rate in options.rates}
     found = {rate: [run.result() for run in of_rate] for rate, of_rate in runs.items()}
     means = {rate: [statistics.mean(column) for column in zip(*of_rate, strict=True)] for rate, of_rate in found.items()}
@@ -108,7 +108,7 @@ def pays(base: dict[str, Any], policy: dict[str, Any]) -> bool:
 
 
 def with_policies(results: dict[str, dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(base, the policies over it) of each of the specs that another one is a policy over."""
+    """Returns (row of a base, rows of the policies over it) for each spec that is the base of another."""
     plain = {str(grace_ext.grace(spec)): row for spec, row in results.items()}
     bases = {spec: str(getattr(grace_ext.grace(spec).policy, "base", "")) for spec in results}
     return [(plain[base], [results[spec] for spec in bases if bases[spec] == base]) for base in {*bases.values()} & {*plain}]

@@ -1,10 +1,10 @@
-"""Trains examples/torch_mnist.py's network with every compressor, its natural memory and communicator: what does it cost in accuracy?
+"""Measures what each compressor costs in accuracy: trains the network of examples/torch_mnist.py with its natural memory and communicator.
 
     python benchmarks/accuracy/convergence.py [SPEC ...] [--seeds 0 1 2] [--epochs 8] [--out convergence.json] [--table docs/accuracy.md]
 
-Two ranks are simulated in this process (LocalCluster), which gives the results of real ones. Without SPECs every registered compressor
-is tried. Prints a table as it goes and writes it as JSON; exits with 1 if one loses more than 2 points against dense in the mean of the
-seeds, except those whose documentation says that they do without error feedback (EXEMPT).
+Two ranks are simulated in this process (LocalCluster), which gives the results of real ranks. Without SPECs, every registered compressor
+is trained. Prints each row when it is known, and writes all as JSON. Exits with 1 if a compressor loses more than 2 points against dense
+in the mean over the seeds, except those that are documented to work without error feedback (EXEMPT).
 """
 
 from __future__ import annotations
@@ -28,24 +28,23 @@ import torch_mnist  # noqa: E402
 
 RANKS, BATCH, LR = 2, 16, 0.01
 MOST_LOST = 2.0  # percentage points
-#: Not a direction that SGD's rate fits, or no error feedback: their docs give the number instead.
+#: Compressors without error feedback, or whose result does not suit SGD's learning rate: their documentation states the loss instead.
 EXEMPT = ("signsgd", "signum", "vqsgd", "strom")
-#: A vote has entries of size 1 whatever the gradient's are.
+#: Entries of a vote have magnitude 1, whatever the gradient's magnitudes are, so votes need a smaller learning rate.
 RATE_OF_VOTES = 0.0005
 
-
-#: One percent of random elements is too few for the 744 steps of this training; the largest one percent is enough.
+#: Random elements need more than 1% within the 744 steps of this training; the largest 1% is enough.
 KNOBS = {"randomk": {"ratio": 0.05}, "wangni": {"ratio": 0.05}, "randblock": {"ratio": 0.1}}
 
 
 def natural(name: str) -> str:
-    """The spec of a compressor with what it is meant to be used with."""
+    """Returns the spec of a compressor with its natural memory."""
     part = grace_ext.compressors.get(name).create((), KNOBS.get(name, {}))
     return str(grace_ext.grace(f"{part} + {part.natural_memory}")) if part.natural_memory != "none" else f"{part} + none"
 
 
 def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], tick: Any) -> dict[str, float]:
-    """Accuracy in percent, and bytes a rank and step."""
+    """Trains once. Returns the accuracy in percent, and the bytes per rank and step."""
     images, labels, test_images, test_labels = data
     g = grace_ext.grace(spec)
     torch.manual_seed(seed)
@@ -78,28 +77,30 @@ def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], tic
 
 
 def page(results: dict[str, Any], options: argparse.Namespace) -> str:
-    """Markdown."""
+    """Returns docs/accuracy.md in Markdown."""
     dense = results["none"]
     seeds = ", ".join(map(str, options.seeds))
     lines = [
         "# What compression costs in accuracy", "",
-        "Written by `python benchmarks/accuracy/convergence.py --table docs/accuracy.md`: the network of `examples/torch_mnist.py`,",
-        f"3,000 training and 2,000 test images, {options.epochs} epochs on {RANKS} simulated ranks, mean of seeds {seeds}. The recipe "
-        "(learning rate,",
-        "schedule, momentum) is that of dense training for all; votes take a twentieth of the rate and no momentum.", "",
+        "`python benchmarks/accuracy/convergence.py --table docs/accuracy.md` writes this page. It trains the network of",
+        f"`examples/torch_mnist.py` on 3,000 images and tests it on 2,000 others: {options.epochs} epochs, {RANKS} simulated ranks, mean",
+        f"of the seeds {seeds}. All rows use the recipe of dense training (learning rate, schedule, momentum), except that votes use a",
+        "twentieth of the rate and no momentum. `points lost` is the accuracy of dense training (`none`) less that of the row;",
+        "`times smaller` is the bytes of dense gradients divided by the bytes sent.", "",
         "| parts | accuracy | points lost | times smaller |", "|---|---|---|---|",
     ]  # fmt: skip
     rows = sorted(results.items(), key=lambda item: item[1]["lost"])
     lines += [f"| `{s}` | {r['accuracy']:.2f} % | {r['lost']:.2f} | {dense['bytes'] / r['bytes']:.1f} |" for s, r in rows]
     lines += [
-        "", f"Not held to {MOST_LOST:g} points: {', '.join(EXEMPT)}, without error feedback. Random positions are tried with 5% (blocks",
-        "with 10%), because 1% of them is too few for so short a training; of the largest elements 1% is enough.", "",
+        "", f"The limit of {MOST_LOST:g} points does not apply to {', '.join(EXEMPT)}, which have no error feedback. Compressors",
+        "that choose positions at random send 5% of the elements (blocks: 10%), because 1% is too few for so short a training; of the",
+        "largest elements, 1% is enough.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def earlier(options: argparse.Namespace) -> dict[str, Any]:
-    """What the output file has already of the same seeds and epochs: a long run may be interrupted."""
+    """Returns the output file's results for the same seeds and epochs, so that an interrupted run can continue."""
     if not options.out or not options.out.exists():
         return {}
     found = json.loads(options.out.read_text())
@@ -111,8 +112,8 @@ def main() -> int:
     parser.add_argument("specs", nargs="*", metavar="SPEC")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results there; what it has already is not run again")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write them as a page, too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this file; specs already in it are not run again")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the results as a Markdown page")
     options = parser.parse_args()
     torch.set_num_threads(1)
     specs = options.specs or [natural(name) for name in grace_ext.compressors.names() if name != "none"]

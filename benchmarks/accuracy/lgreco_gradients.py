@@ -1,11 +1,11 @@
-"""What L-GreCo's choices save on gradients of real training: bytes and total error against the uniform choice.
+"""Measures what L-GreCo's choices save on gradients of real training: bytes and total error, compared with the uniform choice.
 
     python benchmarks/accuracy/lgreco_gradients.py [--steps 60] [--seed 0] [--out benchmarks/results/lgreco_gradients.json]
 
 Trains ResNet-18 on the digits of the examples (64 x 64 pixels) and the character Transformer of benchmarks/time_to_accuracy/tasks.py,
-dense, one rank; the sum of the last 10 gradients is what is measured. Total error: sum over the layers of the 2-norm of what is lost of
-it, here by compressing it for real (top-k) or by exact singular values (low rank), not by the policy's own tables. Bytes: what a rank
-hands to collectives."""
+dense, on one rank, and compresses the sum of the last 10 gradients. Total error: the sum over the layers of the 2-norm of the loss,
+measured by compressing (top-k) or by exact singular values (low rank), not by the policy's own tables. Bytes: what a rank hands to
+collectives. Exits with 1 if a choice sends more than its target (TARGETS) or has a larger error than the uniform choice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from benchmarks.common.record import stamp
 from benchmarks.time_to_accuracy.tasks import CharTransformer
 
 WINDOW = 10
-#: base -> the part of its bytes that is allowed.
+#: base -> the largest fraction of its bytes that L-GreCo may send.
 TARGETS = {"topk(ratio=0.01) + residual": 0.35, "powersgd(rank=4) + residual": 0.75}
 
 
@@ -62,7 +62,7 @@ def transformer(steps: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def captured(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Any, steps: int) -> dict[str, np.ndarray]:
-    """The sums of the gradients of the last WINDOW steps, by parameter."""
+    """Trains and returns the sum of the gradients of the last WINDOW steps, by parameter."""
     sums = {name: np.zeros(tuple(p.shape), np.float32) for name, p in model.named_parameters()}
     for step in range(steps):
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def captured(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Any
 
 
 def lost(spec: TensorSpec, x: np.ndarray, leaf: Any) -> float:
-    """||x - C(x)||, in float64."""
+    """Returns ||x - C(x)||, computed in float64."""
     compressor = leaf.parts_for(spec)[0]
     if compressor.name == "none":
         return 0.0
@@ -87,7 +87,7 @@ def lost(spec: TensorSpec, x: np.ndarray, leaf: Any) -> float:
 
 
 def compared(gradients: dict[str, np.ndarray], base: str) -> dict[str, Any]:
-    """Uniform against allocated."""
+    """Compares L-GreCo's choices with the uniform choice: bytes, total error, and the seconds to measure and solve."""
     policy = grace_ext.grace(policy=grace_ext.policies.get("lgreco")(base=base)).policy
     ops, by_spec = ops_for_framework("numpy"), {TensorSpec(name, x.shape): x for name, x in gradients.items()}
     flat = {spec: x.reshape(-1) for spec, x in by_spec.items()}

@@ -1,4 +1,4 @@
-"""ResNet-18 in plain torch, as He et al. 2015 have it for ImageNet and torchvision builds it: 62 parameters, 11,689,512 elements at 1,000
+"""ResNet-18 in plain torch, as in He et al. 2015 for ImageNet and as in torchvision: 62 parameters, 11,689,512 elements with 1,000
 classes."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch.nn.functional import relu
 
 
 class Basic(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut."""
+    """Basic residual block: two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, inside: int, width: int, stride: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Pictures of what exchange.py and cost_model.py measured: PNG, from their JSON alone."""
+"""Draws PNG pictures of the results of exchange.py and cost_model.py, from their JSON alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {
 
 
 def exchange_files(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """File name -> its cells: one picture for each model and number of hosts, with the rates beside each other."""
+    """Returns file name -> cells: one picture per model and number of hosts, with one panel per rate."""
     files: dict[str, list[dict[str, Any]]] = {}
     for key, cell in results["cells"].items():
         if cell["complete"] and cell["dense_ms"]:
@@ -30,7 +30,7 @@ def exchange_files(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw_exchange(results: dict[str, Any], folder: Path) -> list[str]:
-    """Bars of the time relative to dense Horovod, on a logarithmic scale. Returns the files' names."""
+    """Draws bars of the time relative to dense Horovod, on a logarithmic scale. Returns the names of the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = exchange_files(results)
     for file, cells in files.items():
@@ -75,14 +75,14 @@ def _bars(axes: Any, cell: dict[str, Any], names: list[str]) -> None:
 
 
 def _plain(axis: Any, ticks: list[float]) -> None:
-    """These ticks, as numbers, on a logarithmic axis."""
+    """Labels these ticks of a logarithmic axis with plain numbers."""
     low, high = axis.get_view_interval()
     axis.set_ticks([tick for tick in ticks if low <= tick <= high], [f"{tick:g}" for tick in ticks if low <= tick <= high])
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def draw_cost(cost: dict[str, Any], folder: Path) -> str:
-    """How many times faster than dense Horovod, over the number of workers; what was measured as dots. Returns the file's name."""
+    """Draws the speed-up over dense Horovod by number of workers; dots are measurements. Returns the name of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     rates = cost["extrapolated"]
     figure, rows = plt.subplots(1, len(rates), figsize=(2 + 3.3 * len(rates), 4.2), sharey=True, squeeze=False, layout="constrained")

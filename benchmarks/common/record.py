@@ -1,4 +1,4 @@
-"""What a measurement must say of itself: machine, versions, commit, date. No host names, no paths."""
+"""Records where and when a measurement was made: machine, versions, commit, date. No host names, no paths."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba"
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:
-    """Processor, cores, memory and system, in words."""
+    """Describes processor, cores, memory and operating system in words."""
     try:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     except (OSError, ValueError):
@@ -31,7 +31,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that matter, those that are installed."""
+    """Returns the versions of Python and of those PACKAGES that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, '+changes' where the package or the benchmarks differ from it; 'unknown' outside of git."""
+    """Returns the checkout's commit, with '+changes' if the package or the benchmarks differ from it; 'unknown' outside of git."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -56,20 +56,20 @@ def commit() -> str:
 
 
 def stamp() -> dict[str, Any]:
-    """All of it, as the head of a JSON document."""
+    """Returns date, machine, versions and commit, for the head of a JSON document."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "machine": machine(), "versions": versions(), "commit": commit()}
 
 
 def reliability(topic: str, table: dict[str, Any]) -> None:
-    """Writes a table of docs/reliability.md (title, text, columns, rows, commands) where tools/reliability.py finds it."""
+    """Writes a table of docs/reliability.md (title, text, columns, rows, commands) to the folder that tools/reliability.py reads."""
     file = _reliability(topic)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**stamp(), **table}, indent=1) + "\n")
 
 
 def reliability_rows(topic: str) -> list[list[Any]]:
-    """Those that are written already, for what is run in pieces."""
+    """Returns the rows that were written earlier, so that a script can run some cases and keep the other rows."""
     file = _reliability(topic)
     return json.loads(file.read_text())["rows"] if file.exists() else []
 

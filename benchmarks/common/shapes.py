@@ -1,6 +1,6 @@
-"""The gradients of real models: names and shapes computed from the architecture, the scale of each tensor, and a threshold that fits them.
+"""Describes the gradients of real models: names and shapes from the architecture, a scale for each tensor, and a matching threshold.
 
-No model is built and nothing is downloaded: what an exchange costs depends on shapes and on how values are distributed.
+No model is built and nothing is downloaded: the cost of an exchange depends on shapes and on the distribution of the values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def resnet50() -> Shapes:
-    """ResNet-50 for 1,000 classes (He et al. 2015, bottleneck blocks of 3, 4, 6, 3): 161 tensors, 25,557,032 elements."""
+    """Returns ResNet-50's shapes for 1,000 classes (He et al. 2015; 3, 4, 6, 3 bottleneck blocks): 161 tensors, 25,557,032 elements."""
     shapes: Shapes = {}
 
     def convolution(name: str, out: int, into: int, side: int, norm: str) -> None:
@@ -44,7 +44,7 @@ def norm(name: str, width: int) -> Shapes:
 
 
 def bert_base() -> Shapes:
-    """BERT-base, uncased (Devlin et al. 2018), with its pooler and no head: 199 tensors, 109,482,240 elements."""
+    """Returns the shapes of BERT-base, uncased (Devlin et al. 2018), with its pooler and no head: 199 tensors, 109,482,240 elements."""
     d, inner, vocabulary, positions = 768, 3072, 30522, 512
     shapes: Shapes = {"embeddings.word": (vocabulary, d), "embeddings.position": (positions, d), "embeddings.type": (2, d)}
     shapes |= norm("embeddings.norm", d)
@@ -58,7 +58,7 @@ def bert_base() -> Shapes:
 
 
 def transformer(layers: int = 4, d: int = 256, vocabulary: int = 256, context: int = 256) -> Shapes:
-    """A small character-level decoder, pre-norm, with a head of its own: 53 tensors, 3,356,160 elements at the defaults."""
+    """Returns the shapes of a small character-level decoder, pre-norm, with an untied head: 53 tensors, 3,356,160 elements by default."""
     shapes: Shapes = {"token": (vocabulary, d), "position": (context, d)}
     for layer in range(layers):
         at = f"layer.{layer}"
@@ -68,7 +68,7 @@ def transformer(layers: int = 4, d: int = 256, vocabulary: int = 256, context: i
 
 
 def tiny() -> Shapes:
-    """For tests of the benchmark itself: a matrix, a convolution, a bias and a scalar."""
+    """Returns shapes for tests of the benchmark itself: a convolution, a matrix, a bias and a scalar."""
     return {"conv.weight": (8, 4, 3, 3), "fc.weight": (96, 64), "fc.bias": (96,), "scale": ()}
 
 
@@ -80,22 +80,22 @@ def elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def scales(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-    """The standard deviation of each tensor's gradient: log-normal over the tensors (layers differ by an order of magnitude), always the
-    same for the same names."""
+    """Returns the standard deviation of each tensor's gradient: log-normal over the tensors (layers differ by an order of magnitude), the
+    same at every call."""
     drawn = np.random.default_rng(50).standard_normal(len(shapes))
     return {name: float(1e-3 * math.exp(0.7 * x)) for name, x in zip(shapes, drawn, strict=True)}
 
 
 def steady_residual(threshold: float, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """What error feedback holds back of such gradients after long training with a threshold, float32: a random walk that starts at 0 again
-    when it reaches +-threshold is found at x with a density proportional to 1 - |x| / threshold."""
+    """Draws the residual that error feedback has after long training with a threshold, float32: a random walk that restarts at 0 when it
+    reaches +-threshold is at x with a density proportional to 1 - |x| / threshold."""
     uniform = generator.random((2, math.prod(shape)), np.float32)
     return (threshold * (uniform[0] + uniform[1] - 1)).reshape(shape)
 
 
 def threshold_for(shapes: Mapping[str, tuple[int, ...]], kept: float = 0.01, sample: int = 20_000, steps: int = 40) -> float:
-    """The threshold of which error feedback sends a fraction `kept` of all elements a step once it has settled; by simulating it on a
-    sample of the elements."""
+    """Returns the threshold with which error feedback, once settled, sends a fraction `kept` of all elements per step; found by simulation
+    on a sample of the elements."""
     sigmas = np.array(list(scales(shapes).values()))
     weights = np.array([math.prod(shape) for shape in shapes.values()])
     generator = np.random.default_rng(51)

@@ -1,17 +1,17 @@
-"""What was aimed at, beside what was measured: rows for docs/performance.md, from the JSON of the benchmarks."""
+"""Compares the performance targets with the benchmarks' JSON, as rows for docs/performance.md."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any, NamedTuple
 
-#: Multiples of a memory copy, at most: encoding with error feedback, and decoding for each rank; or (last) all in all.
+#: Upper bounds in multiples of a memory copy: (encoding with error feedback, decoding per rank), or (all together, None).
 LOCAL: dict[str, tuple[float, float | None]] = {
     "threshold": (3, 1), "topk": (5, 1), "randomk": (3, 1), "dgc": (4, 1), "sidco": (4, 1), "fp16": (4, 2), "bf16": (4, 2),
     "signsgd": (4, 2), "efsignsgd": (4, 2), "onebit": (4, 2), "terngrad": (6, 3), "natural": (6, 3), "qsgd(bits=8)": (6, 3),
     "u8bit": (6, 3), "powersgd(rank=4) + residual": (14, None),
 }  # fmt: skip
-#: Time relative to dense Horovod in the same cell, at most.
+#: Upper bounds of the time relative to dense Horovod in the same cell.
 RELATIVE = {
     "resnet50/1gbit/2": {
         "threshold": 0.10, "topk": 0.12, "randomk": 0.10, "signsgd": 0.15, "efsignsgd": 0.15, "onebit": 0.15, "terngrad": 0.20,
@@ -19,7 +19,7 @@ RELATIVE = {
     },
     "resnet50/100mbit/2": {"threshold": 0.035, "topk": 0.035, "signsgd": 0.055, "efsignsgd": 0.055, "onebit": 0.055},
 }  # fmt: skip
-#: Times faster than GRACE's compressor of that name, at least, in the first of these cells.
+#: Lower bounds of the speed-up over GRACE's compressor of that name, in the first of these cells.
 FASTER_THAN_GRACE = {name: 15.0 for name in ("topk", "threshold", "randomk", "terngrad")}
 DDP_HOOKS = ("DDP hook powersgd, one bucket", "DDP powerSGD hook, rank 4, one bucket", 0.45)
 TENSORFLOW = 2.0
@@ -27,7 +27,7 @@ SAME_ACCURACY = 8.0
 
 
 class Row(NamedTuple):
-    """`most`: whether the target is an upper bound. measured: None where one of the two failed."""
+    """Compares one ratio with its target. most: whether the target is an upper bound. measured: None if one of the two systems failed."""
 
     where: str
     what: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 def of_local(rows: list[dict[str, Any]]) -> list[Row]:
-    """Of local.py."""
+    """Returns the rows for local.py."""
     made = []
     for row in rows:
         if row["asked"] in LOCAL:
@@ -50,12 +50,12 @@ def of_local(rows: list[dict[str, Any]]) -> list[Row]:
             what = "encode" if decode else "all"
             made.append(Row(where, f"{row['asked']}: {what} / copy", encode, True, row["encode"]))
             if decode:
-                made.append(Row(where, f"{row['asked']}: decode a rank / copy", decode, True, row["decode"]))
+                made.append(Row(where, f"{row['asked']}: decode per rank / copy", decode, True, row["decode"]))
     return made
 
 
 def of_exchange(results: dict[str, Any]) -> list[Row]:
-    """All that concern exchange.py; of cells that were measured."""
+    """Returns the rows for exchange.py, for the cells that were measured."""
     rows = []
     for key, targets in RELATIVE.items():
         cell = _cell(results, key)
@@ -77,7 +77,7 @@ def of_exchange(results: dict[str, Any]) -> list[Row]:
 
 
 def _tensorflow(results: dict[str, Any]) -> list[Row]:
-    """Of every cell where both ran."""
+    """Returns the rows that compare TensorFlow with torch, for every cell that has both."""
     rows = []
     for key, cell in results["cells"].items():
         for name in cell["systems"] if cell["complete"] and cell["model"] == "resnet50" else ():
@@ -88,7 +88,7 @@ def _tensorflow(results: dict[str, Any]) -> list[Row]:
 
 
 def of_accuracy(rows: list[dict[str, Any]]) -> list[Row]:
-    """Of time_to_accuracy.py: for each task the best of the compressors."""
+    """Returns the rows for time_to_accuracy.py: per task, the fastest compressor."""
     made = []
     for task in dict.fromkeys(row["task"] for row in rows):
         times = speedups([row for row in rows if row["task"] == task])
@@ -98,8 +98,8 @@ def of_accuracy(rows: list[dict[str, Any]]) -> list[Row]:
 
 
 def speedups(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Of one task: by spec, how many times sooner than dense it reached the target, the mean over the seeds that both have; None where one
-    did not reach it."""
+    """Returns for one task, by spec, dense seconds / seconds to the target, the mean over the seeds that both have; None if a run did not
+    reach it."""
     at = {(row["spec"], row["seed"]): row for row in rows}
     found: dict[str, float | None] = {}
     for spec in dict.fromkeys(row["spec"] for row in rows if row["spec"] != "dense"):
@@ -110,7 +110,7 @@ def speedups(rows: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _cell(results: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """The complete cell of that model, rate and number of hosts; one with TensorFlow beside serves, too."""
+    """Returns the complete cell of that model, rate and number of hosts, from a run with torch alone or with both frameworks."""
     found = [results["cells"].get(name) for name in (key, f"{key}/both")]
     return next((cell for cell in found if cell and cell["complete"]), None)
 

@@ -1,4 +1,4 @@
-"""Times one system's exchange on one rank, and watches its memory and its network interface. No framework in here."""
+"""Times one system's exchange on one rank, and measures its memory and its network interface. Independent of any framework."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ FEWEST, MOST = 3, 15
 
 
 class World(Protocol):
-    """The ranks of this job."""
+    """Connects the ranks of this job."""
 
     rank: int
     size: int
 
     def barrier(self) -> None: ...
     def largest(self, value: float) -> float:
-        """The maximum over the ranks."""
+        """Returns the maximum over the ranks."""
 
 
 class System(Protocol):
-    """One way to exchange a set of gradients."""
+    """Exchanges a set of gradients in one way."""
 
-    #: Whether `baseline` is timed, in turn with the exchange: all that `exchange` does but the exchange.
+    #: Whether `baseline`, which does all that `exchange` does except the exchange itself, is timed in turn with it.
     has_baseline: bool
-    #: Steps before those that count: a memory should have something to add. Where a step takes three budgets only the least are done.
+    #: Untimed steps at the start, which also fill the memory. If one step takes three budgets, only `least_warmups` are made.
     warmups: int
     least_warmups: int
 
     def fresh(self) -> None:
-        """New gradients; not timed."""
+        """Makes new gradients; not timed."""
 
     def exchange(self) -> None:
-        """Until the mean is in place of every gradient."""
+        """Replaces every gradient by the mean, and returns when all are replaced."""
 
     def baseline(self) -> None: ...
     def settle(self) -> None:
-        """Called once after the first exchange, not timed: brings a memory to where long training would."""
+        """Sets the memory to the state of long training. Called once after the first exchange; not timed."""
 
     def results(self) -> Iterable[np.ndarray]:
-        """The exchanged gradients."""
+        """Returns the exchanged gradients."""
 
     def facts(self) -> dict[str, Any]:
-        """More to report, such as `wire_bytes`."""
+        """Returns further entries of the report, such as `wire_bytes`."""
 
 
 def run(world: World, system: System, *, before: int | None, budget: float, fewest: int = FEWEST) -> dict[str, Any]:
-    """What this rank saw. budget: seconds for all timed steps, generation included; at least one step is timed, and `fewest` where
-    they take less than three times the budget. before: this process's resident bytes, gradients included, before the system was made."""
+    """Measures the system on this rank. budget: seconds for all timed steps, generation included; at least one step is timed, and `fewest`
+    if they take less than three times the budget. before: resident bytes, gradients included, before the system was made."""
     warmups, each = 0, 0.0
     while warmups < system.least_warmups or (warmups < system.warmups and each < 3 * budget):
         each = world.largest(timed(world, system)[1])
@@ -82,7 +82,7 @@ def run(world: World, system: System, *, before: int | None, budget: float, fewe
 
 
 def timed(world: World, system: System, baseline: bool = False) -> tuple[float, float]:
-    """Seconds of the exchange alone, and of the whole step with making the gradients."""
+    """Returns the seconds of the exchange alone, and of the whole step, generation of the gradients included."""
     start = time.perf_counter()
     system.fresh()
     world.barrier()
@@ -93,7 +93,7 @@ def timed(world: World, system: System, baseline: bool = False) -> tuple[float, 
 
 
 def digest(results: Iterable[np.ndarray]) -> dict[str, Any]:
-    """Of the exchanged gradients: a hash, to see that all ranks have the same, the fraction not zero, and whether all are finite."""
+    """Summarizes the exchanged gradients: a hash, to compare the ranks; the fraction that is not zero; and whether all are finite."""
     hashed, count, nonzero, finite = hashlib.sha256(), 0, 0, True
     for array in results:
         hashed.update(np.ascontiguousarray(array).tobytes())
@@ -103,7 +103,7 @@ def digest(results: Iterable[np.ndarray]) -> dict[str, Any]:
 
 
 def memory(what: str = "VmRSS") -> int | None:
-    """This process's resident bytes now, or 'VmHWM', the most since `forget_peak`; None where Linux does not say."""
+    """Returns this process's resident bytes now, or with 'VmHWM' the peak since `forget_peak`; None if the system does not report it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -112,28 +112,28 @@ def memory(what: str = "VmRSS") -> int | None:
 
 
 def trimmed() -> int | None:
-    """Resident bytes after giving back what is free."""
+    """Returns the resident bytes after free memory was returned to the system."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # a C library without it
+    with suppress(OSError, AttributeError):  # a C library without malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     return memory()
 
 
 def give_back_at_once() -> None:
-    """Large arrays are given back to the system as they are freed. The C library keeps some, 0.3 times the gradients one time and nothing
-    another, which would be measured in place of what is held."""
+    """Makes the C library return large arrays to the system as soon as they are freed. By default it keeps some, from nothing to 0.3 times
+    the gradients, which would be measured as if it were in use."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD, in bytes, which otherwise grows with what is freed
+        ctypes.CDLL(None).mallopt(-3, 1 << 18)  # M_MMAP_THRESHOLD in bytes; unless set, it grows with the freed sizes
 
 
 def forget_peak() -> None:
-    """Starts VmHWM anew."""
+    """Resets VmHWM, the peak of the resident bytes."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def transmitted() -> int | None:
-    """Bytes that this host's network interfaces have sent so far, headers of TCP and Ethernet included; None without any but loopback."""
+    """Returns the bytes that this host's network interfaces have sent, TCP and Ethernet headers included; None if it has only loopback."""
     try:
         rows = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines() if ":" in line]
     except OSError:

@@ -1,4 +1,4 @@
-"""What the torch ranks of exchange.py share: the worlds that launchers make, and the gradients."""
+"""Code that the torch ranks of exchange.py share: the ranks that a launcher started (World), and their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grace_ext
 
 
 class HorovodWorld:
-    """The ranks that horovodrun started."""
+    """Connects the ranks that horovodrun started."""
 
     def __init__(self) -> None:
         import horovod.torch as hvd
@@ -31,7 +31,7 @@ class HorovodWorld:
 
 
 class DistWorld:
-    """The ranks that torchrun started."""
+    """Connects the ranks that torchrun started."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -52,7 +52,7 @@ class DistWorld:
 
 
 class Gradients:
-    """Parameters of the job's shapes, and new Gaussian gradients of the job's scales at every step, in fresh memory as from backward()."""
+    """Holds parameters of the job's shapes; draws Gaussian gradients of its scales at every step, in new memory as backward() does."""
 
     has_baseline = False
     warmups, least_warmups = 2, 1
@@ -84,7 +84,7 @@ class Gradients:
 
 
 def load_code(spec: str) -> None:
-    """Loads what torch and grace_ext load when it is first used (compiled kernels, torch's compiler for every optimizer), so that it is not
-    counted as memory of the exchange."""
+    """Loads the code that torch and grace_ext load on first use (compiled kernels, torch's compiler for every optimizer), so that it does
+    not count as memory of the exchange."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     grace_ext.LocalCluster(grace_ext.grace(spec), 1, framework="torch").step([{"matrix": torch.ones(64, 32), "vector": torch.ones(64)}])

@@ -1,9 +1,9 @@
-"""The cost model (grace_ext/planning/cost.py) against what exchange.py measured on 2 and 4 hosts, and beyond: up to 1,024 workers.
+"""Compares the cost model (grace_ext/planning/cost.py) with the times of exchange.py on 2 and 4 hosts; extrapolates to 1,024 workers.
 
     python benchmarks/exchange/cost_model.py [--results FILE] [--out FILE] [--pictures FOLDER]
 
-Nothing is fitted to the exchanges that are predicted. A link's latency, overhead and rate come from plain collectives of a few sizes that
-exchange.py times in each cell; what encoding and decoding take is measured here, on simulated ranks of this process.
+Nothing is fitted to the exchanges that are predicted. A link's latency, overhead and rate are fitted to plain collectives of a few sizes
+that exchange.py times in each cell; the times of encoding and decoding are measured here, on simulated ranks in this process.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ console = Console(width=150, highlight=False)
 
 
 def link_of(cells: list[dict[str, Any]]) -> Link:
-    """From the plain collectives of the cells of one rate."""
+    """Fits the link of one rate to the plain collectives of its cells."""
     return fitted([tuple(point) for cell in cells for point in cell["links"]])
 
 
 def work_of(spec: str, model: shapes.Shapes, threshold: float | None, sizes: tuple[int, ...] = (1, 3), steps: int = 3) -> Work:
-    """encode and decode of one rank, by stepping 1 and 3 simulated ranks: a rank of n takes encode + n decode where it gets n payloads.
-    The fastest of the steps after the first; a threshold's memory is brought to where long training would (shapes.steady_residual)."""
+    """Measures encode and decode of one rank by stepping 1 and 3 simulated ranks: one of n ranks takes encode + n decode if it receives n
+    payloads. Takes the fastest step after the first; a threshold's residual is set to that of long training (shapes.steady_residual)."""
     ranks, seconds = np.array(sizes), np.array([min(stepped(spec, model, threshold, n, steps)) for n in sizes])
     decode, encode = np.polyfit(ranks, seconds, 1)
-    if decode < 0:  # what does not grow with the payloads is encoding
+    if decode < 0:  # the part that does not grow with the number of payloads is encoding
         return Work(float(seconds.mean()), 0.0)
     return Work(float(encode), float(decode)) if encode > 0 else Work(0.0, float(ranks @ seconds / (ranks @ ranks)))
 
 
 def stepped(spec: str, model: shapes.Shapes, threshold: float | None, n: int, steps: int) -> list[float]:
-    """Seconds a rank of n simulated ones, for each step after the first."""
+    """Returns the seconds per rank of n simulated ranks, for each step after the first."""
     cluster, scales, seconds = grace_ext.LocalCluster(grace_ext.grace(spec), n, framework="torch"), shapes.scales(model), []
     for step in range(steps + 1):
         generator = torch.Generator().manual_seed(step)
@@ -71,7 +71,7 @@ def stepped(spec: str, model: shapes.Shapes, threshold: float | None, n: int, st
 
 
 def copy_seconds(count: int, repeats: int = 7) -> float:
-    """To copy a float32 array of `count` elements in memory."""
+    """Returns the median seconds to copy a float32 array of `count` elements in memory."""
     source, target, seconds = torch.ones(count), torch.empty(count), []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -81,27 +81,27 @@ def copy_seconds(count: int, repeats: int = 7) -> float:
 
 
 class Model:
-    """What an exchange of one model's gradients takes, by system, number of workers and link."""
+    """Predicts the time of an exchange of one model's gradients, by system, number of workers and link."""
 
     def __init__(self, name: str):
         self.name, self.shapes = name, shapes.MODELS[name]()
         self.dense = 4 * shapes.elements(self.shapes)
         self.threshold = shapes.threshold_for(self.shapes)
         self.specs = specs(self.threshold)
-        #: Dense Horovod copies gradients into a buffer and out of it, and adds: three passes
+        #: Dense Horovod makes three passes: it copies gradients into a buffer, adds, and copies them out of it.
         self.plain_work = Work(3 * copy_seconds(self.dense // 4), 0.0)
         self.work: dict[str, Work] = {}
         self.payload: dict[str, int] = {}
 
     def measure(self, system: str, sent: int | None) -> None:
-        """Its codec. sent: the bytes of a payload that were seen, for payloads whose size the data decides."""
+        """Measures the system's encoding and decoding. sent: measured bytes of a payload, used if its size depends on the data."""
         g = grace_ext.grace(self.specs[system])
         self.work[system] = work_of(self.specs[system], self.shapes, self.threshold if system == "threshold" else None)
         bound = sum(g.compressor.nbytes(TensorSpec(name, dims)) for name, dims in self.shapes.items())
         self.payload[system] = sent if sent is not None and g.communicator.name == "allgather" else bound
 
     def seconds(self, system: str, link: Link, n: int, shared: float = 1.0) -> float:
-        """shared: by how many ranks a core is used, which makes work that much slower."""
+        """Predicts the seconds of an exchange. shared: how many ranks share a core, which multiplies the work's time."""
         communicator = grace_ext.grace(self.specs[system]).communicator
         work = Work(self.work[system].encode * shared, self.work[system].decode * shared)
         return exchange(communicator, link, n, self.payload[system], self.dense, work)
@@ -111,12 +111,12 @@ class Model:
 
 
 def compared(model: Model, cells: list[dict[str, Any]], links: dict[str, Link], cores: int) -> list[dict[str, Any]]:
-    """Predicted beside measured, a row for each cell and system."""
+    """Returns predicted and measured times, one row per cell and system."""
     rows = []
     for cell in cells:
         link, n = links[cell["rate"]], cell["hosts"]
         at = {"rate": cell["rate"], "hosts": n}
-        shared = max(1, n / cores)  # the hosts of netlab have one machine's cores
+        shared = max(1, n / cores)  # netlab's hosts share one machine's cores
         if dense_ms(cell):
             rows.append({**at, "system": "Horovod", "predicted": 1000 * model.plain(link, n, shared), "measured": dense_ms(cell)})
         for name in model.work:
@@ -128,7 +128,7 @@ def compared(model: Model, cells: list[dict[str, Any]], links: dict[str, Link], 
 
 
 def extrapolated(model: Model, links: dict[str, Link]) -> dict[str, Any]:
-    """By rate: milliseconds for each number of workers, and from how many workers dense Horovod is as fast."""
+    """Returns by rate the milliseconds per number of workers, and the number of workers from which dense Horovod is as fast."""
     table: dict[str, Any] = {}
     for rate, measured in links.items():
         link = Link(RATES[rate], measured.latency, measured.overhead)
@@ -142,9 +142,9 @@ def extrapolated(model: Model, links: dict[str, Link]) -> dict[str, Any]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="whose cells are looked at")] = "resnet50",
-    results: Annotated[Path, typer.Option(help="what exchange.py wrote")] = RESULTS,
-    out: Annotated[Path, typer.Option(help="file for the result")] = COST,
+    model: Annotated[str, typer.Option(help="the model whose cells are compared")] = "resnet50",
+    results: Annotated[Path, typer.Option(help="the file that exchange.py wrote")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="file for the results")] = COST,
     pictures: Annotated[Path, typer.Option(help="folder for the picture")] = PICTURES,
 ) -> None:
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""One rank's exchange through DistributedDataParallel: torch's own hooks, and grace_ext's.
+"""Exchanges one rank's gradients through DistributedDataParallel, by torch's own hooks and by grace_ext's.
 
-The backward pass computes nothing: it hands out gradients that are ready. A step with a hook that does nothing, timed in turn with the
-real one, has all of DDP's own work (copies into buckets and out of them); the difference is the exchange.
+The backward pass computes nothing: it returns given gradients. Steps with the real hook alternate with steps whose hook does nothing.
+The latter have all of DDP's own work (copies into buckets and out of them), so the difference is the exchange.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.exchange.base import DistWorld, Gradients, load_code
 
 
 class HandOut(torch.autograd.Function):
-    """A loss whose gradients are given."""
+    """Computes a zero loss; its backward pass returns the given gradients."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
@@ -45,8 +45,8 @@ class Model(torch.nn.Module):
 
 
 class DDP(Gradients):
-    """job['argument']: dense, fp16, powersgd (torch's hooks), or in group ours-ddp a spec of grace_ext; job['bucket_mb']: the size of
-    buckets, None for DDP's 25 MB."""
+    """Exchanges through a DDP hook. job['argument']: dense, fp16 or powersgd (torch's hooks), or in group ours-ddp a spec of grace_ext;
+    job['bucket_mb']: the size of buckets, None for DDP's 25 MB."""
 
     has_baseline = True
 
@@ -81,7 +81,7 @@ class DDP(Gradients):
         if self.job["group"] == "ours-ddp":
             return ddp_comm_hook(argument, self.ddp)
         if argument == "powersgd":
-            self.warmups, self.least_warmups = 4, 3  # two dense steps, which it wants, and one that makes its state
+            self.warmups, self.least_warmups = 4, 3  # the hook needs two dense steps, and one step that makes its state
             state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
             return state, powerSGD_hook.powerSGD_hook
         return None, {"dense": default_hooks.allreduce_hook, "fp16": default_hooks.fp16_compress_hook}[argument]

@@ -1,9 +1,10 @@
-"""PowerSGD in DDP on Gloo, side by side: torch's powerSGD_hook and ddp_comm_hook, with one bucket and with several.
+"""Compares PowerSGD in DDP on Gloo by torch's powerSGD_hook and by grace_ext's ddp_comm_hook, with one bucket and with several.
 
     python benchmarks/exchange/ddp_powersgd.py [--steps 30] [--timeout 120] [--json OUT.json]
 
-Each row is a job of its own on 2 ranks, because a mismatched collective in Gloo ends the process. torch's hook starts its second and third
-round in callbacks, which run in the order that collectives happen to finish; with several buckets ranks then pair different collectives.
+Each row is its own job on 2 ranks, because a mismatched collective in Gloo ends the process. torch's hook starts its second and third
+round in callbacks, which run in the order in which collectives happen to finish; with several buckets, ranks may then pair different
+collectives.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from grace_ext.frameworks.torch import ddp_comm_hook
 
 RANK, WIDTH, LAYERS = 4, 768, 16
-#: DDP's bucket_cap_mb: everything in one, DDP's default of 25 MB (3 buckets here), and one a layer
+#: DDP's bucket_cap_mb: one bucket, DDP's default of 25 MB (3 buckets here), and one bucket per layer.
 BUCKETS = {"one": 1000.0, "default": None, "many": 2.0}
 FAILURE = re.compile(r"^.*(?:Error|enforce fail|preamble|SIGABRT|exitcode).*$", re.MULTILINE)
 
 
 def train(system: str, buckets: str, steps: int) -> dict[str, Any]:
-    """One rank's training: what rank 0 measured, and whether the ranks agree in the end."""
+    """Trains on this rank. Returns its measurements, and whether the ranks' weights are equal at the end."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     layers = [layer for _ in range(LAYERS) for layer in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh())]
@@ -68,7 +69,7 @@ def train(system: str, buckets: str, steps: int) -> dict[str, Any]:
 
 
 def run(system: str, buckets: str, steps: int, timeout: float) -> dict[str, Any]:
-    """One row, as a job: its measurements, or how it failed."""
+    """Runs one row as a job. Returns its measurements, or how it failed."""
     row: dict[str, Any] = {"system": system, "bucket_cap": buckets}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
@@ -101,7 +102,7 @@ def show(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds a job may take")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds that a job may take")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--buckets", nargs="+", choices=BUCKETS, default=list(BUCKETS))
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)

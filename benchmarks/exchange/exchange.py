@@ -1,13 +1,13 @@
-"""A full gradient exchange of real models' shapes over links of a chosen rate: Horovod, DDP and its hooks, GRACE, and ours, side by side.
+"""Times a full gradient exchange of real models' shapes over links of a chosen rate: Horovod, DDP and its hooks, GRACE, and grace_ext.
 
     python benchmarks/exchange/exchange.py --quick  ResNet-50, 1 Gbit/s, 2 hosts, a few systems, under 3 minutes
     python benchmarks/exchange/exchange.py [--model M ...] [--rate R ...] [--hosts N ...] [--grace PATH]  whole cells; needs root (netlab)
     python benchmarks/exchange/exchange.py --local --model tiny                         on this machine, without netlab
 
-A cell is a model, a rate and a number of hosts. Each system runs as a job of its own, one thread a rank, on the same gradients; dense
-Horovod runs first and last, and drift shows in its times. A system that fails or hangs is written down as such. Cells are kept in --out
-as they grow: what was interrupted goes on where it stopped, if the code is the same, and a complete cell is left alone unless --again is
-given. What --quick, --only and --local measure is printed, and kept only if --out is given.
+A cell is a model, a rate and a number of hosts. Each system runs as its own job, one thread per rank, on the same gradients. Dense
+Horovod runs first and last, so that its two times show drift. If a system fails or hangs, that is its result. Each result is saved to --out
+at once: an interrupted run continues where it stopped if the code is the same; a complete cell is measured again only with --again.
+Results of --quick, --only and --local are printed, and saved only if --out is given.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ console = Console(width=150, highlight=False)
 
 
 def dense_ms(cell: dict[str, Any]) -> float | None:
-    """The time of dense Horovod in this cell, which the others are relative to: the mean of its runs."""
+    """Returns the mean time of dense Horovod in this cell, the reference of all other times; None if it has no run."""
     runs = cell["dense_ms"]
     return statistics.mean(runs) if runs else None
 
 
 def seconds_allowed(model: shapes.Shapes, rate: str, hosts: int, budget: float) -> float:
-    """For one job: a dozen dense steps at the rate of the link and at the pace of a slow peer's code, and the start of the ranks."""
+    """Returns the timeout of one job: the start of the ranks and a dozen dense steps, for this link and another package's slow code."""
     count = shapes.elements(model)
     line = 2 * (hosts - 1) / hosts * 32 * count / RATES.get(rate, 1e9)
     return 90 + 8 * (line + count / 3e6 * hosts / 2) + 4 * budget
 
 
 class Cell:
-    """One model at one rate on some hosts. `found`: what --out has of it already. `links`: whether they are measured by themselves, too."""
+    """Measures one model at one rate on some hosts. found: earlier results of this cell. links: whether to time plain collectives."""
 
     def __init__(self, model: str, rate: str, hosts: int, found: dict[str, Any] | None, links: bool):
         self.model, self.shapes, self.hosts, self.links = model, shapes.MODELS[model](), hosts, links
@@ -57,7 +57,7 @@ class Cell:
         self.threshold = shapes.threshold_for(self.shapes)
 
     def measure(self, hosts: Hosts, systems: list[System], budget: float, timeout: float | None, progress: Progress, save: Any) -> None:
-        """Runs what is not there yet, saving after each."""
+        """Runs the systems that have no result yet, and saves after each."""
         job = {"shapes": self.shapes, "scales": shapes.scales(self.shapes), "budget": budget}
         allowed = timeout or seconds_allowed(self.shapes, hosts.rate, self.hosts, budget)
         waiting = [s for s in systems if s is not DENSE and s.name not in self.data["systems"]]
@@ -101,7 +101,7 @@ def row(name: str, seen: dict[str, Any], cell: dict[str, Any]) -> str:
     memory = f"{seen['extra_memory'] / (4 * cell['elements']):5.2f}" if seen["extra_memory"] is not None else "    -"
     wrong = "" if seen["ranks_agree"] else "  RANKS DIFFER"
     wrong += "" if seen["finite"] else "  NOT FINITE"
-    return f"{start} {seen['ms']:9.1f} ms {ratio} of dense {mega} a rank {memory}x memory  {seen['steps']:2} steps{wrong}"
+    return f"{start} {seen['ms']:9.1f} ms {ratio} of dense {mega} per rank {memory}x memory  {seen['steps']:2} steps{wrong}"
 
 
 def load(out: Path | None) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def load(out: Path | None) -> dict[str, Any]:
 
 
 def store(out: Path | None, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Writes the results atomically."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = out.with_suffix(".new")
@@ -118,18 +118,18 @@ def store(out: Path | None, results: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(shapes.MODELS)}; default all but tiny")] = None,
-    rate: Annotated[list[str] | None, typer.Option(help="of the links; default 100mbit, 1gbit and 10gbit")] = None,
-    hosts: Annotated[list[int] | None, typer.Option(help="how many; default 2 and 4")] = None,
-    grace: Annotated[Path | None, typer.Option(help="a checkout of sands-lab/grace, to run it too")] = None,
-    framework: Annotated[str, typer.Option(help="torch, tensorflow (some specs beside torch's), or both")] = "torch",
-    only: Annotated[list[str] | None, typer.Option(help="only systems whose names have this in them")] = None,
-    budget: Annotated[float, typer.Option(help="seconds of timed steps a system")] = 15,
-    timeout: Annotated[float | None, typer.Option(help="seconds for a job; by default from the size and the rate")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(shapes.MODELS)}; default: all but tiny")] = None,
+    rate: Annotated[list[str] | None, typer.Option(help="rate of the links; default: 100mbit, 1gbit and 10gbit")] = None,
+    hosts: Annotated[list[int] | None, typer.Option(help="number of hosts; default: 2 and 4")] = None,
+    grace: Annotated[Path | None, typer.Option(help="folder of a checkout of sands-lab/grace, to measure it, too")] = None,
+    framework: Annotated[str, typer.Option(help="torch, tensorflow (some specs, with torch's beside them), or both")] = "torch",
+    only: Annotated[list[str] | None, typer.Option(help="only systems whose names contain this text")] = None,
+    budget: Annotated[float, typer.Option(help="seconds of timed steps per system")] = 15,
+    timeout: Annotated[float | None, typer.Option(help="seconds per job; default: computed from the size and the rate")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="ResNet-50 at 1gbit, 2 hosts, few systems")] = False,
-    local: Annotated[bool, typer.Option("--local", help="ranks on this machine without netlab; rate is what memory allows")] = False,
-    again: Annotated[bool, typer.Option("--again", help="replace cells that are complete")] = False,
-    out: Annotated[Path | None, typer.Option(help="results; by default benchmarks/results/exchange.json for whole cells")] = None,
+    local: Annotated[bool, typer.Option("--local", help="all ranks on this machine, without netlab and a limit of the rate")] = False,
+    again: Annotated[bool, typer.Option("--again", help="measure complete cells again")] = False,
+    out: Annotated[Path | None, typer.Option(help="file of results; default for whole cells: benchmarks/results/exchange.json")] = None,
 ) -> None:
     if framework not in ("torch", "tensorflow", "both"):
         raise typer.BadParameter(f"framework must be torch, tensorflow or both, got {framework!r}")
@@ -147,7 +147,7 @@ def main(
             key = f"{name}/{link}/{count}" + ("" if framework == "torch" else f"/{framework}")
             found = results["cells"].get(key)
             if found and found["complete"] and not again:
-                console.print(f"{key}: is there already, from {found['date']}; --again replaces it")
+                console.print(f"{key}: measured already on {found['date']}; --again measures it again")
                 continue
             if found and (found["complete"] or found["commit"] != record.commit()):
                 found = None
@@ -166,5 +166,5 @@ def main(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the hosts are taken down
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds the stack, so that the hosts are taken down
     typer.run(main)

@@ -26,11 +26,11 @@ ROOT = HERE.parents[1]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_CONTROLLER")
 FAILURE = re.compile(r"^.*(?:\w*(?:Error|Exception)\b.*:|enforce fail|preamble|Segmentation|SIG[A-Z]{3,}|not installed).*$", re.MULTILINE)
 NOISE = re.compile(r"ChildFailedError|exitcode|SIGTERM|^\s*raise |Process \d+ exit|non-zero exit|shut down|Connection (?:reset|closed)")
-GRACE_SECONDS = 10.0  # what the other processes of a failed job get to end by themselves
+GRACE_SECONDS = 10.0  # how long the other processes of a failed job may take to end by themselves
 
 
 class Hosts:
-    """`count` ranks, each on a netlab host of its own whose link has this rate; with rate 'local', all on this machine."""
+    """Runs `count` ranks, each on its own netlab host with a link of this rate; with rate 'local', all ranks on this machine."""
 
     def __init__(self, count: int, rate: str):
         self.count, self.rate = count, rate
@@ -46,13 +46,13 @@ class Hosts:
             self.lab.down()
 
     def clean(self) -> None:
-        """After a job that failed: nothing of it lives on."""
+        """Makes the hosts anew after a failed job, so that none of its processes survives."""
         if self.lab:
             self.lab.down()
             self.lab.up()
 
     def commands(self, program: Sequence[str], by_torchrun: bool) -> list[list[str]]:
-        """The command lines to start together."""
+        """Returns the command lines to start together."""
         lab, ranks = self.lab, str(self.count)
         if by_torchrun:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -74,7 +74,7 @@ def horovodrun() -> str:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank; this checkout first."""
+    """Returns the environment of a rank: one thread per rank, this checkout first on the path."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     ours = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
 
 
 def run(hosts: Hosts, system: System, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """What the system's job measured: see `summary`; or {'outcome': 'hangs' or 'fails', 'reason'}."""
+    """Runs the system's job. Returns its `summary`, or {'outcome': 'hangs' or 'fails', 'reason'}."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps({**job, **system.job, "group": system.group, "out": name}))
@@ -101,7 +101,7 @@ def run(hosts: Hosts, system: System, job: dict[str, Any], timeout: float) -> di
 
 
 def launched(commands: list[list[str]], folder: Path, timeout: float) -> tuple[str, str]:
-    """'completes', 'fails' or 'hangs', and what the processes said."""
+    """Runs the commands together. Returns 'completes', 'fails' or 'hangs', and the output of the processes."""
     processes, logs = [], []
     try:
         for index, command in enumerate(commands):
@@ -128,7 +128,7 @@ def waited(processes: list[subprocess.Popen[bytes]], timeout: float) -> str:
 
 
 def ended(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of this process's group, which it leads: launchers end their ranks when they are terminated."""
+    """Ends the process group that this process leads, first by SIGTERM: a launcher that is terminated ends its ranks."""
     for number, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, number)
@@ -141,7 +141,7 @@ def ended(process: subprocess.Popen[bytes]) -> None:
 
 
 def why(said: str) -> str:
-    """The line that tells most, without folders, times and ranks' prefixes."""
+    """Returns the most informative line of a failed job's output, without folders, times and the prefixes of ranks."""
     lines = [" ".join(line.split()) for line in FAILURE.findall(said) if not NOISE.search(line)]
     line = next((line for line in lines if "preamble" in line or "enforce" in line), (lines or ["it says nothing"])[0])
     line = re.sub(r"\S*/(?=[\w.-]+)", "", line)
@@ -149,8 +149,8 @@ def why(said: str) -> str:
 
 
 def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the ranks' reports. ms: the median over the steps of the largest over the ranks, less the same of the steps with a hook that does
-    nothing, where there are any; sent_bytes: what one rank's network interface sent a step."""
+    """Summarizes the ranks' reports. ms: the median over the steps of the slowest rank's time; if steps with a hook that does nothing were
+    timed, their median is subtracted. sent_bytes: bytes per step that one rank's network interface sent, the largest over the ranks."""
     if "collectives" in ranks[0]:
         return {"collectives": ranks[0]["collectives"]}
     times = slowest([rank["times"] for rank in ranks])
@@ -172,5 +172,5 @@ def summary(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def slowest(by_rank: list[list[float]]) -> list[float]:
-    """Milliseconds of each step, of the rank that took longest."""
+    """Returns the milliseconds of each step on its slowest rank."""
     return [1000 * max(times) for times in zip(*by_rank, strict=True)]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Encode and decode of every part on one rank, in multiples of a memory copy: `grace-ext bench`, with the record of where and when.
+"""Times encoding and decoding of every compressor on one rank, in multiples of a memory copy: `grace-ext bench` with machine and date.
 
     python benchmarks/exchange/local.py [--elements N] [--times N] [--out benchmarks/results/bench.json]
 
-About five minutes. `tools/performance.py` makes a table of it, with the targets beside what was measured.
+Takes about five minutes. `tools/performance.py` makes a table of the results, with the targets beside them.
 """
 
 from __future__ import annotations

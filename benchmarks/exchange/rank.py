@@ -1,6 +1,6 @@
-"""One rank of exchange.py, for torch: started by horovodrun or torchrun with a job file.  rank.py JOB.json
+"""Runs one torch rank of exchange.py; horovodrun or torchrun starts it with a job file.  rank.py JOB.json
 
-The job names a system (systems.py) and gives shapes, scales and a time budget; the rank writes what it saw to rank<R>.json.
+The job names a system (systems.py) and gives shapes, scales and a time budget; the rank writes its measurements to rank<R>.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.exchange.base import DistWorld, Gradients, HorovodWorld, load_co
 
 
 class Horovod(Gradients):
-    """What Horovod's own DistributedOptimizer does: every gradient by itself, in the order of the backward pass, in place."""
+    """Exchanges as Horovod's own DistributedOptimizer does: each gradient separately, in the order of the backward pass, in place."""
 
     def __init__(self, job: dict[str, Any], world: HorovodWorld):
         super().__init__(job, world.rank)
@@ -39,7 +39,7 @@ class Horovod(Gradients):
 
 
 class Ours(Gradients):
-    """grace_ext's DistributedOptimizer over Horovod, with gradients that are put into .grad."""
+    """Exchanges by grace_ext's DistributedOptimizer over Horovod; the gradients are put into .grad."""
 
     def __init__(self, job: dict[str, Any], world: HorovodWorld):
         import grace_ext.frameworks.torch as hvd
@@ -68,7 +68,7 @@ class Ours(Gradients):
 
 
 class GraceDL(Gradients):
-    """GRACE (sands-lab/grace) as its patched Horovod optimizer drives it: send_step for every gradient, then receive_step for every one."""
+    """Exchanges by GRACE (sands-lab/grace) as its patched Horovod optimizer does: all gradients by send_step, then all by receive_step."""
 
     def __init__(self, job: dict[str, Any], world: HorovodWorld):
         super().__init__(job, world.rank)
@@ -77,7 +77,7 @@ class GraceDL(Gradients):
         sys.path.insert(0, job["grace"])
         from grace_dl.torch.helper import grace_from_params
 
-        self.grace = grace_from_params(job["params"])  # holds nothing yet
+        self.grace = grace_from_params(job["params"])  # allocates nothing yet
 
     def exchange(self) -> None:
         backward = list(reversed(self.parameters.items()))
@@ -91,7 +91,7 @@ class GraceDL(Gradients):
 
 
 def replace_residuals(held: dict[str, torch.Tensor], prefix: str, job: dict[str, Any], rank: int) -> None:
-    """Puts what a threshold leaves behind after long training into a memory's residuals, in place of what one step left."""
+    """Replaces a memory's residuals after one step by those that a threshold leaves after long training (shapes.steady_residual)."""
     generator = np.random.default_rng(2000 + rank)
     for name, dims in job["shapes"].items():
         old = held[prefix + name]
@@ -99,7 +99,7 @@ def replace_residuals(held: dict[str, torch.Tensor], prefix: str, job: dict[str,
 
 
 def links(repeats: int = 7) -> list[tuple[str, int, int, float]]:
-    """Not a system: plain collectives of several sizes, for the cost model, on the transport that carries ours (probe.Point)."""
+    """Times plain collectives of several sizes for the cost model, on grace_ext's transport. Returns probe.Points."""
     from grace_ext.exchange.perform import perform
     from grace_ext.frameworks.torch import engine
     from grace_ext.frameworks.torch.ops import ops_for

@@ -1,4 +1,4 @@
-"""The systems that exchange.py compares: Horovod, DDP with torch's hooks, GRACE, and ours, each with its memory."""
+"""Lists the systems that exchange.py compares: Horovod, DDP with torch's hooks, GRACE, and grace_ext, each with its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class System:
-    """name: unique in a cell. group: horovod, ddp, grace, ours, ours-ddp, tensorflow, links. job: what its ranks are told."""
+    """Describes one system. name: unique in a cell. group: horovod, ddp, grace, ours, ours-ddp, tensorflow, links. job: for its ranks."""
 
     name: str
     group: str
@@ -38,7 +38,7 @@ def ddp() -> list[System]:
 
 
 def specs(threshold: float) -> dict[str, str]:
-    """Our specs by the name of the compressor."""
+    """Returns grace_ext's specs by name."""
     return {
         "threshold": f"threshold(threshold={threshold}) + residual",
         "topk": "topk(ratio=0.01) + residual",
@@ -69,7 +69,7 @@ def ours_ddp() -> list[System]:
 
 
 def grace(path: str, threshold: float) -> list[System]:
-    """GRACE's compressors with the memories that its documentation goes with."""
+    """Lists GRACE's compressors with the memories that its documentation pairs them with."""
     ag = {"communicator": "allgather"}
     residual = {"memory": "residual", **ag}
     wanted = {
@@ -93,13 +93,13 @@ def grace(path: str, threshold: float) -> list[System]:
 
 
 def tensorflow() -> list[System]:
-    """To be put beside the torch ones of the same names."""
+    """Lists the TensorFlow systems, to compare with the torch systems of the same names."""
     wanted = {"Horovod": "", "topk": "topk(ratio=0.01) + residual", "efsignsgd": "efsignsgd + residual", "qsgd 8-bit": "qsgd(bits=8)"}
     return [System(f"TensorFlow {name}", "tensorflow", {"argument": spec}) for name, spec in wanted.items()]
 
 
 def listed(threshold: float, *, grace_path: str | None, framework: str, quick: bool, only: list[str]) -> list[System]:
-    """What to run, in order; DENSE is first, and exchange.py runs it once more at the end. `only`: parts of names."""
+    """Returns the systems to run, in order. DENSE is first; exchange.py runs it once more at the end. only: parts of names."""
     torch_ones = [*horovod(), *ours(threshold), *ddp(), *ours_ddp(), *(grace(grace_path, threshold) if grace_path else [])]
     tf_ones = tensorflow()
     beside = {s.name.removeprefix("TensorFlow ") for s in tf_ones}

@@ -1,7 +1,7 @@
-"""One rank of exchange.py for TensorFlow, started by horovodrun.  tf_rank.py JOB.json
+"""Runs one TensorFlow rank of exchange.py; horovodrun starts it.  tf_rank.py JOB.json
 
-The exchange runs inside a tf.function, through DistributedGradientTape over a tape whose gradients are given; without a spec, as plain
-Horovod all-reduces of every gradient.
+The exchange runs inside a tf.function: with a spec, through DistributedGradientTape over a tape whose gradients are given; without one, by
+a plain Horovod all-reduce of each gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class World:
 
 
 class HandOut:
-    """In the place of a tf.GradientTape: its gradients are given."""
+    """Stands in for a tf.GradientTape and returns the given gradients."""
 
     def __init__(self, gradients: list[tf.Tensor]):
         self.gradients = gradients

@@ -1,9 +1,9 @@
-"""Two-level exchanges on netlab hosts: what crosses the link beside the flat exchange, and how far the results are apart.
+"""Compares two-level with flat exchanges on netlab hosts: the bytes that cross the link, and the difference of the results.
 
     python benchmarks/levels/levels.py [--model transformer] [--rate 100mbit] [--hosts 2] [--ranks 2] [--launcher torchrun]   (root)
 
-What must hold: a compressed exchange in two levels sends at most half of the bytes of the flat one over a host's link (counted at its
-interface, headers included), and where compression is linear both give the same mean, to 1e-6 of the largest element.
+A compressed exchange in two levels must send at most half the bytes of the flat one over a host's link (counted at its interface, headers
+included). If compression is linear, both must give the same mean, to 1e-6 of the largest element.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ console = Console(width=150, highlight=False)
 
 
 def commands(lab: Netlab, launcher: str, ranks: int, program: list[str]) -> list[list[str]]:
-    """The command lines to start together, for so many ranks a host."""
+    """Returns the command lines to start together, for `ranks` ranks per host."""
     if launcher == "horovodrun":
         hosts = ["-H", ",".join(f"{host}:{ranks}" for host in lab.addresses), "--network-interfaces", "eth0", "--disable-cache"]
         start = [horovodrun(), "--gloo", "-np", str(ranks * len(lab.addresses)), *hosts]
@@ -56,7 +56,7 @@ def commands(lab: Netlab, launcher: str, ranks: int, program: list[str]) -> list
 
 
 def measured(job: dict[str, Any], hosts: int, ranks: int, rate: str, launcher: str) -> list[dict[str, Any]]:
-    """Pairs of the flat and the two-level exchange; `sent` is that of the host that sends most."""
+    """Runs the job. Returns pairs of the flat and the two-level exchange; `sent` is that of the host that sends most."""
     with tempfile.TemporaryDirectory() as name, Netlab(hosts, rate=rate) as lab:
         (Path(name) / "job.json").write_text(json.dumps({**job, "out": name}))
         outcome, said = launched(commands(lab, launcher, ranks, [str(HERE / "rank.py"), f"{name}/job.json"]), Path(name), 600)
@@ -71,12 +71,12 @@ def measured(job: dict[str, Any], hosts: int, ranks: int, rate: str, launcher: s
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"of {', '.join(shapes.MODELS)}")] = "transformer",
-    rate: Annotated[str, typer.Option(help="of the hosts' links")] = "100mbit",
-    hosts: Annotated[int, typer.Option(help="how many")] = 2,
-    ranks: Annotated[int, typer.Option(help="on each host")] = 2,
+    model: Annotated[str, typer.Option(help=f"one of {', '.join(shapes.MODELS)}")] = "transformer",
+    rate: Annotated[str, typer.Option(help="rate of the hosts' links")] = "100mbit",
+    hosts: Annotated[int, typer.Option(help="number of hosts")] = 2,
+    ranks: Annotated[int, typer.Option(help="ranks per host")] = 2,
     launcher: Annotated[str, typer.Option(help="torchrun or horovodrun")] = "torchrun",
-    out: Annotated[Path, typer.Option(help="results, by model, layout and launcher")] = OUT,
+    out: Annotated[Path, typer.Option(help="file for the results, by model, layout and launcher")] = OUT,
 ) -> None:
     os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"
     made = shapes.MODELS[model]()

@@ -1,4 +1,4 @@
-"""One rank of levels.py: exchanges by each spec, counts what its host sends, and keeps the means.  rank.py JOB.json"""
+"""Runs one rank of levels.py: exchanges with each spec, counts the bytes that its host sends, and compares the means.  rank.py JOB.json"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.exchange.rank import Ours
 
 
 def exchanged(job: dict[str, Any], spec: str, world: Any) -> tuple[dict[str, Any], torch.Tensor]:
-    """{'sent': bytes that this host sent a step, 'ms'}, and the last mean. Gradients are the same for every spec."""
+    """Returns {'sent': bytes per step of this host, 'ms', 'wire_bytes'}, and the last mean. Gradients are the same for every spec."""
     system = Ours({**job, "argument": spec}, world)
     system.fresh()
     system.make()
@@ -32,7 +32,7 @@ def exchanged(job: dict[str, Any], spec: str, world: Any) -> tuple[dict[str, Any
         begin = timing.time.perf_counter()
         system.exchange()
         seconds = world.largest(timing.time.perf_counter() - begin)
-        world.barrier()  # every rank of this host has sent all of it
+        world.barrier()  # by now every rank of this host has sent everything
         if step > 1:
             sent.append(timing.transmitted() - before)
             times.append(seconds)

@@ -1,13 +1,13 @@
-"""Local-update training: what it saves, what it costs in accuracy, and what asynchronous ranks gain where one of them is slow.
+"""Measures local-update training: what it saves, what it costs in accuracy, and what asynchronous ranks gain if one of them is slow.
 
     python benchmarks/local_sgd/local_sgd.py accuracy  [SPEC ...] [--seeds 0 1 2] [--epochs 8] [--every 8]       about 5 minutes
     python benchmarks/local_sgd/local_sgd.py straggler [--ranks 3] [--slower 3]                                   about 4 minutes
 
-`accuracy` trains examples/torch_mnist.py's network on two simulated ranks, densely at every step and by LocalSGD, with the recipe of dense
-training for both. It exits with 1 if LocalSGD sends more than 1/500 of the dense bytes a step, or loses more than 1.5 points.
-`straggler` trains it in real processes (torchrun), where one rank takes so many times longer for a step, synchronously and asynchronously,
-and compares the time to the same training loss. It exits with 1 if the asynchronous one is not faster.
-Results are added to benchmarks/results/local_sgd.json.
+`accuracy` trains examples/torch_mnist.py's network on two simulated ranks, densely at every step and by LocalSGD, both with the recipe of
+dense training. It exits with 1 if LocalSGD sends more than 1/500 of the dense bytes per step, or loses more than 1.5 points.
+`straggler` trains it in real processes (torchrun), where the last rank's steps take --slower times as long, synchronously and
+asynchronously, and compares the time to the same training loss. It exits with 1 if asynchronous training is not faster.
+Both add their results to benchmarks/results/local_sgd.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MOST_LOST, FEWEST_TIMES = 1.5, 500.0
 
 
 class Simulated:
-    """Ranks with a model and an optimizer each, and the cluster between them."""
+    """Simulates ranks, each with its own model and optimizer, and the cluster that connects them."""
 
     def __init__(self, seed: int, total_steps: int, spec: str, **options: Any):
         self.models, self.optimizers, self.schedules = [], [], []
@@ -59,7 +59,7 @@ class Simulated:
         return [{name: p.detach() for name, p in model.named_parameters()} for model in self.models]
 
     def step(self, batches: Any) -> int:
-        """One step of all ranks; returns the bytes that a rank sends."""
+        """Makes one step on all ranks. Returns the bytes that a rank sends."""
         for model, (images, labels) in zip(self.models, batches, strict=True):
             model.zero_grad()
             cross_entropy(model(images), labels).backward()
@@ -84,7 +84,7 @@ class Simulated:
 
 
 def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], **options: Any) -> dict[str, float]:
-    """Accuracy of rank 0's model (with its own BatchNorm statistics) in percent, and bytes a rank and step."""
+    """Trains once. Returns the accuracy of rank 0's model (with its own BatchNorm statistics) in percent, and bytes per rank and step."""
     images, labels, test_images, test_labels = data
     steps = torch_mnist.TRAIN // (BATCH * RANKS)
     ranks = Simulated(seed, steps * epochs, spec, **options)
@@ -101,7 +101,7 @@ def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], **o
 
 
 def accuracy(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Dense at every step, and each spec locally."""
+    """Trains densely at every step, and by LocalSGD with each spec. Returns the results, and whether the limits hold."""
     torch.set_num_threads(1)
     data = torch_mnist.load()
     runs = [("none", 1), *((spec, options.every) for spec in options.specs or [SPEC])]
@@ -114,7 +114,7 @@ def accuracy(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         row |= {"times_smaller": (rows or [row])[0]["bytes_per_step"] / row["bytes_per_step"]}
         rows.append(row)
         print(
-            f"{spec:<50} H={every}  {row['accuracy']:6.2f} %  lost {row['lost']:5.2f}  {row['bytes_per_step']:9.1f} bytes a step  "
+            f"{spec:<50} H={every}  {row['accuracy']:6.2f} %  lost {row['lost']:5.2f}  {row['bytes_per_step']:9.1f} bytes per step  "
             f"{row['times_smaller']:7.1f}x smaller",
             flush=True,
         )
@@ -123,7 +123,7 @@ def accuracy(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def straggler(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Real processes, synchronous and asynchronous in turn."""
+    """Trains in real processes, first synchronously, then asynchronously. Returns the results, and whether asynchronous is faster."""
     rows = []
     for asynchronous in (False, True):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
@@ -143,7 +143,7 @@ def straggler(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def seconds_to(curve: list[list[float]], target: float) -> float | None:
-    """When the loss was at or below the target for the first time, and so it was in the mean of three values."""
+    """Returns the first time at which both the loss and its mean over three values from there are at or below the target; or None."""
     for at, (seconds, loss) in enumerate(curve):
         if loss <= target and statistics.mean(loss for _, loss in curve[at : at + 3]) <= target:
             return seconds
@@ -159,8 +159,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--slower", type=float, default=3.0, help="how many times as long the last rank takes for a step")
-    parser.add_argument("--pause", type=float, default=0.2, help="seconds a step of the other ranks, in place of a larger model's compute")
-    parser.add_argument("--steps", type=int, default=240, help="of a rank that is not slow")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds per step of the other ranks, to stand for a larger model")
+    parser.add_argument("--steps", type=int, default=240, help="number of steps of a rank that is not slow")
     parser.add_argument("--target", type=float, default=0.3, help="the training loss to reach")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""One rank of `local_sgd.py straggler`: makes its steps, and rank 0 watches the training loss. The last rank is slow.
+"""Runs one rank of `local_sgd.py straggler`: makes its steps, and on rank 0 records the training loss. The last rank is slow.
 
-Prints, on rank 0, a JSON document: every rank's steps, and the loss after each of rank 0's synchronizations with the seconds since the
-start. The loss is that of rank 0's model on a fixed part of all ranks' images. An asynchronous slow rank makes as many steps less.
+Rank 0 prints a JSON document: every rank's number of steps, and after each of rank 0's synchronizations the seconds since the start and the
+loss. The loss is that of rank 0's model on a fixed part of all ranks' images. If asynchronous, the slow rank makes proportionally fewer
+steps.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
         batch = mine[torch.randint(len(mine), (BATCH,), generator=generator)]
         optimizer.zero_grad()
         cross_entropy(model(images[batch]), labels[batch]).backward()
-        time.sleep(max(0.0, options.pause * slowness - (time.perf_counter() - begun)))  # the compute of a larger model
+        time.sleep(max(0.0, options.pause * slowness - (time.perf_counter() - begun)))  # stands for the compute of a larger model
         optimizer.step()
         if hvd.rank() == 0 and step % options.every == 0:
             with torch.no_grad():

@@ -1,14 +1,13 @@
-"""How much memory compression takes on each rank, in multiples of the gradients, and whether it stays the same over 1,000 steps.
+"""Measures how much memory compression takes per rank, in multiples of the gradients, and whether it grows over 1,000 steps.
 
     python benchmarks/memory/memory.py                  ResNet-50's gradients (102 MB), 2 ranks by horovodrun, and 1,000 steps of 16 MB
     python benchmarks/memory/memory.py --quick          40 MB, and 100 steps of 8 MB; nothing is written unless --out is given
-    python benchmarks/memory/memory.py --torchrun       the same by torch.distributed
+    python benchmarks/memory/memory.py --torchrun       the same with torch.distributed
 
-Compared are two trainings in one process: gradients are made in a backward pass and applied by SGD, first without an exchange, then with
-one. What is resident beyond the first is extra. `peak` is the most at any time (VmHWM), which old and new state, outputs and buffers make
-together; `steady` is what is resident between two steps. The C library is told to give large arrays back at once: of what is freed it
-keeps up to 0.3 times the gradients, another part in every run. Code that the first exchange loads is not counted: `code` says how much it
-is.
+Two trainings in one process are compared: a backward pass makes gradients and SGD applies them, first without an exchange, then with one.
+Bytes resident beyond the first training are extra. `peak` is the most at any time (VmHWM): old and new state, outputs and buffers together.
+`steady` is resident between two steps. The C library is set to return large arrays at once, because by default it keeps up to 0.3 times the
+gradients of freed memory, different in every run. Code that the first exchange loads does not count; `code` is its size.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ SPECS = (
     "dense", "none", "topk(ratio=0.01) + residual", "threshold(threshold=10) + residual", "efsignsgd + residual", "qsgd(bits=4)",
     "powersgd(rank=4) + residual", "topk(ratio=0.01) + dgc",
 )  # fmt: skip
-#: The most that the peak may be, in multiples of the gradients: a memory of one array, or two, beside the next one, and buffers.
+#: Upper bounds of the peak in multiples of the gradients: a memory of one array (or two), its next version, and buffers.
 BOUNDS = {"residual": 2.3, "dgc": 4.3}
-#: By how much the last quarter of a long run may be above the first.
+#: Upper bound of the growth from the first to the last quarter of a long run, in multiples of the gradients.
 GROWTH = 0.05
 LONG = 100
 MOST_SECONDS = 1800
@@ -47,7 +46,7 @@ def bound(spec: str) -> float | None:
 
 
 def run(spec: str, model: str, steps: int, by_torchrun: bool) -> dict[str, Any]:
-    """A row: what the rank with the highest peak saw, in multiples of the gradients. Raises RuntimeError with why a job failed."""
+    """Returns a row: the memory of the rank with the highest peak, in multiples of the gradients. Raises RuntimeError if a job fails."""
     with tempfile.TemporaryDirectory() as name, Hosts(2, "local") as hosts:
         out = Path(name) / "out.json"
         commands = hosts.commands([str(HERE / "rank.py"), spec, model, str(steps), str(out)], by_torchrun)
@@ -75,14 +74,14 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main(
-    specs: Annotated[list[str] | None, typer.Argument(help="parts, or 'dense' for Horovod's own; default a selection")] = None,
-    model: Annotated[str, typer.Option(help="a set of shapes, or megabytes")] = "resnet50",
-    steps: Annotated[int, typer.Option(help="with that model")] = 30,
-    small: Annotated[int, typer.Option(help="megabytes of the model of the long run")] = 16,
+    specs: Annotated[list[str] | None, typer.Argument(help="specs, or 'dense' for the engine's own; default: a selection")] = None,
+    model: Annotated[str, typer.Option(help="a set of shapes, or megabytes of gradients")] = "resnet50",
+    steps: Annotated[int, typer.Option(help="steps with that model")] = 30,
+    small: Annotated[int, typer.Option(help="megabytes of gradients in the long run")] = 16,
     long: Annotated[int, typer.Option(help="steps of the long run; 0 for none")] = 1000,
-    torchrun: Annotated[bool, typer.Option("--torchrun", help="by torch.distributed in place of Horovod")] = False,
+    torchrun: Annotated[bool, typer.Option("--torchrun", help="use torch.distributed instead of Horovod")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="40 MB, 100 steps of 8 MB, three specs")] = False,
-    out: Annotated[Path | None, typer.Option(help="by default benchmarks/results/memory.json of a complete run")] = None,
+    out: Annotated[Path | None, typer.Option(help="results; default for a complete run: benchmarks/results/memory.json")] = None,
 ) -> None:
     if quick:
         model, small, long = "40", 8, 100

@@ -1,9 +1,9 @@
-"""One rank of memory.py: how much more of the machine's memory a training step takes once gradients are compressed.
+"""Runs one rank of memory.py: measures how much more memory a training step takes if gradients are compressed.
 
     horovodrun --gloo -np 2 python benchmarks/memory/rank.py SPEC MODEL STEPS FILE
 
-SPEC: parts, or 'dense' for the engine's own; MODEL: a set of shapes (shapes.py), or megabytes of gradients. Rank 0 writes what it saw and
-what the others did to FILE. Runs under torchrun, too.
+SPEC: a spec, or 'dense' for the engine's own optimizer. MODEL: a set of shapes (shapes.py), or megabytes of gradients. Rank 0 writes the
+results of all ranks to FILE. Runs under torchrun, too.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 from benchmarks.common.shapes import MODELS, Shapes
 from benchmarks.common.timing import forget_peak, give_back_at_once, memory, trimmed
 
-#: Steps without an exchange, steps with one before anything is compared, and how often the resident memory is noted afterwards.
+#: Steps without an exchange; steps with one before anything is compared; how many times the resident memory is noted afterwards.
 PLAIN, SETTLING, NOTES = 5, 10, 50
 
 
 def shapes_of(model: str) -> Shapes:
-    """A named set of shapes, or that many megabytes of gradients in matrices of 4 MB and biases."""
+    """Returns a named set of shapes, or that many megabytes of gradients in matrices of 4 MB and biases."""
     if model in MODELS:
         return MODELS[model]()
     pairs = [{f"{i}.weight": (1000, 1000), f"{i}.bias": (1000,)} for i in range(int(model) // 4)]
@@ -36,7 +36,7 @@ def shapes_of(model: str) -> Shapes:
 
 
 class Given(torch.autograd.Function):
-    """A loss of zero whose gradient is made in the backward pass: a layer's memory traffic without its computation."""
+    """Computes a zero loss whose gradient is made in the backward pass: a layer's memory traffic without its computation."""
 
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, gradient: Any) -> torch.Tensor:
@@ -49,7 +49,7 @@ class Given(torch.autograd.Function):
 
 
 class Training:
-    """Parameters of these shapes, whose gradients are other normal numbers at every step and on every rank."""
+    """Trains parameters of these shapes; their gradients are different normal numbers at every step and on every rank."""
 
     def __init__(self, shapes: Shapes):
         self.parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
@@ -76,9 +76,9 @@ class Training:
 
 
 def measure(spec: str, model: str, steps: int) -> dict[str, Any]:
-    """Bytes. before: resident in the same training without an exchange, all code loaded. Beyond that: peak (VmHWM) and maxrss (getrusage),
-    at any time; steady, between the last steps; early and late, the most between steps of the first and the last quarter; trimmed, once
-    the C library has given back what is free."""
+    """Returns bytes. before: resident in the same training without an exchange, all code loaded. The others are beyond `before`: peak
+    (VmHWM) and maxrss (getrusage), at any time; steady, after the last step; early and late, the most between steps in the first and the
+    last quarter; trimmed, after the C library has returned free memory."""
     bare = trimmed()
     first = Training({"weight": (300, 200), "bias": (300,)})
     optimizer = first.distributed(spec)

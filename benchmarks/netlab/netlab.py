@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Several hosts on one Linux machine: each has its own network, name and sshd, and a link of a chosen rate. Needs root.
+"""Makes several hosts on one Linux machine: each has its own network, name and sshd, and a link of a chosen rate. Needs root.
 
-netlab.py up N [RATE]            hosts h1..hN on one switch; RATE is 1gbit, 100mbit, ... or unlimited, by default 10gbit
+netlab.py up N [RATE]            makes hosts h1..hN on one switch; RATE is 1gbit, 100mbit, ... or unlimited; default 10gbit
 netlab.py exec HOST COMMAND...   runs a command on h1, h2, ..., or on `all` of them at once
 netlab.py rate RATE              changes every link's rate, both directions
-netlab.py run N RATE COMMAND...  up, the command on h1, down
-netlab.py key                    path of the ssh key that every host accepts (ssh on the hosts uses it by itself)
-netlab.py status                 the labs that are up
+netlab.py run N RATE COMMAND...  does up, runs the command on h1, and does down
+netlab.py key                    prints the path of the ssh key that every host accepts (ssh on the hosts uses it automatically)
+netlab.py status                 lists the labs that are up
 netlab.py down                   ends every process on the hosts, and removes them
-Options, in front of these: --name NAME for a second lab beside the first, --subnet A.B.C for its addresses.
+Options before the command: --name NAME makes a second lab beside the first; --subnet A.B.C sets its addresses.
 
 From Python:  with Netlab(2, rate="1gbit") as lab: lab.run(["ssh", "h2", "hostname"])
 """
@@ -39,20 +39,20 @@ _labs = itertools.count()
 
 
 class Netlab:
-    """N hosts h1..hN. Labs of different names do not see each other, even with the same addresses: each has a switch of its own.
+    """A lab of hosts h1..hN. Labs of different names are isolated from each other, even with the same addresses: each has its own switch.
 
-    As a context manager it comes down at the end, whatever happened; if the process is killed, the next `up` takes it down.
-    `name` is the prefix of all that is made on the machine (namespaces, links); by default one that no other process uses.
+    As a context manager, the lab is taken down at the end, whatever happens; if the process is killed, the next `up` takes it down.
+    `name` is the prefix of everything that is made on the machine (namespaces, links); the default is a name that no other process uses.
     """
 
     def __init__(self, hosts: int = 2, rate: str = "10gbit", *, name: str | None = None, subnet: str = "10.77.0"):
         self.name = name or f"nl{os.getpid():x}{'abcdefghijklmnopqrstuvwxyz'[next(_labs) % 26]}"
-        if not re.fullmatch(r"[a-z][a-z0-9]{0,9}", self.name):  # the kernel takes 15 characters in a link's name
-            raise NetlabError(f"a lab's name is a letter and up to 9 letters or digits, small ones, got {self.name!r}")
+        if not re.fullmatch(r"[a-z][a-z0-9]{0,9}", self.name):  # the kernel allows 15 characters in a link's name
+            raise NetlabError(f"a lab's name must be a lowercase letter and up to 9 lowercase letters or digits, got {self.name!r}")
         if not 1 <= hosts <= 200:
-            raise NetlabError(f"a lab has 1 to 200 hosts, got {hosts}")
+            raise NetlabError(f"a lab must have 1 to 200 hosts, got {hosts}")
         if not re.fullmatch(r"\d{1,3}(\.\d{1,3}){2}", subnet) or any(int(x) > 255 for x in subnet.split(".")):
-            raise NetlabError(f"a subnet is the first three numbers of its addresses, such as 10.77.0, got {subnet!r}")
+            raise NetlabError(f"a subnet must be the first three numbers of its addresses, such as 10.77.0, got {subnet!r}")
         bits_per_second(rate)
         self.rate, self.subnet, self.state = rate, subnet, STATE / self.name
         self._owner: list[Any] | None = None
@@ -61,7 +61,7 @@ class Netlab:
 
     @classmethod
     def attach(cls, name: str) -> Netlab:
-        """The lab of that name that is up."""
+        """Returns the lab of that name, which must be up."""
         try:
             there = json.loads((STATE / name / "lab.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -72,11 +72,11 @@ class Netlab:
 
     @property
     def key(self) -> Path:
-        """The private ssh key that every host accepts for root."""
+        """Path of the private ssh key that every host accepts for root."""
         return self.state / "key"
 
     def up(self, keep: bool = False) -> Netlab:
-        """Makes the hosts. With `keep` they outlive this process; else the next `up` removes them once it has ended."""
+        """Makes the hosts. With `keep` they outlive this process; without it, the next `up` removes them if this process has ended."""
         reason = why_not()
         if reason:
             raise NetlabError(reason)
@@ -101,7 +101,7 @@ class Netlab:
         return self
 
     def _claim(self) -> None:
-        """Takes the name. Its folder appears with the owner in it, so that nobody takes it for what a killed process left."""
+        """Claims the name. Its folder appears with the owner already in it, so that no other process mistakes it for remains to remove."""
         links, spaces = found(self.name)
         if self.state.exists() or links or spaces:
             seen = "is up already" if self.state.exists() else f"has left {', '.join(links + spaces)} behind"
@@ -124,7 +124,7 @@ class Netlab:
         file.with_suffix(".new").rename(file)
 
     def down(self) -> None:
-        """Ends every process on the hosts, and removes all that was made. May be called at any time, and again."""
+        """Ends every process on the hosts, and removes everything that was made. May be called at any time, and repeatedly."""
         with uninterrupted():
             remove(self.name)
 
@@ -143,7 +143,7 @@ class Netlab:
         self._remember(self.state)
 
     def cut(self, host: str) -> None:
-        """Takes a host's link down: nothing arrives, and nobody is told."""
+        """Takes a host's link down: packets are lost without any notice."""
         sh("ip", "link", "set", self._hosts[host].port, "down")
 
     def mend(self, host: str) -> None:
@@ -151,26 +151,26 @@ class Netlab:
         sh("ip", "link", "set", self._hosts[host].port, "up")
 
     def command(self, command: Command, host: str = "h1") -> list[str]:
-        """The command line, for this machine, that runs a command on a host."""
+        """Returns the command line that runs a command on a host when it is started on this machine."""
         if host not in self._hosts:
             raise NetlabError(f"no host {host}: lab {self.name} has {', '.join(self._hosts)}")
         return self._hosts[host].command(command)
 
     def run(self, command: Command, host: str = "h1", **options: Any) -> subprocess.CompletedProcess[Any]:
-        """subprocess.run on a host."""
+        """Runs a command on a host, by subprocess.run."""
         return subprocess.run(self.command(command, host), **options)
 
     def start(self, command: Command, host: str = "h1", **options: Any) -> subprocess.Popen[Any]:
-        """subprocess.Popen on a host."""
+        """Starts a command on a host, by subprocess.Popen."""
         return subprocess.Popen(self.command(command, host), **options)
 
     def start_all(self, command: Command, **options: Any) -> list[subprocess.Popen[Any]]:
-        """The same command on every host at once, as `torchrun --nnodes` wants it."""
+        """Starts the same command on every host, as `torchrun --nnodes` needs it."""
         return [self.start(command, host, **options) for host in self._hosts]
 
 
 def found(name: str) -> tuple[list[str], list[str]]:
-    """Links and namespaces of this lab that exist, whether or not it was made completely."""
+    """Returns the existing links and namespaces of this lab, even if it was not made completely."""
     links = [x for x in os.listdir("/sys/class/net") if re.fullmatch(rf"{name}-(br|\d+)", x)]
     spaces = [line.split()[0] for line in sh("ip", "netns", "list").splitlines() if line.strip()]
     return links, [x for x in spaces if re.fullmatch(rf"{name}-h\d+", x)]
@@ -180,18 +180,18 @@ def remove(name: str) -> None:
     links, spaces = found(name)
     end_processes(spaces)
     for command in [("ip", "netns", "del", space) for space in spaces] + [("ip", "link", "del", link) for link in links]:
-        with suppress(NetlabError):  # a link goes with its other end
+        with suppress(NetlabError):  # a link disappears with its other end
             sh(*command)
     for etc in PER_HOST_ETC.glob(f"{name}-h*"):
         shutil.rmtree(etc, ignore_errors=True)
     shutil.rmtree(STATE / name, ignore_errors=True)
     for shared in (PER_HOST_ETC, STATE):
-        with suppress(OSError):  # another lab's files are there
+        with suppress(OSError):  # not empty: another lab has files there
             shared.rmdir()
 
 
 def started(pid: int) -> str | None:
-    """When a process started, in ticks since boot: a number that was given to another process is not taken for it. None if it is gone."""
+    """Returns when a process started, in ticks since boot, which tells it from a later process with the same number; None if it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -199,7 +199,7 @@ def started(pid: int) -> str | None:
 
 
 def labs() -> dict[str, dict[str, Any]]:
-    """What is known of each lab, by name."""
+    """Returns the recorded facts of each lab, by name."""
     known = {}
     for file in sorted(STATE.glob("*/lab.json")):
         with suppress(FileNotFoundError):  # another process is taking it down
@@ -208,7 +208,7 @@ def labs() -> dict[str, dict[str, Any]]:
 
 
 def sweep() -> None:
-    """Takes down labs whose process was killed before it could."""
+    """Takes down labs whose process was killed before it could do so."""
     for name, lab in labs().items():
         if lab["owner"] and started(lab["owner"][0]) != lab["owner"][1]:
             remove(name)
@@ -216,7 +216,7 @@ def sweep() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are not heard: a second Ctrl-C must not leave half of the hosts behind."""
+    """Ignores Ctrl-C and SIGTERM inside: a second Ctrl-C must not leave half of the hosts behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

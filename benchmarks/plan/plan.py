@@ -1,11 +1,11 @@
-"""What `grace-ext plan --measure` predicts on netlab hosts, beside exchanges that are measured there.
+"""Compares the predictions of `grace-ext plan --measure` on netlab hosts with exchanges that are measured there.
 
     python benchmarks/plan/plan.py [--model resnet50] [--rate 100mbit --rate 1gbit] [--hosts 2] [--launcher horovodrun]  needs root (netlab)
 
-One job for each rate: it makes the plan for five specs, as the command does, with real exchanges of dense and of the three that seem
-fastest, and then exchanges by each of the five through the optimizer's wrapper, once in this order and once in the other, so that drift
-shows. What must hold: each predicted exchange within 30% of the measured one (median of its steps), and the recommended spec within 10%
-of the best; so for what compression=grace("auto") picks in the same job. With --rate unlimited both take dense where dense wins.
+Each rate is one job. It makes the plan for five specs, as the command does, with real exchanges of dense and of the three specs that seem
+fastest. Then it exchanges with each of the five through the optimizer's wrapper, once in this order and once in reverse, to show drift.
+Each predicted exchange must be within 30% of the measured one (median of its steps), and the recommended spec within 10% of the best; so
+must the spec that compression=grace("auto") picks in the same job. With --rate unlimited, both must take dense if dense is fastest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ console = Console(width=150, highlight=False)
 
 
 def measured(hosts: Hosts, launcher: str, job: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
-    """What each rank saw: see rank.py."""
+    """Runs the job. Returns each rank's measurements (rank.py)."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "job.json").write_text(json.dumps({**job, "out": name}))
         commands = hosts.commands([str(HERE / "rank.py"), str(Path(name) / "job.json")], by_torchrun=launcher == "torchrun")
@@ -43,7 +43,7 @@ def measured(hosts: Hosts, launcher: str, job: dict[str, Any], timeout: float) -
 
 
 def compared(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Predicted beside measured, by spec, and how far the recommended spec is from the best."""
+    """Returns predicted and measured times by spec, and how far the recommended spec is behind the best."""
     plan, rows = ranks[0]["plan"], []
     for row in plan["rows"]:
         turns = zip(*[rank["times"][row["spec"]] for rank in ranks], strict=True)
@@ -52,7 +52,7 @@ def compared(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         rows.append(
             {**row, "measured_ms": ms, "turns_ms": by_turn, "error": row["predicted_ms"] / ms - 1, "alone": row["uncalibrated_ms"] / ms - 1}
         )
-    (picked,) = {rank["auto"]["spec"] for rank in ranks}  # all ranks hold the same
+    (picked,) = {rank["auto"]["spec"] for rank in ranks}  # all ranks must pick the same spec
     told = {key: plan[key] for key in ("recommended", "reason", "collectives")}
     told["auto"] = {
         "spec": picked,
@@ -63,7 +63,7 @@ def compared(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def behind(rows: list[dict[str, Any]], spec: str) -> float:
-    """How much longer this spec's measured exchange takes than the best one's."""
+    """Returns by which fraction this spec's measured exchange is longer than the best one."""
     return next(row["measured_ms"] for row in rows if row["spec"] == spec) / min(row["measured_ms"] for row in rows) - 1
 
 
@@ -83,14 +83,14 @@ def show(cell: dict[str, Any]) -> None:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"of {', '.join(shapes.MODELS)}")] = "resnet50",
-    rate: Annotated[list[str] | None, typer.Option(help="of the links; default 100mbit and 1gbit")] = None,
-    hosts: Annotated[int, typer.Option(help="how many")] = 2,
+    model: Annotated[str, typer.Option(help=f"one of {', '.join(shapes.MODELS)}")] = "resnet50",
+    rate: Annotated[list[str] | None, typer.Option(help="rate of the links; default: 100mbit and 1gbit")] = None,
+    hosts: Annotated[int, typer.Option(help="number of hosts")] = 2,
     launcher: Annotated[str, typer.Option(help="horovodrun or torchrun")] = "horovodrun",
-    budget: Annotated[float, typer.Option(help="seconds of timed steps for each spec and turn")] = 4,
-    exchanges: Annotated[int, typer.Option(help="of candidates beside dense, by the plan itself")] = 3,
-    timeout: Annotated[float, typer.Option(help="seconds for the job of one rate")] = 900,
-    out: Annotated[Path, typer.Option(help="results, by model, hosts and launcher")] = OUT,
+    budget: Annotated[float, typer.Option(help="seconds of timed steps per spec and turn")] = 4,
+    exchanges: Annotated[int, typer.Option(help="number of candidates, besides dense, that the plan exchanges for real")] = 3,
+    timeout: Annotated[float, typer.Option(help="seconds that the job of one rate may take")] = 900,
+    out: Annotated[Path, typer.Option(help="file for the results, by model, hosts and launcher")] = OUT,
 ) -> None:
     made, cells = shapes.MODELS[model](), {}
     job = {"shapes": made, "scales": shapes.scales(made), "specs": SPECS, "budget": budget, "exchanges": exchanges}

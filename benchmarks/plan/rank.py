@@ -1,4 +1,4 @@
-"""One rank of plan.py: makes the plan of `grace-ext plan --measure` in this job, then exchanges by each spec.  rank.py JOB.json"""
+"""Runs one rank of plan.py: makes the plan of `grace-ext plan --measure` in this job, then exchanges with each spec.  rank.py JOB.json"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.exchange.rank import Ours
 
 
 def planned(job: dict[str, Any]) -> dict[str, Any]:
-    """As the command does it, on the transport that the optimizer will use."""
+    """Makes the plan as the command does, on the transport that the optimizer will use."""
     engine.api.init()
     transport = engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
     chosen = candidates.candidates(job["specs"], transport.size)
@@ -39,7 +39,7 @@ def planned(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(job: dict[str, Any], world: Any) -> dict[str, Any]:
-    """What 'auto' picks from the same specs after two dense steps, and the times of its steps from then on."""
+    """Returns the spec that 'auto' picks from the same specs after two dense steps, and the times of its steps from then on."""
     system = Ours({**job, "argument": f"auto(steps=2, candidates={job['specs'][1:]})"}, world)
     system.warmups, system.least_warmups = 3, 2
     system.fresh()

@@ -1,5 +1,5 @@
-"""What ranks may do differently, and what they may not: runs the cases of tests/frameworks/jobs on real processes. Writes
-benchmarks/results/reliability/agreement.json.
+"""Tests what ranks may do differently and that they find out what they may not: runs cases of tests/frameworks/jobs on real processes and
+writes benchmarks/results/reliability/agreement.json.
 
     python benchmarks/reliability/agreement.py
 """
@@ -16,9 +16,9 @@ from benchmarks.common import record
 
 ROOT = Path(__file__).parents[2]
 TEXT = (
-    "Each case is a function of a job that runs on 2 or 3 real processes; it holds where what it asserts is so on every rank: the ranks "
-    "end with the same bits, or all of them get an error that names the rank and what differs. Every case of the wrapper is tried with "
-    "sparse, low-rank, random-block and sign compressors, where it makes a difference."
+    "Each case is a function of a job that runs on 2 to 4 real processes. It holds if its assertions hold on every rank: the ranks end "
+    "with the same bits, or all of them get an error that names the rank and the difference. Every case of the wrapper is tried with "
+    "sparse, low-rank, random-block and sign compressors, if that makes a difference."
 )
 JOBS = (
     ("torchrun", 3, "agreement_job.py", ()),
@@ -30,11 +30,11 @@ JOBS = (
 
 
 def held(engine: str, ranks: int, file: str, cases: tuple[str, ...]) -> dict[str, bool]:
-    """By case: whether it held on all ranks."""
+    """Runs one job. Returns by case whether it held on all ranks."""
     from tests.frameworks.support.launch import JOBS as FOLDER
     from tests.frameworks.support.launch import environment, launcher
 
-    told = () if engine == "mpirun" else cases  # that job takes specs for arguments
+    told = () if engine == "mpirun" else cases  # that job would take the names of cases for specs
     done = subprocess.run(
         [*launcher(engine, ranks), str(FOLDER / file), *told], env=environment(), capture_output=True, text=True, timeout=600
     )

@@ -1,7 +1,7 @@
-"""Mixed precision in real jobs of 2 ranks: what held. Writes benchmarks/results/reliability/amp.json.
+"""Tests mixed precision in real jobs of 2 ranks. Writes benchmarks/results/reliability/amp.json.
 
     python benchmarks/reliability/amp.py              # all jobs
-    python benchmarks/reliability/amp.py torchrun     # those with this in 'engine file'; the rows of the others stay as they are
+    python benchmarks/reliability/amp.py torchrun     # jobs whose 'launcher file' contains this; other rows stay as they are
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 from benchmarks.common import record
 
 TEXT = (
-    "Jobs of 2 ranks with torch's GradScaler (by torchrun: the wrapper and the DDP hook; by horovodrun: the wrapper), 16-bit autocast, and "
-    "Keras's LossScaleOptimizer. While the scale grows by powers of two, weights and memory must be the bits of training without a "
-    "scale; after an Inf on one rank no rank's weights or memory change and all scales are halved alike, for memories of one and of "
-    "several arrays."
+    "The jobs of 2 ranks use torch's GradScaler (under torchrun with the wrapper and the DDP hook, under horovodrun with the wrapper), "
+    "16-bit autocast, and Keras's LossScaleOptimizer. While the scale grows by powers of two, weights and memory must have the same bits "
+    "as in training without a scale. After an Inf on one rank, no rank's weights or memory may change, and all ranks must halve the scale. "
+    "Memories of one array and of several arrays are tested."
 )
 JOBS = (("torchrun", "amp_job.py"), ("horovodrun", "amp_job.py"), ("horovodrun", "amp_tf_job.py"))
 
 
 def of_job(engine: str, file: str) -> list[list[str]]:
-    """A row for each case of this job."""
+    """Runs a job. Returns one row per case."""
     from tests.frameworks.support.launch import JOBS as FOLDER
     from tests.frameworks.support.launch import job
 
@@ -32,7 +32,7 @@ def of_job(engine: str, file: str) -> list[list[str]]:
 
 
 def rows(engine: str, file: str, source: str, said: str) -> list[list[str]]:
-    """What a job said, by the cases that it has."""
+    """Returns one row per case of the job's source, from the output `said`."""
     held = set(re.findall(r"CASE case_(\w+) ok", said))
     test, framework = ("test_keras", "Keras") if "tf" in file else ("test_torch", "torch")
     return [

@@ -1,5 +1,5 @@
-"""Elastic jobs on this machine: a worker of three is killed, two go on, one joins; and torchrun's restart from a checkpoint. Writes
-benchmarks/results/reliability/elastic.json.
+"""Runs elastic jobs on this machine: one of three workers is killed, two continue, one joins; and torchrun restarts a job from a
+checkpoint. Writes benchmarks/results/reliability/elastic.json.
 
     python benchmarks/reliability/elastic.py
 """
@@ -18,9 +18,9 @@ from benchmarks.common import record
 ROOT = Path(__file__).parents[2]
 TEXT = (
     "Three workers train under `horovodrun --min-np 2 --max-np 3` with a host discovery script. One is killed with SIGKILL; the other two "
-    "go back to the last commit and on as two; then the script names another host, and a third worker joins. The loss is the mean of the "
-    "first and of the last 12 steps of all ranks. torchrun: rank 1 kills itself in step 7 of 12, all ranks are started again and go on "
-    "from the checkpoint of step 4; the weights are compared with those of a run without a death, bit for bit."
+    "return to the last commit and continue; then the script names another host, and a third worker joins. The loss column has the mean "
+    "loss of all ranks in the first and in the last 12 steps. With torchrun, rank 1 kills itself in step 7 of 12; all ranks are started "
+    "again and continue from the checkpoint of step 4. Their weights are compared, bit for bit, with those of a run without a death."
 )
 SPECS = ("topk(ratio=0.1) + residual", "powersgd(rank=2) + residual", "efsignsgd + residual @ reduce_scatter")
 

@@ -1,8 +1,8 @@
-"""Faults on a real network, two hosts of benchmarks/netlab (needs root): a rank is killed in the middle of a collective, its link is cut
-and mended, its process is stopped and goes on; and a full disk at a checkpoint. Writes benchmarks/results/reliability/faults.json.
+"""Causes faults in jobs on two netlab hosts (needs root): kills a rank in the middle of a collective, cuts and restores its link, stops and
+continues its process; and fills the disk during a checkpoint. Writes benchmarks/results/reliability/faults.json.
 
-    python benchmarks/reliability/faults.py            # a process is stopped, and a link cut, for 60 s
-    python benchmarks/reliability/faults.py --short    # for seconds; writes nothing, prints the rows
+    python benchmarks/reliability/faults.py            # stops a process, and cuts a link, for 60 s
+    python benchmarks/reliability/faults.py --short    # for 20 s; prints the rows and writes nothing
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from benchmarks.common import record
 
 ROOT = Path(__file__).parents[2]
 TEXT = (
-    "Two hosts, a link of 100 Mbit/s each, exchange 4 MB of dense gradient a step. In the middle of a collective rank 1 is killed "
-    "(SIGKILL), its host's link is cut and mended, or it is stopped (SIGSTOP) and continued, for longer and for shorter than "
-    "GRACE_EXT_TIMEOUT. 'after' is the time from the fault to the error on rank 0, or to the end of the job. A rank whose "
-    "launcher ends it first says nothing itself. The disk is a tmpfs that the second checkpoint does not fit on."
+    "Two hosts with links of 100 Mbit/s exchange 4 MB of dense gradients per step. In the middle of a collective, rank 1 is killed "
+    "(SIGKILL), its host's link is cut and restored, or it is stopped (SIGSTOP) and continued, for longer and for shorter than "
+    "GRACE_EXT_TIMEOUT. 'after' is the time from the fault to the error on rank 0, or to the end of the job. A rank that its launcher "
+    "ends first says nothing. The disk is a tmpfs that is too small for the second checkpoint."
 )
 
 
 def outcome(seen: dict[str, Any]) -> list[str]:
-    """In words: what the ranks said, how the job ended."""
+    """Returns three cells of a row: what the ranks said, the seconds, and the exit codes of the launchers."""
     said = []
     for rank, error in enumerate(seen["errors"]):
         ended = "ended" if rank in seen["ended"] else "said nothing"
@@ -75,7 +75,7 @@ def main() -> None:
         return
     record.reliability("faults", {
         "title": "Faults", "text": TEXT,
-        "columns": ["launcher", "fault of rank 1", "GRACE_EXT_TIMEOUT", "what the ranks did", "after", "exit of the launchers"],
+        "columns": ["launcher", "fault of rank 1", "GRACE_EXT_TIMEOUT", "what the ranks did", "after", "exit codes of the launchers"],
         "rows": rows, "commands": ["python benchmarks/reliability/faults.py"],
     })  # fmt: skip
 

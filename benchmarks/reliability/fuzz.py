@@ -1,17 +1,17 @@
-"""Damaged and hostile messages into every decoder: counts of what was refused, accepted, and of what must never happen.
+"""Feeds damaged and hostile messages to every decoder. Counts what was refused, what was accepted, and what must never happen.
 
     python benchmarks/reliability/fuzz.py                      a million inputs; writes benchmarks/results/reliability/fuzz.json
-    python benchmarks/reliability/fuzz.py --inputs 20000       fewer
-    python benchmarks/reliability/fuzz.py --parts coverage     some of the parts
-    python benchmarks/reliability/fuzz.py --merge              keeps the rows of parts that are not run
+    python benchmarks/reliability/fuzz.py --inputs 20000       fewer inputs
+    python benchmarks/reliability/fuzz.py --parts coverage     only these parts
+    python benchmarks/reliability/fuzz.py --merge              keeps the earlier rows of parts that are not run
 
-Each part is a process of its own, with a limit on its memory (so that a huge allocation is a MemoryError), a time limit for each input (a
-hang), and faults reported (a crash of the process is counted, and ends the part):
-    compiled      every mix of parts and every other decoder, by the kernels as they run in training
-    checked       the same, by kernels that were compiled with bounds checks, in a cache folder of their own
+Each part runs in its own process with a memory limit (a huge allocation raises MemoryError), a time limit per input (an input that exceeds
+it is a hang), and faulthandler (a crash of the process is counted, and ends the part):
+    compiled      every composition and every other decoder, by the compiled kernels that training uses
+    checked       the same, by kernels that are compiled with bounds checks, in their own cache folder
     plain         the same, by numpy operations
     torch         exchanges by torch operations, as on another device
-    coverage      a fuzzer that is guided by which branches its inputs reach (atheris), over exchanges and other decoders, by numpy
+    coverage      exchanges and other decoders by numpy, by a coverage-guided fuzzer (atheris)
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from benchmarks.common import record
 ROOT = Path(__file__).parents[2]
 #: Each part's share of the inputs.
 PARTS = {"compiled": 0.4, "checked": 0.2, "plain": 0.25, "torch": 0.05, "coverage": 0.1}
-#: Beyond what the process has when it begins; for one input.
+#: Limits: bytes beyond those of the process at its start, and seconds per input.
 BYTES, SECONDS = 1 << 30, 60
-#: Inputs of one target in a row, and the seconds that they may take.
+#: How many inputs one target gets in a row, and the seconds that they may take.
 BATCH, BATCH_SECONDS = 50, 0.1
 
 
 class Hang(BaseException):
-    """An input took too long."""
+    """Raised in an input that takes too long."""
 
 
 def targets(part: str) -> list[Any]:
-    """Functions that make them: a target is heavy where kernels are not compiled yet."""
+    """Makes the part's targets, which takes long while kernels are not compiled yet."""
     from tests import catalog
     from tests.fuzz.decoders import others
     from tests.fuzz.exchanges import LARGE, ExchangeTarget
@@ -78,7 +78,7 @@ def library(part: str) -> Any:
 
 
 class Counts:
-    """What came of a part's inputs; written to a file now and then, so that a crash loses little."""
+    """Counts the outcomes of a part's inputs; written to a file regularly, so that a crash loses little."""
 
     def __init__(self, file: Path, total: int):
         self.file, self.total = file, total
@@ -107,7 +107,7 @@ class Counts:
 
     def write(self) -> None:
         self.seen["seconds"] = time.monotonic() - self._begun
-        beside = self.file.with_suffix(".new")  # a crash must not leave half of it
+        beside = self.file.with_suffix(".new")  # a crash must not leave half a file
         beside.write_text(json.dumps({**self.seen, "failures": self.failures}))
         beside.replace(self.file)
         if sys.stderr.isatty():
@@ -116,7 +116,7 @@ class Counts:
 
 
 def limited() -> None:
-    """This process's limits."""
+    """Sets this process's memory limit, and the handler of its time limit."""
 
     def ring(*_: Any) -> None:
         raise Hang
@@ -127,7 +127,7 @@ def limited() -> None:
 
 
 def work(part: str, count: int, file: Path, seed: int) -> None:
-    """One part, in this process."""
+    """Runs one part in this process."""
     warnings.simplefilter("ignore")
     np.seterr(all="ignore")
     if part == "coverage":
@@ -139,18 +139,19 @@ def work(part: str, count: int, file: Path, seed: int) -> None:
     numbers = list(range(len(chosen)))
     while counts.seen["inputs"] < count:
         if turn % len(numbers) == 0:
-            order.shuffle(numbers)  # each has its turn as often as the others
+            order.shuffle(numbers)  # every target gets as many turns
         number, until, turn = numbers[turn % len(numbers)], time.monotonic() + BATCH_SECONDS, turn + 1
         for _ in range(min(BATCH, count - counts.seen["inputs"])):
             counts.feed(chosen[number], *next(streams[number]))
-            if time.monotonic() > until:  # large tensors, and solvers
+            if time.monotonic() > until:  # targets with large tensors or solvers are slow
                 break
         counts.write()
     return None
 
 
 def guided(count: int, file: Path, seed: int) -> None:
-    """libFuzzer mutates inputs that reached a new branch: the first two bytes choose the target and the slot, the rest is the message."""
+    """Runs atheris (libFuzzer), which mutates inputs that reached a new branch. The first two bytes of an input choose target and slot; the
+    rest is the message."""
     import atheris
 
     with atheris.instrument_imports(include=["grace_ext"]):
@@ -178,14 +179,14 @@ def guided(count: int, file: Path, seed: int) -> None:
 
 
 def run(part: str, count: int, seed: int) -> dict[str, Any]:
-    """One part in a process of its own; a death of that process is a crash."""
+    """Runs one part in its own process; if that process dies, it is a crash."""
     print(part, file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "counts.json")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
         if part == "checked":
             environment |= {"NUMBA_BOUNDSCHECK": "1", "GRACE_EXT_CACHE": str(Path(folder, "kernels"))}
-        if part == "coverage":  # its instrumented functions are none that numba can compile
+        if part == "coverage":  # numba cannot compile the instrumented functions
             environment["GRACE_EXT_KERNELS"] = "0"
         command = [sys.executable, __file__, "--work", part, "--inputs", str(count), "--seed", str(seed), "--file", str(file)]
         done = subprocess.run(["nice", "-n", "19", *command], env=environment)
@@ -199,7 +200,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--merge", action="store_true", help="keep the rows of the parts that are not run")
+    parser.add_argument("--merge", action="store_true", help="keep the earlier rows of parts that are not run")
     parser.add_argument("--work", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -220,12 +221,12 @@ def main() -> int:
     rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(kinds) + 2))])
     record.reliability("fuzz", {
         "title": "Hostile and damaged payloads",
-        "text": "Honest messages, damaged: bits, counts, positions, scales that are NaN or infinite, lengths, headers, pieces moved about, "
-        "and noise; fed to every mix of compressor, memory and communicator, and to every other decoder. Refused: a PayloadError that "
-        "names the peer, and the parameter where it is one's. Accepted: a result of the right shape and type, without NaN that is not "
-        "flagged (a value that is another valid value cannot be told). The other columns must be 0: the process died; an input took "
-        f"over {SECONDS} s; it took over {BYTES >> 30} GiB; another error, or a wrong result. 'checked' are kernels with bounds checks, "
-        "'coverage' a coverage-guided fuzzer.",
+        "text": "Valid messages are damaged (bits, counts, positions, scales that are NaN or infinite, lengths, headers, moved pieces, "
+        "noise) and fed to every mix of compressor, memory and communicator, and to every other decoder. Refused: a PayloadError names "
+        "the peer and, if the damage is in one parameter's payload, the parameter. Accepted: the result has the right shape and type, and "
+        "no NaN that is not flagged (damage that gives another valid value cannot be detected). The other columns must be 0; they count "
+        f"that the process died; an input took over {SECONDS} s; an input took over {BYTES >> 30} GiB; another error, or a wrong result. "
+        "'checked' are kernels with bounds checks; 'coverage' is a coverage-guided fuzzer.",
         "columns": ["decoders", *kinds, "seconds"], "rows": rows, "commands": ["python benchmarks/reliability/fuzz.py"],
     })  # fmt: skip
     return int(failed)

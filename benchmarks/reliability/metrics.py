@@ -1,10 +1,10 @@
-"""What metrics cost: steps with and without them by turns, in one process.
+"""Measures what metrics cost: steps with and without them alternate in one process.
 
     python benchmarks/reliability/metrics.py            writes benchmarks/results/reliability/metrics.json
 
-A rank alone compresses what a job's rank would, and waits for no network: real steps take longer, so metrics cost less of them. Every
-second step is measured; ratios are of neighbours, so that what else the machine does falls on both. A close look, one step of `every`,
-is timed by itself.
+A single rank compresses what a rank of a job would, but waits for no network: real steps take longer, so metrics are a smaller share of
+them. Every second step has metrics; ratios are of neighbouring steps, so that other load of the machine affects both. A close look (one
+step in `every`) is timed separately.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPECS = ("topk(ratio=0.01) + residual", "powersgd(rank=4) + residual", "qsgd(bit
 
 
 def transformer(spec: str) -> tuple[Callable[[], None], Any]:
-    """A training step of four encoder layers, and the driver."""
+    """Returns a training step of four encoder layers, and the driver."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -51,7 +51,7 @@ def transformer(spec: str) -> tuple[Callable[[], None], Any]:
 
 
 def resnet50(spec: str) -> tuple[Callable[[], None], Any]:
-    """The exchange of ResNet-50's gradients alone, with nothing computed, and the driver."""
+    """Returns the exchange of ResNet-50's gradients, without any other computation, and the driver."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 1)
     generator = np.random.default_rng(0)
     gradients = {name: generator.standard_normal(dims).astype(np.float32) for name, dims in shapes.resnet50().items()}
@@ -62,15 +62,15 @@ CASES = {"transformer, a training step": transformer, "ResNet-50's gradients, th
 
 
 def measure(make: Callable[[str], tuple[Callable[[], None], Any]], spec: str, pairs: int, looks: int) -> dict[str, float]:
-    """Seconds of a step without metrics; its ratio to one with; the seconds that a close look adds."""
+    """Returns medians: plain, the seconds of a step without metrics; ratio, with to without; look, the seconds that a close look adds."""
     step, driver = make(spec)
     step()
-    Metrics(10**9).attach(driver, network=False)  # closely at its first step only
+    Metrics(10**9).attach(driver, network=False)  # only its first step has a close look
     recorder = driver.observer
     for _ in range(3):
         step()
     plain, ratios, extra = [], [], []
-    for i in range(2 * pairs):  # off, on, on, off: a drift falls on both
+    for i in range(2 * pairs):  # on, off, off, on: drift affects both
         times = {}
         for on in (i % 2 == 0, i % 2 == 1):
             driver.observer = recorder if on else Observer()
@@ -93,7 +93,7 @@ def timed(step: Callable[[], None]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=150, help="steps with and without metrics: twice so many each")
+    parser.add_argument("--pairs", type=int, default=150, help="half the number of steps with, and of steps without metrics")
     parser.add_argument("--looks", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,10 +110,13 @@ def main() -> None:
             print(*rows[-1], sep=" | ", flush=True)
     record.reliability("metrics", {
         "title": "What metrics cost",
-        "text": "Steps with and without metrics by turns, in one process; medians of the ratios of neighbours. A close look measures "
-        f"errors and norms; there is one in {EVERY} steps by default. The last column is the sum of both, and should be below 2%. Nothing "
-        "waits for a network here, which would make steps longer and the share of metrics smaller.",
-        "columns": ["what", "parts", "ms a step without", "every step", "ms of a close look", f"a look in {EVERY} steps", "together"],
+        "text": "Steps with and without metrics alternate in one process; the table has medians of the ratios of neighbouring steps. A "
+        f"close look measures errors and norms, by default once in {EVERY} steps. The last column is the sum of both, and should be below "
+        "2%. Nothing waits for a network here; waiting would make steps longer and the share of metrics smaller.",
+        "columns": [
+            "what", "parts", "ms per step without metrics", "added to every step", "ms per close look", f"one look in {EVERY} steps adds",
+            "together",
+        ],
         "rows": rows, "commands": ["python benchmarks/reliability/metrics.py"],
     })  # fmt: skip
 

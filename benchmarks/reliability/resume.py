@@ -1,8 +1,8 @@
-"""The resume matrix: train 10 steps = train 5, save, end the process, load in a new one, train 5, bit for bit. Writes
+"""Tests that resuming is exact: 10 steps give the same bits as 5 steps, save, a new process, load, 5 steps. Writes
 benchmarks/results/reliability/resume.json.
 
-    python benchmarks/reliability/resume.py            # all of it: every compressor with every memory, and the jobs of all frameworks
-    python benchmarks/reliability/resume.py mpirun     # the rows with this in their first column; the others stay as they are
+    python benchmarks/reliability/resume.py            # every compressor with every memory, and the jobs of all frameworks
+    python benchmarks/reliability/resume.py mpirun     # only the rows whose first column contains this; other rows stay as they are
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[2]
 MATRIX = "LocalCluster, every mix"
 TEXT = (
     "Training of 10 steps is compared with 5 steps, grace_ext.save, new processes, grace_ext.load and 5 steps: the last result and all "
-    "ranks' memory must be the same bits. The first row walks every compressor (with the knobs of the test catalogue) and every memory "
-    "that takes it, and all other communicators, in a LocalCluster of 2 ranks, saved by one process and resumed by another; the others "
-    "are real jobs of 2 processes, and of 2 and 3 where the number of ranks changes: there the mean over the ranks of what was unsent must "
-    "stay the same to float32 rounding, and training must go on."
+    "ranks' memory must have the same bits. The first row tests every compressor (with the knobs of the test catalogue) with every memory "
+    "that takes it, and all other communicators, in a LocalCluster of 2 ranks that one process saves and another resumes. The other rows "
+    "are real jobs of 2 processes, or of 2 and 3 if the number of ranks changes; then the ranks' mean of what was unsent must stay the "
+    "same to float32 rounding, and training must continue."
 )
 
 
 def matrix() -> list[str]:
-    """The row of the LocalCluster."""
+    """Returns the row of the LocalCluster."""
     from tests.checkpoints import resume_matrix
 
     specs, refused = resume_matrix.every()
@@ -43,7 +43,7 @@ def matrix() -> list[str]:
 
 
 def of_job(case: Any) -> list[str]:
-    """The row of a framework's job."""
+    """Returns the row of a framework's job."""
     from tests.frameworks.support import resume_cases
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def write(rows: list[list[str]]) -> None:
     record.reliability("resume", {
         "title": "Resume matrix",
         "text": TEXT,
-        "columns": ["case", "outcome", "of"],
+        "columns": ["case", "outcome", "details"],
         "rows": rows,
         "commands": ["python benchmarks/reliability/resume.py"],
     })  # fmt: skip

@@ -1,7 +1,7 @@
-"""Many steps of several ranks with parts of many kinds: is memory flat, are the ranks the same bits, do residuals stay where theory says?
+"""Trains many steps on several ranks with many specs. Is memory flat, do the ranks have the same bits, do residuals stay within theory?
 
     python benchmarks/reliability/soak.py        10,000 steps of 4 ranks by mpirun; writes benchmarks/results/reliability/soak.json
-    python benchmarks/reliability/soak.py --steps 300 --json FILE        shorter, and what the ranks saw, elsewhere
+    python benchmarks/reliability/soak.py --steps 300 --json FILE        fewer steps; writes the ranks' results to FILE
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MPI = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 
 
 def soak(steps: int, ranks: int, timeout: float) -> list[dict[str, Any]]:
-    """What every rank says of itself at the end. Raises where the job fails."""
+    """Runs the job. Returns the result of every rank. Raises CalledProcessError if the job fails."""
     mpirun = tool("mpirun")
     if mpirun is None:
         raise SystemExit("mpirun is not installed: pip install 'grace_ext[mpi]'")
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=7200)
-    parser.add_argument("--json", type=Path, help="write what the ranks said here, and no table")
+    parser.add_argument("--json", type=Path, help="write the ranks' results to this file, and no table")
     options = parser.parse_args()
     ranks = soak(options.steps, options.ranks, options.timeout)
     if options.json:
@@ -56,13 +56,13 @@ def main() -> None:
     rows = [row(seen, ranks[0]["digest"]) for seen in ranks]
     record.reliability("soak", {
         "title": "Soak",
-        "text": f"{options.ranks} processes on MPI train for {options.steps:,} steps; each tensor goes through other parts: "
-        f"{', '.join(ranks[0]['specs'])}. Resident memory is compared after a tenth of the steps, when all is warm, and at the end, "
-        "with the slope of the line through what is between. At the end all ranks must have the same bits in every weight. The residual "
-        "column is the largest norm of a residual at every 50th step, relative to what theory allows, sqrt(4 (1 - delta)) / delta times "
-        "the largest gradient so far, over all tensors whose compressor is a contraction; it must stay below 1.",
+        "text": f"{options.ranks} MPI processes train for {options.steps:,} steps; each tensor has a different spec: "
+        f"{', '.join(ranks[0]['specs'])}. Resident memory is noted after a tenth of the steps (warm) and at the end, with the slope of "
+        "the line through the values in between. At the end, all ranks must have the same bits in every weight. The residual column is "
+        "the largest norm of a residual relative to the bound of theory, sqrt(4 (1 - delta)) / delta times the largest gradient so far, "
+        "at every 50th step, over all tensors whose compressor is a contraction; it must stay below 1.",
         "columns": [
-            "rank", "steps", "MiB resident, warm", "at the end", "bytes a step", "same bits as rank 0", "residual / allowed", "ms a step",
+            "rank", "steps", "MiB resident, warm", "at the end", "bytes per step", "same bits as rank 0", "residual / bound", "ms per step",
         ],
         "rows": rows, "commands": [f"python benchmarks/reliability/soak.py --steps {options.steps} --ranks {options.ranks}"],
     })  # fmt: skip

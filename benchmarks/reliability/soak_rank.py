@@ -1,4 +1,4 @@
-"""One rank of soak.py: STEPS FILE. Rank 0 writes what all ranks saw to the file."""
+"""Runs one rank of soak.py.  soak_rank.py STEPS FILE: rank 0 writes the results of all ranks to FILE."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE, LR, EVERY = (48, 40), 0.05, 50
 
 
 def resident() -> int:
-    """Bytes."""
+    """Returns the resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     steps, file, comm = int(sys.argv[1]), Path(sys.argv[2]), MPI.COMM_WORLD
     warnings.simplefilter("ignore")
     g = grace_ext.grace(policy={"id": "by_name", "patterns": PARTS, "default": "none"})
-    # Least squares: each rank has an optimum of its own, and noise at every step.
+    # Least squares: each rank has its own optimum, and noise at every step.
     weights = {name: np.zeros(SHAPE, np.float32) for name in PARTS}
     optimum = {name: np.random.default_rng([comm.rank, i]).standard_normal(SHAPE).astype("f") for i, name in enumerate(PARTS)}
     noise = np.random.default_rng([comm.rank, 99])
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def ratios(exchange: gnp.Exchange, largest: dict[str, float]) -> list[tuple[float, str]]:
-    """The norms of the residuals of contractions, relative to what is allowed."""
+    """Returns (residual norm / bound, parameter) for each parameter whose compressor is a contraction."""
     found = []
     for name, values in exchange.metrics()["parameters"].items():
         compressor, memory, _ = exchange._driver.parts[name]

@@ -1,4 +1,4 @@
-"""Score against seconds of training: one panel for each task, a line for each spec (the first seed), and the target."""
+"""Draws the score over the seconds of training: one panel per task, one line per spec (its first seed), and the target."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""One rank of time_to_accuracy.py: trains until the score is reached, and writes what rank 0 saw.
+"""Runs one rank of time_to_accuracy.py: trains until the target score is reached; rank 0 writes the results.
 
     horovodrun --gloo -np 2 python benchmarks/time_to_accuracy/rank.py JOB.json
 
-The job: task, spec ('dense' for Horovod's own optimizer), seed, limit (seconds of training) and out, a file that is written anew at every
-evaluation. The clock stands still during evaluations.
+JOB.json has task, spec ('dense' for Horovod's own optimizer), seed, limit (seconds of training) and out, a file that is rewritten at every
+evaluation. The clock stops during evaluations.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def step(task: Task, model: torch.nn.Module, optimizer: Any, batch: torch.Tensor
 
 
 def rehearse(task: Task, job: dict[str, Any]) -> dict[str, float]:
-    """On a model that is thrown away: the first steps of an exchange (connections, code to be loaded), then steps without one, which
-    say how long computation alone takes while the other ranks compute, too."""
+    """Trains a model that is thrown away: first steps with the exchange, to connect and to load code; then steps without it, to time the
+    computation alone while the other ranks compute, too."""
     model, batches = task.make_model(), task.batches(10_000 + job["seed"], hvd.rank(), hvd.size())
     began, optimizer = time.perf_counter(), optimizer_for(task, model, job["spec"])
     for _ in range(WARM_UP):
@@ -57,14 +57,14 @@ def rehearse(task: Task, job: dict[str, Any]) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of training, those of the slowest rank."""
+    """Counts the seconds of training on the slowest rank."""
 
     def __init__(self) -> None:
         self.seconds = self.evaluating = 0.0
         self._since = time.perf_counter()
 
     def evaluate(self, task: Task, model: torch.nn.Module) -> float:
-        """The mean score of all ranks' shares."""
+        """Stops the clock and returns the mean score over all ranks' shares."""
         now = time.perf_counter()
         mine = (self.seconds + now - self._since, task.score(model, hvd.rank(), hvd.size()))
         everyone = hvd.allgather_object(mine, name="evaluation")
@@ -75,7 +75,7 @@ class Clock:
 
 
 def train(task: Task, job: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Until the mean of the last SMOOTH scores reaches the target, or the time is over."""
+    """Trains until the mean of the last SMOOTH scores reaches the target, or the time limit is over."""
     torch.manual_seed(job["seed"])
     model = task.make_model()
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -107,7 +107,7 @@ def train(task: Task, job: dict[str, Any], facts: dict[str, Any]) -> None:
 
 
 def dense_bytes(model: torch.nn.Module) -> int:
-    """What Horovod's own optimizer, which does not count it, hands to all-reduce."""
+    """Returns the bytes that Horovod's own optimizer hands to all-reduce, which it does not count itself."""
     return sum(p.nbytes for p in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What time_to_accuracy.py trains: a task has a model, examples, an optimizer, a score on held-out data, and the score to be reached."""
+"""Defines the tasks of time_to_accuracy.py: each has a model, examples, an optimizer, a score on held-out data, and a target score."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import torch_mnist  # noqa: E402
 
-#: Steps for which examples are drawn beforehand.
+#: The most steps that examples are drawn for.
 MOST_STEPS = 20_000
-#: The mean of so many evaluations in a row must reach the target: one by itself may be lucky.
+#: The mean of this many evaluations in a row must reach the target, because a single one may do so by chance.
 SMOOTH = 3
 
 
 class Task:
-    """`lr` grows to its value over `rise` steps and stays. It was tuned on dense training (`time_to_accuracy.py --tune`)."""
+    """Defines what is trained. The learning rate grows to `lr` over `rise` steps and stays. It was tuned on dense training (`--tune`)."""
 
     name: str
     unit: str
     higher_is_better: bool
     target: float
-    batch: int  # examples of each rank
+    batch: int  # examples per rank and step
     lr: float
     rates: tuple[float, ...]  # that --tune tries
     rise: int
@@ -45,15 +45,15 @@ class Task:
         raise NotImplementedError
 
     def score(self, model: nn.Module, rank: int, size: int) -> float:
-        """Of this rank's share of the held-out examples; the mean over the ranks is the score. Leaves the model in training mode."""
+        """Scores this rank's share of the held-out examples; the mean over the ranks counts. Leaves the model in training mode."""
         raise NotImplementedError
 
     def examples(self) -> int:
-        """How many there are to train on."""
+        """Returns the number of training examples."""
         raise NotImplementedError
 
     def batches(self, seed: int, rank: int, size: int) -> Iterator[torch.Tensor]:
-        """Indices of this rank's examples, step by step: what all ranks take together depends on their number only."""
+        """Yields the indices of this rank's examples of each step; those of all ranks together depend on seed and world size alone."""
         draw, step = torch.Generator().manual_seed(seed), self.batch * size
         for _ in range(MOST_STEPS):
             yield torch.randint(self.examples(), (step,), generator=draw)[rank::size]
@@ -62,15 +62,15 @@ class Task:
         return score >= self.target if self.higher_is_better else score <= self.target
 
     def recipe(self) -> dict[str, object]:
-        """What a result depends on."""
+        """Returns the settings that a result depends on."""
         keys = ("unit", "target", "batch", "optimizer", "lr", "rise", "every")
         parameters = sum(p.numel() for p in self.make_model().parameters())
         return {**{key: getattr(self, key) for key in keys}, "parameters": parameters}
 
 
 class MnistCNN(Task):
-    """The network of PyTorch's basic MNIST example without its dropout (1.2 million parameters, nearly all in one layer), on the digits of
-    the examples: 3,000 to train on, 1,000 for the score."""
+    """Trains the network of PyTorch's basic MNIST example without its dropout (1.2 million parameters, nearly all in one layer) on 3,000
+    digits of examples/torch_mnist.py; 1,000 others give the score."""
 
     name, unit, higher_is_better, target = "mnist-cnn", "test accuracy, %", True, 93.0
     batch, lr, rates, rise, optimizer = 8, 0.01, (0.005, 0.01, 0.02), 20, "SGD(momentum=0.9)"
@@ -101,7 +101,7 @@ class MnistCNN(Task):
 
 
 class Block(nn.Module):
-    """Pre-norm attention with rotary positions (Su et al. 2021), then a layer of four times the width."""
+    """Pre-norm Transformer block: attention with rotary positions (Su et al. 2021), then a feed-forward layer of four times the width."""
 
     def __init__(self, d: int, heads: int):
         super().__init__()
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """[.., t, c]: each pair of channels is turned by an angle that grows with the position."""
+    """Rotates each pair of channels of x [.., t, c] by an angle that grows with the position t."""
     t, c = x.shape[-2:]
     angle = torch.arange(t)[:, None] * 1000.0 ** (-torch.arange(0, c, 2) / c)
     cos, sin, a, b = angle.cos(), angle.sin(), x[..., ::2], x[..., 1::2]
@@ -126,8 +126,8 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 
 
 class CharTransformer(Task):
-    """A character-level Transformer (4 layers of width 256, 3.2 million parameters) on the English text that Python's help() prints; its
-    last tenth is held out, and 64 windows spread over that are the score."""
+    """Trains a character-level Transformer (4 layers of width 256, 3.2 million parameters) on the English text that Python's help() prints.
+    The last tenth is held out; 64 windows spread over it give the score."""
 
     name, unit, higher_is_better, target = "char-transformer", "validation bits per character", False, 3.2
     batch, lr, rates, rise, optimizer = 1, 5e-4, (2.5e-4, 5e-4, 1e-3), 20, "AdamW(betas=(0.9, 0.99))"

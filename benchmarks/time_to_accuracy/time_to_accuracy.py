@@ -1,13 +1,13 @@
-"""Time to the same accuracy over slow links: dense Horovod, and compressors with their natural memories.
+"""Times training to the same accuracy over slow links, by dense Horovod and by compressors with their natural memories.
 
     python benchmarks/time_to_accuracy/time_to_accuracy.py                     two hosts, 100 Mbit/s, about 25 minutes; needs root (netlab)
     python benchmarks/time_to_accuracy/time_to_accuracy.py --quick  dense and three compressors on the MNIST network, under 4 minutes
     python benchmarks/time_to_accuracy/time_to_accuracy.py --task char-transformer --spec dense --spec "powersgd(rank=4)"
     python benchmarks/time_to_accuracy/time_to_accuracy.py --tune  dense training alone, in this process, for the rates of tasks.py
 
-The clock runs from the first step to the evaluation at which the mean of the last three reaches the target, without the evaluations. The
-recipe, learning rate included, is that of dense training for all. Each training is a job of its own, kept in --out when it ends: what was
-interrupted goes on where it stopped, if the code is the same. Writes a picture beside the results.
+The clock runs from the first step until the mean score of three evaluations in a row reaches the target, and stops during evaluations.
+All trainings use the recipe of dense training, learning rate included. Each training is its own job, and its row is saved to --out when it
+ends: an interrupted run continues where it stopped if the code is the same. Writes a picture beside the results.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ console = Console(width=170, highlight=False)
 
 
 def natural(compressor: str, task: Task) -> str:
-    """The spec with its memory. A threshold without a value is 1 / (2 sqrt(k)), k being 1% of all elements, as its documentation has it."""
+    """Returns the spec with its memory. A bare 'threshold' gets 1 / (2 sqrt(k)), with k 1% of all elements, as documented."""
     if compressor == "threshold":
         elements = sum(p.numel() for p in task.make_model().parameters())
         compressor = f"threshold(threshold={1 / (2 * math.sqrt(KEPT * elements)):.2g})"
@@ -57,7 +57,7 @@ def natural(compressor: str, task: Task) -> str:
 
 
 def run(hosts: Hosts, job: dict[str, Any], show: Any) -> dict[str, Any]:
-    """What the job's rank 0 wrote when it ended. Raises RuntimeError with the reason of one that fails."""
+    """Runs a job. Returns the row that its rank 0 wrote at the end. Raises RuntimeError with the reason if the job fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         out, log = folder / "out.json", folder / "log"
@@ -83,7 +83,7 @@ def run(hosts: Hosts, job: dict[str, Any], show: Any) -> dict[str, Any]:
 
 
 class Results:
-    """The file: rows of the same code and recipes, one a (task, spec, seed)."""
+    """Holds the rows of the result file, one per (task, spec, seed), of the same code and recipes."""
 
     def __init__(self, out: Path | None, tasks: dict[str, Task], again: bool):
         self.out = out
@@ -95,12 +95,12 @@ class Results:
         self.head = {**now, "tasks": {**(found["tasks"] if same else {}), **now["tasks"]}}
 
     def has(self, job: dict[str, Any]) -> bool:
-        """Also that it was not reached, if the time for it was not less."""
+        """Whether there is a row for this job. A row that did not reach the target counts if its time limit was at least as long."""
         same = [row for row in self.rows if all(row[key] == job[key] for key in KEY)]
         return any(row["reached"] or row["limit"] >= job["limit"] for row in same)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Whole or not at all; one line a row."""
+        """Adds a row and writes the file atomically, one line per row."""
         self.rows = [known for known in self.rows if any(known[key] != row[key] for key in KEY)] + [row]
         if self.out:
             head = json.dumps(self.head, indent=1).removesuffix("\n}")
@@ -116,12 +116,12 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     outcome = "" if row["reached"] else "NOT REACHED"
     return (
         f"{row['task']:17} {row['spec']:40} seed {row['seed']}  {row['seconds']:7.1f} s {row['steps']:5} steps {times}  "
-        f"{row['step_ms']:7.1f} ms a step (computing {row['compute_ms']:.1f})  {row['bytes_per_step'] / 1e6:6.3f} MB  {outcome}"
+        f"{row['step_ms']:7.1f} ms per step (computing {row['compute_ms']:.1f})  {row['bytes_per_step'] / 1e6:6.3f} MB  {outcome}"
     )
 
 
 def tune(task: Task, lr: float, seed: int, seconds: float) -> dict[str, Any]:
-    """Dense training in this process: the batches of all ranks together have the gradient of dense averaging."""
+    """Trains densely in this process: the joint batch of all ranks gives the gradient of dense averaging."""
     torch.manual_seed(seed)
     model, began = task.make_model(), time.monotonic()
     optimizer, scores = task.make_optimizer(model, lr), []
@@ -142,7 +142,7 @@ def tune(task: Task, lr: float, seed: int, seconds: float) -> dict[str, Any]:
 
 
 def tune_all(tasks: dict[str, Task], seeds: list[int] | None, limit: float, out: Path | None) -> None:
-    """Steps to the target with every rate."""
+    """Counts the steps to the target for every learning rate."""
     torch.set_num_threads(1)
     rows = []
     for name, task in tasks.items():
@@ -154,14 +154,14 @@ def tune_all(tasks: dict[str, Task], seeds: list[int] | None, limit: float, out:
 
 
 def main(
-    tasks: Annotated[list[str] | None, typer.Option("--task", help=f"of {', '.join(TASKS)}; default all")] = None,
-    specs: Annotated[list[str] | None, typer.Option("--spec", help="parts, or 'dense'; without a memory the natural one")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="default 0 and 1 for the small network, 0 for the large one")] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help=f"one of {', '.join(TASKS)}; default: all")] = None,
+    specs: Annotated[list[str] | None, typer.Option("--spec", help="spec, or 'dense'; without a memory it gets its natural one")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="default: 0 and 1 for mnist-cnn, 0 for char-transformer")] = None,
     limit: Annotated[float, typer.Option(help="seconds of training after which a job gives up")] = 500,
-    quick: Annotated[bool, typer.Option("--quick", help="the small network, one seed, few compressors")] = False,
-    tuning: Annotated[bool, typer.Option("--tune", help="look for the learning rate of dense training")] = False,
-    again: Annotated[bool, typer.Option("--again", help="forget what --out has")] = False,
-    out: Annotated[Path | None, typer.Option(help="by default benchmarks/results/time_to_accuracy.json; none of --quick, --tune")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="mnist-cnn, one seed, few compressors")] = False,
+    tuning: Annotated[bool, typer.Option("--tune", help="compare learning rates of dense training")] = False,
+    again: Annotated[bool, typer.Option("--again", help="discard the rows of --out")] = False,
+    out: Annotated[Path | None, typer.Option(help="default: benchmarks/results/time_to_accuracy.json; none with --quick, --tune")] = None,
 ) -> None:
     chosen = {name: TASKS[name]() for name in tasks or (["mnist-cnn"] if quick else TASKS)}
     if tuning:
@@ -197,5 +197,5 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are taken down
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that the hosts are taken down
     typer.run(main)

@@ -1,4 +1,4 @@
-"""Compiled kernels: the same bits as plain array code at sizes where they take their own ways, kept on disk, and off by a setting."""
+"""Compiled kernels give the same bits as plain array code at sizes where they work in pieces, are cached on disk, and can be turned off."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from grace_ext.testing.worlds import WORLDS, same_bits, states, tapped
 COMPILED = next(world for world in WORLDS if world.name == "numpy")
 PLAIN = next(world for world in WORLDS if world.name == "numpy-plain")
 TORCH = next(world for world in WORLDS if world.name == "torch-host")
-#: Larger than what is sorted whole and than a stretch, and no multiple of anything.
+#: Larger than SMALL, which is sorted whole, and than a STRETCH; not multiples of block sizes.
 SHAPES = {"wide": (3, STRETCH // 2 + 7), "deep": (SMALL // 16 + 1, 17), "odd": (STRETCH + 1,)}
-SLOW = {"atomo", "demo", "sketch", "inceptionn", "vqsgd", "strom"}  # nothing of theirs depends on the size
+SLOW = {"atomo", "demo", "sketch", "inceptionn", "vqsgd", "strom"}  # slow compressors whose code does not depend on the size
 
 
 def gradients(step: int, size: int = 2) -> list[dict[str, np.ndarray]]:
-    """Heavy tails, zeros and repeated values."""
+    """Returns gradients with heavy tails, zeros and repeated values."""
     found = []
     for rank in range(size):
         rng = np.random.default_rng([step, rank])
@@ -45,7 +45,7 @@ def gradients(step: int, size: int = 2) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize("memory", ["residual(beta=0.9, gamma=0.5)", "none"])
 @pytest.mark.parametrize("name", [name for name in compressors.names() if name not in SLOW])
 def test_the_same_as_plain_code(name, memory):
-    """Wire bytes, results and state, over three steps."""
+    """Wire bytes, results and state are equal over three steps."""
     g = grace_ext.grace(f"{name} + {memory}")
     runs = []
     for world in (COMPILED, PLAIN):
@@ -67,7 +67,7 @@ def test_the_same_as_plain_code(name, memory):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["topk", "threshold(threshold=1e30)", "dgc", "sidco", "efsignsgd", "onebit", "randomk", "fp16"])
 def test_what_is_not_finite_is_found_wherever_it_is(name, value, where):
-    """No state changes, and all ranks get NaN."""
+    """If a gradient is not finite, no state changes and all ranks get NaN."""
     cluster = COMPILED.cluster(grace_ext.grace(f"{name} + residual"), 2)
     cluster.step(gradients(0))
     before = states(cluster, COMPILED)
@@ -82,8 +82,8 @@ def test_what_is_not_finite_is_found_wherever_it_is(name, value, where):
 @pytest.mark.parametrize("name", ["topk", "topk(ratio=0.3)", *("threshold dgc sidco randomk randblock onebit fp16 powersgd".split())])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_results_written_over_gradients(name, ranks):
-    """A gradient's memory is made zeros as it is compressed, where the result is mostly zeros, or holds what is compressed: the same bits
-    as in memory of their own."""
+    """If results are written over gradients, bits are the same as in separate memory. While it is compressed, a gradient's memory is
+    zeroed, if the result is mostly zeros, or gets the compensated gradient."""
     g, runs = grace_ext.grace(f"{name} + residual(beta=0.9, gamma=0.5)"), []
     for in_place in (False, True):
         cluster, outs = TORCH.cluster(g, ranks), []
@@ -105,7 +105,7 @@ def test_results_written_over_gradients(name, ranks):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["topk", "threshold", "dgc", "sidco", "randomk", "powersgd"])
 def test_what_is_not_finite_is_found_in_a_gradient_that_is_spent(name, value, where):
-    """Although what came before it has become zeros, or what would have been compressed, by then."""
+    """It is found although the gradient before it has already been overwritten by zeros or by the compensated gradient."""
     cluster = TORCH.cluster(grace_ext.grace(f"{name} + residual"), 2)
     for driver in cluster.drivers:
         driver._in_place = True
@@ -121,7 +121,7 @@ def test_what_is_not_finite_is_found_in_a_gradient_that_is_spent(name, value, wh
 
 @pytest.mark.parametrize("divisor", [1, 2, 3])
 def test_adding_to_zeros(divisor):
-    """As add_sparse, where ranks send the same positions, others, and none; and nothing else is touched."""
+    """add_to_zeros equals add_sparse if ranks send equal, different and no positions; other elements stay untouched."""
     if not kernels.enabled():
         pytest.skip("there are no compiled ops")
     rng, d = np.random.default_rng(divisor), 3 * L1_PIECE + 17
@@ -137,7 +137,7 @@ def test_adding_to_zeros(divisor):
 
 
 def test_arrays_that_are_used_again_are_nobody_elses():
-    """Results and saved states of earlier steps stay as they were."""
+    """Arrays are reused, but results and saved states of earlier steps do not change."""
     cluster = COMPILED.cluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
     kept = []
     for step in range(5):
@@ -151,7 +151,7 @@ def test_arrays_that_are_used_again_are_nobody_elses():
 
 
 def test_only_what_was_handed_out_is_taken_back():
-    """So that no more memory is kept than was once in use, and a view keeps its array from being used again."""
+    """Only arrays that `empty` handed out are recycled, so that memory does not grow; a view prevents the reuse of its array."""
     if not kernels.enabled():
         pytest.skip("there are no compiled ops")
     ops = host_ops(NumpyOps)
@@ -168,7 +168,7 @@ def test_only_what_was_handed_out_is_taken_back():
 @pytest.mark.parametrize("threshold", [0.01, 1.0, 2.5, 9.0])
 @pytest.mark.parametrize("size", [1, 2047, 2049, 50_001])
 def test_taking_out_above_a_threshold(size, threshold):
-    """What is found in a room that is too small at first, and what stays."""
+    """Selected and remaining elements are right, even if the output buffer is too small at first."""
     if not kernels.enabled():
         pytest.skip("there are no kernels")
     ops = host_ops(NumpyOps)
@@ -183,7 +183,7 @@ def test_taking_out_above_a_threshold(size, threshold):
 
 
 def test_top_k_is_exact_however_the_sample_misleads():
-    """All large values between the sampled ones, and none there."""
+    """top_k is exact even if all large values are between the sampled positions, or only at them."""
     ops, plain = host_ops(NumpyOps), NumpyOps()
     sampled = np.arange(200_000) % sample_step(200_000) == 0
     for pattern in (~sampled, sampled, np.arange(200_000) < 300, np.zeros(200_000, bool)):
@@ -216,7 +216,7 @@ print(kernels.enabled(), digest.hexdigest())
 WITHOUT_COMPRESSION = """
 import numpy as np
 from grace_ext.arrays.kernels import compile
-compile.compresses = lambda: False  # as on processors that cannot
+compile.compresses = lambda: False  # as on processors without the instruction
 from grace_ext.arrays.kernels import select
 x = np.random.default_rng(0).standard_normal(10_001).astype(np.float32)
 for threshold in (0.01, 1.0, 9.0):
@@ -239,7 +239,7 @@ def run(script: str = SCRIPT, **environment: str) -> subprocess.CompletedProcess
 
 
 def test_compiled_once_and_off_by_a_setting(tmp_path):
-    """The first process compiles and says so, the second does neither; without kernels everything works and gives the same."""
+    """The first process compiles and says so, the second does neither. With GRACE_EXT_KERNELS=0, results are the same."""
     first, second = (run(GRACE_EXT_CACHE=str(tmp_path), GRACE_EXT_KERNELS="1") for _ in range(2))
     off = run(GRACE_EXT_CACHE=str(tmp_path / "unused"), GRACE_EXT_KERNELS="0")
     assert off.stdout.startswith("False ") and off.stderr == "" and not (tmp_path / "unused").exists()
@@ -250,7 +250,7 @@ def test_compiled_once_and_off_by_a_setting(tmp_path):
 
 
 def test_ranks_that_start_together_compile_once(tmp_path):
-    """One does, the others wait for it."""
+    """If ranks start together, one compiles and the others wait for it."""
     if not kernels.enabled():
         pytest.skip("there are no kernels")
     environment = {**os.environ, "GRACE_EXT_CACHE": str(tmp_path)}
@@ -262,7 +262,7 @@ def test_ranks_that_start_together_compile_once(tmp_path):
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
-    """A file where the folder should be: kernels are kept in a temporary folder for this process."""
+    """If the cache folder cannot be made, because a file has its name, kernels are kept in a temporary folder for this process."""
     blocked = tmp_path / "file"
     blocked.write_text("")
     done = run(GRACE_EXT_CACHE=str(blocked))

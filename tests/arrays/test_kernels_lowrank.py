@@ -1,4 +1,4 @@
-"""Kernels of the low-rank compressors against float64: any rank, rows with and without a rest, results written over what they come from."""
+"""Kernels of the low-rank compressors match float64, for any rank, for rows of any length, and if results are written over inputs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_products(rows, columns, rank, over):
 
 
 def test_what_overflows_is_kept_although_the_gradient_is_written_over():
-    """P of finite gradients overflows: nothing is sent, and the memory has all of it, in memory of its own."""
+    """If P of finite gradients overflows, nothing is sent, and the residual holds the whole gradient in its own memory."""
     for in_place in (False, True):
         cluster = TORCH.cluster(grace_ext.grace("powersgd(rank=2) + residual"), 2)
         for driver in cluster.drivers:

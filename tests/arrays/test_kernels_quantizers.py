@@ -1,4 +1,4 @@
-"""Compiled quantizers and their plain forms: the same payloads, residuals, results and errors, bit for bit."""
+"""Compiled quantizers and their plain forms give the same payloads, residuals, results and errors, bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUITE = (
     "qsgd", "qsgd(bits=4)", "qsgd(bits=4, bucket=33)", "qsgd(bits=2, bucket=64)", "qsgd(bits=5)", "qsgd(levels=32767, bucket=3000)",
     "qsgd(levels=128, bucket=1)", "adaqs", "dqsgd(levels=1)",
 )  # fmt: skip
-#: Around the sizes of bytes, blocks (512), pieces of kernels (2048, 2560) and of the operations around them (65536).
+#: Sizes around those of bytes, blocks (512), pieces of kernels (2048, 2560) and pieces of the operations that call them (65536).
 SIZES = (1, 2, 3, 5, 7, 8, 9, 64, 511, 512, 513, 1536, 2047, 2048, 2049, 2560, 2561, 5123, 65536, 65541)
 EXTREMES = np.array([0.0, -0.0, 1.4e-45, -1.4e-45, 1.2e-38, -5.96e-8, 6.1e-5, 65504, 65520, -1e9, 3.39e38, -3.4028235e38], np.float32)
 FEEDBACKS = ((None, 1.0, 1.0), ("residual", 1.0, 1.0), ("residual", 0.9, 0.5))
@@ -65,7 +65,7 @@ def same(a, b) -> bool:
 
 
 def plain_form(compressor, grad, residual, beta, gamma, spec, state):
-    """(payload, residual or None) by the plain operations, put together as memory 'residual' does."""
+    """Returns (payload, residual or None), computed by plain operations in the same order as memory 'residual'."""
     x = grad
     if residual is not None:
         x = (residual if beta == 1 else residual * beta) + (grad if gamma == 1 else grad * gamma)
@@ -80,7 +80,7 @@ def check_encoding(ops, text: str, grad: np.ndarray, residual: np.ndarray) -> No
     state = compressor.init(PLAIN, spec, info_of())
     for kept, beta, gamma in FEEDBACKS:
         kept = kept and residual
-        grad.flags.writeable = False  # as a framework's own memory may be
+        grad.flags.writeable = False  # as the memory of a framework may be
         with np.errstate(all="ignore"):
             wanted, unsent = plain_form(compressor, grad, kept, beta, gamma, spec, state)
             done = compressor.fused(ops, grad, Feedback(kept, beta, gamma), spec, info_of(), state)
@@ -92,7 +92,7 @@ def check_encoding(ops, text: str, grad: np.ndarray, residual: np.ndarray) -> No
 
 
 def finite_sum(residual: np.ndarray, grad: np.ndarray) -> np.ndarray:
-    """The residual, zero where it would make the sum overflow."""
+    """Returns the residual, with zeros where it would make the sum overflow."""
     with np.errstate(over="ignore"):
         return np.where(np.isfinite(residual + grad), residual, np.float32(0))
 
@@ -100,7 +100,7 @@ def finite_sum(residual: np.ndarray, grad: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("text", SUITE)
 @pytest.mark.parametrize("d", SIZES)
 def test_encoding(ops, text, d):
-    """Payload and residual of one pass are those of the three operations, without and with a residual."""
+    """The one-pass payload and residual are those of the three separate operations, without and with a residual."""
     residuals = list(vectors(d, seed=1).values())
     for place, grad in enumerate(vectors(d).values()):
         check_encoding(ops, text, grad, finite_sum(residuals[place - 1], grad))
@@ -109,7 +109,7 @@ def test_encoding(ops, text, d):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_encoding_of_any_vector(data):
-    """The same for values that hypothesis thinks of."""
+    """The same holds for values that hypothesis generates."""
     text, size = data.draw(st.sampled_from(SUITE)), data.draw(st.integers(1, 40))
     floats = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=size, max_size=size)
     grad, residual = (np.array(data.draw(floats), np.float32) for _ in range(2))
@@ -119,7 +119,7 @@ def test_encoding_of_any_vector(data):
 @pytest.mark.parametrize("text", SUITE)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_left_to_the_plain_form(ops, text, bad):
-    """Anywhere, with and without a residual, and where only the sum overflows."""
+    """`fused` returns None if any element is not finite, with and without a residual, or if only the sum overflows."""
     compressor, spec = compressor_of(text), TensorSpec("w", (70_001,))
     state = compressor.init(PLAIN, spec, info_of())
     for place in (0, 5, 66_000, 70_000):
@@ -140,7 +140,7 @@ def payloads_of(compressor, spec, kind: str, ranks: int = 3) -> list:
 @pytest.mark.parametrize("text", SUITE)
 @pytest.mark.parametrize("d", SIZES)
 def test_combine(ops, text, d):
-    """The mean of three ranks and of one, new and over something that was there, from bytes that start anywhere."""
+    """The mean of three ranks, and of one, is the same in a new array and in a given one, and from payloads at any address."""
     compressor, spec = compressor_of(text), TensorSpec("w", (d,))
     for kind in vectors(1):
         payloads = payloads_of(compressor, spec, kind)
@@ -154,7 +154,7 @@ def test_combine(ops, text, d):
 
 
 def test_every_compiled_form_is_used(ops):
-    """None of these comparisons is of the plain form with itself."""
+    """Every compressor of SUITE has a compiled form, so that no test here compares the plain form with itself."""
     spec = TensorSpec("w", (100,))
     for text in SUITE:
         compressor = compressor_of(text)
@@ -171,7 +171,7 @@ def floats(*values: float):
     return lambda piece: np.array(values, "<f4").view(np.uint8)
 
 
-# compressor, field, what becomes of it
+# (compressor, field, function that damages the field)
 BAD = [
     ("fp16", 0, with_byte(151, 0x7C)),
     ("bf16", 0, lambda piece: np.concatenate([piece[:-2], np.array([0xC0, 0x7F], np.uint8)])),
@@ -189,7 +189,7 @@ BAD = [
 
 @pytest.mark.parametrize(("text", "field", "change"), BAD, ids=[f"{b[0]}-{place}" for place, b in enumerate(BAD)])
 def test_bad_payloads(ops, text, field, change):
-    """From any rank: the same error as the plain form's, which names it."""
+    """A bad payload of any rank gives the same error as the plain form, and the error names the rank."""
     compressor, spec = compressor_of(text), TensorSpec("w", (100,))
     for rank in range(3):
         payloads = [list(payload) for payload in payloads_of(compressor, spec, "normal")]
@@ -204,7 +204,7 @@ def test_bad_payloads(ops, text, field, change):
 
 
 def test_a_norm_that_overflows(ops):
-    """The largest norm times level s of s is beyond float32 with some s: then it depends on the levels whether the payload is good."""
+    """For some s, the largest norm times s / s overflows float32; then the payload is valid or not depending on its levels."""
     compressor, spec = compressor_of("qsgd(levels=7)"), TensorSpec("w", (4,))
     largest = np.array([np.finfo(np.float32).max]).astype("<f4").view(np.uint8)
     for codes in ([1, 2, 3, 4], [1, 7, 3, 15]):
@@ -221,7 +221,7 @@ def test_a_norm_that_overflows(ops):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits(ops, dtype):
-    """Every value of 16 bits, their neighbours among floats, the midpoints between them, and Inf and NaN, there and back."""
+    """Conversions agree both ways for every 16-bit value, its neighbours in float32, the midpoints between values, Inf and NaN."""
     every = PLAIN.from_bytes(np.arange(2**16, dtype=np.uint16).view(np.uint8), dtype)
     assert same(np.isnan(ops.from_bytes(np.arange(2**16, dtype=np.uint16).view(np.uint8), dtype)), np.isnan(every))
     numbers = np.sort(every[np.isfinite(every)])
@@ -234,7 +234,7 @@ def test_sixteen_bits(ops, dtype):
 
 
 def test_without_conversions_of_the_processor(ops):
-    """fp16 and bf16 then take the plain form."""
+    """Without conversion instructions, fp16 and bf16 use the plain form."""
     bare = host_ops(NumpyOps)
     bare.kernels = types.SimpleNamespace(**{**vars(ops.kernels), "narrow": None})
     x = vectors(100)["normal"]
@@ -249,7 +249,7 @@ def test_without_conversions_of_the_processor(ops):
 
 
 def test_the_table_of_u8bit():
-    """Says for every edge, its neighbours, and the ends of every entry how many edges are <= it; also below the first."""
+    """The table gives the number of edges <= x, for x at and beside every edge, at the ends of every entry, and below the first edge."""
     bits = EDGES.view(np.uint32).astype(np.int64)
     ends = int(LOWEST) + 2**16 * np.arange(len(TABLE))
     tried = np.concatenate([bits - 1, bits, bits + 1, ends, ends[:-1] + 2**16 - 1, [0, 1, int(LOWEST) - 1, 0x3F800000]])

@@ -1,7 +1,7 @@
-"""Randomness is unbiased, as often as it should be, private or shared as it should be, and touches no global generator.
+"""Random draws have the right probabilities, are private or shared as intended, and use no global generator.
 
-Draws are a function of (seed, name, step, rank), so each test here passes always or never. The limits are set as if the draws were
-fresh: the stated false-alarm rate is the chance that a correct generator would miss them.
+Draws are a function of (seed, name, step, rank), so each test here always passes or always fails. The limits are set as if the draws were
+new: the stated false-alarm rate is the probability that a correct generator would exceed them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FALSE_ALARM = 1e-9
 
 
 def decoded(world, compressor, x: np.ndarray, steps: int, name: str = "w") -> np.ndarray:
-    """C(x) at each of `steps` steps, as float64[steps, d]."""
+    """Returns C(x) at each of `steps` steps, as float64[steps, d]."""
     spec, ops, out = TensorSpec(name, x.shape), world.ops, []
     flat = ops.ingest(world.tensor(x))
     for step in range(steps):
@@ -79,7 +79,7 @@ def test_qsgd_draws_are_private_to_rank_name_and_step():
 
 
 def test_randomk_scaled_is_unbiased():
-    """The mean over steps is x: each element within a Chernoff-Hoeffding bound of false alarm 1e-9."""
+    """The mean over the steps is x: each element is within a Chernoff-Hoeffding bound (false alarm 1e-9)."""
     x, steps = np.linspace(1, 2, 40, dtype=np.float32), 1000
     out = decoded(NUMPY, grace_ext.grace("randomk(ratio=0.25, scale=True) + none").compressor, x, steps)
     spread = 4 * x * math.sqrt(math.log(2 * 40 / FALSE_ALARM) / (2 * steps))
@@ -89,7 +89,7 @@ def test_randomk_scaled_is_unbiased():
 
 @pytest.mark.parametrize(("d", "k"), [(2, 1), (3, 2), (5, 2), (7, 3), (17, 1), (50, 5), (64, 63)])
 def test_positions_are_distinct_and_equally_likely(d, k):
-    """Without replacement, ascending; every position, and every pair, is drawn equally often (6 standard deviations each)."""
+    """Positions are ascending and drawn without replacement; every position, and every pair, equally often (6 standard deviations each)."""
     steps = 600
     counts, pairs = np.zeros(d), np.zeros((d, d))
     for step in range(steps):
@@ -107,7 +107,7 @@ def test_positions_are_distinct_and_equally_likely(d, k):
 
 @pytest.mark.parametrize("d", [1, 2, 4, 5, 255, 256, 257, 1023, 1025, 65537])
 def test_positions_at_the_edges(d):
-    """Around powers of two, for one, nearly all and all positions."""
+    """Positions are valid for d around powers of two, and for one, nearly all and all positions."""
     for k in {1, min(2, d), max(1, d // 3), max(1, d - 1), d}:
         positions = sampling.sample((123, 456), d, k)
         assert positions.dtype == np.int64 and len(set(positions.tolist())) == k
@@ -115,7 +115,7 @@ def test_positions_at_the_edges(d):
 
 
 def test_positions_differ_by_name_step_and_seed_not_by_rank():
-    """Anagrams differ (GRACE's do not), and what ranks share does not depend on the rank, the world size or `op`."""
+    """Names that are anagrams get different positions (not so in GRACE); shared positions do not depend on rank, world size or `op`."""
     draw = lambda name, **info: tuple(  # noqa: E731
         sampling.sample(StepInfo(**{"step": 0, "rank": 0, "size": 2, "divisor": 2, **info}).shared_key(name, "randomk"), 10_000, 100)
     )
@@ -138,7 +138,7 @@ def test_words_are_fair_bits():
 
 
 def test_normals_have_mean_zero_and_variance_one():
-    """PowerSGD's start; 6 standard deviations."""
+    """The normals with which PowerSGD starts have mean 0 and variance 1, within 6 standard deviations."""
     x = rng.normals((3, 4), 100_000).astype(np.float64)
     assert abs(x.mean()) < 6 / math.sqrt(1e5) and abs(x.var() - 1) < 6 * math.sqrt(2 / 1e5)
     assert np.isfinite(x).all() and np.abs(x).max() < 5
@@ -147,7 +147,7 @@ def test_normals_have_mean_zero_and_variance_one():
 @pytest.mark.parametrize("spec", catalog.FEEDBACK)
 @pytest.mark.parametrize("world", OWN)
 def test_no_global_generator_is_touched(world, spec):
-    """The user's own random numbers come out the same with and without compression."""
+    """Compression does not change the state of any global generator of the user."""
 
     def fingerprint():
         marks = [random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]]

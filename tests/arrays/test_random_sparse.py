@@ -1,6 +1,6 @@
-"""Unbiased compressors that pick at random: the mean over draws is the input, the variance what is promised.
+"""Unbiased compressors that select at random: the mean over draws is the input, and the variance is as declared.
 
-Draws are a function of (seed, name, step, rank), so each test passes always or never; limits are 5 standard deviations of a mean.
+Draws are a function of (seed, name, step, rank), so each test always passes or always fails; limits are 5 standard deviations of a mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DRAWS = 400
 
 
 def decoded(text: str, x: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-    """C(x) at each of `draws` steps: float64[draws, d]."""
+    """Returns C(x) at each of `draws` steps, as float64[draws, d]."""
     part, spec, out = grace_ext.grace(f"{text} + none").compressor, TensorSpec("w", x.shape), []
     for step in range(draws):
         info = StepInfo(step=step, rank=0, size=1, divisor=1)
@@ -49,10 +49,10 @@ UNBIASED = {
 
 @pytest.mark.parametrize("text", UNBIASED)
 def test_unbiased(text):
-    """Every element, and the projection on x, within 5 deviations of its mean; the squared error within what omega promises."""
+    """The means of every element and of the projection on x are within 5 standard deviations; the squared error is within omega's bound."""
     x = gaussian(*UNBIASED[text])
-    x += 0.3 * np.sign(x)  # none so small that it is never drawn
-    draws = 3000 if text == "induced" else DRAWS  # one element of 64 at a time
+    x += 0.3 * np.sign(x)  # so that no element is too small to be drawn
+    draws = 3000 if text == "induced" else DRAWS  # it draws one element of 64 at a time
     out, flat = decoded(text, x, draws), x.reshape(-1).astype(np.float64)
     part = grace_ext.grace(f"{text} + none").compressor
     assert part.unbiased
@@ -65,7 +65,7 @@ def test_unbiased(text):
 
 
 def test_wangni_has_the_least_variance_and_the_expected_size():
-    """sum of x^2 (1 / p - 1), p of sum k; k elements on average; fewer where fewer are not zero."""
+    """The variance is sum of x^2 (1 / p - 1) with p of sum k; k elements are sent on average, or fewer if fewer are not zero."""
     x = gaussian(64) ** 3
     out, p = decoded("wangni(ratio=0.25)", x, 1000), chances(abs(x.astype(float)), 16)
     wanted = (x.astype(float) ** 2 * (1 / p - 1)).sum()
@@ -79,7 +79,7 @@ def test_wangni_has_the_least_variance_and_the_expected_size():
 
 
 def test_wangni_of_many_sizes():
-    """Where each pass finds more large elements; tiny and huge ones; the same number of each sign."""
+    """Results are finite and keep signs if each pass finds more large elements, and for tiny, huge and very different magnitudes."""
     for x in (1.5 ** np.arange(64), 1.4e-45 * np.arange(64), 3e38 * np.ones(64), np.where(np.arange(64) % 2, 1e-30, -1e30)):
         x = x.astype(np.float32)
         out = decoded("wangni(ratio=0.5)", x, 50)
@@ -87,7 +87,7 @@ def test_wangni_of_many_sizes():
 
 
 def test_atomo_sends_rank_triplets_on_average():
-    """Their number varies about the rank (the published code's does not, and is biased); a matrix of low rank is sent whole."""
+    """The number of triplets varies around the rank (not so in the published code, which is biased); a low-rank matrix is sent whole."""
     x = gaussian(12, 9)
     part, spec = grace_ext.grace("atomo(rank=2) + none").compressor, TensorSpec("w", x.shape)
     sizes = []
@@ -117,7 +117,7 @@ CONTRACTIONS = ["dgc(ratio=0.1)", "adaq(ratio=0.1)", "demo(topk=8, values='fp32'
 
 @pytest.mark.parametrize("text", CONTRACTIONS)
 def test_contractions_contract(text):
-    """||C(x) - x||^2 <= (1 - delta) ||x||^2, of every input but for float32; in expectation for randblock."""
+    """||C(x) - x||^2 <= (1 - delta) ||x||^2 for every input, up to float32 rounding; for randblock, in expectation."""
     part = grace_ext.grace(f"{text} + none").compressor
     for d in (1, 7, 600):
         for x in [*inputs.adversarial(d).values(), gaussian(d)]:

@@ -1,4 +1,4 @@
-"""Each algorithm is written once: every array library puts the same bytes on the wire, and gives the same bits back."""
+"""Each algorithm is written once: with every array library it sends the same bytes and returns the same bits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states, tapped
 from .. import catalog
 
 OTHERS = WORLDS[1:]
-#: Those that compute with arrays of their own; the rest are numpy inside, and need only their border tested.
+#: Libraries that compute with their own arrays. The others use numpy inside, so that only their conversions need tests.
 OWN = [w for w in OTHERS if type(w.ops).pack is not type(NUMPY.ops).pack]
 
 
 def history(world, g, steps):
-    """Wire bytes, results and states of several steps."""
+    """Returns wire bytes, results and states of several steps."""
     cluster, outs = world.cluster(g, len(steps[0])), []
     with np.errstate(all="ignore"), tapped() as seen:
         for gradients in steps:
@@ -44,7 +44,7 @@ def compare(world, spec: str, steps) -> None:
 @pytest.mark.parametrize("world", OWN, ids=lambda w: w.name)
 @pytest.mark.parametrize("spec", [s for s in catalog.MIXES if "beta" not in s])
 def test_same_bytes(world, spec):
-    """Two steps of float32, where a different bit of state would show in the bytes of the second."""
+    """Two float32 steps send the same bytes; a different bit of state would change those of the second."""
     compare(world, spec, [inputs.ranks(2, step) for step in range(2)])
 
 
@@ -58,7 +58,7 @@ def test_same_bytes_in_other_dtypes(world, spec, dtype):
 @pytest.mark.parametrize("world", OWN, ids=lambda w: w.name)
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)
 def test_same_bytes_of_adversarial_values(world, text):
-    """Ties, subnormals, negative zeros and the largest floats, where libraries like to differ."""
+    """Bytes are the same for ties, subnormals, negative zeros and the largest floats, which libraries often treat differently."""
     g = grace_ext.grace(f"{text} + none")
     if not g.compressor.deterministic_bytes:
         pytest.skip("matrix products overflow differently")
@@ -76,7 +76,7 @@ def test_same_bytes_of_a_large_tensor(world, text):
 
 @pytest.mark.parametrize("world", [w for w in OTHERS if w.framework != "numpy"], ids=lambda w: w.name)
 def test_numpy_arrays_in_any_framework(world):
-    """LocalCluster takes numpy arrays whatever its framework, and returns the framework's."""
+    """A LocalCluster of any framework takes numpy arrays, and returns the framework's tensors."""
     g = grace_ext.grace("topk(ratio=0.25) + residual")
     for dtype in inputs.DTYPES:
         cluster, gradients = world.cluster(g, 2), inputs.ranks(2, 0, dtype)

@@ -1,9 +1,9 @@
-"""Train 10 = train 5, save, a new process, resume 5, bit for bit: for every compressor with every memory that takes it.
+"""Compares 10 steps with 5 steps, save, a new process, load and 5 steps, for every compressor with every memory that takes it.
 
-    python -m tests.checkpoints.resume_matrix first FOLDER SPECS.json     # trains 10 and prints what came out; trains 5 and saves to FOLDER
-    python -m tests.checkpoints.resume_matrix second FOLDER SPECS.json    # loads, trains 5, prints what came out
+    python -m tests.checkpoints.resume_matrix first FOLDER SPECS.json     # trains 10 steps and prints digests; trains 5, saves to FOLDER
+    python -m tests.checkpoints.resume_matrix second FOLDER SPECS.json    # loads, trains 5 steps, prints digests
 
-Both print a JSON object of digests by spec: of the result of step 10, and of all ranks' states after it.
+Both print a JSON object with a digest per spec, of the result of step 10 and of all ranks' states after it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SIZE, STEPS, AT = 2, 10, 5
 
 
 def every() -> tuple[list[str], int]:
-    """Every compressor (all variants of the catalogue) with every memory that takes it, and what else the catalogue has; and how many
-    pairs of compressor and memory are refused when they are composed."""
+    """Returns (specs, refused). specs: every compressor (all variants of the catalogue) with every memory that takes it, and all other
+    specs of the catalogue. refused: how many pairs of compressor and memory cannot be composed."""
     from .. import catalog
 
     taken = catalog.compositions(catalog.COMPRESSORS, catalog.MEMORIES, natural_only=True)
@@ -36,7 +36,7 @@ def every() -> tuple[list[str], int]:
 
 
 def compare(specs: list[str], folder: Path) -> dict[str, str]:
-    """'equal' or what differed, by spec, of two processes that run one after the other."""
+    """Runs the two processes one after the other. Returns by spec 'equal', or what differs."""
     listed = folder / "specs.json"
     listed.write_text(json.dumps(specs))
     first, second = (_process(what, folder, listed) for what in ("first", "second"))
@@ -61,9 +61,9 @@ def gradients(rank: int, step: int) -> dict[str, np.ndarray]:
 
 
 def train(cluster: grace_ext.LocalCluster, start: int, stop: int) -> str:
-    """The digest of the last result, and of the states after it."""
+    """Trains the steps. Returns a digest of the last result and of the states after it."""
     for step in range(start, stop):
-        lr = 0.1 if step < 7 else 0.05  # it changes after the resume
+        lr = 0.1 if step < 7 else 0.05  # the learning rate changes after the resume
         out = cluster.step([gradients(rank, step) for rank in range(cluster.size)], lr=lr)
     hashed = hashlib.blake2b(digest_size=8)
     for mapping in out if isinstance(out, list) else [out]:

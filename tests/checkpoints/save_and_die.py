@@ -1,9 +1,9 @@
-"""Saves that end in the middle, each in a forked process: for test_checkpoint.py.
+"""Interrupts saves at different moments, each in a forked process, for test_checkpoint.py.
 
     python -m tests.checkpoints.save_and_die < CASES.json
 
-CASES: [["kill", n, folder]: SIGKILL before the n-th fsync, rename or removal; ["limit", bytes, folder]: files may not be longer]. Prints a
-line of JSON for each: the signal that ended it, and what the error said.
+CASES is a list of ["kill", n, folder], for SIGKILL before the n-th fsync, rename or removal, and ["limit", bytes, folder], for a limit on
+the length of files. Prints a line of JSON per case: the signal that ended the process, and the text of the error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def dying(function: Callable, calls: list[int], at: int) -> Callable:
 
 
 def save(what: str, at: int, folder: str, cluster: grace_ext.LocalCluster) -> str:
-    """What the error said, '' where there was none."""
+    """Saves with this interruption. Returns the text of the error, or '' if there was none."""
     if what == "limit":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))

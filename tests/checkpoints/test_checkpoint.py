@@ -1,4 +1,4 @@
-"""grace_ext.save and load: files, and what a killed save, a full disk and damage leave."""
+"""grace_ext.save and load: the files, and what remains after a killed save, a full disk or damage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bits(cluster) -> list[dict[str, bytes]]:
 
 
 def test_every_part_resumes_in_a_new_process(tmp_path):
-    """One mix for every part; benchmarks/reliability/resume.py runs all of them."""
+    """Every part resumes exactly, in one combination each; benchmarks/reliability/resume.py runs all combinations."""
     outcomes = resume_matrix.compare(catalog.shelf(), tmp_path)
     assert len(outcomes) > 60
     assert {spec: outcome for spec, outcome in outcomes.items() if outcome != "equal"} == {}
@@ -101,7 +101,7 @@ def test_another_number_of_ranks_is_logged_with_the_norm(tmp_path, caplog, old, 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------------------
 def refused(opt, folder, match: str) -> None:
-    """Loading raises, and changes nothing."""
+    """Asserts that loading raises and changes nothing."""
     before, step = bits(opt), opt.drivers[0].step
     with pytest.raises(CheckpointError, match=match):
         grace_ext.load(opt, folder)
@@ -128,7 +128,7 @@ def test_damage_is_found(tmp_path):
     for bad in (manifest[:-5], "[]", "{}", manifest.replace('"version": 1', '"version": 2')):
         (tmp_path / "manifest.json").write_text(bad)
         refused(trained(2), tmp_path, "manifest.json.*(damaged|version)")
-    grace_ext.save(cluster, tmp_path)  # a new one mends it
+    grace_ext.save(cluster, tmp_path)  # a new save repairs the folder
     assert grace_ext.load(trained(2), tmp_path) == 3
 
 
@@ -173,7 +173,7 @@ def test_a_failed_write_is_an_error_and_leaves_the_last_one(tmp_path, monkeypatc
 
 # --- a save that ends in the middle ---------------------------------------------------------------------------------------
 def forked(*cases: tuple[str, int, Path]) -> list[dict]:
-    """By case, how a save of step 5 ended in a process of its own: see tests/checkpoints/save_and_die.py."""
+    """Returns per case how a save of step 5 ended in its own process, by tests/checkpoints/save_and_die.py."""
     given = json.dumps([[what, at, str(folder)] for what, at, folder in cases])
     done = subprocess.run([sys.executable, "-m", "tests.checkpoints.save_and_die"], cwd=ROOT, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -181,8 +181,8 @@ def forked(*cases: tuple[str, int, Path]) -> list[dict]:
 
 
 def test_a_killed_save_leaves_the_last_one_or_the_new_one(tmp_path):
-    """SIGKILL before each fsync, rename and removal of a save: a checkpoint of step 3 or of step 5 loads, whole, and the next save works
-    and cleans up."""
+    """After SIGKILL before any fsync, rename or removal of a save, the folder loads as the complete checkpoint of step 3 or of step 5, and
+    the next save succeeds and cleans up."""
     calls = 11  # three files: fsync, rename, fsync of the folder; then two old files are removed
     folders = {at: tmp_path / str(at) for at in range(1, calls + 2)}
     for folder in folders.values():
@@ -196,7 +196,7 @@ def test_a_killed_save_leaves_the_last_one_or_the_new_one(tmp_path):
         assert bits(again) == bits(trained(found[-1]))
         grace_ext.save(trained(6), folder)
         assert len(list(folder.iterdir())) == 3
-    assert found == [3] * 8 + [5] * 4  # the rename of the manifest, the 8th call, is the moment
+    assert found == [3] * 8 + [5] * 4  # the 8th call, the rename of the manifest, makes the new checkpoint valid
 
 
 def test_a_disk_that_takes_no_more(tmp_path):

@@ -1,4 +1,4 @@
-"""grace_ext.save and load of several ranks: what fails on one raises on all, and changes nothing on any."""
+"""grace_ext.save and load on several ranks: a failure on one rank raises on all ranks, and changes nothing on any."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .test_checkpoint import SPEC, bits, trained
 
 
 class Together(Transport):
-    """All-gathers of ranks that are threads."""
+    """Performs all-gathers between ranks that are threads."""
 
     gathers_uneven = True
 
@@ -38,7 +38,7 @@ class Together(Transport):
 
 
 class Holder:
-    """A rank's driver with the state of that rank of a cluster."""
+    """Holds a rank's driver with the state of the same rank in a cluster."""
 
     def __init__(self, transport: Together, cluster: grace_ext.LocalCluster):
         self.driver = Driver(cluster.grace, OPS, transport)
@@ -53,7 +53,7 @@ class Holder:
 
 
 def on_all(clusters, call) -> tuple[list[Holder], list]:
-    """The ranks' holders, and what `call(holder, rank)` gave or raised on each."""
+    """Runs `call(holder, rank)` on each rank in a thread. Returns the holders, and the results or exceptions."""
     size = len(clusters)
     arrays, barrier, outcomes = [None] * size, threading.Barrier(size, timeout=60), [None] * size
     holders = [Holder(Together(rank, arrays, barrier), cluster) for rank, cluster in enumerate(clusters)]
@@ -88,7 +88,7 @@ def test_each_rank_writes_its_own_file(tmp_path):
     assert outcomes == [None, None]
     holders, outcomes = on_all([trained(1)] * 2, lambda holder, rank: grace_ext.load(holder, tmp_path))
     assert outcomes == [3, 3] and [holder.bits() for holder in holders] == bits(three)
-    again = resume_matrix.cluster_of(SPEC)  # and one process takes them all
+    again = resume_matrix.cluster_of(SPEC)  # one process can load all ranks
     assert grace_ext.load(again, tmp_path) == 3 and bits(again) == bits(three)
 
 
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_on_one_rank(tmp_path, monkeypatch):
 
 
 def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
-    """Rank 0 alone writes it. The files stay until the next save, because a rename may have been done when an error is seen."""
+    """Only rank 0 writes the manifest. If that fails, the new files stay until the next save, because the rename may have happened."""
     on_all([trained(3)] * 2, lambda holder, rank: grace_ext.save(holder, tmp_path))
     write = checkpoint_files.write
 

@@ -1,4 +1,4 @@
-"""Resuming on another number of ranks: what was unsent keeps its effect on the aggregate, and what belongs together stays so."""
+"""Resuming on another number of ranks keeps the effect of residuals on the aggregate, and keeps related arrays consistent."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def states(cluster) -> list[dict]:
 
 
 def on(cluster, size: int, how: str, per_node: int = 1):
-    """A cluster of `size` ranks that goes on from there."""
+    """Returns a cluster of `size` ranks that continues from this one's states."""
     other = grace_ext.LocalCluster(cluster.grace, size, ranks_per_node=per_node)
     other.load_state_dict({"version": 1, "ranks": resized(states(cluster), size, how)})
     return other
 
 
 def drained(cluster, steps: int) -> dict[str, np.ndarray]:
-    """float64: what comes out in so many steps without gradients."""
+    """Returns the sum, in float64, of the results of this many steps with zero gradients."""
     total = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for _ in range(steps):
         for name, x in NUMPY.step(cluster, [{n: np.zeros(s, np.float32) for n, s in SHAPES.items()}] * cluster.size).items():
@@ -47,7 +47,7 @@ def drained(cluster, steps: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("spec", ["topk(ratio=0.1) + residual", "topk(ratio=0.1) + gradient_compression(momentum=0, nesterov=True)",
                                   "efsignsgd(block=8) + residual @ reduce_scatter", "topk(ratio=0.1) + ef_star"])  # fmt: skip
 def test_the_update_delivered_is_the_one_that_was_owed(spec, old, new):
-    """A float64 oracle: all gradients' means, what came out before, and what comes out after with no more gradients."""
+    """By a float64 oracle: mean gradients less results before the resize equal the results after it with zero gradients."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), old)
     owed = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for step in range(4):
@@ -57,9 +57,9 @@ def test_the_update_delivered_is_the_one_that_was_owed(spec, old, new):
             owed[name] += np.mean([np.float64(g[name]) for g in gradients], axis=0) - np.float64(out[name])
     sent = drained(on(cluster, new, "mean"), 600 if "efsign" in spec else 60)
     for name in SHAPES:
-        tolerance = 5e-3 if "efsign" in spec else 1e-5  # signs never get everything out
+        tolerance = 5e-3 if "efsign" in spec else 1e-5  # signs never drain a residual completely
         np.testing.assert_allclose(sent[name], owed[name], rtol=0, atol=tolerance * max(1, np.abs(owed[name]).max(initial=0)))
-    assert max(np.abs(x).max(initial=0) for x in owed.values()) > 0.5  # there was something to lose
+    assert max(np.abs(x).max(initial=0) for x in owed.values()) > 0.5  # the residuals were not empty
 
 
 @pytest.mark.parametrize("how", ["keep", "reset"])
@@ -72,7 +72,7 @@ def test_keep_and_reset_do_lose_it(how):
 
 
 def test_of_a_sum_the_sum_is_kept():
-    """op=Sum: aggregates are not divided, so neither is what is owed."""
+    """With op=Sum, aggregates are not divided, so the sum of the residuals is kept instead of their mean."""
     ranks = [{**state, "op": "sum"} for state in states(after("topk(ratio=0.1) + residual", 2))]
     total = sum(np.float64(state["state"]["residual/a"]) for state in ranks)
     new = resized(ranks, 3)
@@ -84,7 +84,7 @@ def test_of_a_sum_the_sum_is_kept():
 @pytest.mark.parametrize("how", ["mean", "keep", "reset"])
 @pytest.mark.parametrize("spec", [s for s in catalog.shelf() if "cser" not in s])
 def test_every_part_goes_on_with_more_and_with_fewer_ranks(spec, how):
-    """It loads, trains, and all ranks that share something go on sharing it."""
+    """The state loads, training continues, and shared state stays equal on all ranks."""
     cluster = after(spec, 2)
     if how == "keep" and "ef_star" in spec:
         with pytest.raises(GraceError, match="resize='mean'"):
@@ -109,7 +109,7 @@ def test_every_part_goes_on_with_more_and_with_fewer_ranks(spec, how):
     ("qsgd(bits=4) + diana", "diana_mean", "diana_shift"),
 ])  # fmt: skip
 def test_the_mean_of_the_estimates_stays_their_mean(spec, mean, own, how):
-    """Else every later aggregate would be off by the difference, for ever."""
+    """The shared mean equals the mean of the estimates; otherwise every later aggregate would be wrong by the difference."""
     for state in resized(states(after(spec, 2)), 3, how):
         others = [np.float64(s["state"][f"{own}/a"]) for s in resized(states(after(spec, 2)), 3, how)]
         np.testing.assert_allclose(np.float64(state["state"][f"{mean}/a"]), np.mean(others, axis=0), rtol=1e-6, atol=1e-7)
@@ -117,7 +117,7 @@ def test_the_mean_of_the_estimates_stays_their_mean(spec, mean, own, how):
 
 
 def test_ef21_still_finds_the_gradient_after_a_resize():
-    """With constant gradients the estimates settle at them, on any number of ranks."""
+    """With constant gradients the estimates converge to them, on any number of ranks."""
     cluster = on(after("topk(ratio=0.25) + ef21", 2), 3, "mean")
     gradients = inputs.ranks(3, 99, shapes=SHAPES)
     for _ in range(80):
@@ -134,7 +134,7 @@ def test_shards_follow_one_another():
 
 
 def test_missing_ranks_count_as_zero():
-    """Of three ranks one died: the others' part of the aggregate stays what it was, a third each."""
+    """If one of three ranks died, the others' shares of the aggregate stay what they were, a third each."""
     ranks = states(after("topk(ratio=0.1) + residual", 3))
     new = resized([ranks[0], ranks[2]], 2)
     expected = (np.float64(ranks[0]["state"]["residual/a"]) + ranks[2]["state"]["residual/a"]) / 3
@@ -144,7 +144,7 @@ def test_missing_ranks_count_as_zero():
 
 
 def test_a_node_counts_once():
-    """'hierarchical': all ranks of a node hold its residual, and what is owed is the mean over the nodes."""
+    """With 'hierarchical', all ranks of a node hold the node's residual, and the mean over the nodes is kept."""
     spec = "topk(ratio=0.1) + residual @ hierarchical"
     cluster = after(spec, 3, per_node=2)  # nodes of 2 and of 1
     held = [np.float64(state["state"]["residual/a"]) for state in states(cluster)]

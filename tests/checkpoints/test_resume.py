@@ -1,4 +1,4 @@
-"""state_dict and load_state_dict resume bit for bit, copy everything, and refuse what does not fit without changing anything."""
+"""state_dict and load_state_dict resume bit for bit, copy everything, and reject a state that does not fit without changing anything."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def after(world, spec: str, steps: int, size: int = 2):
 @pytest.mark.parametrize("world", [NUMPY], ids=["numpy"])
 @pytest.mark.parametrize("spec", catalog.MIXES)
 def test_resume_is_bit_exact(world, spec):
-    """A fresh cluster, and one that has gone elsewhere, continue exactly like the one that was saved."""
+    """A new cluster, and one that had trained differently, continue exactly like the saved cluster."""
     cluster = after(world, spec, 2)
     saved = cluster.state_dict()
     fresh, elsewhere = world.cluster(grace_ext.grace(spec), 2), after(world, spec, 3)
@@ -43,7 +43,7 @@ def test_resume_is_bit_exact(world, spec):
 
 
 def test_state_dicts_are_copies(world):
-    """Neither saving nor loading shares memory with what is running."""
+    """Neither a saved nor a loaded state shares memory with a running cluster."""
     cluster, same = after(world, "topk(ratio=0.1) + residual", 2), after(world, "topk(ratio=0.1) + residual", 2)
     saved = cluster.state_dict()
     loaded = copy.deepcopy(saved)
@@ -59,7 +59,7 @@ def test_state_dicts_are_copies(world):
 
 
 def refused(change, *, spec: str = "topk(ratio=0.1) + residual", match: str | None = None) -> None:
-    """Loading a changed state raises GraceError and leaves the cluster as it was."""
+    """Asserts that loading a changed state raises GraceError and leaves the cluster as it was."""
     cluster = after(NUMPY, spec, 2)
     held, step = states(cluster, NUMPY), cluster.drivers[0].step
     saved = copy.deepcopy(after(NUMPY, spec, 3).state_dict())
@@ -71,7 +71,7 @@ def refused(change, *, spec: str = "topk(ratio=0.1) + residual", match: str | No
 
 
 def test_another_spec_is_refused():
-    """With both specs in the message."""
+    """The message has both specs."""
     refused(lambda saved: after(NUMPY, "topk(ratio=0.2) + residual", 1).state_dict(), match=r"ratio=0\.2.*ratio=0\.1")
 
 
@@ -96,7 +96,7 @@ def test_an_unknown_parameter_is_refused():
 
 
 def test_another_shape_is_refused():
-    """A residual of 39 elements for a parameter of 40 would fail in the middle of a step, or be broadcast."""
+    """A residual of the wrong length is rejected; it would fail in the middle of a step, or be broadcast."""
 
     def change(saved):
         for rank in saved["ranks"]:
@@ -106,7 +106,7 @@ def test_another_shape_is_refused():
 
 
 def test_a_state_for_other_parameters_is_refused_before_the_first_step_too():
-    """Loaded into a fresh cluster, whose parameters are not known yet: the first step finds out."""
+    """A new cluster does not know its parameters when it loads; its first step raises."""
     cluster = NUMPY.cluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
     cluster.load_state_dict(after(NUMPY, "topk(ratio=0.1) + residual", 2).state_dict())
     with pytest.raises(GraceError):

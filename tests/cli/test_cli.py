@@ -1,4 +1,4 @@
-"""The command line: what `list` and `show` print is what the parts declare, and --json prints nothing else."""
+"""`grace-ext list` and `show` print what the parts declare, `bench` measures them, and --json prints nothing but JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_list_names_every_part():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_show_tells_all_of_every_part(kind):
-    """Text, knobs with ranges and effect, wire cost, what fits; in JSON and in words."""
+    """`show` gives text, knobs with ranges and effects, wire cost and compatible parts, in JSON and in words."""
     for name in KINDS[kind].names():
         found = [part for part in json.loads(said("show", name, "--json")) if part["kind"] == kind]
         (part,) = found
@@ -54,18 +54,18 @@ def test_an_unknown_name_gets_the_nearest_and_exit_2():
 
 
 def test_a_name_of_two_kinds_shows_both():
-    """efsignsgd is a compressor and a memory."""
+    """efsignsgd is both a compressor and a memory."""
     assert {part["kind"] for part in json.loads(said("show", "efsignsgd", "--json"))} == {"compressor", "memory"}
 
 
 def test_bench_times_parts_and_says_what_they_send(monkeypatch):
-    """Names get their natural memory; every part can be measured; the figures that do not depend on time are right."""
+    """Bare names get their natural memory, and the figures that do not depend on time are right."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     made = json.loads(said("bench", "topk", "threshold(threshold=1e-3) + none", "fp16", "--elements", "60000", "--times", "1", "--json"))
     topk, threshold, fp16 = made["rows"]
     assert topk["spec"] == "topk(ratio=0.01) + residual @ allgather" and made["machine"]["threads"] == 1
     assert abs(topk["bytes_per_element"] - 0.0507) < 0.001 and fp16["bytes_per_element"] == 2
-    assert threshold["bytes_per_element"] < 1e-3 and threshold["error"] == 1  # nothing is as large as that
+    assert threshold["bytes_per_element"] < 1e-3 and threshold["error"] == 1  # no element reaches the threshold
     assert 0.9 < topk["error"] < 1 and fp16["error"] < 1e-2
     assert all(row["encode"] >= 0 and row["decode"] > 0 and abs(row["elements"] - 60000) < 600 for row in made["rows"])
 

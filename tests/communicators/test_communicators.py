@@ -1,5 +1,5 @@
-"""What communicators do beyond carrying payloads: shards that are averaged and compressed again, regions that are added up, votes that
-are counted; against oracles in float64, and by the bytes that really travel."""
+"""Communicators that do more than carry payloads: they average and recompress shards, add up regions, count votes. Compared with float64
+oracles, and with the bytes that are really sent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..oracles import oracles
 
 
 def runs(*sizes: int):
-    """The reference library at all of these sizes, the others at 3."""
+    """Parametrizes a test: the reference library at all these world sizes, the other libraries at 3."""
     cases = [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in (sizes if w is NUMPY else (3,))]
     return pytest.mark.parametrize(("world", "size"), cases)
 
 
 EVERY, RUNS = runs(1, 2, 3, 4, 5), runs(1, 2, 5)
-SHAPES = {"two": (2,), "three": (3,), "seven": (7,), "vector": (193,), "matrix": (24, 18)}  # d < n among them
+SHAPES = {"two": (2,), "three": (3,), "seven": (7,), "vector": (193,), "matrix": (24, 18)}  # some have d < n
 RATES = (0.1, 0.1, 0.05, 0.025, 0.2)
 
 
@@ -57,7 +57,7 @@ ONES = {
 
 
 class TwoWay:
-    """Shard by shard: mean of the ranks' compressed shards, plus what that shard lost before, compressed again."""
+    """Computes per shard: the mean of the ranks' compressed shards, plus the shard's own residual, compressed again."""
 
     def __init__(self, compress, d, n, feedback, follow_rate=False):
         self.compress, self.shards = compress, cuts(d, n)
@@ -87,9 +87,9 @@ class TwoWay:
 @pytest.mark.parametrize("knobs", ["", "(feedback=False)", "(follow_rate=True)"])
 @pytest.mark.parametrize("text", ONES)
 def test_reduce_scatter(world, text, knobs, memory, size):
-    """Every element of every shard, for fewer elements than ranks, too; the second error is remembered, in whose units is a knob.
-    GRACE's bug 14: its all-to-all pads the last shard with uninitialised memory that enters the second stage's scale, and forgets the
-    second stage's error."""
+    """reduce_scatter matches the equations for every element, even with fewer elements than ranks. The second stage has its own residual;
+    a knob sets its units. In GRACE (bug 14), the all-to-all pads the last shard with uninitialised memory, which enters the second stage's
+    scale, and drops the second stage's error."""
     g = grace_ext.grace(f"{text} + {memory} @ reduce_scatter{knobs}")
     cluster, sizes = world.cluster(g, size), {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
     dense = {name: g.parts_for(TensorSpec(name, SHAPES[name]))[0].name == "none" for name in SHAPES}
@@ -104,12 +104,12 @@ def test_reduce_scatter(world, text, knobs, memory, size):
         assert all(same_bits(got[0], other) for other in got[1:])
         for name, run in runs.items():
             p = [g[name].astype(np.float64).reshape(-1) + e for g, e in zip(given, residuals[name], strict=True)]
-            if text == "bf16":  # what float32 holds is what is rounded
+            if text == "bf16":  # bf16 rounds the float32 value
                 p = [x.astype(np.float32).astype(np.float64) for x in p]
             wanted, sent = run(p, lr)
             if memory == "residual":
                 residuals[name] = [x - s for x, s in zip(p, sent, strict=True)]
-            limit = 0.02 if text == "bf16" else 1e-5  # one last bit of float32 may round to another bfloat16
+            limit = 0.02 if text == "bf16" else 1e-5  # a difference in the last bit of float32 may give another bfloat16
             assert np.abs(got[0][name].reshape(-1) - wanted).max() <= limit * max(1, np.abs(wanted).max()), (name, step)
     if feedback and text != "bf16":
         for rank, held in enumerate(states(cluster, world)):
@@ -123,8 +123,8 @@ def test_reduce_scatter(world, text, knobs, memory, size):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
-    """dist-EF-blockSGD with one server a shard, as models that move: workers send C(u + lr_before/lr e), servers C(mean + lr_before/lr E).
-    """
+    """dist-EF-blockSGD with one server per shard matches its equations on models: workers send C(u + lr_before/lr e), servers
+    C(mean + lr_before/lr E)."""
     spec = f"efsignsgd(block=20) + dist_ef_block(momentum={momentum}, nesterov={nesterov}) @ reduce_scatter(follow_rate=True)"
     cluster, d = world.cluster(grace_ext.grace(spec), size), 193
     compress = scaled_sign(20)
@@ -154,18 +154,18 @@ def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
 @pytest.mark.parametrize("communicator", ["reduce_scatter", "allreduce", "broadcast"])
 @pytest.mark.parametrize("memory", ["none", "residual"])
 def test_votes_are_the_same_however_they_are_counted(world, text, communicator, memory, size):
-    """By shard, by integer sums, by broadcasts: bit for bit what allgather gives, with ties, abstentions and state. GRACE's bug 6: its
-    all-reduce adds up bytes of signs, and gives 2 count - 1."""
+    """Votes counted per shard, by integer sums or by broadcasts equal those of allgather bit for bit, with ties, abstentions and state. In
+    GRACE (bug 6), all-reduce adds up bytes of signs, and gives 2 count - 1."""
     reference, other = (world.cluster(grace_ext.grace(f"{text} + {memory} @ {c}"), size) for c in ("allgather", communicator))
     for step in range(4):
         given = inputs.ranks(size, step, shapes=SHAPES)
         if step == 2:
-            given[-1] = {name: 0 * x for name, x in given[-1].items()}  # casts no vote, but for what it remembers
+            given[-1] = {name: 0 * x for name, x in given[-1].items()}  # this rank votes only by its residual
         returned = world.everywhere(other, given)
         expected = world.step(reference, given)
         assert all(same_bits(one, expected) for one in returned)
     mine = [{k: v for k, v in held.items() if not k.startswith("shard")} for held in states(other, world)]
-    if communicator != "reduce_scatter" or memory == "none":  # a shard of nothing but zeros casts no vote either
+    if communicator != "reduce_scatter" or memory == "none":  # with shards, a shard of zeros casts no vote, so states may differ
         assert all(same_bits(a, b) for a, b in zip(mine, states(reference, world), strict=True))
 
 
@@ -177,7 +177,7 @@ SPARSE = ("topk(ratio=0.1)", "topk(ratio=0.1, values='fp16')", "threshold(thresh
 @pytest.mark.parametrize("memory", ["none", "residual", "dgc"])
 @pytest.mark.parametrize("text", SPARSE)
 def test_sparse_allreduce_equals_allgather(world, text, memory, size):
-    """To the rounding of one division; the same memory, because the same was sent; for fewer elements than ranks, nothing, everything."""
+    """Results are equal up to the rounding of one division, and states are equal; also if d < n, and if nothing or all is sent."""
     gathered, reduced = (world.cluster(grace_ext.grace(f"{text} + {memory} @ {c}"), size) for c in ("allgather", "sparse_allreduce"))
     for step in range(3):
         given = inputs.ranks(size, step, shapes=SHAPES)
@@ -191,8 +191,8 @@ def test_sparse_allreduce_equals_allgather(world, text, memory, size):
 
 # --- bytes -------------------------------------------------------------------------------------------------------------
 def travelled(seen, size: int) -> float:
-    """Bytes that one rank sends to the others: its message to each of them for a gather, the others' pieces of an all-to-all, and twice
-    its share of the others for a ring's sum. The mean over ranks."""
+    """Returns the bytes that one rank sends to others, the mean over ranks: in a gather its message to each of them, in an all-to-all the
+    others' pieces, in a ring all-reduce 2 (n - 1) / n of its array."""
     total = 0.0
     for s in seen:
         part = {"allgather": size - 1, "broadcast": size - 1, "alltoall": (size - 1) / size, "allreduce": 2 * (size - 1) / size}
@@ -211,7 +211,7 @@ def travelled(seen, size: int) -> float:
     ],
 )  # fmt: skip
 def test_bytes_sent_is_what_travels(spec, size):
-    """The formula of each communicator against what was seen on the wire, headers of a large tensor aside."""
+    """The formula of each communicator predicts the bytes on the wire, up to the headers of a large tensor."""
     g, shape = grace_ext.grace(spec), (300, 400)
     cluster = NUMPY.cluster(g, size)
     with tapped() as seen:
@@ -223,7 +223,7 @@ def test_bytes_sent_is_what_travels(spec, size):
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_bytes_of_counted_votes(size):
-    """A byte an element in the sum; a bit up and two down by shards, always less than a gather for three ranks or more."""
+    """An all-reduce sends a byte per element; reduce_scatter sends one bit per element, and returns two."""
     shape = {"w": (300, 400)}
     sent = {}
     for communicator in ("allgather", "allreduce", "reduce_scatter"):
@@ -239,7 +239,7 @@ def test_bytes_of_counted_votes(size):
 
 @pytest.mark.parametrize("size", [3, 5])
 def test_sparse_allreduce_pays_where_supports_coincide(size):
-    """The same positions everywhere: less than allgather sends, by the formula's factor. Disjoint ones: at most the union, as is said."""
+    """With equal positions on all ranks it sends less than allgather, by the formula's factor; with others at most its declared bound."""
     d, k = 100_000, 1000
     generator = np.random.default_rng(0)
     same = np.sort(generator.permutation(d)[:k])
@@ -265,14 +265,14 @@ def test_sparse_allreduce_pays_where_supports_coincide(size):
 # --- refusals, and GRACE's bugs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text", ["topk", "threshold", "qsgd", "efsignsgd", "lqsgd", "topk > qsgd"])
 def test_allreduce_refuses_what_cannot_be_added(text):
-    """GRACE's bug 6: its all-reduce takes any compressor, and adds up indices, codes and scales."""
+    """In GRACE (bug 6), all-reduce takes any compressor, and adds up indices, codes and scales."""
     with pytest.raises(IncompatiblePartsError, match="allgather"):
         grace_ext.grace(f"{text} + residual @ allreduce")
 
 
 @pytest.mark.parametrize("text", ["threshold", "threshold > fp16"])
 def test_reduce_scatter_refuses_sizes_that_vary(text):
-    """Where every rank has to know how much arrives; a pipeline without a state of its own is judged by its size alone."""
+    """Every rank must know in advance how many bytes arrive. A pipeline of fixed size is accepted."""
     assert grace_ext.grace("topk > qsgd + residual @ reduce_scatter")
     with pytest.raises(IncompatiblePartsError, match="size varies.*sparse_allreduce"):
         grace_ext.grace(f"{text} + residual @ reduce_scatter")
@@ -287,17 +287,17 @@ def test_sparse_allreduce_refuses_what_is_not_plain_values_at_positions(text):
 @RUNS
 @pytest.mark.parametrize("text", ["threshold(threshold=1)", "topk(ratio=0.1)", "efsignsgd", "none", "signsgd"])
 def test_broadcast_takes_payloads_of_any_size(world, text, size):
-    """GRACE's bug 15: broadcast lacks its rank, and has no sizes for payloads that vary. Here it is allgather's result, bit for bit."""
+    """The result equals allgather's, bit for bit. In GRACE (bug 15), broadcast lacks its rank, and sizes for payloads that vary."""
     both = [world.cluster(grace_ext.grace(f"{text} + residual @ {c}"), size) for c in ("allgather", "broadcast")]
     for step in range(2):
         given = inputs.ranks(size, step, shapes=SHAPES)
-        given[0]["vector"] = given[0]["vector"] / 100  # nothing above the threshold
+        given[0]["vector"] = given[0]["vector"] / 100  # nothing reaches the threshold
         assert same_bits(*(world.step(cluster, given) for cluster in both))
 
 
 @pytest.mark.parametrize("communicator", ["allgather", "allreduce", "reduce_scatter"])
 def test_signum_keeps_a_copy(world, communicator):
-    """GRACE's bug 13: the momentum is a view of the gradient, so that a result copied into the gradient becomes the momentum."""
+    """Momentum is a copy. In GRACE (bug 13) it is a view of the gradient, so a result that is copied into the gradient changes it."""
     clean, used = (world.cluster(grace_ext.grace(f"signum + none @ {communicator}"), 2) for _ in range(2))
     for step in range(4):
         given = inputs.ranks(2, step, shapes={"w": (50,)})
@@ -310,7 +310,7 @@ def test_signum_keeps_a_copy(world, communicator):
 
 
 def test_shards_that_are_empty_send_nothing():
-    """More ranks than elements: the requests have empty payloads for the empty shards, and no field is expected of them."""
+    """With more ranks than elements, requests have empty payloads for empty shards, and expect no fields from them."""
     g = grace_ext.grace("efsignsgd + none @ reduce_scatter")
     info, spec = StepInfo(step=0, rank=1, size=5, divisor=5), TensorSpec("w", (3,))
     assert g.communicator.input_bytes(g.compressor, spec, 5) == 3 * 5 + 5

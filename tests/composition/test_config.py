@@ -1,4 +1,4 @@
-"""Parts are values: registered, frozen, equal by their knobs, and what they write is what they read."""
+"""Parts are values: they are registered, frozen, equal if their knobs are, and their configurations and texts read back as equal parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _subclasses(cls: type) -> set[type]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_of_the_package_is_registered_and_frozen(kind):
-    """No class is forgotten: public subclasses have a name, are frozen dataclasses of their own, and say what they are."""
+    """Every public subclass is registered by a name, is itself a frozen dataclass, and has a docstring and help for each knob."""
     base, package = KINDS[kind]
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
@@ -55,14 +55,14 @@ def test_every_part_of_the_package_is_registered_and_frozen(kind):
 
 @pytest.mark.parametrize("spec", catalog.ALL)
 def test_configuration_round_trip(spec):
-    """Through real JSON, through str, and through another Grace."""
+    """A Grace survives JSON, str, repr, and being passed to `grace`."""
     g = grace_ext.grace(spec, seed=7)
     written = json.loads(json.dumps(g.to_config()))
     again = grace_ext.grace(written)
     assert again == g and again.seed == 7 and again.to_config() == written
     assert grace_ext.grace(g) == g
     assert str(again) == str(g) and repr(again) == repr(g)
-    with warnings.catch_warnings():  # str leaves '+ none' out, so reading it back may ask whether that is meant
+    with warnings.catch_warnings():  # str omits '+ none', so reading it back may warn that there is no memory
         warnings.simplefilter("ignore", BiasedCompressorWarning)
         assert grace_ext.grace(str(g), seed=7) == g
         assert eval(repr(g), {"grace": grace_ext.grace}) == g
@@ -70,7 +70,7 @@ def test_configuration_round_trip(spec):
 
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)
 def test_parts_are_equal_by_value(text):
-    """An equal part is equal and hashes alike; another knob, or another part, is not equal."""
+    """Parts with equal knobs are equal and have equal hashes; parts with other knobs, or other parts, are not equal."""
     a, b = (grace_ext.grace(f"{text} + none").compressor for _ in range(2))
     assert a is not b and a == b and hash(a) == hash(b)
     others = [grace_ext.grace(f"{other} + none").compressor for other in catalog.COMPRESSORS if other != text]
@@ -81,7 +81,7 @@ def test_parts_are_equal_by_value(text):
 
 
 def test_grace_is_compared_by_value():
-    """Parts and seed count; other types are simply not equal."""
+    """Graces are equal if parts and seed are; values of other types are not equal."""
     g = grace_ext.grace("topk(ratio=0.1) + residual")
     assert g == grace_ext.grace("topk(ratio=0.1) + residual @ allgather")
     assert g != grace_ext.grace("topk(ratio=0.1) + residual", seed=1)
@@ -91,7 +91,7 @@ def test_grace_is_compared_by_value():
 
 
 def test_str_shows_what_differs_from_the_defaults():
-    """A headline knob is always printed, any other one where it is not the default."""
+    """str prints headline knobs always, and other knobs if they are not the default."""
     assert str(grace_ext.grace("topk(ratio=0.05, values='fp16') + residual(beta=0.9)")) == (
         "topk(ratio=0.05, values='fp16') + residual(beta=0.9) @ allgather"
     )
@@ -100,7 +100,7 @@ def test_str_shows_what_differs_from_the_defaults():
 
 
 def test_natural_communicators():
-    """allreduce where payloads can be summed, allgather for all others, whatever the world size."""
+    """The default is allreduce if payloads can be summed, otherwise allgather, for any world size."""
     summed = {"none", "fp16", "bf16", "randomk", "randblock", "powersgd", "powersgd_plus", "scaled_int"}
     for name in grace_ext.compressors.names():
         assert catalog.natural(name) == ("allreduce" if name in summed else "allgather"), name

@@ -1,4 +1,4 @@
-"""Every triple of parts works, or is refused when it is composed, with a way out; and the catalogue says which."""
+"""Every combination of three parts works, or is rejected at composition with a fix; and the catalogue lists which."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = {"v": (40,), "m": (24, 18), "one": (1,)}
 
 @pytest.mark.parametrize("compressor", grace_ext.compressors.names())
 def test_every_triple_runs_or_is_refused(compressor):
-    """Two steps on two ranks, the bare names. A triple is accepted if and only if its pairs fit."""
+    """A triple of bare names is accepted if and only if its pairs fit; then two steps on two ranks give finite results."""
     accepted = 0
     for memory, communicator in itertools.product(grace_ext.memories.names(), grace_ext.communicators.names()):
         spec = f"{compressor} + {memory} @ {communicator}"

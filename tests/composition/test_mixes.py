@@ -1,4 +1,4 @@
-"""Mixes that look right one by one: second residuals, sums beyond float32, variances that feed back, checkpoints of rank 0 alone."""
+"""Combinations of parts that could go wrong: second residuals, sums that overflow float32, feedback of variance, one rank's checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grace_ext.parts.tensor import StepInfo
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped
 
-SHAPES = {"v": (401,), "m": (24, 18)}  # 401 elements make shards of two lengths
+SHAPES = {"v": (401,), "m": (24, 18)}  # 401 elements give shards of two lengths
 ALONE = (
     "topk(ratio=0.1) + residual", "powersgd + residual", "topk(ratio=0.1) + gradient_compression", "topk(ratio=0.1) + dgc",
     "signum + none", "efsignsgd + residual @ reduce_scatter", "adaqs + none", "sidco + residual",
@@ -24,7 +24,7 @@ ALONE = (
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("spec", ALONE)
 def test_a_checkpoint_of_rank_0_alone_leaves_all_ranks_alike(spec, known):
-    """What ranks share is taken from it, what is a rank's own starts anew: results stay the same on all ranks, at every later step."""
+    """All ranks load its shared state, and their own state starts anew; results stay the same on all ranks in every later step."""
     g = grace_ext.grace(spec)
     saved, fresh = NUMPY.cluster(g, 2), NUMPY.cluster(g, 2)
     for step in range(3):
@@ -41,7 +41,7 @@ def test_a_checkpoint_of_rank_0_alone_leaves_all_ranks_alike(spec, known):
 
 @pytest.mark.parametrize("memory", ["ef21", "ef21_sgdm", "ef_star"])
 def test_memories_whose_parts_belong_together_refuse_it(memory):
-    """An estimate of the mean with other estimates on the ranks than it is the mean of would stay wrong for ever."""
+    """If the ranks' estimates were not those that the mean estimate is the mean of, it would stay wrong in all later steps."""
     g = grace_ext.grace(f"topk(ratio=0.1) + {memory}")
     cluster = NUMPY.cluster(g, 2)
     NUMPY.step(cluster, inputs.ranks(2, 0, shapes=SHAPES))
@@ -54,7 +54,7 @@ def test_memories_whose_parts_belong_together_refuse_it(memory):
     ["topk(ratio=0.1) + residual @ reduce_scatter", "efsignsgd + residual @ reduce_scatter", "topk(ratio=0.1) + none @ sparse_allreduce"],
 )
 def test_a_sum_beyond_float32_is_a_skipped_step(spec):
-    """Finite gradients whose sum is not: every rank gets NaN, nobody remembers anything, and the next step is as if it had not been."""
+    """If finite gradients have an infinite sum, every rank gets NaN, no state changes, and the next step is as if it had not happened."""
     cluster, huge = NUMPY.cluster(grace_ext.grace(spec), 2), [{"v": np.full(401, 3e38, np.float32)}] * 2
     NUMPY.step(cluster, inputs.ranks(2, 0, shapes={"v": (401,)}))
     held = states(cluster, NUMPY)
@@ -66,7 +66,7 @@ def test_a_sum_beyond_float32_is_a_skipped_step(spec):
 
 @pytest.mark.parametrize("spec", ["qsgd(bits=2) + none", "terngrad + none", "vqsgd + none", "qsgd(bits=4) + diana"])
 def test_unbiased_compressors_over_reduce_scatter_stay_bounded(spec):
-    """The same gradient for 40 steps: without a second residual the result keeps the compressor's own variance."""
+    """With the same gradient for 40 steps, results stay bounded, because there is no second residual for unbiased compressors."""
     x = inputs.normal(0, 0, shapes={"v": (2048,)})
     by_scatter, by_gather = (NUMPY.cluster(grace_ext.grace(f"{spec} @ {c}"), 2) for c in ("reduce_scatter", "allgather"))
     sizes = [[np.linalg.norm(NUMPY.step(cluster, [x, x])["v"]) for _ in range(40)] for cluster in (by_scatter, by_gather)]
@@ -96,12 +96,12 @@ def test_follow_rate_needs_a_residual_to_follow():
 
 
 def test_feedback_of_a_high_variance_is_said_once():
-    """It grows: seven times after 15 steps, and on."""
+    """The warning appears once; the residual indeed grows, sevenfold in 15 steps."""
     with pytest.warns(UnstableFeedbackWarning, match="diana"):
         g = grace_ext.grace("qsgd(bits=4, bucket=500) + residual")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        grace_ext.grace("qsgd(bits=4, bucket=500) + residual")  # said already
+        grace_ext.grace("qsgd(bits=4, bucket=500) + residual")  # warned already
         grace_ext.grace("qsgd + residual")
         grace_ext.grace("natural + residual")
         grace_ext.grace("topk(ratio=0.02) > qsgd(bits=4) + residual")
@@ -111,7 +111,7 @@ def test_feedback_of_a_high_variance_is_said_once():
 
 
 def test_parameter_groups_of_different_rates():
-    """A part that uses the rate refuses them; others do not look."""
+    """A part that uses the learning rate rejects different rates per group; other parts ignore them."""
     assert rate_of([{"lr": 0.1}, {"lr": 0.1}]) == 0.1 and rate_of([{}]) is None and np.isnan(rate_of([{"lr": 0.1}, {"lr": 0.0}]))
     cluster = NUMPY.cluster(grace_ext.grace("topk(ratio=0.1) + efsignsgd"), 1)
     with pytest.raises(LearningRateError, match="different ones"):
@@ -124,7 +124,7 @@ def test_parameter_groups_of_different_rates():
     "text", ["topk(ratio=0.1)", "threshold(threshold=1.0)", "topk(ratio=0.1) > fp16", "randomk(ratio=0.1)", "fp16", "none"]
 )
 def test_a_peer_that_sends_nan_and_does_not_say_so(text):
-    """Is named, whatever carries plain values."""
+    """The error names the peer, for every compressor that sends plain values."""
 
     head = {"threshold(threshold=1.0)": 4, "topk(ratio=0.1) > fp16": None}.get(text, 0)
     if head is None:
@@ -144,7 +144,7 @@ def test_a_peer_that_sends_nan_and_does_not_say_so(text):
 
 
 def test_graces_flag_and_names():
-    """gradient_clipping is a flag there, all_to_all is reduce_scatter, and PowerSGD's momentum belongs to the optimizer."""
+    """In GRACE, gradient_clipping is a flag, all_to_all is our reduce_scatter, and PowerSGD's momentum belongs to the optimizer here."""
     base = {"compressor": "topk", "compress_ratio": 0.01, "memory": "dgc", "momentum": 0.9, "communicator": "allgather"}
     assert grace_ext.from_params({**base, "gradient_clipping": False}) == grace_ext.grace("topk(ratio=0.01) + dgc @ allgather")
     with pytest.raises(ParameterError, match="gradient_clipping"):

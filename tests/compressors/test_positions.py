@@ -1,4 +1,4 @@
-"""Index coding, in all its forms: round trips, sizes, bounds, and whatever bytes may arrive."""
+"""All index codings: round trips, sizes, bounds, and decoding of arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LARGE = [(k, d) for d in (1000, 65535, 65536, 65537, 200_000) for k in (1, 2, 10
 
 
 def choices(k: int, d: int):
-    """Positions at the start, at the end, and anywhere."""
+    """Returns k positions at the start, at the end, and at random."""
     anywhere = np.sort(np.random.default_rng(k + d).permutation(d)[:k])
     return np.arange(k), np.arange(d - k, d), anywhere
 
 
 @pytest.mark.parametrize("index", CODINGS)
 def test_round_trip(world, index):
-    """Every k of tiny d, and large ones around the block's size."""
+    """Positions survive for every k of small d, and for large d around the block size."""
     ops = world.ops
     for k, d in TINY + (LARGE if world is NUMPY else LARGE[::4]):
         for positions in choices(k, d):
@@ -33,7 +33,7 @@ def test_round_trip(world, index):
 
 @pytest.mark.parametrize("index", CODINGS)
 def test_sizes_are_what_is_declared_and_bounds_hold(index):
-    """index_bytes is the size (the largest possible, of golomb), and max_index_bytes bounds it for every smaller number."""
+    """index_bytes is the exact size (for golomb, the largest possible), and max_index_bytes bounds it for every k up to `most`."""
     for k, d in TINY + LARGE:
         sizes = [len(encode_indices(NUMPY.ops, p.astype(np.int64), d, index)) for p in choices(k, d)]
         if index == "golomb":
@@ -50,8 +50,8 @@ def test_sizes_are_what_is_declared_and_bounds_hold(index):
 
 
 def test_bits_a_position():
-    """At 1% of 10^6: golomb at most 8.3 (8.1 on average), elias_fano 8.6, block16 16, packed 20, bitmap 100; auto is never worse than a
-    bitmap, nor than any form of fixed size by much."""
+    """Bits per position at 1% of 10^6: golomb at most 8.3 (8.1 on average), elias_fano 8.6, block16 16, packed 20, bitmap 100; auto is the
+    smaller of elias_fano and bitmap."""
     k, d = 10_000, 1_000_000
     positions = choices(k, d)[2].astype(np.int64)
     bits = {index: 8 * len(encode_indices(NUMPY.ops, positions, d, index)) / k for index in CODINGS}
@@ -64,7 +64,7 @@ def test_bits_a_position():
 
 @pytest.mark.parametrize("index", CODINGS)
 def test_corrupted_bytes(world, index):
-    """Bytes that are missing, added, random or flipped give valid positions or PayloadError, nothing else."""
+    """Missing, added, random or changed bytes give valid positions or PayloadError, nothing else."""
     generator, ops = np.random.default_rng(7), world.ops
     raised = 0
     for k, d in [(1, 3), (2, 9), (5, 64), (7, 100), (60, 400), (30, 70_000), (399, 400)]:
@@ -89,7 +89,7 @@ def test_corrupted_bytes(world, index):
 @pytest.mark.parametrize("index", CODINGS)
 @pytest.mark.parametrize("text", ["topk(ratio=0.1, index={!r})", "threshold(threshold=1.5, index={!r})", "dgc(ratio=0.1, index={!r})"])
 def test_compressors_decode_the_same_from_every_coding(text, index):
-    """The coding changes bytes, not values."""
+    """The coding changes the bytes, not the decoded values."""
     x = np.random.default_rng(3).standard_normal(5000).astype(np.float32)
     spec, info = TensorSpec("w", x.shape), StepInfo(0, 0, 1, 1)
     decoded = []

@@ -1,4 +1,4 @@
-"""The quantizers: what the reference implementations get wrong, bits an element, integer sums, pipelines, and payloads that cannot be."""
+"""The quantizers: errors of the reference implementations, bits per element, integer sums, pipelines, and invalid payloads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grace_ext.testing.worlds import NUMPY, tapped
 from ..oracles.test_oracles import VECTOR
 from ..oracles.test_oracles_quantizers import code_book, normal, private_words
 
-# --- what the reference implementations get wrong ------------------------------------------------------------------------
+# --- errors of the reference implementations -----------------------------------------------------------------------------
 
 
 def alone(text: str, x, step: int = 0) -> np.ndarray:
-    """C(x) of one rank, flat."""
+    """Returns C(x) on one rank, flat."""
     compressor, ops = grace_ext.grace(f"{text} + none").compressor, NUMPY.ops
     x = np.asarray(x, np.float32)
     spec, info = TensorSpec("w", x.shape), StepInfo(step=step, rank=0, size=1, divisor=1)
@@ -28,14 +28,14 @@ def alone(text: str, x, step: int = 0) -> np.ndarray:
 
 
 def test_onebit_of_the_published_example():
-    """Bug 1: (-1, -3, 2, 4) is (-2, -2, 3, 3), not (760, 760, 765, 765)."""
+    """Bug 1: (-1, -3, 2, 4) decodes to (-2, -2, 3, 3), not to (760, 760, 765, 765)."""
     assert alone("onebit", [-1, -3, 2, 4]).tolist() == [-2, -2, 3, 3]
     assert alone("onebit", [1, 3]).tolist() == [2, 2] and alone("onebit", [-1, -3]).tolist() == [-2, -2]
     assert alone("onebit", [0, -0.0, 5, -7]).tolist() == pytest.approx([5 / 3, 5 / 3, 5 / 3, -7])
 
 
 def test_onebit_is_a_projection():
-    """What is sent is orthogonal to what is not, and compressing it again changes nothing."""
+    """C(x) is orthogonal to x - C(x), and C(C(x)) = C(x)."""
     x = inputs.normal(0, 0, shapes={"w": (500,)})["w"] + np.float32(0.3)
     sent = alone("onebit", x)
     assert abs(np.dot(sent.astype(np.float64), x - sent.astype(np.float64))) < 1e-4
@@ -43,7 +43,7 @@ def test_onebit_is_a_projection():
 
 
 def test_u8bit_keeps_the_largest_and_rounds_to_the_nearest():
-    """Bug 17: the largest element comes back exactly, values below the smallest code become 0, nothing is rounded down on principle."""
+    """Bug 17: the largest element decodes exactly, values below the smallest code become 0, and rounding is to nearest, not down."""
     for scale in (1.0, -3.7, 1e-30, 3.4e38, 1.4e-45):
         x = np.float32(scale) * np.array([1, 0.99, 0.5, -0.3, 1e-3, 0], np.float32)
         out = alone("u8bit", x)
@@ -68,7 +68,7 @@ def test_inceptionn_bounds_are_binary():
 
 
 def test_inceptionn_sends_the_bits_of_its_classes(world):
-    """2 d + 8 n8 + 16 n16 + 32 n32 bits, and 4 bytes of count."""
+    """It sends 2 d + 8 n8 + 16 n16 + 32 n32 bits, and 4 bytes for the count."""
     x = np.array([0, 1e-9, 1e-2, -0.1, 0.5, -0.9, 2, 300], np.float32)
     cluster = world.cluster(grace_ext.grace("inceptionn + none"), 1)
     world.step(cluster, [{"w": x}])
@@ -76,22 +76,22 @@ def test_inceptionn_sends_the_bits_of_its_classes(world):
 
 
 def test_natural_probabilities_are_exact():
-    """Bug 19: up with probability m / 2^23 exactly: m > u, u from 0 to 2^23 - 1; powers of two stay; nothing is clipped at 9 bits."""
+    """Bug 19: it rounds up with probability exactly m / 2^23 (if m > u, 0 <= u < 2^23); powers of two stay; 9 bits clip nothing."""
     x = np.concatenate([2.0 ** np.arange(-126, 128), [2.0**-149, 3.4e38]])
     out = alone("natural", x)
     assert np.array_equal(out[:-2], x[:-2]) and out[-1] == 2.0**127 and out[-2] in (0, 2.0**-126)
     words = private_words("natural", 0, 0, 1)(256) >> 9
-    exactly = np.float32(1) + words.astype(np.float32) * np.float32(2.0**-23)  # m = u: stays low
+    exactly = np.float32(1) + words.astype(np.float32) * np.float32(2.0**-23)  # m = u rounds down
     assert (alone("natural", exactly) == 1).all()
     above = words < 2**23 - 1
-    assert (alone("natural", exactly + np.float32(2.0**-23))[above] == 2).all()  # m = u + 1: goes up
+    assert (alone("natural", exactly + np.float32(2.0**-23))[above] == 2).all()  # m = u + 1 rounds up
     window = 2.0 ** np.array([-109, -108, 18, 20])
     assert alone("natural(bits=8)", window).tolist() == [0, 2.0**-108, 2.0**18, 2.0**18]
     assert alone("natural(bits=8)", -window).tolist() == [0, -(2.0**-108), -(2.0**18), -(2.0**18)]
 
 
 def test_levels_above_127_are_exact():
-    """Bug 20: a zero bucket is zeros, and levels of more than 11 bits arrive as they were."""
+    """Bug 20: a zero bucket decodes to zeros, and levels of more than 11 bits decode exactly."""
     x = np.zeros(1024, np.float32)
     x[:3] = 3, -4, 0
     out = alone("dqsgd(levels=32767, max_levels=32767)", x)
@@ -101,7 +101,7 @@ def test_levels_above_127_are_exact():
 
 
 def test_signs_and_trits_are_packed():
-    """Bug 21: one bit a sign, 1.6 bits a trit, not a byte."""
+    """Bug 21: a sign takes one bit and a trit 1.6 bits, not a byte."""
     sizes = {text: grace_ext.grace(f"{text} + none").nbytes(TensorSpec("w", (100_000,))) for text in ("onebit", "terngrad")}
     assert sizes == {"onebit": 12_500 + 8, "terngrad": 20_000 + 4}
 
@@ -126,7 +126,7 @@ TABLE = {
 
 @pytest.mark.parametrize("text", [*TABLE, "inceptionn"])
 def test_bits_an_element(text):
-    """Measured on a million Gaussian elements, headers included, within 5% of the table (the header is 12% of what vqsgd sends)."""
+    """A million Gaussian elements, header included, take the table's bits within 5% (without the header for vqsgd, where it is 12%)."""
     x = inputs.normal(0, 0, shapes={"w": (1000, 1000)})["w"]
     wanted = TABLE.get(text)
     if wanted is None:
@@ -144,7 +144,7 @@ def test_bits_an_element(text):
 
 @pytest.mark.parametrize(("width", "n"), [(8, 127), (8, 3), (8, 5), (16, 7), (32, 3)])
 def test_integer_sums_cannot_overflow(width, n):
-    """All ranks at the agreed maximum, with both signs, where n does not divide the range: the sum is exact and fills it."""
+    """If all ranks send the agreed maximum, with either sign, and n does not divide the range, sums stay within the range and are exact."""
     cluster = NUMPY.cluster(grace_ext.grace(f"scaled_int(width={width}) + none"), n)
     limit = 2 ** (width - 1) - 1
     for largest in (1.0, 0.999, 3e38, 1e-45, 127.0, 42.4):
@@ -152,7 +152,7 @@ def test_integer_sums_cannot_overflow(width, n):
         with tapped() as seen:
             out = NUMPY.step(cluster, [{"w": x}] * n)["w"]
         assert [(s.kind, s.dtype) for s in seen] == [("allgather", "uint8"), ("allreduce", f"int{width}")]
-        # A LocalCluster's integers are int64 inside; the last is the flag.
+        # A LocalCluster sums int64 arrays internally; the last element is the flag.
         sent = np.array([np.frombuffer(buffer, np.int64) for buffer in seen[1].buffers])
         assert limit // n / 2 - 0.5 <= np.abs(sent).max() <= limit // n and np.abs(sent.sum(axis=0)).max() <= limit
         assert np.abs(out / np.float64(x[0]) - x / np.float64(x[0])).max() <= 1.01 / max(limit // n, 1)
@@ -166,7 +166,7 @@ def test_integer_sums_refuse_what_does_not_fit():
 
 
 def test_integer_sums_do_not_depend_on_the_order(world):
-    """The same gradients in another order of ranks give the same bits, where floats would not."""
+    """The same gradients in another order of ranks give the same bits; float sums would not."""
     given = [10.0**r * x for r, x in enumerate(normal(4, 0, VECTOR))]
     outs = []
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
@@ -176,14 +176,14 @@ def test_integer_sums_do_not_depend_on_the_order(world):
 
 
 def test_integer_sums_of_half_precision_are_sent_as_they_are():
-    """32-bit integers would double 16-bit gradients; 8-bit ones halve them."""
+    """16-bit gradients are sent uncompressed, because 32-bit integers would double them; 8-bit integers halve them."""
     g = grace_ext.grace("scaled_int + none")
     assert g.nbytes(TensorSpec("w", (1000,), "bfloat16")) == 2000 and g.nbytes(TensorSpec("w", (1000,))) == 4004
     assert grace_ext.grace("scaled_int(width=8) + none").nbytes(TensorSpec("w", (1000,), "float16")) == 1004
 
 
 def test_a_zero_block_beside_others(world):
-    """Blocks have their own scales; a rank with zeros adds nothing."""
+    """Each block has its own scale; a rank with zeros adds nothing."""
     x = np.repeat(np.array([0, 1, 1e-6], np.float32), 50)
     cluster = world.cluster(grace_ext.grace("scaled_int(width=8, block=50) + none"), 2)
     out = world.step(cluster, [{"w": x}, {"w": 0 * x}])["w"]
@@ -195,7 +195,7 @@ def test_a_zero_block_beside_others(world):
 
 @pytest.mark.parametrize("codec", ["onebit", "terngrad", "natural", "u8bit", "inceptionn", "sketch(quantiles=4)", "scaled_int(width=8)"])
 def test_pipeline(world, codec):
-    """Codes of the k selected values are those of these values alone, divided by 1 + omega of an unbiased codec."""
+    """A pipeline codes the k selected values as the codec alone would; with an unbiased codec, the result is divided by 1 + omega."""
     x = normal(1, 0, VECTOR)[0]
     out = world.step(world.cluster(grace_ext.grace(f"topk(ratio=0.5) > {codec} + none"), 1), [{"w": x}])["w"]
     kept = np.sort(np.argsort(-np.abs(x), kind="stable")[:97])
@@ -217,7 +217,7 @@ def floats(*values: float) -> bytes:
     return np.array(values, "<f4").tobytes()
 
 
-# (compressor, field that is replaced, its bytes, what the error says), for 10 elements
+# (compressor, index of the replaced field, its new bytes, text of the error), for 10 elements
 BROKEN = [
     ("onebit", 0, floats(np.inf), "a mean that is not finite"),
     ("onebit", 1, floats(np.nan), "a mean that is not finite"),
@@ -225,13 +225,13 @@ BROKEN = [
     ("terngrad", 1, bytes([242, 243]), "a byte of 243"),
     ("natural", 0, bytes([0, 255] * 5), "an exponent of Inf"),
     ("u8bit(block=5)", 0, floats(1, np.inf), "a scale that is negative or not finite"),
-    ("inceptionn", 0, bytes([0xFF, 0, 0]), "0 bytes of values where its tags stand for 16"),
-    ("inceptionn", 1, bytes(3), "3 bytes of values where its tags stand for 0"),
+    ("inceptionn", 0, bytes([0xFF, 0, 0]), "0 bytes of values, but its tags stand for 16"),
+    ("inceptionn", 1, bytes(3), "3 bytes of values, but its tags stand for 0"),
     ("sketch(quantiles=5)", 0, floats(0, 1, 2, np.nan, 4), "a mean that is not finite"),
     ("sketch(quantiles=5)", 1, bytes([5, 0, 0, 0]), "a code above 4"),
     ("adaqs", 0, bytes([0, 0]), "has 0 levels"),
     ("adaqs", 0, bytes([128, 0]), "has 128 levels, at most 127"),
-    ("adaqs", 0, bytes([127, 0]), "5 bytes of codes where 127 levels take 10"),
+    ("adaqs", 0, bytes([127, 0]), "5 bytes of codes, but 127 levels take 10"),
     ("adaqs", 1, floats(-2), "a norm that is negative"),
     ("dqsgd(levels=5)", 2, bytes([0xFF] * 5), "a level above 5"),
     ("scaled_int(width=8)", 0, floats(-1), "a maximum that is negative"),
@@ -243,7 +243,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("text", "field", "data", "words"), BROKEN, ids=[f"{b[0]}-{b[3]}" for b in BROKEN])
 def test_broken_payloads(world, text, field, data, words):
-    """Any code, level, scale or count that cannot be is a PayloadError."""
+    """Any invalid code, level, scale or count raises PayloadError."""
     compressor, ops = grace_ext.grace(f"{text} + none").compressor, world.ops
     spec, info = TensorSpec("w", (10,)), StepInfo(step=0, rank=0, size=1, divisor=1)
     payload = list(compressor.compress(ops, ops.zeros(10), spec, info, compressor.init(ops, spec, info))[0])
@@ -254,7 +254,7 @@ def test_broken_payloads(world, text, field, data, words):
 
 
 def test_a_raw_value_that_is_not_finite(world):
-    """inceptionn passes large values on as they are, but no NaN."""
+    """inceptionn sends large values as they are, but a NaN among them raises."""
     ops, compressor, spec = world.ops, grace_ext.grace("inceptionn + none").compressor, TensorSpec("w", (1,))
     payload = [ops.upload(np.array([3], np.uint8)), ops.upload(np.frombuffer(floats(np.nan), np.uint8).copy())]
     with pytest.raises(PayloadError, match="not finite"):

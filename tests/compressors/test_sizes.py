@@ -1,4 +1,4 @@
-"""Sizes are real: `nbytes` bounds what is sent, `fields` describe it, and `wire_bytes` counts all of it."""
+"""Declared sizes are true: `nbytes` bounds what is sent, `fields` describe it, and `wire_bytes` counts all of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
     + [(NUMPY, s, dtype) for s in catalog.PLAIN for dtype in ("bfloat16", "float64")],
 )
 def test_wire_bytes(world, spec, dtype):
-    """wire_bytes is what really went to the collectives, for each rank, and at most the declared payloads plus headers and flags."""
+    """wire_bytes equals what each rank handed to collectives, and is at most the declared payloads plus headers and flags."""
     g, size = grace_ext.grace(spec), 2
     cluster = world.cluster(g, size)
     declared = sum(g.nbytes(TensorSpec(name, shape, dtype)) for name, shape in inputs.SHAPES.items())
@@ -32,18 +32,18 @@ def test_wire_bytes(world, spec, dtype):
         with tapped() as seen:
             world.step(cluster, inputs.ranks(size, step, dtype))
         assert cluster.wire_bytes == [sum(s.nbytes[rank] for s in seen) for rank in range(size)]
-        # A header a message (an all-to-all has one for each rank), a flag element a sum.
+        # A message has a header (an all-to-all has one per rank), a sum has a flag element.
         overhead = sum({"allreduce": ITEMSIZE[s.dtype], "alltoall": size * HEADER.size}.get(s.kind, HEADER.size) for s in seen)
         assert len(seen) <= 4 and overhead <= 4 * HEADER.size
         assert max(cluster.wire_bytes) <= declared + overhead
         if g.compressor.fixed_size and g.memory.sends == 1 and g.compressor.mean_nbytes(MATRIX) == g.compressor.nbytes(MATRIX):
-            assert max(cluster.wire_bytes) == declared + overhead or "reduce" in spec  # shards, and what sums of them leave, differ
+            assert max(cluster.wire_bytes) == declared + overhead or "reduce" in spec  # with shards, ranks send different amounts
 
 
 @pytest.mark.parametrize("text", catalog.COMPRESSORS)
 def test_never_larger_than_dense(text):
-    """A tensor whose payload would not be smaller is sent dense; only what is compressed for its meaning (a vote, an exact sum) or has a
-    size that the values decide may cost more, by a flag, a scale or two counts."""
+    """A tensor whose payload would not be smaller is sent dense. Only compressors whose result is a vote or an exact sum, or whose size
+    depends on the values, may send more, by a flag, a scale or two counts."""
     g = grace_ext.grace(f"{text} + none")
     if not g.compressor.fixed_size or g.compressor.mean_nbytes(MATRIX) != g.compressor.nbytes(MATRIX):
         pytest.skip("how much it sends is known from the values only, or differs from step to step; see its own tests")
@@ -56,7 +56,7 @@ def test_never_larger_than_dense(text):
 
 
 def test_sizes_of_the_documented_forms():
-    """The numbers that the documentation promises, as arithmetic."""
+    """Sizes are those in the documentation, computed here from its formulas."""
     d = 1_000_000
     flat, matrix = TensorSpec("w", (d,)), TensorSpec("w", (1000, 1000))
 
@@ -77,7 +77,7 @@ def test_sizes_of_the_documented_forms():
 
 
 def test_threshold_sends_what_it_keeps(world):
-    """The size follows the data: nothing above the threshold costs 8 bytes of counts, everything costs dense plus counts."""
+    """The size depends on the data: if nothing reaches the threshold, 8 bytes of counts; if everything does, dense plus counts."""
     cluster = world.cluster(grace_ext.grace("threshold(threshold=1.0) + none"), 2)
     few = np.zeros(1000, np.float32)
     few[[3, 500]] = 1, -2

@@ -1,4 +1,4 @@
-"""What sparse compressors really send, beside what is expected of them, and what GRACE sends or sent wrongly."""
+"""Measured sizes of sparse compressors are as expected, and GRACE's bugs in sparse compressors do not occur."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INFO = StepInfo(step=0, rank=0, size=1, divisor=1)
 
 
 def sent(text: str, x: np.ndarray, shape=None):
-    """(bytes on the wire, what they decode to)."""
+    """Returns (bytes on the wire, decoded values)."""
     part, spec = grace_ext.grace(f"{text} + none").compressor, TensorSpec("w", shape or x.shape)
     payload, _ = part.compress(NUMPY.ops, x.reshape(-1), spec, INFO, part.init(NUMPY.ops, spec, INFO))
     total = sum(len(piece) + 4 * field.variable for piece, field in zip(payload, part.fields(spec), strict=True))
@@ -46,14 +46,14 @@ def gaussian():
     ],
 )
 def test_bits_an_element(gaussian, text, bits):
-    """1000 x 1000: within 5% of the table."""
+    """A 1000 x 1000 gradient takes the table's bits per element within 5%."""
     measured = 8 * sent(text, gaussian)[0] / SIZE
     assert measured == pytest.approx(bits, rel=0.05)
 
 
 @pytest.mark.parametrize("text", ["dgc", "sidco", "sidco(distribution='pareto')"])
 def test_estimated_thresholds(gaussian, text):
-    """About 1% of the elements, 40.6 bits each: 0.40 bits an element where exactly 1% are sent."""
+    """About 1% of the elements are sent, with 40.5 bits each: 0.40 bits per element if exactly 1% are sent."""
     nbytes, decoded = sent(text, gaussian)
     kept = np.count_nonzero(decoded)
     assert 0.8 * SIZE / 100 <= kept <= 1.3 * SIZE / 100
@@ -61,7 +61,7 @@ def test_estimated_thresholds(gaussian, text):
 
 
 def test_signs_at_positions(gaussian):
-    """adaq 0.096 bits an element of 0.08 - 0.32; strom one bit and a position each; wangni as its formula says."""
+    """adaq sends 0.096 bits per element (0.08 to 0.32 are possible), strom one bit and a position per sent element, wangni its formula."""
     assert 0.08 < 8 * sent("adaq", gaussian)[0] / SIZE < 0.1
     nbytes, decoded = sent("strom(threshold=2.5758)", gaussian)
     assert 8 * nbytes / np.count_nonzero(decoded) < 9.7
@@ -76,10 +76,10 @@ def test_signs_at_positions(gaussian):
 
 
 def test_transforms(gaussian):
-    """demo: 0.31 bits an element, under the table's 0.36, because positions are coded together; atomo: m (a + b) floats."""
+    """demo sends 0.31 bits per element, below the table's 0.36, because positions are coded together; atomo sends m (a + b) floats."""
     assert 8 * sent("demo", gaussian)[0] / SIZE == pytest.approx(0.31, rel=0.01)
     assert 8 * sent("demo(values='fp16', index='packed')", gaussian)[0] / SIZE < 0.47
-    assert sent("demo", gaussian[:61, :997])[0] < 0.014 * 4 * 61 * 997  # a prime is padded, not cut into single elements
+    assert sent("demo", gaussian[:61, :997])[0] < 0.014 * 4 * 61 * 997  # a prime length is padded, not cut into tiles of one element
     nbytes, decoded = sent("atomo(rank=2)", gaussian[:50, :80])
     m = np.linalg.matrix_rank(decoded.reshape(50, 80).astype(float), tol=1e-3)
     assert nbytes == 8 + 4 * m * 130
@@ -88,8 +88,8 @@ def test_transforms(gaussian):
 
 # --- bugs of GRACE, by their numbers in docs/porting-from-grace.md -----------------------------
 def test_bug_9_a_sampled_threshold_of_zero(world):
-    """9: of a tensor with 0.1% non-zeros GRACE's dgc sends all 100,000 elements with 8-byte indices; here the non-zeros, and no more
-    than upper * k where there are a few more."""
+    """Bug 9: GRACE's dgc sends all 100,000 elements of a tensor with 0.1% non-zeros, with 8-byte indices. Ours sends the non-zeros, and at
+    most upper * k of them."""
     for nonzero in (0, 1, 100, 1000, 1200, 5000):
         x = np.zeros(100_000, np.float32)
         x[np.random.default_rng(0).permutation(x.size)[:nonzero]] = np.linspace(-1, 2, nonzero) + 0.001
@@ -101,7 +101,7 @@ def test_bug_9_a_sampled_threshold_of_zero(world):
 
 
 def test_dgc_keeps_the_largest_of_too_many(world):
-    """36: the authors' code keeps the first k of them; the position of an element must not matter."""
+    """Bug 36: the authors' code keeps the first k of them; here the largest are kept, wherever they are."""
     x = np.linspace(1, 2, 4000, dtype=np.float32)
     for upper in (1.0, 1.3):
         out = world.step(world.cluster(grace_ext.grace(f"dgc(ratio=0.05, upper={upper}, sample_ratio=0.01) + none"), 1), [{"w": x}])["w"]
@@ -111,7 +111,7 @@ def test_dgc_keeps_the_largest_of_too_many(world):
 
 @pytest.mark.parametrize("text", ["threshold(threshold=4)", "strom(threshold=4)", "sidco(ratio=0.3)", "dgc(ratio=0.3)", "adaq(ratio=0.3)"])
 def test_bug_10_all_negative(world, text):
-    """10: GRACE's threshold compares with max, not max of magnitudes; -x must select what x does: 7 of 10 reach the threshold."""
+    """Bug 10: GRACE's threshold uses max, not max of magnitudes. Here -x selects the same as x; 7 of 10 reach the threshold."""
     x = -np.arange(1, 11, dtype=np.float32)
     out = [world.step(world.cluster(grace_ext.grace(f"{text} + none"), 1), [{"w": s * x}])["w"] for s in (1, -1)]
     assert np.array_equal(out[0], -out[1]) and (out[0] <= 0).all()
@@ -119,7 +119,7 @@ def test_bug_10_all_negative(world, text):
 
 
 def test_bug_11_without_replacement(world):
-    """11: 300 of GRACE's positions are 263 different ones, and values are lost."""
+    """Bug 11: GRACE draws 300 positions of which 263 are different, and loses values. Here all are different."""
     x = np.ones(1000, np.float32)
     for text in ("randomk(ratio=0.3)", "randblock(ratio=0.3)"):
         out = world.step(world.cluster(grace_ext.grace(f"{text} + none"), 1), [{"w": x}])["w"]
@@ -127,7 +127,7 @@ def test_bug_11_without_replacement(world):
 
 
 def test_bug_12_names_do_not_collide(world):
-    """12: GRACE seeds with the sum of the name's characters and a call counter: anagrams share positions, and layers at different steps."""
+    """Bug 12: GRACE's seed is the sum of the name's characters and a call counter, so anagrams, and other steps, share positions."""
     seen = set()
     for text in ("randomk(ratio=0.01)", "randblock(ratio=0.01)"):
         cluster = world.cluster(grace_ext.grace(f"{text} + none"), 2)
@@ -135,20 +135,20 @@ def test_bug_12_names_do_not_collide(world):
             given = {name: np.ones(5000, np.float32) for name in ("ab", "ba", "ac")}
             out = world.step(cluster, [given, dict(reversed(given.items()))])
             seen |= {tuple(np.flatnonzero(out[name])) for name in given}
-            assert all(np.count_nonzero(out[name]) == 50 for name in given)  # the same on both ranks, whatever their order
+            assert all(np.count_nonzero(out[name]) == 50 for name in given)  # both ranks draw the same, whatever their order of tensors
     assert len(seen) == 18
 
 
 @pytest.mark.parametrize("text", ["topk", "threshold(threshold=2.5758)", "dgc", "sidco", "global_topk"])
 def test_bug_21_positions_are_not_8_bytes(gaussian, text):
-    """21: int64 indices make GRACE's kept element 12 bytes; here it is 5.1."""
+    """Bug 21: with int64 indices, GRACE sends 12 bytes per kept element; here it is 5.1."""
     nbytes, decoded = sent(text, gaussian)
     assert nbytes / np.count_nonzero(decoded) < 5.1
 
 
 @pytest.mark.parametrize("text", ["dgc", "sidco", "global_topk", "adaq", "strom", "threshold", "wangni", "dgc > qsgd", "demo"])
 def test_bug_25_a_payload_explains_itself(gaussian, text):
-    """25: GRACE's dgc needs the sender's mask to decode. Here another rank's fresh compressor decodes, and tells the positions."""
+    """Bug 25: GRACE's dgc needs the sender's mask to decode. Here a new compressor on another rank decodes, and finds the positions."""
     x, spec = gaussian[:40, :50].reshape(-1), TensorSpec("w", (40, 50))
     part = grace_ext.grace(f"{text} + none").compressor
     payload, _ = part.compress(NUMPY.ops, x, spec, INFO, part.init(NUMPY.ops, spec, INFO))
@@ -160,7 +160,7 @@ def test_bug_25_a_payload_explains_itself(gaussian, text):
         assert set(np.flatnonzero(decoded)) <= set(other.positions(NUMPY.ops, wire, spec, there).tolist())
 
 
-# --- what a peer sends --------------------------------------------------------------------------------------------------
+# --- invalid payloads ---------------------------------------------------------------------------------------------------
 BAD = [
     ("adaq", "means", np.array([np.nan, 1], "<f4"), "mean"),
     ("adaq", "means", np.array([1, -1], "<f4"), "mean"),
@@ -185,7 +185,7 @@ BAD = [
 
 @pytest.mark.parametrize("text,name,value,match", BAD)
 def test_bad_fields(gaussian, text, name, value, match):
-    """One field of a good payload replaced: PayloadError, which says what is wrong."""
+    """If one field of a valid payload is replaced, PayloadError says what is wrong."""
     x, spec = gaussian[:40, :50].reshape(-1), TensorSpec("w", (40, 50))
     part = grace_ext.grace(f"{text} + none").compressor
     payload, _ = part.compress(NUMPY.ops, x, spec, INFO, part.init(NUMPY.ops, spec, INFO))
@@ -197,7 +197,7 @@ def test_bad_fields(gaussian, text, name, value, match):
 
 
 def test_dgc_samples_are_private_or_shared(world):
-    """The start of the sample: each rank's own, or one for all; new at every step."""
+    """The start of the sample is private to each rank, or shared by all, and new at every step."""
     draws = {text: [] for text in ("private", "shared")}
     for sampling, seen in draws.items():
         for step in range(3):
@@ -205,6 +205,6 @@ def test_dgc_samples_are_private_or_shared(world):
             keys = [(i.private_key if sampling == "private" else i.shared_key)("w", "dgc") for i in infos]
             seen.append([int(rng.words(key, 1)[0]) for key in keys])
     assert all(a != b for a, b in draws["private"]) and all(a == b for a, b in draws["shared"])
-    with tapped() as seen:  # the same gradient gives the same payload on both ranks where the sample is shared
+    with tapped() as seen:  # if the sample is shared, equal gradients give equal payloads on both ranks
         world.step(world.cluster(grace_ext.grace("dgc(ratio=0.02, sampling='shared') + none"), 2), [inputs.normal(0, 0)] * 2)
     assert seen[0].buffers[0] == seen[0].buffers[1]

@@ -1,7 +1,7 @@
-"""An engine in memory: every rank's driver in one thread, its effects interleaved at random, collectives matched by name.
+"""Simulates an engine in memory: runs all ranks' drivers in one thread, interleaves their effects at random, matches collectives by name.
 
-It holds drivers to what real engines need: the same starts in the same order on every rank, no start twice, no wait that nobody will end
-(it says which ranks hang), arrays untouched until the wait, and only the kinds of collectives that the engine has.
+It asserts what real engines need: the same starts in the same order on every rank, no name started twice, no deadlock (it says which ranks
+hang), arrays unchanged until the wait, and only the kinds of collectives that the engine has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPS = host_ops(NumpyOps)
 
 
 class Native(Transport):
-    """Has everything: uneven gathers, broadcasts of any size, 16-bit sums."""
+    """An engine that has everything: uneven gathers, broadcasts of any size, 16-bit sums."""
 
     gathers_uneven = True
 
@@ -34,7 +34,7 @@ class Native(Transport):
         return (yield collective)
 
     def check(self, collective) -> None:
-        """Raises where this engine has no such collective."""
+        """Raises AssertionError if this engine has no such collective."""
 
     def start(self, collective, name):
         raise AssertionError("the hub performs effects itself")
@@ -42,12 +42,12 @@ class Native(Transport):
     wait = start
 
     def received(self, collective, result):
-        """What `wait` returns."""
+        """Returns what `wait` returns on this engine."""
         return result
 
 
 class Poor(Native):
-    """Has float32 and float64 sums, even gathers, sized broadcasts and all-to-all: everything else must be lowered."""
+    """An engine with float32 and float64 sums, even gathers, sized broadcasts and all-to-all; everything else must be lowered to these."""
 
     gathers_uneven = False
 
@@ -68,7 +68,7 @@ class Poor(Native):
 
 
 class Concatenating(Poor):
-    """As Horovod: gathers arrays of any lengths, but returns one concatenation without saying where each begins."""
+    """Like Horovod, gathers arrays of any lengths, but returns one concatenation without saying where each begins."""
 
     gathers_uneven = True
 
@@ -85,12 +85,12 @@ class Concatenating(Poor):
 
 
 def perform_collective(collectives: Sequence[Any], rank: int) -> Any:
-    """The result for one rank, written independently of the package."""
+    """Returns the result of a collective for one rank, computed independently of the package."""
     first, arrays = collectives[0], [c.array for c in collectives]
     assert len({(c.kind, c.label, c.divisor, c.dtype) for c in collectives}) == 1, "ranks paired different collectives"
     if first.kind == "allreduce":
         assert len({a.shape for a in arrays}) == 1
-        if first.dtype in HALVES:  # arrays are wire bytes
+        if first.dtype in HALVES:  # arrays hold wire bytes
             arrays = [OPS.from_bytes(array, first.dtype) for array in arrays]
         total = arrays[0].copy()
         for array in arrays[1:]:
@@ -110,14 +110,14 @@ def perform_collective(collectives: Sequence[Any], rank: int) -> Any:
 
 @dataclass
 class Hub:
-    """Runs one generator of effects a rank. `starts` records every rank's starts."""
+    """Runs one generator of effects per rank. `starts` records every rank's starts."""
 
     transports: Sequence[Native]
     seed: int = 0
     starts: list[list[str]] = field(default_factory=list)
 
     def run(self, programs: Sequence[Generator]) -> list[Any]:
-        """What each program returned, or the exception that ended it."""
+        """Runs the programs. Returns each one's result, or the exception that ended it."""
         size, rng = len(programs), random.Random(self.seed)
         self.starts = [[] for _ in range(size)]
         results: list[Any] = [None] * size
@@ -162,7 +162,7 @@ class Hub:
 
 
 def step(driver, gradients, order) -> Generator:
-    """One step of one rank, with gradients arriving in this order."""
+    """Makes one step on one rank, with gradients arriving in this order."""
     for name in order:
         yield from driver.put(name, gradients[name])
     return (yield from driver.finish())

@@ -1,4 +1,4 @@
-"""Ranks compare themselves between steps; what an engine's failure says; how long ranks wait; and the memory when the world changes."""
+"""Comparing ranks between steps, errors of a failed engine, timeouts, and the residuals when the number of ranks changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGESTS = {"a": "1", "b": "2", "c": "3"}
 
 
 def compared(made, digests):
-    """What `compare` did on each rank."""
+    """Runs `compare` on all ranks. Returns each rank's result or exception."""
     return Hub([d.transport for d in made]).run([d.compare(x) for d, x in zip(made, digests, strict=True)])
 
 
@@ -35,17 +35,17 @@ def test_parameters_that_differ_are_named_on_every_rank(transport):
     for step in range(2):
         run(made, inputs.ranks(3, step, shapes=SHAPES), shuffled(3, step))
         assert compared(made, [DIGESTS] * 3) == [None] * 3
-    for odd in range(3):  # the two that agree are taken as right, rank 0 or not
+    for odd in range(3):  # the two that agree are taken as right, whether or not rank 0 is one of them
         said = compared(made, [{**DIGESTS, "b": "9"} if rank == odd else DIGESTS for rank in range(3)])
         assert all(isinstance(error, DisagreementError) for error in said)
         assert f"rank {odd}: 1 of 3 parameters differ: b" in str(said[0]) and len({str(error) for error in said}) == 1
     missing = compared(made, [DIGESTS, DIGESTS, {"a": "1", "b": "2"}])
     assert "rank 2: 1 of 3 parameters differ: c" in str(missing[0])
-    run(made, inputs.ranks(3, 2, shapes=SHAPES), shuffled(3, 2))  # and training can go on
+    run(made, inputs.ranks(3, 2, shapes=SHAPES), shuffled(3, 2))  # training can continue
 
 
 def test_ranks_at_other_steps_are_told():
-    made = drivers("randomk(ratio=0.2) + residual", 3, Native)  # sums carry no step
+    made = drivers("randomk(ratio=0.2) + residual", 3, Native)  # sums have no header with the step
     run(made, inputs.ranks(3, 0, shapes=SHAPES), shuffled(3, 0))
     made[2].step += 1
     assert all("rank 2 is at step 2, rank 0 at step 1" in str(error) for error in compared(made, [DIGESTS] * 3))
@@ -71,7 +71,7 @@ def test_a_digest_is_of_type_shape_and_bits():
 
 
 class Broken(Native):
-    """Loses its peers."""
+    """An engine that loses its peers in every wait."""
 
     def start(self, collective, name):
         return name
@@ -109,7 +109,7 @@ def test_timeouts():
 
 
 def in_threads(states, size, how):
-    """carried_over on `size` ranks, each a thread."""
+    """Runs carried_over on `size` ranks, each a thread. Returns their results."""
     barrier, said, made = threading.Barrier(size), [None] * size, [None] * size
 
     def rank_of(rank):
@@ -133,7 +133,7 @@ def in_threads(states, size, how):
 @pytest.mark.parametrize("how", ["mean", "keep", "reset"])
 @pytest.mark.parametrize("spec", [SPEC, "powersgd(rank=2) + residual", "efsignsgd + residual @ reduce_scatter", "topk(ratio=0.2) + ef21"])
 def test_the_memory_follows_the_ranks(spec, how):
-    """One parameter at a time it is what `resized` gives for all at once; a rank that died counts as zero; new ranks may be anywhere."""
+    """Carried over one parameter at a time, states equal those of `resized`; a rank that died counts as zero; new ranks may be anywhere."""
     made = drivers(spec, 3, Native)
     for step in range(2):
         run(made, inputs.ranks(3, step, shapes=SHAPES), shuffled(3, step))
@@ -151,7 +151,7 @@ def test_the_memory_follows_the_ranks(spec, how):
                 x["state"] = {key: array for key, array in x["state"].items() if not key.startswith("shard")}
             for name, elements in sizes.items():
                 key = f"shard_residual/{name}"
-                if key in old[0]["state"]:  # a tensor of one element has none
+                if key in old[0]["state"]:  # a tensor of one element has no shard residual
                     lost = np.zeros(elements * 2 // 3 - elements // 3, np.float32)
                     whole = np.concatenate([old[0]["state"][key], lost, old[2]["state"][key]])
                     found = np.concatenate([x["state"].pop(key) for x in got])

@@ -1,4 +1,4 @@
-"""Where sizes travel before the data, what a peer announces is bounded by what its payload can be: no rank takes memory for more."""
+"""If sizes travel before the data, a rank compares each announced size with the largest possible payload before it allocates memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCATTERED = "threshold(threshold=0.5) + residual @ sparse_allreduce"
 
 
 class Told(Poor):
-    """Hears that rank 1 will send `said` bytes."""
+    """An engine on which rank 1 announces `said` bytes."""
 
     said = 0
 

@@ -1,4 +1,4 @@
-"""The driver: any order of gradients and any interleaving of ranks give the same starts and the same results; errors leave it usable."""
+"""The driver gives the same starts and results for any order of gradients and any interleaving of ranks, and stays usable after errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drivers(spec: str, size: int, transport=Native, bucket_bytes: int = 1000, sp
 
 
 def run(made, gradients, orders, seed: int = 0):
-    """One step of all ranks: ([result by rank], hub)."""
+    """Makes one step on all ranks. Returns ([result by rank], hub)."""
     hub = Hub([driver.transport for driver in made], seed)
     results = hub.run([step(d, g, order) for d, g, order in zip(made, gradients, orders, strict=True)])
     for result in results:
@@ -72,8 +72,8 @@ LOWERED = (
     ("transport", "spec"), [(Native, s) for s in catalog.FEEDBACK] + [(t, s) for t in (Poor, Concatenating) for s in LOWERED]
 )
 def test_order_buckets_and_lowering_do_not_matter(spec, transport):
-    """Gradients in shuffled orders, ranks interleaved at random, on engines that lack collectives: the same starts on every rank, and
-    the bits that LocalCluster computes with the same buckets; a sum's bucket may only change where an array lies, not its value."""
+    """With gradients in shuffled orders, ranks interleaved at random, and engines that lack collectives, all ranks make the same starts.
+    Results and states have the bits of a LocalCluster with other buckets."""
     size = 3
     made = drivers(spec, size, transport)
     cluster = NUMPY.cluster(grace_ext.grace(spec), size)
@@ -91,7 +91,7 @@ def test_order_buckets_and_lowering_do_not_matter(spec, transport):
 @pytest.mark.parametrize("transport", [Native, Poor, Concatenating], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_lowering_in_other_dtypes(transport, dtype):
-    """16-bit gradients sum in 16-bit collectives, which no engine does as we want; mixed dtypes share a bucket."""
+    """16-bit gradients need 16-bit sums, which no engine rounds as we do, so they are lowered; mixed dtypes share a bucket."""
     size = 3
     mixed = {**SHAPES, "g": (5,)}
     for spec in ("none", "powersgd + residual", "threshold(threshold=1) + residual"):
@@ -105,7 +105,7 @@ def test_lowering_in_other_dtypes(transport, dtype):
 
 
 def test_starts_do_not_depend_on_who_is_late():
-    """Whatever the interleaving and the orders, the sequence of starts is one and the same."""
+    """The sequence of starts is the same for any interleaving of ranks and any order of gradients."""
     for spec in MIXES:
         sequences = set()
         for seed in range(4):
@@ -118,7 +118,7 @@ def test_starts_do_not_depend_on_who_is_late():
 
 
 def test_communication_overlaps_the_backward_pass():
-    """From the second step on, a bucket starts inside the put that completes it, and nothing waits before finish."""
+    """From the second step on, a bucket starts in the `put` that completes it, and nothing waits before `finish`."""
     (driver,) = drivers("topk(ratio=0.2) + residual", 1)
     gradients = inputs.normal(0, 0, shapes=SHAPES)
     backward = [spec.name for bucket in driver.buckets for spec in bucket.specs]
@@ -131,7 +131,7 @@ def test_communication_overlaps_the_backward_pass():
 
 
 def test_a_bucket_never_overtakes():
-    """A bucket that is complete waits for those before it, so that the order is the same where the gradients' order is not."""
+    """A complete bucket waits for those before it, so that all ranks start buckets in the same order, whatever the order of gradients."""
     (driver,) = drivers("none", 1)
     driver.agreed = True
     gradients = inputs.normal(0, 0, shapes=SHAPES)
@@ -140,7 +140,7 @@ def test_a_bucket_never_overtakes():
 
 
 def test_parameters_without_a_gradient_take_part_as_zeros():
-    """On one rank (a branch not taken) and on all: the others' gradients are averaged with zeros."""
+    """If a parameter has no gradient on one rank (a branch not taken), or on all ranks, it counts as zeros in the mean."""
     for spec in MIXES:
         made, reference = drivers(spec, 2), drivers(spec, 2)
         for turn in range(2):
@@ -156,7 +156,7 @@ def test_parameters_without_a_gradient_take_part_as_zeros():
 
 @pytest.mark.parametrize("bucket_bytes", [1, 200, 5000, 10**9])
 def test_buckets(bucket_bytes):
-    """Every parameter is in one bucket, last first, none above the limit unless it is alone; results do not depend on the size."""
+    """Each parameter is in one bucket, last first; only a bucket of one parameter may exceed the limit; results do not depend on it."""
     for spec in ("topk(ratio=0.2) + residual", "powersgd + residual", "fp16 + none"):
         made = drivers(spec, 2, bucket_bytes=bucket_bytes)
         buckets = [[s.name for s in b.specs] for b in made[0].buckets]
@@ -169,7 +169,7 @@ def test_buckets(bucket_bytes):
 
 @pytest.mark.parametrize("spec", MIXES)
 def test_a_bad_bucket_leaves_the_others_their_results(spec):
-    """NaN in one bucket: every rank returns NaN there and the normal aggregate elsewhere, and commits nothing anywhere."""
+    """If one bucket has a NaN, every rank returns NaN for it and normal aggregates for the others, and commits no state at all."""
     made, clean = drivers(spec, 2), drivers(spec, 2)
     for turn in range(2):
         gradients = inputs.ranks(2, turn, shapes=SHAPES)
@@ -195,7 +195,7 @@ def test_a_bad_bucket_leaves_the_others_their_results(spec):
 
 
 def test_two_models_at_once_do_not_share_names():
-    """Two drivers of one process, interleaved: their collectives are told apart by name."""
+    """The collectives of two drivers in one process have different names."""
     first, second = drivers("none", 2), drivers("topk + residual", 2)
     gradients = inputs.ranks(2, 0, shapes=SHAPES)
     starts = []
@@ -206,7 +206,7 @@ def test_two_models_at_once_do_not_share_names():
 
 
 class Threaded(Transport):
-    """A blocking engine: ranks are threads, collectives are matched by name and turn."""
+    """A blocking engine whose ranks are threads; collectives are matched by name and turn."""
 
     gathers_uneven = True
 
@@ -228,7 +228,7 @@ class Threaded(Transport):
 
 
 def test_perform_on_threads():
-    """The same driver, performed on a transport that blocks: three threads, shuffled orders, three steps."""
+    """The driver gives the same results on a blocking transport: three threads, shuffled orders, three steps."""
     size, board, changed = 3, {}, threading.Condition()
     made = [
         Driver(grace_ext.grace("powersgd + residual"), OPS, Threaded(rank, size, board, changed), bucket_bytes=1000) for rank in range(size)

@@ -1,4 +1,4 @@
-"""What the driver does when ranks disagree or a step fails: everybody is told, nothing is committed, and it can be used again."""
+"""If ranks disagree or a step fails, every rank gets an error, nothing is committed, and the driver can be used again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LISTS = {
 @pytest.mark.parametrize("transport", [Native, Poor, Concatenating], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("difference", [*CHANGES, *LISTS])
 def test_disagreement(difference, transport):
-    """Ranks whose scripts differ all raise, before any other collective, naming both specs; nobody hangs."""
+    """If one rank's script differs, all ranks raise before any other collective and no rank hangs; the error names the difference."""
     made = drivers("topk(ratio=0.2) + residual", 3, transport)
     if difference in CHANGES:
         made[1] = CHANGES[difference]()
@@ -54,7 +54,7 @@ def test_disagreement(difference, transport):
     if difference in LISTS:
         assert {"missing parameter": "f", "extra parameter": "g", "other order": "order"}.get(difference, "f") in message
     assert all(name.startswith("grace/agree") for names in hub.starts for name in names)
-    # Told once, a corrected script may go on with the same objects.
+    # After the error, a corrected script may go on with the same objects.
     made[1] = drivers("topk(ratio=0.2) + residual", 3, transport)[1]
     results, _ = run(made, gradients, shuffled(3, 0))
     assert same_bits(results[0], results[1])
@@ -62,7 +62,7 @@ def test_disagreement(difference, transport):
 
 @pytest.mark.parametrize("where", ["put", "finish"])
 def test_an_exception_in_mid_step(where):
-    """Every rank fails in the middle of a step: the state is that of the last committed step, and the next step is as if nothing was."""
+    """If every rank fails in the middle of a step, the last committed state remains, and the next step is as if nothing had happened."""
     made, clean = drivers("topk(ratio=0.2) + residual", 2), drivers("topk(ratio=0.2) + residual", 2)
     for group in (made, clean):
         run(group, inputs.ranks(2, 0, shapes=SHAPES), shuffled(2, 0))
@@ -97,7 +97,7 @@ def test_a_second_gradient_for_the_same_parameter_is_refused():
 
 
 def test_what_does_not_fit_is_refused_at_once():
-    """Duplicate names and dtypes when parameters are registered; unknown names, changed shapes and dtypes at the gradient."""
+    """`register` rejects duplicate names and wrong dtypes; `put` rejects unknown names, changed shapes and changed dtypes."""
     (driver,) = drivers("none", 1)
     with pytest.raises(NamesError, match="more than once: a, b"):
         driver.register([*SPECS, *SPECS[:2]])

@@ -1,4 +1,4 @@
-"""What a driver holds on to does not grow from step to step."""
+"""The memory that a driver holds does not grow from step to step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 50_000
 
 
 def held_after(cluster: grace_ext.LocalCluster, steps: int) -> int:
-    """Bytes that are in use after so many more steps."""
+    """Makes more steps. Returns the bytes in use after them."""
     for step in range(steps):
         gradients = [
             {"w": np.random.default_rng(2 * step + rank).standard_normal((SIZE // 100, 100)).astype(np.float32)} for rank in range(2)
@@ -33,6 +33,6 @@ def test_memory_is_flat(spec):
     tracemalloc.start()
     try:
         before = held_after(cluster, 6)
-        assert held_after(cluster, 12) - before < 4 * SIZE  # not one array more in twelve steps of two ranks
+        assert held_after(cluster, 12) - before < 4 * SIZE  # less than one array more in twelve steps of two ranks
     finally:
         tracemalloc.stop()

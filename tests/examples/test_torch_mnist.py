@@ -1,4 +1,4 @@
-"""The MNIST example runs on two ranks and on one, learns, and sends the bytes that it should; the demo's verdict follows its criteria."""
+"""The MNIST example runs on two ranks and on one, learns, and sends the expected bytes; the demo's verdict follows its criteria."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPEC = "topk(ratio=0.01) + residual @ allgather"
 
 
 def train(engine: str, ranks: int, file, *options: str) -> dict:
-    """The result of one epoch."""
+    """Trains one epoch. Returns the example's result."""
     said = run([*launcher(engine, ranks), str(EXAMPLE), "--epochs", "1", "--json", str(file), *options])
     (result,) = json.loads(file.read_text())
-    # The demo reads these lines.
+    # The demo parses these lines.
     assert said.count(f"accuracy {result['accuracy']:.2f}%") == 1, said
     assert result["test_accuracy"] == [result["accuracy"]]
     assert len(result["train_loss"]) == 1
@@ -29,15 +29,15 @@ def train(engine: str, ranks: int, file, *options: str) -> dict:
 
 
 def test_two_ranks_compressed(tmp_path):
-    """At 1%, 5.07 bytes a kept element: about 76 times fewer than dense, headers and small tensors included."""
+    """At 1% with 5.07 bytes per kept element, about 76 times fewer bytes than dense are sent, headers and small tensors included."""
     result = train("torchrun", 2, tmp_path / "result.json", "--compression", SPEC, "--lr", "0.05")
     assert (result["ranks"], result["steps_per_epoch"], result["spec"]) == (2, 93, SPEC)
     assert 70 < 4 * result["parameters"] / result["bytes_per_step"] < 80
-    assert result["accuracy"] > 60  # guessing gives 10
+    assert result["accuracy"] > 60  # guessing gives 10%
 
 
 def test_one_rank_dense(tmp_path):
-    """Plain python: nothing to send, and all images are this rank's."""
+    """Under plain python the one rank sends nothing and trains on all images."""
     result = train("python", 1, tmp_path / "result.json", "--compression", "dense", "--lr", "0.05")
     assert (result["ranks"], result["steps_per_epoch"], result["spec"]) == (1, 187, "none @ allreduce")
     assert result["bytes_per_step"] == 0
@@ -46,7 +46,7 @@ def test_one_rank_dense(tmp_path):
 
 @pytest.fixture
 def demo():
-    """The demo's own module."""
+    """Returns the module examples/demo.py."""
     pytest.importorskip("matplotlib", reason="pip install 'grace_ext[examples]'")
     spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
     assert spec and spec.loader
@@ -56,7 +56,7 @@ def demo():
 
 
 def pretend(**accuracies: float):
-    """Results as the example gives them, of one seed."""
+    """Returns a function that makes results of one seed in the example's format."""
     return lambda name: {
         "accuracy": accuracies[name], "test_accuracy": [90.0, accuracies[name]], "parameters": 1000, "steps_per_epoch": 10,
         "bytes_per_step": 4000 if name == "dense" else 40, "step_seconds": 0.01,
@@ -72,7 +72,7 @@ def pretend(**accuracies: float):
     ],
 )
 def test_the_demos_verdict(demo, accuracies, said, tmp_path, monkeypatch, capsys):
-    """Exit code, sentence and results.json agree on whether a criterion was missed."""
+    """Exit code, printed sentence and results.json agree on whether a criterion was missed."""
     result = pretend(**accuracies)
     monkeypatch.setattr(demo, "train_all", lambda options, console: {name: [result(name)] for name in demo.SPECS})
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--seeds", "0"])
@@ -87,8 +87,8 @@ def test_the_demos_verdict(demo, accuracies, said, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("engine", ["torchrun", "horovodrun"])
 def test_the_demo_by_each_launcher(demo, engine, tmp_path, monkeypatch):
-    """One real job: started, watched and read."""
-    launcher(engine, demo.RANKS)  # skips where it is not installed
+    """The demo starts one real job, follows its output and reads its results."""
+    launcher(engine, demo.RANKS)  # skips if it is not installed
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(demo, "SPECS", {"dense": "dense"})
@@ -101,7 +101,7 @@ def test_the_demo_by_each_launcher(demo, engine, tmp_path, monkeypatch):
 
 
 def test_the_demo_shows_why_a_job_failed(demo, tmp_path, monkeypatch, capsys):
-    """Exit code 1, and the job's last lines."""
+    """The demo exits with 1 and prints the job's last lines."""
     monkeypatch.setattr(demo, "command", lambda launcher: [sys.executable])
     monkeypatch.setattr(demo, "SPECS", {"dense": "no_such_part"})
     monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path), "--quick"])

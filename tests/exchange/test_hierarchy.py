@@ -1,5 +1,5 @@
-"""Exchanges in two levels, on simulated ranks: what each node's ranks add up to is what `between` exchanges, with the right weights; who
-sends what to whom; state; what is refused. Real engines: tests/frameworks/test_levels.py."""
+"""Two-level exchanges on simulated ranks: `between` exchanges the sums of each node's ranks, with the right weights; which rank sends what;
+states; and what is rejected. Real engines are tested by tests/frameworks/test_levels.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grace_ext.testing.worlds import NUMPY, WORLDS, states, tapped
 
 from .. import catalog
 
-#: (ranks, ranks a node)
+#: (ranks, ranks per node)
 LAYOUTS = [(4, 2), (6, 3), (3, 2), (5, 3), (7, 1), (4, 4)]
 SHAPES = {"matrix": (24, 18), "vector": (193,), "scalar": (), "empty": (0, 3)}
 
@@ -35,7 +35,7 @@ def nodes_of(size: int, per_node: int) -> list[range]:
 
 
 def summed(given, nodes, n):
-    """The nodes' gradients, in float64 rounded once to their own precision."""
+    """Returns the nodes' weighted sums, computed in float64 and rounded once to the gradients' dtype."""
     scale = len(nodes) / n
     return [
         {name: np.asarray(sum(given[r][name].astype("f8") for r in ranks) * scale).astype(array.dtype) for name, array in given[0].items()}
@@ -46,7 +46,7 @@ def summed(given, nodes, n):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("g", SPECS, ids=str)
 def test_nodes_exchange_their_weighted_sums(g, layout):
-    """As the flat exchange of one rank a node, given the nodes' gradients: results of two steps, and the memory of every rank."""
+    """Results of two steps, and every rank's state, are those of a flat exchange with one rank per node on the nodes' weighted sums."""
     size, per_node = layout
     nodes = nodes_of(*layout)
     cluster = grace_ext.LocalCluster(g, size, ranks_per_node=per_node)
@@ -54,7 +54,7 @@ def test_nodes_exchange_their_weighted_sums(g, layout):
     flat = grace_ext.LocalCluster(inner, len(nodes))
     generator = np.random.default_rng(3)
     for step in range(2):
-        # Multiples of size * 2**-12, whose weighted sums round nothing: else a last bit could select other elements.
+        # Weighted sums of multiples of size * 2**-12 are exact; with rounding, a last bit could select other elements.
         drawn = [{k: np.round(generator.standard_normal(s) * 4096) for k, s in SHAPES.items()} for _ in range(size)]
         given = [{k: (x * size / 4096).astype("f4") for k, x in mine.items()} for mine in drawn]
         got = NUMPY.everywhere(cluster, given)
@@ -77,7 +77,7 @@ def test_nodes_exchange_their_weighted_sums(g, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("world", [w for w in WORLDS if w.native], ids=lambda w: w.name)
 def test_linear_ones_equal_the_flat_mean(world, layout):
-    """Within 1e-6, uneven nodes too; float64 and half precision keep their dtypes."""
+    """The uncompressed mean is right within 1e-6, on uneven nodes, too; float64 and half precision keep their dtypes."""
     size, per_node = layout
     for dtype in ("float32", "float64", "float16"):
         given = inputs.ranks(size, 0, dtype, SHAPES)
@@ -91,7 +91,7 @@ def test_linear_ones_equal_the_flat_mean(world, layout):
 
 
 def test_cser_needs_even_nodes():
-    """Its errors are a node's, and the mean of the models is over ranks."""
+    """cser rejects nodes of different sizes, because its errors belong to nodes, but models are averaged over ranks."""
     given = inputs.ranks(5, 0, shapes=SHAPES)
     cluster = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + cser @ hierarchical"), 5, ranks_per_node=2)
     with pytest.raises(UnsupportedError, match=r"on nodes of \[2, 2, 1\] ranks"):
@@ -100,7 +100,7 @@ def test_cser_needs_even_nodes():
 
 
 def test_states_of_other_nodes_are_refused():
-    """Each of them holds its node's memory: ranks of one node would go on with two, or two nodes with one and the same."""
+    """States hold the memory of a node. With other nodes, ranks of one node would have different memories, or two nodes the same."""
     g, given = grace_ext.grace("topk(ratio=0.1) + residual @ hierarchical"), inputs.ranks(6, 0, shapes=SHAPES)
     before = grace_ext.LocalCluster(g, 6, ranks_per_node=2)
     before.step(given)
@@ -115,7 +115,7 @@ def test_states_of_other_nodes_are_refused():
 
 
 def test_a_sum_is_a_sum():
-    """divisor 1, as with op=Sum."""
+    """With divisor 1 (op=Sum) the result is the sum over all ranks."""
     cluster = grace_ext.LocalCluster(grace_ext.grace("none @ hierarchical"), 5, ranks_per_node=2)
     for driver in cluster.drivers:
         driver.divisor = 1
@@ -125,7 +125,8 @@ def test_a_sum_is_a_sum():
 
 
 def test_only_first_ranks_talk_between_nodes():
-    """4 ranks on 2 nodes: payloads between ranks 0 and 2 alone; inside, dense sums and what came. So are the bytes counted."""
+    """With 4 ranks on 2 nodes, only ranks 0 and 2 exchange payloads. Inside a node, dense sums and received payloads travel. `wire_bytes`
+    counts all of these."""
     g = grace_ext.grace("topk(ratio=0.01) + residual @ hierarchical")
     cluster = grace_ext.LocalCluster(g, 4, ranks_per_node=2)
     flat = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.01) + residual"), 4)
@@ -137,7 +138,7 @@ def test_only_first_ranks_talk_between_nodes():
         flat.step(given)
     payload = there[0].nbytes[0]
     between = [s for s in seen if s.kind == "allgather"]
-    assert [s.nbytes for s in between] == [[payload, payload]]  # of the two first ranks
+    assert [s.nbytes for s in between] == [[payload, payload]]  # the payloads of the nodes' first ranks
     inside = [s for s in seen if s.kind == "allreduce"]
     assert [s.nbytes for s in inside] == [[36000, 36000]] * 2
     shared = [s for s in seen if s.kind == "broadcast"]

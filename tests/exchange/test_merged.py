@@ -1,4 +1,4 @@
-"""Small neighbours in a bucket are compressed as one where kernels are on: with the bytes, results and states of each by itself."""
+"""With kernels, small neighbouring tensors of a bucket are compressed together, with the bytes, results and states of separate ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if not kernels.enabled():
 
 COMPILED = next(world for world in WORLDS if world.name == "numpy")
 PLAIN = next(world for world in WORLDS if world.name == "numpy-plain")
-#: Odd sizes, one element, none, what is too large to be merged, and more than has room in one.
+#: Odd sizes, one element, no element, a tensor that is too large to be merged, and more than fit into one merge.
 SHAPES = {
     "bias": (7,), "one": (1,), "empty": (0,), "filter": (3, 5, 11), "large": (SMALL + 1,), "scale": (64,), "two": (2,), "wide": (1, 1001),
     **{f"block{i}": (SMALL,) for i in range(ROOM // SMALL)}, "last": (129,),
@@ -37,7 +37,7 @@ MERGED = [
 
 
 def gradients(step: int, size: int, dtype: str = "float32") -> list[dict[str, np.ndarray]]:
-    """Heavy tails, zeros, equal values, and a tensor that is zero."""
+    """Returns gradients with heavy tails, zeros, equal values, and a tensor of zeros."""
     found = []
     for rank in range(size):
         rng = np.random.default_rng([step, rank])
@@ -50,7 +50,7 @@ def gradients(step: int, size: int, dtype: str = "float32") -> list[dict[str, np
 
 
 def run(world, g, size: int, dtype: str = "float32"):
-    """(bytes of all collectives, results and states, how many tensors went as one) of three steps."""
+    """Makes three steps. Returns (bytes of all collectives, results and states, number of tensors that were merged)."""
     cluster, outs, together = world.cluster(g, size), [], []
     before = bucket.merge
 
@@ -77,22 +77,22 @@ def test_the_same_as_one_by_one(text, communicator, memory, size):
     try:
         g = grace_ext.grace(f"{text} + {memory} @ {communicator}")
     except IncompatiblePartsError:
-        return  # what cannot be added
+        return  # payloads that cannot be summed
     wire, ours, together = run(COMPILED, g, size)
     wire0, theirs, none = run(PLAIN, g, size)
     assert wire == wire0
     assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
     if memory == "none" and text in ("efsignsgd", "onebit"):
-        assert not together  # without a residual there is nothing to do in one pass
+        assert not together  # without a residual they have no one-pass form
     else:
-        # By every rank at every step, all but the empty one, the large one, and tiny ones that are sent dense, with no neighbour like them.
+        # Every rank merges in every step all but the empty tensor, the large one, and tiny ones that are sent dense with no such neighbour.
         assert 3 * size * (len(SHAPES) - 5) <= together <= 3 * size * (len(SHAPES) - 2)
     assert none == 0
 
 
 @pytest.mark.parametrize("text", ["topk + residual", "none", "efsignsgd + residual"])
 def test_narrow_gradients(text):
-    """They are merged with their like; float64 goes by itself."""
+    """16-bit gradients are merged with others of their dtype; float64 gradients are not merged."""
     for dtype, merges in (("float16", True), ("float64", False)):
         g = grace_ext.grace(text)
         wire, ours, together = run(COMPILED, g, 2, dtype)
@@ -104,7 +104,7 @@ def test_narrow_gradients(text):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["topk", "threshold", "randomk", "efsignsgd", "onebit", "none"])
 def test_one_that_is_not_finite_skips_the_step_everywhere(name, value):
-    """The rank that has it sends its tensors one by one, the other merges them: they understand each other."""
+    """The rank with the value does not merge its tensors, the other rank does; they decode each other's messages and skip the step."""
     cluster = COMPILED.cluster(grace_ext.grace(f"{name} + residual"), 2)
     cluster.step(gradients(0, 2))
     before, bad = states(cluster, COMPILED), gradients(1, 2)
@@ -127,7 +127,7 @@ def one(text: str):
 
 @pytest.mark.parametrize("text", ["topk(ratio=0.1)", "threshold(threshold=0.5)", "efsignsgd", "onebit"])
 def test_its_plain_form(text):
-    """Compresses and decodes as the compiled one, and as each by itself."""
+    """The plain form compresses like the compiled one, and decodes to what the tensors give separately."""
     ops, (each, whole, spec) = host_ops(NumpyOps), one(text)
     x = np.random.default_rng(0).standard_normal(spec.size).astype(np.float32)
     payload, _ = whole.compress(ops, x, spec, INFO, {})
@@ -140,7 +140,7 @@ def test_its_plain_form(text):
 
 @pytest.mark.parametrize("text", ["topk(ratio=0.1)", "topk(ratio=0.4)", "threshold(threshold=0.5)", "threshold(threshold=1.5)", "onebit"])
 def test_damage_is_found_and_named(text):
-    """Whatever byte is changed, ranks decode what each tensor by itself would decode, or say whose payload it is, and of which tensor."""
+    """If bytes are damaged, decoding gives what separate tensors would give, or the same error, which names the rank and the tensor."""
     ops, (each, whole, spec) = host_ops(NumpyOps), one(text)
     rng = np.random.default_rng(1)
     x = rng.standard_normal(spec.size).astype(np.float32)
@@ -148,7 +148,7 @@ def test_damage_is_found_and_named(text):
     named = 0
     for trial in range(400):
         bad = good.copy()
-        if trial % 4 or not whole.fields(spec)[0].variable:  # else its length is known, and was checked before
+        if trial % 4 or not whole.fields(spec)[0].variable:  # a fixed length has already been checked when the message was cut
             at = rng.integers(len(bad))
             bad[at : at + (trial % 4)] = rng.choice([rng.integers(256), 255])
         else:
@@ -170,7 +170,7 @@ def test_damage_is_found_and_named(text):
 
 
 def test_only_compressors_without_a_state_are_joined():
-    """Those that have a form for it."""
+    """Compressors with a state, or without a one-pass form, are not merged."""
     for name in compressors.names():
         g = grace_ext.grace(f"{name} + {compressors.get(name)().natural_memory}")
         if g.compressor.keeps_state or not hasattr(g.compressor, "fused"):

@@ -1,4 +1,4 @@
-"""What a peer sends is checked before it is used: anything wrong is a PayloadError that names the rank and, where known, the parameter."""
+"""A peer's message is checked before use. Anything wrong raises a PayloadError that names the rank and, if known, the parameter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from grace_ext.testing.worlds import NUMPY, same_bits, tapped
 
 SHAPES = {"first": (600,), "second": (24, 18)}
 SENDER = 1
-# One bucket holds its parameters last first, so the message is header | second | first.
+# A bucket holds its parameters last first, so the message is header | second | first.
 
 
 def tampering(change, kind: str = "allgather"):
-    """Replaces the message of one rank on its way to all: `change(bytearray) -> bytes`."""
+    """Replaces the message of rank SENDER by `change(bytearray) -> bytes` before all ranks receive it."""
 
     def apply(collectives, ops):
         if collectives[0].kind != kind:
@@ -37,7 +37,7 @@ def tampering(change, kind: str = "allgather"):
 
 
 def rejected(world, spec: str, change, *, parameter: str | None = None, match: str | None = None, kind: str = "") -> None:
-    """The step raises, naming the sender; the step after it works, as if the bad one had not been."""
+    """Asserts that the step raises and names the sender, and that the next step works as if the bad one had not happened."""
     g = grace_ext.grace(spec)
     cluster, clean = world.cluster(g, 3), world.cluster(g, 3)
     steps = [inputs.ranks(3, step, shapes=SHAPES) for step in range(2)]
@@ -53,7 +53,7 @@ def rejected(world, spec: str, change, *, parameter: str | None = None, match: s
 
 
 def written(at: int, form: str, *values):
-    """A change that writes values at a position."""
+    """Returns a change that writes values at a position."""
 
     def change(data: bytearray) -> bytearray:
         struct.pack_into(form, data, at, *values)
@@ -80,13 +80,13 @@ HEADERS = {
 @pytest.mark.parametrize("kind", HEADERS)
 @pytest.mark.parametrize("spec", ["topk(ratio=0.1) + residual @ allgather", "qsgd + none @ broadcast"])
 def test_headers(world, spec, kind):
-    """Each field of the header, and the length."""
+    """Damage to any header field, or to the length, is found."""
     change, match = HEADERS[kind]
     rejected(world, spec, change, match=match)
 
 
 def fields_of(text: str, name: str):
-    """{field: (offset in the message, bytes)} of a parameter's fixed fields."""
+    """Returns {field: (offset in the message, bytes)} for a parameter's fields, which must all have fixed sizes."""
     compressor, at, found = grace_ext.grace(f"{text} + none").compressor, HEADER.size, {}
     for parameter in ("second", "first"):
         for field in compressor.fields(TensorSpec(parameter, SHAPES[parameter])):
@@ -100,7 +100,7 @@ def fields_of(text: str, name: str):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("text", ["topk(ratio=0.1)", "topk(ratio=0.4)"])
 def test_topk_positions(world, text, name):
-    """Positions that are too many, too few or out of range, in the Elias-Fano form and in the bitmap, of either parameter."""
+    """Too many, too few or out-of-range positions are found, in the Elias-Fano form and in the bitmap, for either parameter."""
     at, size = fields_of(text, name)["positions"]
 
     def fill(value):
@@ -113,7 +113,7 @@ def test_topk_positions(world, text, name):
 
 
 def test_signsgd_vote_flag(world):
-    """Any value but 0 and 1."""
+    """Any flag other than 0 and 1 is found."""
     at, _ = fields_of("signsgd", "second")["votes"]
     for value in (2, 255):
         rejected(world, "signsgd + residual", written(at, "B", value), parameter="second", match=str(value))
@@ -121,23 +121,23 @@ def test_signsgd_vote_flag(world):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 def test_scales(world, value):
-    """A negative or non-finite scale or norm."""
+    """A negative or non-finite scale or norm is found."""
     for text, field in (("efsignsgd(block=64)", "scales"), ("qsgd(bits=4)", "norms")):
         at, size = fields_of(text, "first")[field]
         rejected(world, f"{text} + none", written(at + size - 4, "<f", value), parameter="first", match="negative or not finite")
 
 
 def test_qsgd_levels(world):
-    """A code above the highest level would decode to more than the norm."""
+    """A code above the highest level, which would decode to more than the norm, is found."""
     at, _ = fields_of("qsgd(levels=100)", "second")["codes"]
     rejected(world, "qsgd(levels=100) + none", written(at, "B", 0x7F), parameter="second", match="100")
 
 
 @pytest.mark.parametrize("spec", ["topk(ratio=0.1) + residual", "fp16 + none", "efsignsgd + residual", "onebit + none"])
 def test_shards_there_and_back(world, spec):
-    """A shard that a peer sends, and its share of the result: named by the parameter, and never NaN that nobody flags."""
+    """In both directions of reduce_scatter, a bad shard is found and its parameter named; no NaN passes without a flag."""
 
-    def all_ones(data):  # of every rank's message in what a rank scatters
+    def all_ones(data):  # overwrites the bodies of all messages that this rank sends
         at = 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at + 16)
@@ -153,7 +153,7 @@ THRESHOLD = "threshold(threshold=1.5) + residual"
 
 
 def test_threshold_counts(world):
-    """More elements than there are, or than there are bytes; positions that do not fit the values."""
+    """Counts above the number of elements or of bytes are found, and positions that do not match the values."""
     start = HEADER.size
     rejected(world, THRESHOLD, written(start, "<I", 2**32 - 1), parameter="second", match="at most 432")
     rejected(world, THRESHOLD, written(start, "<I", 433), parameter="second", match="at most 432")
@@ -173,7 +173,7 @@ def test_threshold_counts(world):
 
 
 def test_every_rank_rejects(world):
-    """All ranks see the same bytes, so a rank's own bad message stops it too."""
+    """All ranks check the same bytes, so a rank also rejects its own bad message."""
     cluster = world.cluster(grace_ext.grace("topk + residual"), 1)
     with tapped(lambda cs, ops: [cs[0]._replace(array=cs[0].array[:-1])]), pytest.raises(PayloadError) as caught:
         world.step(cluster, inputs.ranks(1, 0, shapes=SHAPES))
@@ -182,7 +182,7 @@ def test_every_rank_rejects(world):
 
 
 def test_index_coding_round_trips_and_is_never_larger_than_a_bitmap(world):
-    """Every k of small d, and large ones: the declared bytes, the same positions."""
+    """For every k of small d, and for large d, the coded size is as declared and positions are decoded exactly."""
     ops, rng = world.ops, np.random.default_rng(0)
     cases = [(k, d) for d in (1, 2, 3, 8, 9, 31, 64) for k in range(d + 1)] + [(k, 100_000) for k in (1, 7, 1000, 49_999, 99_999)]
     for k, d in cases:
@@ -190,11 +190,11 @@ def test_index_coding_round_trips_and_is_never_larger_than_a_bitmap(world):
             coded = encode_indices(ops, ops.upload(positions.astype(np.int64)), d)
             assert len(coded) == index_bytes(k, d) <= max_index_bytes(k, d) <= max_index_bytes(d, d)
             assert np.array_equal(np.array(ops.host(decode_indices(ops, coded, k, d))), positions), (k, d)
-    assert index_bytes(1000, 100_000) * 8 / 1000 < 8.7  # bits a position at 1%
+    assert index_bytes(1000, 100_000) * 8 / 1000 < 8.7  # bits per position at 1%
 
 
 def check_positions(coded: np.ndarray, k: int, d: int) -> None:
-    """k distinct ascending positions below d, or PayloadError."""
+    """Asserts that decoding gives k distinct ascending positions below d, or raises PayloadError."""
     try:
         positions = decode_indices(NUMPY.ops, coded, k, d)
     except PayloadError:
@@ -205,7 +205,7 @@ def check_positions(coded: np.ndarray, k: int, d: int) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
 def test_any_bytes_decode_to_valid_positions_or_raise(data):
-    """Whatever the bytes: random ones, and valid ones with some bits flipped or bytes added."""
+    """This holds for random bytes, and for valid codes with flipped bits."""
     d = data.draw(st.integers(1, 400))
     k = data.draw(st.integers(0, d))
     size = index_bytes(k, d)
@@ -222,7 +222,7 @@ def test_any_bytes_decode_to_valid_positions_or_raise(data):
 
 @pytest.mark.parametrize(("k", "d"), [(1, 3), (2, 7), (5, 8), (1, 9), (1, 100), (2, 40), (2, 60), (3, 24)])
 def test_every_code_of_one_or_two_bytes(k, d):
-    """All of them, in both forms: bits in the padding, positions that are equal, descending, or exactly d."""
+    """All short codes in both forms are decoded or rejected: set padding bits, and positions that are equal, descending, or exactly d."""
     size = index_bytes(k, d)
     assert size in (1, 2)
     for code in range(0, 256**size, 1 if size == 1 else 7):

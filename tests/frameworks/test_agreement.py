@@ -1,4 +1,4 @@
-"""What ranks may do differently, and what they may not: each case of jobs/agreement_job.py is a test here, and held on every rank."""
+"""Tests what ranks may and may not do differently: each case of jobs/agreement_job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixed precision in real jobs: each case of jobs/amp_*job.py is a test here, and held on every rank."""
+"""Tests mixed precision in real jobs: each case of jobs/amp_*job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ddp_comm_hook` in real DDP jobs: each case of jobs/ddp_job.py and jobs/ddp_use_job.py is a test here, and held on every rank."""
+"""Tests `ddp_comm_hook` in real DDP jobs: each case of jobs/ddp_job.py and jobs/ddp_use_job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_alone():
 
 
 def test_powersgd_with_many_buckets_beside_torchs_hook(tmp_path, record_property):
-    """Ours completes. Torch's hook aborted when this was written (2.13); what it does now is recorded, not asserted."""
+    """Our hook completes. Torch's hook aborted when this was written (2.13); its outcome is recorded, not asserted."""
     out = tmp_path / "rows.json"
     options = ["--steps", "8", "--buckets", "many", "--timeout", "60", "--json", str(out)]
     run([sys.executable, str(ROOT / "benchmarks/exchange/ddp_powersgd.py"), *options], 300)
@@ -50,7 +50,7 @@ def test_powersgd_with_many_buckets_beside_torchs_hook(tmp_path, record_property
 
 
 def test_a_process_does_not_end_before_gloos_threads_have_let_go(tmp_path):
-    """Else one of them may abort it. The first handler to be registered runs last."""
+    """The exit waits LET_GO seconds, because a Gloo thread could abort the process. The handler that is registered first runs last."""
     program = f"""
 import atexit, time
 import torch.distributed as dist
@@ -66,7 +66,7 @@ ended = time.monotonic()
 
 
 def test_regroup():
-    """The driver takes a framework's buckets: each parameter once, and never those under way."""
+    """The driver takes over a framework's buckets if they have each parameter once, and change no bucket that has started."""
     driver = Driver(grace_ext.grace("none"), NumpyOps(), SingleTransport(HostOps()))
     driver.register(TensorSpec(name, (2,), "float32") for name in "abc")
     driver.regroup([["b"], ["a", "c"]])

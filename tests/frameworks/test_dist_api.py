@@ -1,4 +1,4 @@
-"""dist_api: jobs of several ranks (jobs/dist_api_*.py have their checks), and one rank in this process."""
+"""Tests Horovod's API over torch.distributed, in jobs of several ranks (checks: jobs/dist_api_*.py), and on one rank in this process."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from grace_ext.errors import GraceError, UnsupportedError
 JOB = Path(__file__).parent / "jobs" / "dist_api_job.py"
 ROOT = Path(__file__).parents[2]
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GROUP_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
-# what horovod/torch/__init__.py of Horovod 0.28.1 imports, without DistributedOptimizer
+# the names that horovod/torch/__init__.py of Horovod 0.28.1 imports, except DistributedOptimizer
 HOROVOD_NAMES = """
     elastic Compression allgather_object broadcast_object broadcast_optimizer_state broadcast_parameters
     allreduce allreduce_async allreduce_ allreduce_async_
@@ -88,7 +88,7 @@ def test_ranks_need_init():
     with pytest.raises(ValueError, match=r"hvd\.init\(\)"):
         hvd.allreduce(torch.ones(1))
     assert not hvd.is_initialized()
-    hvd.shutdown()  # nothing to do
+    hvd.shutdown()  # has nothing to do
 
 
 def test_one_rank(alone):
@@ -139,7 +139,7 @@ def test_one_rank_training(alone):
 
 def test_one_rank_process_sets(alone):
     with pytest.raises(ValueError, match="already"):
-        hvd.add_process_set([0])  # the global set
+        hvd.add_process_set([0])  # this is the global process set
     with pytest.raises(ValueError, match="list of ranks"):
         hvd.ProcessSet(["0"])
     with pytest.raises(UnsupportedError, match="MPI communicator"):

@@ -1,4 +1,4 @@
-"""Elastic jobs: one of three workers is killed during training, two go on, and a third joins; and torchrun's restart from a checkpoint."""
+"""Elastic jobs: one of three workers is killed in training, two continue, a third joins; and torchrun restarts from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Faults of a rank on two real hosts, for seconds (benchmarks/reliability/faults.py: for a minute): the others say so in time and fail,
-or go on; and a checkpoint on a full disk. Needs root; skipped, with the reason, where hosts cannot be made."""
+"""Faults of a rank on two netlab hosts, for seconds (in benchmarks/reliability/faults.py, for a minute): the other rank gets an error in
+time, or training continues; and a checkpoint on a full disk. Needs root; skipped, with the reason, if hosts cannot be made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .support.launch import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks" / "netlab"))
 from netlab import Netlab, NetlabError, why_not  # noqa: E402
 
-TIMEOUT = 15.0  # also what ranks on a busy machine have to find each other
+TIMEOUT = 15.0  # also the time that ranks on a busy machine have to connect
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts can be made here: {why_not()}")
 
 
@@ -27,7 +27,7 @@ needs_hosts = pytest.mark.skipif(why_not() is not None, reason=f"no hosts can be
 def lab() -> Iterator[Netlab]:
     try:
         made = Netlab(2, rate="100mbit").up()
-    except NetlabError as error:  # root of a container that may not make namespaces
+    except NetlabError as error:  # root in a container that may not make namespaces
         pytest.skip(f"no hosts can be made here: {error}")
     try:
         yield made
@@ -50,7 +50,7 @@ def test_a_fault_is_an_error_within_the_timeout(lab, engine, fault, tmp_path):
     for attempt in range(4):
         (tmp_path / str(attempt)).mkdir()
         seen = strike(lab, engine, fault, tmp_path / str(attempt), timeout=TIMEOUT, lasts=25, steps=1000)
-        # When a rank has ended, horovodrun ends the others, now and then before they have said a word.
+        # When a rank has ended, horovodrun ends the others, sometimes before they report their error.
         if engine != "horovodrun" or seen["errors"][0]:
             break
     assert "CollectiveError: rank 0: collective 'grace/" in seen["errors"][0] and "weights" in seen["errors"][0], seen

@@ -1,4 +1,4 @@
-"""The wrapper and the adapter in real jobs: each case of jobs/*_job.py is a test here, and held on every rank."""
+"""Tests the wrapper and the adapter in real jobs: each case of these jobs/*_job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def cases_of(file: str) -> list[str]:
 
 
 class Held(frozenset):
-    """The cases that a job reported as ok. Where one is missing, pytest shows what the job said."""
+    """The cases that a job reported as ok. If one is missing, pytest shows the job's output."""
 
     said = ""
 
@@ -24,7 +24,7 @@ class Held(frozenset):
 
 
 def held_in(said: str) -> Held:
-    """By what a job said."""
+    """Returns the cases that held, according to a job's output."""
     cases = Held(re.findall(r"CASE (case_\w+) ok", said))
     cases.said = said
     return cases

@@ -1,4 +1,4 @@
-"""`hierarchical` on real engines (cases: jobs/levels_job.py): the results of a LocalCluster with the same nodes, even and uneven."""
+"""`hierarchical` on real engines (cases: jobs/levels_job.py) gives the results of a LocalCluster with the same even or uneven nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LocalSGD in real jobs: each case of jobs/local_*_job.py is a test here; and what the others say when a rank leaves."""
+"""Tests LocalSGD in real jobs: each case of jobs/local_*_job.py is a test; and which error ranks get if another rank leaves."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_keras(case):
 
 @pytest.mark.parametrize("case", cases_of("local_mpi_job.py"))
 def test_mpi(case, monkeypatch):
-    monkeypatch.delenv("OPAL_PREFIX", raising=False)  # importing the numpy package set it in this process; jobs find Open MPI themselves
+    monkeypatch.delenv("OPAL_PREFIX", raising=False)  # set by importing the numpy package here; jobs find Open MPI themselves
     assert case in held("mpirun", 3, "local_mpi_job.py")
 
 
 @lru_cache
 def said(engine: str, framework: str, mode: str, leaver: int) -> list[tuple[int, float, str]]:
-    """(rank, seconds, error) by the ranks that stayed."""
+    """Runs the job. Returns (rank, seconds, error) for each rank that stayed."""
     out = job(engine, 2, "local_leave_job.py", framework, mode, str(leaver))
     return [(int(rank), float(seconds), error) for rank, seconds, error in re.findall(r"TOLD (\d) (\S+) (.*)", out)]
 
@@ -49,7 +49,7 @@ JOBS = [
 
 @pytest.mark.parametrize(("engine", "framework", "mode", "leaver"), JOBS)
 def test_a_rank_that_leaves_is_told_and_nobody_hangs(engine, framework, mode, leaver):
-    """Well before the timeout of 60 s."""
+    """The remaining rank gets a RankLeftError well before the timeout of 60 s."""
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed: pip install 'grace_ext[{framework}]'")
     ((rank, seconds, error),) = said(engine, framework, mode, leaver)

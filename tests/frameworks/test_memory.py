@@ -1,5 +1,5 @@
-"""What compression adds to a rank's resident memory, in a real job: about 2.3 times the gradients with one memory array (the old one, the
-next one, buffers), 4.3 with two, and no more at the end than at the beginning. benchmarks/memory/memory.py measures it in full."""
+"""In a real job, compression adds at most 2.3 times the gradients to a rank's resident memory with one memory array (the old one, the next
+one, buffers), 4.3 times with two, and does not grow. benchmarks/memory/memory.py measures it in full."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from .support.launch import ROOT, launcher, run
 
-#: 102 MB: with less, the engine's own buffers and those of one bucket (25 MB each) would be the larger part.
+#: 102 MB. With less, the engine's own buffers and those of one bucket (25 MB each) would dominate.
 MODEL, BYTES, STEPS = "resnet50", 102_228_128, 40
-#: Of the gradients, over 30 steps: a leak of one percent a step exceeds it.
+#: Largest growth over 30 steps, in multiples of the gradients; a leak of one percent per step exceeds it.
 FLAT = 0.2
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -35,7 +35,7 @@ def test_memory_is_bounded_and_flat(engine, spec, most, tmp_path):
     for seen in ranks:
         size = seen["gradients"]
         assert size == BYTES
-        # It would not be error feedback if it kept less than one array more than before, and the rest would be measured wrongly.
+        # Error feedback must keep at least one array more than before; if it seems to keep less, the measurement is wrong.
         assert size <= seen["steady"] <= seen["peak"]
         assert seen["peak"] / size <= most, seen
         assert (seen["late"] - seen["early"]) / size <= FLAT, seen

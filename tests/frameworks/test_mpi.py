@@ -1,4 +1,4 @@
-"""The numpy Exchange in real MPI jobs (cases: jobs/mpi_*job.py), its example, and the wrappers under MPI's launchers."""
+"""Tests the numpy Exchange in real MPI jobs (cases: jobs/mpi_*job.py), its example, and the wrappers under MPI's launchers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .test_jobs import Held, cases_of, held_in
 
 EXAMPLE = str(ROOT / "examples" / "mpi_logistic.py")
 TRIED = {re.match(r"\w+", spec).group() for spec in training.SPECS}
-#: Those of the other engines, and with error feedback every compressor that is not among them.
+#: The specs for other engines, and with error feedback every compressor that is not among them.
 SPECS = [*training.SPECS, *(f"{name} + residual" for name in grace_ext.compressors.names() if name not in TRIED)]
 
 
 @pytest.fixture(autouse=True)
 def no_prefix(monkeypatch):
-    # Importing the numpy package set it in this process; jobs must find Open MPI for themselves.
+    # Importing the numpy package sets this variable; jobs must find Open MPI themselves.
     monkeypatch.delenv("OPAL_PREFIX", raising=False)
 
 
@@ -52,7 +52,7 @@ def test_exchange_in_plain_python(file, case):
 
 @pytest.mark.parametrize("how", [["suddenly"], []])
 def test_a_rank_that_dies_does_not_hang_the_job(how):
-    """It leaves the process at once; or it raises, and `python -m mpi4py` then aborts the job."""
+    """Whether the process ends suddenly, or raises and `python -m mpi4py` aborts the job, the job ends with an error."""
     command = [*launcher("mpirun", 3), *([] if how else ["-m", "mpi4py"]), str(JOBS / "mpi_use_job.py"), "die", *how]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert ended.returncode and "CASE" not in ended.stdout

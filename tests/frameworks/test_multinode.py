@@ -1,6 +1,6 @@
-"""Two hosts of one rank, over links of 1 Gbit/s (benchmarks/netlab): every launcher trains as it does on one host, bit for bit.
+"""On two hosts with one rank each and links of 1 Gbit/s (benchmarks/netlab), every launcher trains as on one host, bit for bit.
 
-Needs root, iproute2 and openssh-server; skipped, with the reason, where one is missing.
+Needs root, iproute2 and openssh-server; skipped, with the reason, if one of them is missing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ LOSS_JOB = [sys.executable, str(JOBS / "loss_job.py")]
 TIMEOUT = 240
 EIGHT_MB = 8_000_000
 HOSTS = ["-np", "2", "-H", "h1:1,h2:1"]
-HOROVODRUN = ["horovodrun", "--gloo", "--disable-cache", *HOSTS]  # finds the interface by itself, which takes some seconds
+HOROVODRUN = ["horovodrun", "--gloo", "--disable-cache", *HOSTS]  # finds the interface itself, which takes some seconds
 WITH_INTERFACE = [*HOROVODRUN, "--network-interfaces", "eth0"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "-bind-to", "none", *HOSTS, "-mca", "btl_tcp_if_include", "eth0"]
 MPIRUN += ["-mca", "oob_tcp_if_include", "eth0"]
-# h1's rank has them all; where h2's lacks HOROVOD_DYNAMIC_PROCESS_SETS, for one, the job hangs.
+# The rank on h1 has these variables; if the one on h2 lacks, for example, HOROVOD_DYNAMIC_PROCESS_SETS, the job hangs.
 MPIRUN += [word for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HOROVOD_DYNAMIC_PROCESS_SETS") for word in ("-x", name)]
 ONE_HOST = {
     "horovodrun": ["horovodrun", "--gloo", "-np", "2"],
@@ -47,7 +47,7 @@ TWO_HOSTS = {"horovodrun": WITH_INTERFACE, "mpirun": MPIRUN}
 def lab() -> Iterator[Netlab]:
     try:
         made = Netlab(2, rate="1gbit").up()
-    except NetlabError as error:  # root of a container that may not make namespaces
+    except NetlabError as error:  # root in a container that may not make namespaces
         pytest.skip(f"no hosts can be made here: {error}")
     try:
         yield made
@@ -56,7 +56,7 @@ def lab() -> Iterator[Netlab]:
 
 
 def launched(command: list[str]) -> list[str]:
-    """The command with its launcher's path in place of the name; skips the test where it is not installed."""
+    """Returns the command with the path of its launcher instead of the name. Skips the test if it is not installed."""
     if command[0] == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     path = tool(command[0])
@@ -66,12 +66,12 @@ def launched(command: list[str]) -> list[str]:
 
 
 def on_h1(lab: Netlab, launcher: list[str], *program: str) -> str:
-    """What the job printed that this launcher, on h1, starts on both hosts."""
+    """Runs a launcher on h1 that starts the job on both hosts. Returns the job's stdout."""
     return run(lab.command([*launched(launcher), *program]), TIMEOUT)
 
 
 def torchrun(lab: Netlab, *program: str) -> str:
-    """What node 0 printed: torchrun is started once on every host."""
+    """Runs torchrun once on each host. Returns the stdout of node 0."""
     rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", lab.addresses["h1"], "--master-port", "29511"]
     nodes = []
     for rank, host in enumerate(lab.addresses):
@@ -87,7 +87,7 @@ def torchrun(lab: Netlab, *program: str) -> str:
 
 
 def curves_in(output: str) -> dict[str, list[str]]:
-    """Spec -> the loss of each step, as printed."""
+    """Returns spec -> the loss of each step, as printed."""
     curves: dict[str, list[str]] = {}
     for spec, step, loss in re.findall(r"LOSS '(.+)' (\d+) (\S+)", output):
         assert int(step) == len(curves.setdefault(spec, []))
@@ -97,7 +97,7 @@ def curves_in(output: str) -> dict[str, list[str]]:
 
 @lru_cache
 def simulated(framework: str, spec: str) -> list[str]:
-    """The same curve of two ranks in this process."""
+    """Returns the same curve for two simulated ranks in this process."""
     if framework == "tensorflow":
         from .support import tf_training as problem
     else:
@@ -133,13 +133,13 @@ def test_examples(lab, launcher, example, tmp_path):
     program = [sys.executable, str(ROOT / "examples" / example), "--epochs", "1", "--lr", "0.05", "--json", str(tmp_path / "result.json")]
     torchrun(lab, *program[1:]) if launcher == "torchrun" else on_h1(lab, WITH_INTERFACE, *program)
     (result,) = json.loads((tmp_path / "result.json").read_text())
-    assert result["ranks"] == 2 and result.get("ranks_agree", True)  # the torch one does not compare them
-    assert result["accuracy"] > 60  # guessing gives 10
+    assert result["ranks"] == 2 and result.get("ranks_agree", True)  # the torch example does not compare ranks
+    assert result["accuracy"] > 60  # guessing gives 10%
     assert 0 < result["bytes_per_step"] < 3000  # dense: over 100,000
 
 
 def test_links_have_the_rate_they_were_given(lab):
-    """8 MB, which each of two ranks sends and receives once, takes 0.64 s at 100 Mbit/s, and less time on an unlimited link."""
+    """Each of two ranks sends and receives 8 MB once, which takes 0.64 s at 100 Mbit/s, and less on an unlimited link."""
 
     def seconds(rate: str) -> float:
         lab.set_rate(rate)
@@ -159,7 +159,7 @@ def test_hosts_have_names_and_ssh(lab):
 
 
 def test_labs_side_by_side_and_what_a_killed_process_leaves(lab):
-    """A second lab has the same addresses and its own network; killed with SIGKILL, it is gone after the next `up`."""
+    """A second lab has the same addresses and its own network; what a killed process (SIGKILL) left is gone after the next `up`."""
     program = "import netlab, os, signal; netlab.Netlab(1, name='nltkill').up(); os.kill(os.getpid(), signal.SIGKILL)"
     killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT / "benchmarks" / "netlab", capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr

@@ -1,5 +1,5 @@
 """20 steps of training give the same weights through every path: wrapper over Horovod, unmodified Horovod with `bind`,
-wrapper over torch.distributed, and LocalCluster. Bit for bit where payloads are gathered; to 1e-5 where they are summed."""
+wrapper over torch.distributed, and LocalCluster: bit for bit if payloads are gathered, to 1e-5 if they are summed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_every_path_trains_the_same_weights(path, tmp_path):
         for name, expected in reference(spec, ranks).items():
             got = weights[f"{spec}|{name}"]
             if summed:
-                # Each engine adds three ranks in another order, and PowerSGD's subspace iteration magnifies a last bit over 20 steps
-                # (0.8% were measured, where all others stayed under 3e-7); with two ranks there is only one order.
+                # Engines add three ranks in different orders, and PowerSGD's subspace iteration amplifies a last bit over 20 steps
+                # (to 0.8% when measured; all others stayed below 3e-7). With two ranks there is only one order.
                 tolerance = 0.05 if ranks > 2 and "powersgd" in spec else 1e-5
                 assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max(), (spec, name)
             else:

@@ -1,4 +1,4 @@
-"""`grace-ext plan --measure` under real launchers, and 'auto' in real training (cases: jobs/auto_job.py)."""
+"""Tests `grace-ext plan --measure` under real launchers, and 'auto' in real training (cases: jobs/auto_job.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .test_jobs import cases_of, held_in
 
 @pytest.mark.parametrize("engine", ["torchrun", "torchrun --no-python", "horovodrun", "mpirun"])
 def test_measure(engine, tmp_path):
-    """One document, of rank 0; real collectives of several sizes, and exchanges of dense and of one more."""
+    """Rank 0 prints one document; it has real collectives of several sizes, and exchanges of dense and of one more spec."""
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"w": [300, 200], "b": [200]}))
     ask = ["plan", str(file), "topk(ratio=0.01) + residual", "efsignsgd + residual", "--measure", "--exchanges", "1", "--json"]

@@ -1,5 +1,5 @@
-"""Memories that use the learning rate get the current one from every frontend; those that are the training's momentum refuse an optimizer
-that has another. On one rank with simulate=True; jobs of several ranks are compared with LocalCluster elsewhere."""
+"""Memories that use the learning rate get the current one from every frontend; memories that are the momentum reject an optimizer with its
+own momentum. Tested on one rank with simulate=True; other tests compare jobs of several ranks with LocalCluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEC = "topk(ratio=0.25) + efsignsgd"
 targets = [torch.randn(40, generator=torch.Generator().manual_seed(i)) for i in range(6)]
 
 def trained(wrap, spec=SPEC):
-    """Six steps with a learning rate that a scheduler changes; `wrap` makes the exchange."""
+    """Trains six steps with a learning rate that a scheduler changes; `wrap` adds the exchange."""
     w = torch.nn.Parameter(torch.zeros(40))
     optimizer = torch.optim.SGD([w], lr=0.5)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)

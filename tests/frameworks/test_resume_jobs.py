@@ -1,4 +1,4 @@
-"""Real jobs that stop, and go on in new processes; benchmarks/reliability/resume.py runs all of resume_cases.CASES."""
+"""Real jobs stop and resume in new processes; benchmarks/reliability/resume.py runs all of resume_cases.CASES."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from .support import resume_cases
 from .support.resume_cases import MPI, TENSORFLOW, TORCH, Case
 
-#: A part of them: every API once, and both ways of changing the number of ranks.
+#: A selection: every API once, and both an increase and a decrease of the number of ranks.
 CASES = (
     Case("one rank more", "torchrun", TORCH, 2, (2, 3), ("wrapper:topk", "wrapper:ef21", "wrapper:shards", "ddp:topk", "local:topk")),
     Case("bits", "horovodrun", TORCH, 2, (2,), ("wrapper:policy", "bind:topk")),
@@ -19,7 +19,7 @@ CASES = (
 
 @pytest.fixture(autouse=True)
 def no_prefix(monkeypatch):
-    # Importing the numpy package set it in this process; jobs must find Open MPI for themselves.
+    # Importing the numpy package sets this variable; jobs must find Open MPI themselves.
     monkeypatch.delenv("OPAL_PREFIX", raising=False)
 
 

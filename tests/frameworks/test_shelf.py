@@ -1,4 +1,4 @@
-"""Every part there is, in real jobs of two ranks: one job a framework trains with all of them in turn."""
+"""Tests every part in real jobs of two ranks: one job per framework trains with all parts in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak of benchmarks/reliability/soak.py, short: four real ranks, parts of every kind."""
+"""Runs benchmarks/reliability/soak.py for a short time: four real ranks, many specs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .support.launch import ROOT, launcher, run
 
 
 def test_ranks_stay_the_same_and_residuals_bounded(tmp_path):
-    launcher("mpirun", 4)  # skips where there is none
+    launcher("mpirun", 4)  # skips if it is not installed
     out = tmp_path / "ranks.json"
     run([sys.executable, str(ROOT / "benchmarks/reliability/soak.py"), "--steps", "300", "--json", str(out)], 300)
     ranks = json.loads(out.read_text())

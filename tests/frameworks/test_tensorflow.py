@@ -1,4 +1,4 @@
-"""TensorFlow and Keras 3 in real jobs (each case of jobs/tf_*_job.py is a test here), and what needs no job."""
+"""Tests TensorFlow and Keras 3 in real jobs (each case of jobs/tf_*_job.py is a test), and what needs no job."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_without_horovod_the_error_says_how_to_get_it():
 
 
 def test_torchrun_is_refused():
-    """Horovod would take each of its ranks for a world of its own."""
+    """Under torchrun, Horovod would treat each rank as its own job of one rank, so this raises."""
     command = [*launcher("torchrun", 2), "-m", "grace_ext.frameworks.selfcheck", "tensorflow"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode and "Use horovodrun or mpirun" in done.stderr, done.stderr[-2000:]
@@ -90,7 +90,7 @@ def test_plain_python_is_one_rank_and_compresses_only_when_asked():
 
 
 def test_local_cluster_takes_variables_and_sparse_gradients():
-    """Beside the tensors of the contract suite."""
+    """LocalCluster also takes tf.Variables and IndexedSlices, which the contract suite does not test."""
     import tensorflow as tf
 
     import grace_ext

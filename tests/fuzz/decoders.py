@@ -1,5 +1,5 @@
-"""Everything else that a rank decodes: positions, headers, what ranks say before the first step, policies' reports, and the messages,
-answers and requests of local training."""
+"""Fuzzing targets for everything that a rank decodes outside of an exchange: positions, headers, the agreement before the first step,
+policies' reports, and the messages, answers and requests of local training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .mutate import mutated
 
 
 class Target:
-    """Named, with honest inputs; `feed` answers as ExchangeTarget.feed."""
+    """A decoder to fuzz, with a name and valid inputs. `feed` returns the same as ExchangeTarget.feed."""
 
     name: str
     honest: list[bytes]
@@ -49,7 +49,7 @@ class Target:
 
 
 class Positions(Target):
-    """Index codings: whatever the bytes are, k distinct ascending positions below d, or refused."""
+    """Index codings: any bytes give k distinct ascending positions below d, or are refused."""
 
     CASES = ((1, 3), (3, 24), (40, 600), (200, 600), (599, 600), (7, 70_000), (700, 70_000), (65_537, 70_000))
 
@@ -71,7 +71,7 @@ class Positions(Target):
 
 
 class Headers(Target):
-    """Messages of two ranks in one piece: split by their headers, opened, and cut into fields."""
+    """Concatenated messages of two ranks: they are split by their headers, opened, and cut into fields."""
 
     FIELDS = (("a", (Field("x", "float32", 9), Field("y", "uint8", 40, variable=True))), ("b", (Field("z", "float16", 7, variable=True),)))
 
@@ -94,7 +94,7 @@ class Headers(Target):
 
 
 class Peer(Transport):
-    """Two ranks, of which the other says in the collectives with this word in their names what it is told to; else what this one says."""
+    """A transport of two ranks. In collectives with `word` in their names, the other rank sends `data`; otherwise the same as this rank."""
 
     gathers_uneven, rank, size = True, 0, 2
 
@@ -116,14 +116,14 @@ class Peer(Transport):
 
 
 class Said(Target):
-    """The agreement of the first step, and a policy's report at the end of one."""
+    """The agreement of the first step, or a policy's report at the end of a step."""
 
     def __init__(self, ops: Any, name: str, spec: str, word: str, step: int):
         self.name, self.ops, self._spec, self._word, self._step = name, ops, spec, word, step
         self.honest = []
         peer = self._run(None)
         self.honest = [peer.seen]
-        if word == "agree":  # damage inside of the JSON, which stays JSON
+        if word == "agree":  # the second input is damaged inside the JSON, which stays valid JSON
             self.honest.append(peer.seen)
 
     def _run(self, data: bytes | None) -> Peer:
@@ -168,7 +168,7 @@ class Said(Target):
 
 
 class Asynchronous(Target):
-    """Entries of asynchronous local training's log, as a rank takes them in."""
+    """Entries of the log of asynchronous local training, which a rank applies to its model."""
 
     def __init__(self, ops: Any, spec: str):
         self.name, self.ops = f"asynchronous {spec}", ops
@@ -206,7 +206,7 @@ class Asynchronous(Target):
 
 
 class Answers(Target):
-    """What a rank gets from the meeting."""
+    """Answers that a rank receives from the server where ranks meet."""
 
     def __init__(self) -> None:
         self.name = "meeting, answers"
@@ -232,7 +232,7 @@ class Answers(Target):
 
 
 class Requests(Target):
-    """What the meeting gets from a rank: it answers, or closes the line."""
+    """Requests that the server receives from a rank: it answers, or closes the connection."""
 
     def __init__(self) -> None:
         self.name = "meeting, requests"
@@ -256,20 +256,20 @@ class Requests(Target):
 
 
 def _without_socket(meeting: Server) -> None:
-    """Of one rank, with no thread that accepts others."""
+    """Initializes a server for one rank, without a socket and a thread that accepts others."""
     import threading
 
     meeting.size, meeting.timeout, meeting.max_ahead = 1, 0.01, 1
     meeting._changed, meeting._log, meeting._dropped = threading.Condition(), [], 0
     meeting._had, meeting._step, meeting._asked, meeting._rounds, meeting._told = [0], [0], [(-1, 0, 0, b"")], [0], [0]
-    meeting._gathered, meeting._left, meeting._heard, meeting._lines = 0, {}, [0], [None]
+    meeting._gathered, meeting._left, meeting._heard, meeting._connections = 0, {}, [0], [None]
 
 
 def greeted(hello: bytes) -> bool:
-    """Whether a meeting of one rank takes a stranger that says this; it must close the line otherwise, and go on."""
+    """Whether a server of one rank accepts a stranger with this greeting. Otherwise it must close the connection and continue to work."""
     meeting = Server(1, 5.0, 1)
     with socket.create_connection(("127.0.0.1", meeting.port)) as stranger:
-        with contextlib.suppress(OSError):  # the meeting may have closed the line before it heard all
+        with contextlib.suppress(OSError):  # the server may close the connection before it has read everything
             stranger.sendall(hello)
             stranger.shutdown(socket.SHUT_WR)
         stranger.settimeout(5.0)
@@ -289,7 +289,7 @@ def _rest(line: socket.socket) -> bytes:
 
 
 def others(ops: Any) -> list[Any]:
-    """All targets here, on this library's arrays."""
+    """Returns all targets of this file, for the arrays of one library."""
     said = [
         Said(ops, "agreement", "topk(ratio=0.1) + residual", "agree", 0),
         Said(ops, "agreement of a policy", "by_name({'w': 'topk + residual'}, default='none')", "agree", 0),

@@ -1,4 +1,4 @@
-"""Damage to valid messages: bits, lengths, numbers at the places where numbers are, pieces moved about."""
+"""Damages valid messages: changes bits, lengths and numbers at the edges of fields, and moves pieces."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LONG = (0, 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def mutated(honest: bytes, places: tuple[int, ...], rng: random.Random) -> bytes:
-    """The message with one to four changes; `places` are where its fields begin and end. Half of those with another length say so in the
-    header, so that what is behind it is looked at."""
+    """Returns the message with one to four changes. places: where its fields begin and end. In 80% of the messages with a changed length,
+    the header states the new length, so that the body is decoded, too."""
     data = bytearray(honest)
     for _ in range(1 if rng.random() < 0.5 else rng.randint(2, 4)):
         data = rng.choice(CHANGES)(data, places, rng)
@@ -24,7 +24,7 @@ def mutated(honest: bytes, places: tuple[int, ...], rng: random.Random) -> bytes
 
 
 def _place(data: bytearray, places: tuple[int, ...], rng: random.Random) -> int:
-    """A field's beginning or end, or a byte near by, or any."""
+    """Returns the beginning or end of a field, a byte near it, or any position."""
     if places and rng.random() < 0.7:
         return max(0, min(len(data), rng.choice(places) + rng.choice((0, 0, 0, -1, 1, -4, 4))))
     return rng.randrange(len(data) + 1)
@@ -38,7 +38,7 @@ def bits(data, places, rng):
 
 
 def near(data, places, rng):
-    """A byte at a field's edge, at random."""
+    """Replaces a byte at the edge of a field by a random one."""
     at = _place(data, places, rng)
     if at < len(data):
         data[at] = rng.randrange(256)
@@ -46,7 +46,7 @@ def near(data, places, rng):
 
 
 def number(data, places, rng):
-    """An extreme number over what is there."""
+    """Overwrites a place with an extreme number."""
     form, values = rng.choice((("<I", INTEGERS), ("<H", INTEGERS[:10]), ("<B", INTEGERS[:7]), ("<f", FLOATS), ("<Q", LONG)))
     at = _place(data, places, rng)
     if at + struct.calcsize(form) <= len(data):
@@ -55,7 +55,7 @@ def number(data, places, rng):
 
 
 def count(data, places, rng):
-    """A 32-bit number a little different, as counts are when they are wrong."""
+    """Changes a 32-bit number a little, like a wrong count."""
     at = _place(data, places, rng)
     if at + 4 <= len(data):
         (value,) = struct.unpack_from("<I", data, at)
@@ -74,7 +74,7 @@ def longer(data, places, rng):
 
 
 def fill(data, places, rng):
-    """A stretch of one value, or of noise."""
+    """Overwrites a stretch with one value, or with noise."""
     at = _place(data, places, rng)
     size = min(len(data) - at, rng.choice((1, 4, 16, 64, 1 << 20)))
     data[at : at + size] = rng.randbytes(size) if rng.random() < 0.5 else bytes([rng.choice((0, 0xFF, 0x7F, 0x80))]) * size
@@ -82,7 +82,7 @@ def fill(data, places, rng):
 
 
 def moved(data, places, rng):
-    """One stretch over another: fields in the place of fields."""
+    """Copies one stretch over another, so that fields replace fields."""
     one, other = _place(data, places, rng), _place(data, places, rng)
     size = min(len(data) - max(one, other), rng.choice((2, 4, 16, 256)))
     data[one : one + size] = data[other : other + size]
@@ -90,7 +90,7 @@ def moved(data, places, rng):
 
 
 def header(data, places, rng):
-    """A field of the header: magic, version, flags, step, digest, length."""
+    """Overwrites a field of the header: magic, version, flags, step, digest, length."""
     if len(data) >= HEADER.size:
         at, size = rng.choice(((0, 2), (2, 1), (3, 1), (4, 4), (8, 8), (16, 8)))
         data[at : at + size] = rng.choice((bytes(size), b"\xff" * size, rng.randbytes(size), (rng.randrange(2)).to_bytes(size, "little")))

@@ -1,4 +1,4 @@
-"""What fuzzing, and writing its targets, found: each was a crash, a wrong name, or memory taken on a peer's word."""
+"""Bugs that fuzzing, or writing its targets, found: each was a crash, a wrong name in an error, or memory allocated on a peer's word."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPS = host_ops(NumpyOps)
 
 
 def spoken(text: bytes) -> bytes:
-    """A message of the agreement with this text."""
+    """Returns a message of the agreement with this text."""
     return message(OPS, [np.frombuffer(text, np.uint8).copy()], digest=0, step=0, finite=True).tobytes()
 
 
@@ -64,14 +64,14 @@ def test_an_asynchronous_message_is_applied_whole_or_not_at_all_and_names_its_se
     target = Asynchronous(OPS, "topk(ratio=0.1) + residual")
     before = {name: x.copy() for name, x in target.receiver.model.master.items()}
     damaged = bytearray(target.honest[0])
-    damaged[-54:] = b"\xff" * 54  # positions of the last tensor
+    damaged[-54:] = b"\xff" * 54  # the positions of the last tensor
     truncated = target.honest[0][:-3]
     for data in (bytes(damaged), truncated):
         with pytest.raises(PayloadError) as caught:
             target.receiver.apply([Entry(1, 0, data)])
         assert caught.value.rank == 1
         assert all(np.array_equal(before[name], x) for name, x in target.receiver.model.master.items())
-    with pytest.raises(PayloadError, match="of rank 2, there are 2"):
+    with pytest.raises(PayloadError, match="of rank 2, but there are 2"):
         target.receiver.apply([Entry(2, 0, target.honest[0])])
 
 
@@ -104,14 +104,14 @@ def test_an_answer_of_the_meeting_that_is_none(reply):
 
 def test_answers_that_are():
     entry = b"\0" + ENTRY.pack(1, 2, 4) + b"data"
-    assert answered(entry) == answered(entry, 2 * (LENGTH.pack(1) + b"\2")) == [Entry(1, 2, b"data")]  # it may say twice: go on waiting
+    assert answered(entry) == answered(entry, 2 * (LENGTH.pack(1) + b"\2")) == [Entry(1, 2, b"data")]  # told twice to wait
     with pytest.raises(RankLeftError, match="gone") as caught:
         answered(b'\1[[2], "gone"]')
     assert caught.value.ranks == (2,)
 
 
 def test_memory_is_not_taken_on_a_peers_word():
-    """A terabyte is announced, and a few bytes come."""
+    """If a peer announces a terabyte and sends a few bytes, at most 4 MiB are allocated."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(LENGTH.pack(1 << 40) + bytes(1000))
@@ -135,7 +135,7 @@ def test_a_long_message_arrives_whole():
 
 @pytest.mark.parametrize("request_", [b"", b"\0" * 5, REQUEST.pack(9, 1, 1), REQUEST.pack(255, 1, 1) + b"x", REQUEST.pack(1, 1 << 32, 1)])
 def test_a_request_that_is_none_closes_the_line(request_):
-    """No thread dies of it, and the others are told that this rank has left."""
+    """An invalid request ends no thread, and the other ranks learn that this rank has left."""
     target = Requests()
     assert target.feed(0, LENGTH.pack(len(request_)) + request_) == "refused"
     good = REQUEST.pack(GATHER, 1, 1) + b"x"

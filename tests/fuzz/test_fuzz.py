@@ -1,4 +1,4 @@
-"""A short run of the fuzzers, the same every time: every decoder, compiled and plain. The long one is benchmarks/reliability/fuzz.py."""
+"""Fuzzes every decoder, compiled and plain, for a short time with fixed seeds; benchmarks/reliability/fuzz.py does so for a long time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHERS = {(name, target.name): target for name in FIRST for target in others(BY_
 
 
 def run(target, count: int, seed: int = 0) -> dict[str, int]:
-    """How many of so many damaged inputs were refused and accepted."""
+    """Feeds `count` damaged inputs. Returns how many were refused and accepted."""
     seen = {"refused": 0, "accepted": 0}
     inputs = target.inputs(random.Random(f"{target.name} {seed}"))
     with np.errstate(all="ignore"):
@@ -35,7 +35,7 @@ def run(target, count: int, seed: int = 0) -> dict[str, int]:
 @pytest.mark.parametrize("world", FIRST)
 @pytest.mark.parametrize("part", range(8))
 def test_exchanges(world, part):
-    """Every mix of parts; damage that is found is refused, and some of it (a value that is another value) cannot be found."""
+    """For every composition, damage is refused if it can be detected; damage that gives another valid value cannot."""
     total = {"refused": 0, "accepted": 0}
     for spec in SPECS[part::8]:
         for outcome, count in run(ExchangeTarget(BY_NAME[world].ops, spec), 12 if world == "numpy" else 6).items():
@@ -45,7 +45,7 @@ def test_exchanges(world, part):
 
 @pytest.mark.parametrize("spec", [spec for spec in catalog.PLAIN if "(" not in spec])
 def test_exchanges_of_large_tensors(spec):
-    """Sizes at which kernels go stretch by stretch."""
+    """Tensors are large enough for kernels to work in pieces."""
     run(ExchangeTarget(BY_NAME["numpy"].ops, spec, LARGE), 4)
 
 
@@ -56,7 +56,7 @@ def test_others(world, name):
 
 
 def test_devices():
-    """Torch operations, as for another device: one spec of each compressor."""
+    """Torch operations, as used for other devices, hold for one spec per compressor."""
     if "torch-device" in BY_NAME:
         for spec in [spec for spec in catalog.PLAIN if "(" not in spec]:
             run(ExchangeTarget(BY_NAME["torch-device"].ops, spec), 4)
@@ -65,7 +65,7 @@ def test_devices():
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.binary(max_size=200), place=st.integers(0, 10**6), cut=st.integers(0, 10**6), spec=st.sampled_from(catalog.PLAIN))
 def test_any_bytes_anywhere(data, place, cut, spec):
-    """Hypothesis chooses what is written where in an honest message, and shrinks what fails."""
+    """Hypothesis chooses which bytes are written where in a valid message, and minimizes failures."""
     target = _made(spec)
     slot = place % len(target.slots)
     honest = target.slots[slot].honest

@@ -1,4 +1,4 @@
-"""The frozen inputs, and what the package makes of them. Nothing here may change without a new payload version."""
+"""Defines the frozen inputs, and computes the package's messages for them. Nothing here may change without a new payload version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grace_ext.parts import rng
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing.worlds import World, tapped
 
-#: Every compressor whose bytes are the same in every library, and knobs that change the format.
+#: Every compressor whose bytes are the same in every library, with knobs that change the format.
 SPECS = (
     "none @ allreduce",
     "none @ allgather",
@@ -66,14 +66,14 @@ SHAPES = {"w": (97,), "layer/m": (9, 7)}
 
 
 def gradient(name: str, rank: int, step: int) -> np.ndarray:
-    """Made by integer arithmetic: multiples of 1/64 in [-8, 8], with ties and zeros."""
+    """Returns a gradient made by integer arithmetic: multiples of 1/64 in [-8, 8], with ties and zeros."""
     shape = SHAPES[name]
     j = np.arange(int(np.prod(shape)), dtype=np.int64)
     return (((j * j * 31 + j * 7919 + rank * 613 + step * 271 + len(name)) % 1025 - 512) / 64).astype(np.float32).reshape(shape)
 
 
 def messages(world: World, spec: str) -> list[list[str]]:
-    """Hex of each rank's buffer for every collective of every step, in order."""
+    """Returns each rank's buffer, in hex, for every collective of every step, in order."""
     cluster = world.cluster(grace_ext.grace(spec), RANKS)
     with tapped() as seen:
         for step in range(STEPS):
@@ -82,7 +82,7 @@ def messages(world: World, spec: str) -> list[list[str]]:
 
 
 def generator() -> dict[str, object]:
-    """Words, positions, normals and keys of the one random generator."""
+    """Returns words, positions, normals and keys of the package's random generator."""
     info = StepInfo(step=3, rank=1, size=2, divisor=2, seed=5)
     return {
         "shared key": list(info.shared_key("layer/m", "randomk")),
@@ -97,7 +97,7 @@ def generator() -> dict[str, object]:
 
 
 def digests() -> dict[str, str]:
-    """The header's digest and the sizes that the formats declare."""
+    """Returns the sizes that the formats declare."""
     g = grace_ext.grace("topk(ratio=0.1) + residual @ allgather")
     return {f"nbytes {shape}": str(g.nbytes(TensorSpec("w", shape))) for shape in ((1,), (97,), (9, 7), (100_000,))}
 

@@ -1,6 +1,7 @@
 """Rewrites payloads.json: `python -m tests.golden.regenerate --i-changed-the-wire-format`.
 
-Only together with a new VERSION in grace_ext/payload.py: ranks that run different releases must find out, not misread each other.
+Do this only together with a new VERSION in grace_ext/exchange/message.py: ranks with different releases must get an error, not misread each
+other.
 """
 
 from __future__ import annotations

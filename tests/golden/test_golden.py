@@ -1,4 +1,4 @@
-"""The wire format is frozen: any change of a payload, a header or the random generator shows here."""
+"""The wire format is frozen: any change of a payload, a header or the random generator fails here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FROZEN = json.loads(regenerate.PATH.read_text())
 
 
 def test_the_frozen_specs_are_the_tested_ones():
-    """Every compressor with reproducible bytes is frozen."""
+    """payloads.json has exactly SPECS, with every compressor whose bytes are reproducible."""
     assert tuple(FROZEN["messages"]) == messages.SPECS
     frozen = {grace_ext.grace(spec).compressor.name for spec in messages.SPECS}
     reproducible = {n for n in grace_ext.compressors.names() if grace_ext.compressors.get(n).create().deterministic_bytes}
@@ -23,12 +23,12 @@ def test_the_frozen_specs_are_the_tested_ones():
 
 @pytest.mark.parametrize("spec", messages.SPECS)
 def test_messages(world, spec):
-    """Two ranks, two steps: every byte handed to a collective."""
+    """Every byte that two ranks hand to collectives in two steps is as frozen."""
     assert messages.messages(world, spec) == FROZEN["messages"][spec]
 
 
 def test_generator():
-    """Keys, words, positions and normals of the random generator."""
+    """Keys, words, positions and normals of the random generator are as frozen."""
     assert messages.generator() == FROZEN["generator"]
 
 
@@ -37,7 +37,7 @@ def test_sizes():
 
 
 def test_regenerating_needs_the_flag(capsys):
-    """Running it by accident changes nothing."""
+    """Without the flag, regenerate changes nothing."""
     before = regenerate.PATH.read_bytes()
     assert regenerate.main([]) == 2 and regenerate.main(["--help"]) == 2
     assert regenerate.PATH.read_bytes() == before and regenerate.FLAG in capsys.readouterr().err

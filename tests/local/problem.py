@@ -1,4 +1,4 @@
-"""Least squares on data that differ by rank, and local-update algorithms written out in float64, rank by rank."""
+"""Defines least squares on data that differ by rank, and reference implementations of local-update algorithms in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def initial(dtype: Any = np.float64) -> Model:
 
 
 def gradient(model: Model, rank: int, step: int) -> Model:
-    """Of a quadratic whose minimum is another one on every rank, with noise."""
+    """Returns the gradient, with noise, of a quadratic whose minimum is different on every rank."""
     generator = np.random.default_rng([rank, step])
     target = np.random.default_rng([7, rank])
     return {
@@ -33,7 +33,7 @@ def in_cluster(
     spec: str, size: int, steps: int, *, dtype: Any = np.float64, momentum: float = 0.0, who: Callable[[int], Sequence[int]] | None = None,
     lr: Callable[[int], float] = lambda step: LR, sync: bool = False, make: Any = LocalSGDCluster, **options: Any,
 ) -> tuple[list[Model], LocalSGDCluster]:  # fmt: skip
-    """Every rank's model after so many steps of SGD (with local momentum); `who(tick)` makes a step in an asynchronous cluster."""
+    """Trains by SGD (with local momentum). Returns every rank's model, and the cluster. who(tick): the ranks that step, if asynchronous."""
     cluster = make(spec, size, **options)
     models: list[Any] = [initial(dtype) for _ in range(size)]
     velocity: list[Any] = [{name: 0.0 for name in SHAPES} for _ in range(size)]
@@ -54,7 +54,7 @@ def in_cluster(
 
 
 def largest(x: np.ndarray, ratio: float) -> np.ndarray:
-    """x with all but its largest elements set to zero (ceil(ratio d) stay)."""
+    """Returns x with all but its ceil(ratio d) largest elements set to zero."""
     flat = x.reshape(-1)
     keep = np.argsort(-np.abs(flat), kind="stable")[: int(np.ceil(ratio * flat.size))]
     out = np.zeros_like(flat)
@@ -70,7 +70,7 @@ def qsparse(
     size: int, steps: int, due: Callable[[int], bool], compress: Callable[[np.ndarray], np.ndarray] = whole, momentum: float = 0.0,
     outer: tuple[float, float] = (1.0, 0.0),
 ) -> list[Model]:  # fmt: skip
-    """Synchronous Qsparse-local-SGD (ALGORITHM 1 of Basu et al.), with torch's Nesterov momentum on the mean. `due` counts from 1."""
+    """Runs synchronous Qsparse-local-SGD (algorithm 1 of Basu et al.), with torch's Nesterov momentum on the mean. `due` counts from 1."""
     x = initial()
     y = [initial() for _ in range(size)]
     m = [{n: np.zeros(s) for n, s in SHAPES.items()} for _ in range(size)]
@@ -98,7 +98,7 @@ def qsparse(
 
 
 def asynchronous(size: int, ticks: int, who: Callable[[int], Sequence[int]], every: Sequence[int], compress=whole) -> list[Model]:
-    """Asynchronous Qsparse-local-SGD (ALGORITHM 2): the master's model, and the copy that each worker got last."""
+    """Runs asynchronous Qsparse-local-SGD (algorithm 2): a master's model, and the copy that each worker got last. Returns the models."""
     master = initial()
     x = [initial() for _ in range(size)]
     y = [initial() for _ in range(size)]

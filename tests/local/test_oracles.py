@@ -1,4 +1,4 @@
-"""LocalSGDCluster against the algorithms written out (problem.py)."""
+"""LocalSGDCluster equals the reference implementations of the algorithms (problem.py)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_without_loss_it_is_local_sgd(size, every, momentum):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("size", [1, 4])
 def test_compressed_with_error_feedback_on_the_drift(size, every):
-    """float32 on the way, hence the tolerance. Without the residual, or with that of a gradient, it is another model."""
+    """The model is right up to float32 messages, and different without the residual."""
     got, _ = in_cluster(TOPK, size, 12, every=every)
     expected = problem.qsparse(size, 12, lambda t: t % every == 0, top)
     assert distance(got, expected) < 1e-5
@@ -71,7 +71,7 @@ def test_one_rank_without_loss_is_plain_sgd_bit_for_bit():
 
 
 def test_every_step_without_loss_exchanges_gradients():
-    """So that it is plain data-parallel training bit for bit."""
+    """With every=1 and no loss it is plain data-parallel training, bit for bit."""
     got, cluster = in_cluster("none", 3, 8, dtype=np.float32, every=1, momentum=0.9)
     mean, model = grace_ext.LocalCluster(grace_ext.grace("none"), 3), problem.initial(np.float32)
     velocity = dict.fromkeys(SHAPES, 0.0)
@@ -85,7 +85,7 @@ def test_every_step_without_loss_exchanges_gradients():
 
 
 def test_lossless_and_lossy_forms_agree():
-    """Models are averaged where nothing is lost, drifts elsewhere; topk of everything loses nothing and takes the other way."""
+    """A lossless spec averages models, any other sends drifts; both give the same if the residual stays zero."""
     models, _ = in_cluster("none", 3, 10, every=3)
     drifts, _ = in_cluster("none + residual", 3, 10, every=3)
     assert 0 < distance(models, drifts) < 1e-12
@@ -117,7 +117,7 @@ def test_the_outer_step_is_torchs_nesterov():
 def test_post_local_averages_gradients_first():
     got, _ = in_cluster("none", 3, 11, schedule=post_local(start=4, every=3))
     assert distance(got, problem.qsparse(3, 11, lambda t: t <= 4 or t in (7, 10))) < 1e-12
-    # The drift of compressed training begins where the averaging ends.
+    # The drift of compressed training begins when the averaging ends.
     got, cluster = in_cluster(TOPK, 2, 7, schedule=post_local(start=4, every=3))
     (first, _) = in_cluster("none", 2, 4, every=1)
     y = [{n: w.copy() for n, w in model.items()} for model in first]
@@ -130,7 +130,7 @@ def test_post_local_averages_gradients_first():
 
 
 def test_cser_keeps_what_the_models_share_and_sync_makes_them_one():
-    """x_i + e_i is the same on all ranks (the paper's x_i - e_i), while the models differ."""
+    """x_i + e_i (x_i - e_i in the paper) is the same on all ranks, while the models x_i differ."""
     got, cluster = in_cluster("randblock(ratio=0.25) + cser(reset_period=4)", 3, 10, lr=lambda t: LR / (1 + t))
     e = [driver.state for driver in cluster.for_gradients]
     shared = [{n: got[i][n] + e[i][n]["residual"].reshape(SHAPES[n]) for n in SHAPES} for i in range(3)]
@@ -162,7 +162,7 @@ def everyone(tick):
 
 
 def slow_last(tick):
-    """Rank 2 makes one step where the others make three."""
+    """Returns the ranks that step: rank 2 makes one step while the others make three."""
     return [0, 1, 2] if tick % 3 == 0 else [0, 1]
 
 
@@ -188,7 +188,7 @@ def test_ranks_that_have_had_the_same_messages_have_the_same_bits(spec):
     assert_equal(got, [got[0]] * 3)
     assert distance(got, [problem.initial()] * 3) > 0.05
     log = [(entry.rank, entry.number) for entry in cluster._log]
-    assert len(set(log)) == len(log) == 10 + 6 + 3 + 3  # each message once, and the last of all
+    assert len(set(log)) == len(log) == 10 + 6 + 3 + 3  # each message once, including the final ones
 
 
 def test_a_parameter_without_elements_and_several_buckets():
@@ -228,7 +228,7 @@ def test_the_same_models_in_every_array_library(world):
 
 
 class _Converting:
-    """A cluster of another library's tensors behind numpy arrays."""
+    """Wraps a cluster of another library's tensors, so that it takes and returns numpy arrays."""
 
     def __init__(self, cluster, world):
         self._cluster, self._world = cluster, world
@@ -250,7 +250,7 @@ def test_what_the_user_gets_shares_no_memory_with_the_master_copy():
     cluster = LocalSGDCluster("none", 2, every=1, outer_lr=0.5)
     model = {"w": np.ones(4, np.float32)}
     cluster.start([model, model])
-    model["w"] += 1  # the user's own
+    model["w"] += 1  # the user's array
     out = cluster.step([{"w": np.zeros(4, np.float32)}] * 2)
     assert out[0]["w"].tolist() == [0.5] * 4
     out[0]["w"] += 7
@@ -259,7 +259,7 @@ def test_what_the_user_gets_shares_no_memory_with_the_master_copy():
 
 @pytest.mark.parametrize("spec", ["none", "none + residual", "topk(ratio=1.0) + residual"])
 def test_16_bit_parameters_have_a_master_copy_of_full_precision(spec):
-    """The mean of a step of one rank is half the resolution of float16 here: it must add up in the master copy."""
+    """A step of one rank moves the mean by half the resolution of float16; the steps must add up in the master copy."""
     ulp, cluster = 2.0**-11, LocalSGDCluster(spec, 2, every=2)
     models = [{"w": np.ones(300, np.float16)}] * 2
     cluster.start(models)
@@ -272,12 +272,12 @@ def test_16_bit_parameters_have_a_master_copy_of_full_precision(spec):
 
 
 def test_16_bit_parameters_rest_where_nothing_is_trained():
-    """What rounding takes off is no movement, and nothing that error feedback may send."""
+    """Rounding to 16 bits is not a movement that error feedback sends, so parameters without training stay the same."""
     draw, cluster = np.random.default_rng(0), LocalSGDCluster("topk(ratio=0.05) + residual", 2, every=1)
     models = [{"w": draw.standard_normal(200).astype(np.float16)}] * 2
     cluster.start(models)
     for step in range(400):
-        if step == 300:  # by then the residual of the training is drained
+        if step == 300:  # by then the residual of the training is sent
             before = models[0]["w"].copy()
         moves = 0.01 * draw.standard_normal((2, 200)) * (step < 50)
         cluster.gradients(models)
@@ -286,7 +286,7 @@ def test_16_bit_parameters_rest_where_nothing_is_trained():
 
 
 def test_cser_keeps_models_and_errors_where_one_is_not_finite():
-    """There is no earlier model that all ranks had: going back to the first one would throw the training away."""
+    """cser has no earlier model that all ranks shared, and going back to the first one would lose the training."""
     cluster = LocalSGDCluster("topk(ratio=0.1) + cser(reset_period=4)", 2)
     models = [problem.initial(np.float32)] * 2
     cluster.start(models)
@@ -301,7 +301,7 @@ def test_cser_keeps_models_and_errors_where_one_is_not_finite():
         assert_equal(cluster.sync(bad), bad)
     for driver, kept in zip(cluster.for_gradients, errors, strict=True):
         assert all((driver.state[n]["residual"] == kept[n]).all() and kept[n].any() for n in kept)
-    assert_equal(*[[m] for m in cluster.sync(models)])  # the mean is taken as soon as it can be
+    assert_equal(*[[m] for m in cluster.sync(models)])  # the next sync with finite models takes the mean
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -344,11 +344,11 @@ def test_bad_models():
 
 
 def test_model_state():
-    """Resuming in real jobs is tested there; what does not fit is refused here, and changes nothing."""
+    """A model's state resumes, and one that does not fit is rejected without changes. Other tests resume in real jobs."""
     _, cluster = in_cluster("none", 2, 5, every=3, outer_lr=0.5)
     model, other = cluster.models[0], LocalSGDCluster("none", 2, every=3, outer_lr=0.5).models[0]
     saved = model.state_dict()
-    saved["arrays"]["master/w"][:] += 0  # a copy
+    saved["arrays"]["master/w"][:] += 0  # writing to the saved state must not matter: it is a copy
     other.load_state_dict(saved)
     assert (other.step, other.last) == (5, 3)
     with pytest.raises(NamesError, match="another model: b differ"):

@@ -1,4 +1,4 @@
-"""The meeting of the ranks over real sockets, with a thread for each rank."""
+"""Tests the server where ranks of LocalSGD meet, over real sockets, with a thread per rank."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_steps_that_differ_are_told_on_every_rank():
 
 
 def test_what_is_exchanged_must_be_the_same():
-    """A rank that ends with sync() meets one that makes another step: their collectives would not match."""
+    """If one rank ends with sync() and another makes a step, both get an error, because their collectives would not match."""
     errors = at_once(*(outcome(lambda line=line: line.meet(0, 8, ("models", "gradients")[line.rank])) for line in lines(2)))
     assert all("at synchronization 0 (step 8) some ranks exchange gradients and others models" in str(error) for error in errors)
 
 
 def test_one_that_is_slow_but_goes_on_is_waited_for():
-    """The time limit is for silence: three times as long passes here, in steps shorter than it."""
+    """The timeout limits silence only: a rank that reports more often is waited for three times as long."""
     a, b = lines(2, timeout=1.0)
     done = []
     waiting = threading.Thread(target=lambda: done.append(a.post(0, 9, b"a", gather=True)))
@@ -110,7 +110,7 @@ def test_the_log_has_one_order_and_every_message_once():
 
 
 def test_what_is_posted_after_a_gathering_is_not_part_of_it(monkeypatch):
-    """Rank 1's answer is made late: rank 2 has had its own by then, and has posted again."""
+    """Even if rank 1 gets its answer late, it does not contain what rank 2 posted after its own answer."""
     real = Server._gather
 
     def late(self, rank):
@@ -142,7 +142,7 @@ def test_one_that_is_too_far_ahead_waits_and_the_slowest_never_does():
     slow.post(1, 3, b"w")
     assert went_on.wait(10)
     thread.join()
-    # One that gathers makes no more steps, so nobody waits for it.
+    # A rank that gathers makes no more steps, so no rank waits for it.
     ended = threading.Thread(target=lambda: slow.post(2, 3, b"", gather=True))
     ended.start()
     time.sleep(0.2)
@@ -165,13 +165,13 @@ def test_one_may_leave_after_a_gathering():
     at_once(lambda: a.post(0, 4, b"", gather=True), lambda: b.post(0, 4, b"", gather=True))
     b._socket.close()
     time.sleep(0.2)
-    a.post(1, 8, b"y")  # it is not ahead of one that makes no more steps
+    a.post(1, 8, b"y")  # a rank that has gathered does not limit how far others are ahead
     with pytest.raises(RankLeftError, match="rank 1 left"):
         a.post(2, 8, b"", gather=True)
 
 
 def test_rank_0_gets_the_gathering_last(monkeypatch):
-    """It may end the process, and with it the meeting, as soon as it has it."""
+    """Rank 0 may end its process, and the server in it, as soon as it has the result."""
     real, times = meeting_module.send_one, []
 
     def slowly(line, data):

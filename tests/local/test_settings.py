@@ -1,4 +1,4 @@
-"""Schedules, and what goes with what."""
+"""Tests schedules, and which settings of LocalSGD can be combined."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_policies_are_refused(spec):
 
 
 def test_what_ranks_compare():
-    """Equal texts for equal plans; asynchronous ranks may have schedules of their own."""
+    """Settings that must agree have equal texts on all ranks; asynchronous ranks may have different schedules."""
     assert str(settings_of("topk(ratio=0.1) + residual", every=4)) == "LocalSGD(every 4 steps) of topk(ratio=0.1) + residual @ allgather"
     assert str(settings_of("none", schedule=[1, 3])) != str(settings_of("none", schedule=[2, 3]))
     assert str(settings_of("none", schedule=post_local(3))) != str(settings_of("none"))

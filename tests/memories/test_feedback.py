@@ -1,4 +1,4 @@
-"""Error feedback conserves: what was sent and what is kept add up to what there was, in the precision of the wire."""
+"""Error feedback conserves: sent values and residual add up to the compensated gradient, in the precision of the wire."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Sent(NamedTuple):
-    """What a memory's `after` was given: one tensor of one rank at one step."""
+    """Arguments of one call of a memory's `after`, for one tensor of one rank in one step."""
 
     name: str
     rank: int
@@ -32,9 +32,8 @@ class Sent(NamedTuple):
     omega: float | None
 
 
-# How what is compressed, and each memory's new state, follow from the old state, the gradient, the learning rate and what was sent:
-# law(memory, old state, gradient, lr, Sent) -> (what is compressed, new state by key), in float64. A new memory states its law here, or
-# this file fails.
+# The law of each memory: how the compensated gradient and the new state follow from the old state, the gradient, the learning rate and the
+# sent values. law(memory, old state, gradient, lr, Sent) -> (compensated gradient, new state by key), in float64. Every memory needs a law.
 def _residual(memory, old, g, lr, sent):
     p = memory.beta * old["residual"] + memory.gamma * g
     return p, {"residual": p - sent.values}
@@ -128,13 +127,13 @@ LAWS = {
 
 
 def test_every_memory_has_a_law():
-    """A memory that is registered is also tested."""
+    """Every registered memory is tested here."""
     assert set(grace_ext.memories.names()) == set(LAWS)
 
 
 class Recorder:
-    """Sees what every memory was given by wrapping its `after`. Memory and compressor then do not work in one pass, which would leave it
-    out; that this gives the same is for the tests of kernels."""
+    """Records the calls of a memory's `after` by wrapping it. One-pass forms of memory and compressor, which do not call it, are turned
+    off; the tests of kernels show that they give the same."""
 
     def __init__(self, memory, ops):
         self.calls: list[Sent] = []
@@ -157,13 +156,13 @@ class Recorder:
 
 
 def _exact(g, dtype: str) -> bool:
-    """Whether what the compressor leaves behind is representable in float32."""
+    """Whether the residual is representable in float32."""
     unscaled = not getattr(g.compressor, "scale", False)
     return g.compressor.name in catalog.EXACT_VALUES and unscaled and dtype != "float64"
 
 
 def of_parameter(state: Arrays, name: str) -> Arrays:
-    """{key: float64 array} of one parameter."""
+    """Returns the state of one parameter, as {key: float64 array}."""
     return {key.split("/", 1)[0]: a.astype(np.float64) for key, a in state.items() if key.split("/", 1)[1] == name}
 
 
@@ -189,10 +188,10 @@ def check_law(world: World, spec: str, dtype: str, shapes, steps: int) -> None:
 
 
 def check_values(g, dtype: str, expected, old: Arrays, new: Arrays, grad: np.ndarray, sent: Sent) -> None:
-    """What is compressed and the new state are the law's, to float32 rounding of their terms; what was sent and what is kept add up to what
-    was compressed, exactly where that can be represented."""
+    """Asserts that the compensated gradient and the new state follow the law, up to float32 rounding of the terms, and that sent values and
+    residual add up to the compensated gradient, exactly if that is representable."""
     compensated, values = sent.compensated.astype(np.float64), sent.values.astype(np.float64)
-    # A product of matrices is taken away without being made, and rounds otherwise than where it is.
+    # A product of matrices is subtracted without being stored, which rounds differently.
     product = 0.0 if g.compressor.deterministic_bytes else 4 * ULP * sum(np.abs(a).max(initial=0) for a in (compensated, values))
     if expected is not None:
         p, state = expected
@@ -224,14 +223,14 @@ def test_conservation_in_other_dtypes(world, spec, dtype):
 
 @pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_conservation_of_a_large_tensor(spec):
-    """As above where blocks and pieces have many rounds."""
+    """The same holds for a tensor with many blocks and pieces."""
     shape = (500, 200) if grace_ext.grace(spec).compressor.rounds else (100_000,)
     check_law(NUMPY, spec, "float32", {"big": shape}, steps=2)
 
 
 @pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_what_is_remembered_as_sent_is_what_arrives(world, spec):
-    """A rank alone gets exactly what its memory believes it has sent; otherwise feedback would correct the wrong error."""
+    """A single rank gets exactly what its memory counts as sent; otherwise feedback would correct the wrong error."""
     g = grace_ext.grace(spec)
     cluster = world.cluster(g, 1)
     for step in range(2):
@@ -245,9 +244,9 @@ def test_what_is_remembered_as_sent_is_what_arrives(world, spec):
             if g.compressor.name == "signsgd" and g.compressor.ties == "plus":
                 assert np.array_equal(got[sent != 0], sent[sent != 0])
             elif g.compressor.result == "signs":
-                assert np.array_equal(got, np.sign(sent)), name  # the direction of what was sent
+                assert np.array_equal(got, np.sign(sent)), name  # the signs of what was sent
             elif g.compressor.rounds:
-                assert np.allclose(got, sent, rtol=1e-5, atol=1e-6)  # one product of matrices, or two
+                assert np.allclose(got, sent, rtol=1e-5, atol=1e-6)  # computed by one product of matrices, or by two
             else:
                 assert np.array_equal(got, sent), name
 
@@ -257,7 +256,7 @@ OTHERS = [s for s in catalog.ALL if grace_ext.grace(s).memory.name not in ("none
 
 @pytest.mark.parametrize("spec", OTHERS)
 def test_the_other_memories_keep_their_laws(spec):
-    """Over several steps with a learning rate that changes, for every compressor that they take."""
+    """The laws hold over several steps with a changing learning rate, for every compressor that the memory takes."""
     check_law(NUMPY, spec, "float32", inputs.SHAPES, steps=3)
 
 
@@ -268,13 +267,13 @@ def test_the_other_memories_in_other_dtypes(memory, dtype):
 
 
 def one_spec(memory: str) -> str:
-    """A spec with this memory, and a compressor that it takes."""
+    """Returns a spec with this memory and a compressor that it takes."""
     return next(s for s in catalog.ALL if f" + {memory} @" in s)
 
 
 @pytest.mark.parametrize("memory", catalog.MEMORIES)
 def test_states_are_flat_and_float32(world, memory):
-    """For every gradient dtype; named <key>/<parameter>, with the keys that `init` gives, and as long as it says."""
+    """For every gradient dtype, states are named <key>/<parameter>, with the keys and lengths of `init`."""
     g = grace_ext.grace(one_spec(memory))
     for dtype in inputs.DTYPES:
         cluster = world.cluster(g, 2)

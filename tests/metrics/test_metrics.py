@@ -1,4 +1,4 @@
-"""Metrics: they change nothing, say what an independent computation says, and warn once of what they are to warn of."""
+"""Metrics change nothing, equal an independent computation, and warn once per problem."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gradients(size: int, step: int) -> list[dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("spec", catalog.shelf())
 def test_results_states_and_bytes_are_those_without_metrics(spec):
-    """Steps that are measured closely, and others; and one rank measures alone, as where only rank 0 writes."""
+    """This holds for steps with and without a close look, and if only one rank measures, as when only rank 0 writes."""
     g = grace_ext.grace(spec)
     plain, measured, alone = (NUMPY.cluster(g, 2) for _ in range(3))
     measured.measure(every=2)
@@ -79,7 +79,7 @@ def test_values_are_those_of_an_independent_computation(world):
 
 @pytest.mark.parametrize("spec", ["threshold(threshold=1) + none", "powersgd + residual", "qsgd + none @ reduce_scatter", "fp16 + none"])
 def test_bytes_of_parameters_are_those_declared(spec):
-    """Fields of variable size with their counts, rounds, shards, 16-bit sums."""
+    """The bytes per parameter include counts of variable fields, all rounds, shards, and 16-bit sums."""
     g = grace_ext.grace(spec)
     cluster = NUMPY.cluster(g, 2)
     cluster.measure()
@@ -88,12 +88,12 @@ def test_bytes_of_parameters_are_those_declared(spec):
     for name, values in report["parameters"].items():
         bound = g.nbytes(TensorSpec(name, SHAPES[name]), 2)
         assert 0 < values["bytes"] <= bound or not values["dense_bytes"], name
-        assert values["bytes"] == bound or "threshold" in spec or name == "scalar", name  # of which one shard is empty
+        assert values["bytes"] == bound or "threshold" in spec or name == "scalar", name  # one shard of a scalar is empty
     assert report["parameters"]["empty"]["bytes"] == 0 and report["parameters"]["empty"]["ratio"] is None
 
 
 def test_times_are_means_of_the_steps_between():
-    """They add up to what a step takes; the step that is measured closely is not among them."""
+    """Encode, communicate and decode seconds are means over the steps since the last close look (it does not count); they sum to a step."""
     cluster = NUMPY.cluster(grace_ext.grace("topk + residual"), 1)
     (metrics,) = cluster.measure(every=50)
     cluster.step(gradients(1, 0))
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused():
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
 def told(caplog, spec: str, gradient, steps: int, every: int = 5, **options) -> list[str]:
-    """What is said during so many steps of two ranks."""
+    """Makes this many steps on two ranks. Returns the warnings that are logged."""
     cluster = NUMPY.cluster(grace_ext.grace(spec), 2)
     cluster.measure(every=every, **options)
     caplog.clear()
@@ -166,7 +166,7 @@ def noise(step: int, rank: int) -> dict[str, np.ndarray]:
 
 
 def test_a_residual_that_explodes(caplog):
-    """Random quantization of more variance than signal, fed back, grows without bound: said once, by rank 0."""
+    """A quantizer with more variance than signal makes the residual grow without bound; rank 0 warns once."""
     said = told(caplog, "qsgd(levels=1) + residual", noise, 60)
     assert len(said) == 1 and "'w'" in said[0] and "explodes" in said[0] and "topk" in said[0]
 
@@ -177,7 +177,7 @@ def test_a_residual_that_explodes(caplog):
 )  # fmt: skip
 @pytest.mark.parametrize("constant", [False, True])
 def test_a_residual_within_its_bound_is_not_spoken_of(caplog, spec, constant):
-    """Gradients that always point the same way are what fills a residual most."""
+    """There is no warning, even for constant gradients, which give the largest residuals."""
     assert told(caplog, spec, lambda step, rank: noise(0 if constant else step, rank), 120) == []
 
 
@@ -201,13 +201,13 @@ def test_a_dead_layer(caplog):
     said = told(caplog, "topk + residual", gradient, 90, dead_after=30)
     assert len(said) == 2 and all("dead layer" in sentence and "freeze" in sentence for sentence in said)
     assert "'dead'" in said[0] and "since step 0" in said[0] and "'late'" in said[1]
-    # One that is used now and then is not dead.
+    # A layer that is used now and then is not dead.
     seldom = lambda step, rank: {"w": np.full(300, float(step % 7 == 3), np.float32)}  # noqa: E731
     assert told(caplog, "topk + residual", seldom, 60, dead_after=10) == []
 
 
 class Line(Transport):
-    """Two ranks that send the same, on a network of so many seconds a byte."""
+    """Simulates two ranks that send the same, on a network with `seconds` per byte."""
 
     gathers_uneven = True
     rank, size = 0, 2

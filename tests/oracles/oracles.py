@@ -1,4 +1,4 @@
-"""The equations of the compressors once more, in float64 and as plainly as possible: none of the package's maths is used.
+"""Implements the equations of the compressors again, in float64 and as simply as possible, without the package's mathematics.
 
 Each oracle is a function of the compensated gradients p_i of all ranks (float64 arrays in the tensor's shape) that returns
 (the aggregate, what each rank sent). `Feedback` adds error feedback around one.
@@ -21,7 +21,7 @@ def mean(sent: Arrays) -> np.ndarray:
 
 
 def averaged(one: Callable[[np.ndarray], np.ndarray]) -> Oracle:
-    """The mean of what each rank's own compressor makes of its gradient."""
+    """Returns the oracle that averages one(gradient) over the ranks."""
 
     def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
         sent = [one(x.reshape(-1)).reshape(x.shape) for x in p]
@@ -31,7 +31,7 @@ def averaged(one: Callable[[np.ndarray], np.ndarray]) -> Oracle:
 
 
 def topk(ratio: float) -> Oracle:
-    """The k largest magnitudes, ties to the lowest position."""
+    """Keeps the k largest magnitudes; ties go to the lowest position."""
 
     def one(x: np.ndarray) -> np.ndarray:
         k = max(1, min(x.size, math.ceil(ratio * x.size - 1e-9)))
@@ -49,13 +49,13 @@ def threshold(limit: float) -> Oracle:
 
 
 def half(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Rounding to 16 bits by an independent implementation, with saturation."""
+    """Returns a function that rounds to 16 bits by an independent implementation; float16 saturates."""
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
     return lambda x: np.clip(x, -65504, 65504).astype(kind).astype(np.float64) if dtype == "float16" else x.astype(kind).astype(np.float64)
 
 
 def cast(dtype: str, *, rounded_mean: bool) -> Oracle:
-    """fp16 and bf16: an all-reduce rounds the mean once more, a gather does not."""
+    """Casts as fp16 and bf16 do: an all-reduce rounds the mean once more, a gather does not."""
 
     def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
         sent = [half(dtype)(x) for x in p]
@@ -66,7 +66,7 @@ def cast(dtype: str, *, rounded_mean: bool) -> Oracle:
 
 
 def signsgd(ties: str = "zero") -> Oracle:
-    """sign(number of +1 votes - number of -1 votes); zeros vote +1, a zero tensor does not vote."""
+    """Returns sign(number of +1 votes - number of -1 votes); zeros vote +1, a zero tensor does not vote."""
 
     def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
         sent = [np.where(x >= 0, 1.0, -1.0) if x.any() else np.zeros_like(x) for x in p]
@@ -89,7 +89,7 @@ def efsignsgd(block: int | None = None) -> Oracle:
 
 
 class PowerSGD:
-    """Projection of the mean on the column space of (mean M) Q, by singular vectors; only the span of Q matters."""
+    """Projects the mean on the column space of (mean M) Q, by singular vectors; only the span of Q matters."""
 
     def __init__(self, q: np.ndarray, feedback: str):
         self.q, self.feedback = q.astype(np.float64), feedback
@@ -106,7 +106,7 @@ class PowerSGD:
 
 
 class Feedback:
-    """p_i = beta e_i + gamma g_i;  e_i <- p_i - sent_i."""
+    """Adds error feedback: p_i = beta e_i + gamma g_i;  e_i <- p_i - sent_i."""
 
     def __init__(self, oracle: Oracle, size: int, beta: float = 1.0, gamma: float = 1.0, on: bool = True):
         self.oracle, self.beta, self.gamma, self.on = oracle, beta, gamma, on

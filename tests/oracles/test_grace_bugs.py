@@ -1,4 +1,4 @@
-"""GRACE's faults that no other file here is about, by the numbers of docs/porting-from-grace.md."""
+"""Bugs of GRACE that no other test file covers, by their numbers in docs/porting-from-grace.md, do not occur."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from grace_ext.testing.worlds import NUMPY
 
 
 def test_its_tensorflow_forms(world):
-    """16: fp16 adds a leading dimension, broadcast never averages, randomk draws an index beyond the end, signs are divided by the
-    number of ranks, PowerSGD applies momentum inside and twice."""
+    """Bug 16: in GRACE's TensorFlow forms, fp16 adds a leading dimension, broadcast never averages, randomk draws an index beyond the end,
+    signs are divided by the number of ranks, and PowerSGD applies momentum internally, and twice."""
     gradients = [{"w": g} for g in inputs.grid(3, 0, (24, 18))]
     mean = sum(g["w"].astype(np.float64) for g in gradients) / 3
     out = world.step(world.cluster(grace_ext.grace("fp16 + none"), 3), gradients)["w"]
@@ -23,19 +23,19 @@ def test_its_tensorflow_forms(world):
     signs = world.step(world.cluster(grace_ext.grace("signsgd + none"), 3), gradients)["w"]
     assert np.array_equal(signs, np.sign(sum(np.sign(g["w"]) for g in gradients)))
     cluster = world.cluster(grace_ext.grace("powersgd(rank=18) + none"), 3)
-    for _ in range(3):  # of full rank: the mean at every step, and nothing of the steps before
+    for _ in range(3):  # with full rank, the result is this step's mean, without momentum
         assert np.allclose(world.step(cluster, gradients)["w"], mean, atol=1e-4)
 
 
 def test_random_positions_stay_inside():
-    """16, 11: over many steps and small tensors every position is below d, and the last one is drawn, too."""
+    """Bugs 16 and 11: over many steps on a small tensor every position is below d, and the last one is drawn, too."""
     drawn = {int(p) for step in range(300) for p in sampling.sample((step, 7), 5, 2)}
     assert drawn == set(range(5))
 
 
 @pytest.mark.parametrize("spec", ["threshold(threshold=1.0) + residual", "dgc + residual", "topk(ratio=0.1) + residual @ broadcast"])
 def test_tensors_are_told_apart_by_name_not_by_the_order_of_calls(spec):
-    """23: gradients that arrive in another order on every rank are paired rightly, sizes that vary included."""
+    """Bug 23: gradients that arrive in a different order on each rank are paired correctly, even if sizes vary."""
     shapes = {"a": (40,), "b": (24, 18), "c": (7,)}
     gradients = inputs.ranks(2, 0, shapes=shapes)
     expected = NUMPY.step(NUMPY.cluster(grace_ext.grace(spec), 2), gradients)
@@ -46,7 +46,7 @@ def test_tensors_are_told_apart_by_name_not_by_the_order_of_calls(spec):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_the_decoded_dtype_is_the_gradients(dtype):
-    """25: decompress returns float32 whatever came in; there is no state to save, and NaN is not handled (see test_nonfinite.py)."""
+    """Bug 25: GRACE's decompress always returns float32, it has no state to save, and does not handle NaN (see test_nonfinite.py)."""
     for text in ("topk(ratio=0.1)", "qsgd", "efsignsgd", "powersgd"):
         gradients = inputs.ranks(2, 0, dtype, {"w": (24, 18)})
         cluster = NUMPY.cluster(grace_ext.grace(f"{text} + residual"), 2)

@@ -13,14 +13,14 @@ from grace_ext.testing.worlds import NUMPY, WORLDS, states
 from . import oracles
 
 SIZES = (1, 2, 3, 8)
-#: The reference library at every size; that the others give its bytes is tested elsewhere.
+#: The reference library at every world size, the others at 3; other tests show that they give the same bytes.
 RUNS = pytest.mark.parametrize(
     ("world", "size"), [pytest.param(w, n, id=f"{w.name}-{n}") for w in WORLDS for n in (SIZES if w is NUMPY else (3,))]
 )
 STEPS = 4
 VECTOR, MATRIX = (193,), (24, 18)
 
-# Inputs are multiples of 1/64, so these are exact in float32 but for the division by n.
+# Inputs are multiples of 1/64, so these are exact in float32, except for the division by n.
 EXACT = {
     "none": lambda: oracles.averaged(lambda x: x),
     "none @ allgather": lambda: oracles.averaged(lambda x: x),
@@ -50,7 +50,7 @@ def composed(text: str, memory: str):
 
 
 def compare(world, g, oracle, size: int, shape, *, relative: float, exact: bool = False, gradients=inputs.grid) -> None:
-    """Results within `relative` of the largest value, residuals alike; or, where `exact`, of each value, and residuals without error."""
+    """Asserts errors within `relative` of the largest value, for results and residuals; if `exact`, of each value, and exact residuals."""
     cluster = world.cluster(g, size)
     on = g.memory.name == "residual"
     knobs = {"beta": g.memory.beta, "gamma": g.memory.gamma} if on else {}
@@ -72,7 +72,7 @@ def compare(world, g, oracle, size: int, shape, *, relative: float, exact: bool 
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("text", EXACT)
 def test_exact_ones(world, text, memory, size):
-    """Selections, casts and votes: the result to the rounding of one division (none where n is a power of two), the residual exactly."""
+    """Selections, casts and votes are exact up to the rounding of one division (none if n is a power of two); residuals are exact."""
     relative = 2.0**-24 if size == 3 else 0.0
     compare(world, composed(text, memory), EXACT[text](), size, VECTOR, relative=relative, exact=True)
 
@@ -81,12 +81,12 @@ def test_exact_ones(world, text, memory, size):
 @pytest.mark.parametrize("memory", ["none", "residual", "residual(beta=0.9, gamma=0.5)"])
 @pytest.mark.parametrize("text", ROUNDED)
 def test_scaled_signs(world, text, memory, size):
-    """Scales are means of magnitudes, a block each; the last block is shorter."""
+    """Each block is scaled by its mean magnitude; the last block is shorter."""
     compare(world, composed(text, memory), ROUNDED[text](), size, VECTOR, relative=3e-6)
 
 
 def test_residual_knobs(world):
-    """beta is a leak of the old error, gamma a factor of the gradient, from the first step on; powers of two are exact."""
+    """beta multiplies the old residual and gamma the gradient, from the first step on; powers of two are exact."""
     g = grace_ext.grace("topk(ratio=0.1) + residual(beta=0.5, gamma=0.25)")
     compare(world, g, oracles.topk(0.1), 2, VECTOR, relative=0.0, exact=True)
 
@@ -96,7 +96,7 @@ def test_residual_knobs(world):
 @pytest.mark.parametrize("feedback", ["local", "mean"])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_powersgd(world, rank, feedback, memory, size):
-    """P Q^T is the projection of the mean on the column space of (mean M) Q, Q warm from step to step; 1-D tensors are averaged."""
+    """P Q^T is the projection of the mean on the column space of (mean M) Q, with Q kept from step to step; 1-D tensors are averaged."""
     g = grace_ext.grace(f"powersgd(rank={rank}, feedback={feedback!r}) + {memory}")
     spec = TensorSpec("w", MATRIX)
     info = StepInfo(step=0, rank=0, size=size, divisor=size)
@@ -107,7 +107,7 @@ def test_powersgd(world, rank, feedback, memory, size):
 
 
 def test_powersgd_of_a_matrix_of_low_rank(world):
-    """A gradient whose rank is at most the compressor's is reproduced; deficient and zero ones give no NaN and lose nothing."""
+    """Gradients whose rank is at most the compressor's, zero ones included, are reproduced without NaN."""
     rng = np.random.default_rng(5)
     u, v = rng.standard_normal((24, 1)), rng.standard_normal((1, 18))
     low = (u @ v).astype(np.float32)
@@ -121,7 +121,7 @@ def test_powersgd_of_a_matrix_of_low_rank(world):
 
 
 def test_topk_ties_go_to_the_lowest_positions(world):
-    """Among equal magnitudes the lowest positions are sent, also across the sign, and exactly k of them."""
+    """Among equal magnitudes, whatever their signs, the lowest positions are sent, and exactly k of them."""
     x = np.array([1, -2, 2, -1, 2, 1, -2, 1] * 3, np.float32)
     out = world.step(world.cluster(grace_ext.grace("topk(ratio=0.25) + none"), 1), [{"w": x}])["w"]
     assert np.flatnonzero(out).tolist() == [1, 2, 4, 6, 9, 10]
@@ -141,7 +141,7 @@ def test_how_many_are_kept(world, ratio, d, k):
 @RUNS
 @pytest.mark.parametrize("text", ["randomk(ratio=0.1)", "randomk(ratio=0.1) @ allgather", "randomk(ratio=0.1, scale=True)"])
 def test_randomk(world, text, size):
-    """All ranks share k positions, where the result is the exact mean of gradient and residual; the rest stays in the residual."""
+    """All ranks share k positions, at which the result is the exact mean of gradient plus residual; the rest stays in the residual."""
     scaled = "scale" in text
     cluster = world.cluster(composed(text, "none" if scaled else "residual"), size)
     kept, residuals = 20, [np.zeros(193)] * size
@@ -160,7 +160,7 @@ def test_randomk(world, text, size):
 
 
 def test_sum_instead_of_mean(world):
-    """divisor 1 gives n times the mean, the same votes, and the same residuals: the division happens in one place, after sending."""
+    """Divisor 1 gives n times the mean, the same votes and the same residuals, because only the final result is divided."""
     for text in [*EXACT, *ROUNDED, "qsgd", "randomk(ratio=0.1)", "powersgd(rank=2)", "powersgd(rank=2, feedback='mean')"]:
         clusters = [world.cluster(composed(text, "residual"), 3) for _ in range(2)]
         for driver in clusters[1].drivers:

@@ -1,4 +1,4 @@
-"""The largest elements of the whole model, against the equation in float64."""
+"""Compares global_topk, which sends the largest elements of the whole model, with its equation in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .test_oracles_sparse import count, largest, only
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("ratio", [0.1, 0.004, 1e-9, 1])
 def test_global_topk(world, ratio, memory, size):
-    """Exactly the k largest of all tensors together, on each rank; ties to the parameter that comes first, then the lowest position."""
+    """Each rank sends exactly the k largest elements of all tensors; ties go to the first parameter, then to the lowest position."""
     shapes = {"a": (40,), "b": (9, 7), "empty": (0,), "c": (1,), "d": (150,)}
     cluster = world.cluster(grace_ext.grace(f"global_topk(ratio={ratio}) + {memory}"), size)
     residual = [np.zeros(254)] * size
@@ -41,7 +41,7 @@ def test_global_topk(world, ratio, memory, size):
 
 
 def test_global_topk_ties_and_tensors_that_send_nothing(world):
-    """Equal magnitudes everywhere: the first parameter's first elements; a large tensor takes all from a small one."""
+    """If all magnitudes are equal, the first parameter's first elements are sent; larger values in one tensor leave none for another."""
     g = grace_ext.grace("global_topk(ratio=0.25) + none")
     out = world.step(world.cluster(g, 1), [{"z": np.full(6, -2, np.float32), "a": np.full(10, 2, np.float32)}])
     assert np.flatnonzero(out["z"]).tolist() == [0, 1, 2, 3] and not out["a"].any()
@@ -51,7 +51,7 @@ def test_global_topk_ties_and_tensors_that_send_nothing(world):
 
 @pytest.mark.parametrize("text", ["global_topk(ratio=0.1) > fp16 + residual", "global_topk(ratio=0.1) + residual @ sparse_allreduce"])
 def test_global_topk_elsewhere(world, text):
-    """As a pipeline's selection, and over another communicator, the same choice is made: the grid's values are exact in float16."""
+    """A pipeline's selection and another communicator make the same choice (the grid's values are exact in float16)."""
     here, there = (world.cluster(grace_ext.grace(t), 2) for t in ("global_topk(ratio=0.1) + residual", text))
     for step in range(3):
         given = [{"a": a, "b": b} for a, b in zip(inputs.grid(2, step, (50,)), inputs.grid(2, step, (9, 7), seed=9), strict=True)]
@@ -60,7 +60,7 @@ def test_global_topk_elsewhere(world, text):
 
 
 def test_the_whole_model_is_one_bucket(world):
-    """However small buckets are to be; where a framework makes several, it is refused with what to do."""
+    """The whole model is one bucket, for any `bucket_bytes`; if a framework makes several, an error says what to do."""
     for text in ("global_topk", "global_topk > qsgd(bits=4)"):
         cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
         for driver in cluster.drivers:

@@ -1,4 +1,4 @@
-"""PowerSGD, PowerSGD+ and LQ-SGD equal their equations in float64, send what they say, and keep what PowerSGD+ promises at a refresh."""
+"""PowerSGD, PowerSGD+ and LQ-SGD equal their equations in float64 and send the bytes they declare; a refresh keeps PowerSGD+'s promise."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ STEPS = 7
 
 
 def start(shape, r: int) -> np.ndarray:
-    """float64[b, r]: the shared first subspace of parameter 'w'."""
+    """Returns float64[b, r]: the first subspace of parameter 'w', which all ranks share."""
     b = int(np.prod(shape[1:]))
     key = StepInfo(step=0, rank=0, size=1, divisor=1).shared_key("w", "powersgd", 0)
     return rng.normals(key, b * r).reshape(r, b).T.astype(np.float64)
 
 
 def basis_of(matrix: np.ndarray) -> np.ndarray:
-    """Orthonormal columns that span the matrix's, by singular vectors."""
+    """Returns orthonormal columns that span the columns of `matrix` (left singular vectors)."""
     left, size, _ = np.linalg.svd(matrix, full_matrices=False)
     return left[:, size > 1e-6 * max(size[0], 1e-300)]
 
 
 class Plus:
-    """At a multiple of the period the best approximation of the mean, by its singular value decomposition; else PowerSGD."""
+    """Is PowerSGD, but takes the best approximation of the mean (by its SVD) at every multiple of the period."""
 
     def __init__(self, q, period, feedback):
         self.power, self.period, self.step = oracles.PowerSGD(q, feedback), period, 0
@@ -49,7 +49,7 @@ class Plus:
 
 
 def gaussian(size: int, step: int, shape) -> list[np.ndarray]:
-    """Matrices with singular values well apart, and noise by rank: subspaces are well defined."""
+    """Returns matrices with well separated singular values, so that subspaces are well defined, and different noise on each rank."""
     generator = np.random.default_rng(step)
     a, b = shape[0], int(np.prod(shape[1:]))
     u, v = np.linalg.qr(generator.standard_normal((a, a)))[0], np.linalg.qr(generator.standard_normal((b, b)))[0]
@@ -65,7 +65,7 @@ def gaussian(size: int, step: int, shape) -> list[np.ndarray]:
                                    "rank=2, refresh_period=3, refresh='randomized', iterations=40"])  # fmt: skip
 @pytest.mark.parametrize("shape", [MATRIX, KERNEL])
 def test_powersgd_plus(world, shape, knobs, memory, size):
-    """Over refreshes and the steps between them; enough power iterations give the same subspace as the decomposition."""
+    """PowerSGD+ equals its equations at refreshes and between them; enough power iterations give the same subspace as the SVD."""
     g = grace_ext.grace(f"powersgd_plus({knobs}) + {memory}")
     cluster = world.cluster(g, size)
     oracle = Plus(start(shape, g.compressor.rank), g.compressor.refresh_period, g.compressor.feedback)
@@ -82,7 +82,7 @@ def test_powersgd_plus(world, shape, knobs, memory, size):
 
 
 def test_the_rounds_of_powersgd_plus_are_the_same_at_every_step(world):
-    """Two sums, of the same kinds and labels, at every step, so that a traced graph fits; at a refresh the first is the dense matrix."""
+    """Every step has two sums of the same kinds and labels, so that a traced graph fits; at a refresh the first sums the dense matrix."""
     cluster = world.cluster(grace_ext.grace("powersgd_plus(rank=2, refresh_period=3) + residual"), 2)
     (a, b), seen = MATRIX, []
     for step in range(7):
@@ -95,15 +95,15 @@ def test_the_rounds_of_powersgd_plus_are_the_same_at_every_step(world):
 
 
 def test_a_refresh_contracts(world):
-    """At a refresh what is not sent of the mean is at most (1 - r / min(a, b)) of its square, whatever the subspace was before; PowerSGD
-    started orthogonally to the gradient sends nothing that matters."""
+    """At a refresh the unsent part has at most (1 - r / min(a, b)) of the mean's squared norm, whatever the subspace was before; PowerSGD
+    that starts orthogonally to the gradient sends almost nothing of it."""
     spec = TensorSpec("w", MATRIX)
     q = start(MATRIX, 2)
     m = inputs.normal(0, 0, shapes={"w": MATRIX})["w"].astype(np.float64)
     m -= m @ basis_of(q) @ basis_of(q).T  # M Q = 0
     m = m.astype(np.float32)
     plain = world.step(world.cluster(grace_ext.grace("powersgd(rank=2) + none"), 1), [{"w": m}])["w"]
-    assert np.linalg.norm(m - plain) > 0.9 * np.linalg.norm(m)  # the rounding of M Q decides
+    assert np.linalg.norm(m - plain) > 0.9 * np.linalg.norm(m)  # P is only the rounding errors of M Q
     for knobs in ("", "refresh='randomized', "):
         g = grace_ext.grace(f"powersgd_plus({knobs}rank=2) + none")
         left = m - world.step(world.cluster(g, 1), [{"w": m}])["w"]
@@ -111,12 +111,12 @@ def test_a_refresh_contracts(world):
     best = np.linalg.svd(m.astype(np.float64))[1][2:]
     left = m - world.step(world.cluster(grace_ext.grace("powersgd_plus(rank=2) + none"), 1), [{"w": m}])["w"]
     assert np.isclose((left.astype(np.float64) ** 2).sum(), (best**2).sum(), rtol=1e-4)
-    assert grace_ext.grace("powersgd_plus + none").compressor.delta(spec.size) is None  # not between refreshes
+    assert grace_ext.grace("powersgd_plus + none").compressor.delta(spec.size) is None  # no bound between refreshes
 
 
 @pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=2)", "powersgd_plus(refresh='randomized')", "lqsgd(rank=2)"])
 def test_deficient_and_zero_gradients(world, text):
-    """A rank below r, a zero gradient and what overflows give no NaN, and what follows is compressed as before."""
+    """A matrix rank below r, a zero gradient and an overflow leave no NaN, and later steps compress as before."""
     cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
     generator = np.random.default_rng(5)
     low = (generator.standard_normal((24, 1)) @ generator.standard_normal((1, 18))).astype(np.float32)
@@ -131,7 +131,7 @@ def test_deficient_and_zero_gradients(world, text):
 
 # --- LQ-SGD ------------------------------------------------------------------------------------------------------------
 def coded(x: np.ndarray, bits: int, alpha: float) -> np.ndarray:
-    """decode(encode(x)) by the nearest of all values that a code may stand for, on the logarithmic scale."""
+    """Returns decode(encode(x)): the nearest value that a code can stand for, on the logarithmic scale."""
     levels, scale = 2 ** (bits - 1) - 1, np.abs(x).max()
     if not scale:
         return np.zeros_like(x)
@@ -140,7 +140,7 @@ def coded(x: np.ndarray, bits: int, alpha: float) -> np.ndarray:
 
 
 def lqsgd(q: np.ndarray, bits: int, alpha: float):
-    """Gram-Schmidt's P, because what is coded in Q depends on the basis and not only on its span."""
+    """Returns LQ-SGD with Gram-Schmidt's P, because the codes of Q depend on the basis, not only on its span."""
 
     def oracle(p):
         nonlocal q
@@ -159,8 +159,8 @@ def lqsgd(q: np.ndarray, bits: int, alpha: float):
 @pytest.mark.parametrize("memory", ["none", "residual", "powersgd"])
 @pytest.mark.parametrize(("rank", "bits", "alpha"), [(1, 8, 10.0), (2, 8, 10.0), (2, 4, 100.0), (1, 2, 0.001), (2, 12, 1000.0)])
 def test_lqsgd(world, rank, bits, alpha, memory, size):
-    """Each step from the library's own state: a code that lies on the border of two values may fall to either side in float32, which is
-    one step of the scale and no more; most results are equal."""
+    """Each step equals the oracle's from the library's own state, up to one step of the scale: in float32 a value on the border of two
+    codes may get either. Most results are equal."""
     g = grace_ext.grace(f"lqsgd(rank={rank}, bits={bits}, alpha={alpha}) + {memory}")
     cluster, close = world.cluster(g, size), []
     for step in range(STEPS):
@@ -181,7 +181,7 @@ def test_lqsgd(world, rank, bits, alpha, memory, size):
 
 @pytest.mark.parametrize("communicator", ["allgather", "broadcast"])
 def test_lqsgd_on_the_wire(world, communicator):
-    """8 r (a + b) + 64 bits and two headers; a vector travels dense, in a gather too; both communicators give the same bits."""
+    """A matrix costs 8 r (a + b) + 64 bits and two headers; a vector travels dense, also in a gather; both communicators agree."""
     g = grace_ext.grace(f"lqsgd(rank=2) + residual @ {communicator}")
     other = world.cluster(grace_ext.grace("lqsgd(rank=2) + residual @ allgather"), 3)
     cluster = world.cluster(g, 3)
@@ -197,7 +197,7 @@ def test_lqsgd_on_the_wire(world, communicator):
 
 
 def test_lqsgd_checks_what_arrives():
-    """Scales that are no scales, codes above the largest, as PayloadError; any code else decodes."""
+    """An invalid scale or a code above the largest raises PayloadError; all other codes decode."""
     compressor, spec = grace_ext.grace("lqsgd(bits=4) + none").compressor, TensorSpec("w", (5, 6))
     info = StepInfo(step=0, rank=0, size=1, divisor=1)
     state = compressor.init(NUMPY.ops, spec, info)
@@ -226,7 +226,7 @@ def test_lqsgd_checks_what_arrives():
     ],
 )
 def test_bits_an_element(text, steps, bits):
-    """1000 x 1000 elements, amortised over a period: within 5% of the table, and what mean_nbytes says."""
+    """For 1000 x 1000 elements the bits per element over a period are within 5% of the table and within 3% of mean_nbytes."""
     g, shape = grace_ext.grace(f"{text} + none"), (1000, 1000)
     cluster = NUMPY.cluster(g, 1)
     x = inputs.normal(0, 0, shapes={"w": shape})["w"]
@@ -240,7 +240,7 @@ def test_bits_an_element(text, steps, bits):
 
 @pytest.mark.parametrize("text", ["powersgd", "powersgd_plus", "lqsgd"])
 def test_the_mean_is_a_mean(world, text):
-    """GRACE's bug 2: its helper builds PowerSGD without the world size, and two ranks get twice the gradient."""
+    """GRACE's bug 2: its helper builds PowerSGD without the world size, so two ranks get twice the gradient. Here the mean is a mean."""
     low = np.outer(np.arange(1, 25), np.arange(1, 19)).astype(np.float32)
     for size in (1, 2, 5):
         out = world.step(world.cluster(grace_ext.grace(f"{text} + none"), size), [{"w": low}] * size)["w"]
@@ -248,7 +248,7 @@ def test_the_mean_is_a_mean(world, text):
 
 
 def test_rounds_are_not_dropped_in_silence():
-    """GRACE's bug 3: PowerSGD over its allgather gives zero gradients."""
+    """GRACE's bug 3: PowerSGD over its allgather gives zero gradients. Here such a composition is rejected, with what to use instead."""
     pairs = [(text, c) for text in ("powersgd", "powersgd_plus") for c in ("allgather", "broadcast", "reduce_scatter", "sparse_allreduce")]
     for text, communicator in [*pairs, ("lqsgd", "allreduce"), ("lqsgd", "reduce_scatter"), ("lqsgd", "sparse_allreduce")]:
         with pytest.raises(IncompatiblePartsError, match="use communicator 'all"):
@@ -257,8 +257,8 @@ def test_rounds_are_not_dropped_in_silence():
 
 @pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=4)", "lqsgd"])
 def test_all_ranks_have_one_subspace_and_keep_it(world, text):
-    """GRACE's bug 4: Q from every rank's own generator, drawn anew at each step. Here it is the same bits on all ranks, whatever the global
-    generators do, and moves towards the gradient's singular vectors from step to step."""
+    """GRACE's bug 4: every rank draws Q from its own generator, anew at each step. Here Q has the same bits on all ranks, whatever the
+    global generators do, and moves towards the gradient's singular vectors from step to step."""
     cluster = world.cluster(grace_ext.grace(f"{text} + none"), 3)
     given = [{"w": x} for x in gaussian(3, 0, MATRIX)]
     errors = []

@@ -1,4 +1,4 @@
-"""Every memory equals its equations in float64, over several steps with a learning rate that changes; and what theory says of them."""
+"""Every memory equals its equations in float64, over steps with a changing learning rate, and converges as theory says."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def diana(alpha):
 
 
 def cser(period):
-    """The algorithm of the paper, on models: x_i and e_i; the result is what moves x_i."""
+    """Returns CSER as in the paper, on models x_i with errors e_i; the result is the update of x_i divided by lr."""
 
     def run(result=None, x=0.0, e=0.0, step=0):
         while True:
@@ -228,7 +228,7 @@ def compressor_at(text, step, name):
 @RUNS
 @pytest.mark.parametrize(("memory", "text"), [(m, c) for m, (_, them) in MEMORIES.items() for c in them])
 def test_equals_its_equations(world, memory, text, size):
-    """Every rank's result, for a vector and a matrix; the learning rate changes, and at n = 1 the same equations hold."""
+    """Every rank's result equals the equations, for a vector and a matrix, with a changing learning rate, and also for n = 1."""
     make = MEMORIES[memory][0]
     cluster = world.cluster(grace_ext.grace(f"{text} + {memory}"), size)
     runs = {name: make() for name in SHAPES}
@@ -249,9 +249,9 @@ def test_equals_its_equations(world, memory, text, size):
 @RUNS
 @pytest.mark.parametrize("clipping", [0.5, 30.0, 1e6])
 def test_dgc_clips_the_norm_of_the_whole_model(world, size, clipping):
-    """Each rank's gradient over all tensors is rescaled to clipping / sqrt(n) where it is longer: direction kept, no element clamped, no
-    tensor for itself. GRACE's bugs 7 (its clipping fails on the result of an all-reduce) and 8 (it clamps elements, at a norm that
-    almost never binds)."""
+    """If a rank's gradient, over all tensors, is longer than clipping / sqrt(n), it is rescaled to that norm: the direction stays, no
+    element is clamped, no tensor is clipped by itself. GRACE's bugs 7 (its clipping fails on the result of an all-reduce) and 8 (it clamps
+    elements, at a norm that almost never binds)."""
     cluster = world.cluster(grace_ext.grace(f"topk(ratio=0.1) + dgc(clipping={clipping})"), size)
     runs = {name: dgc(0.9)() for name in SHAPES}
     for run in runs.values():
@@ -269,7 +269,7 @@ def test_dgc_clips_the_norm_of_the_whole_model(world, size, clipping):
 
 
 def test_clipping_puts_the_model_into_one_bucket():
-    """Only with clipping: the norm needs all tensors."""
+    """With clipping (and only then) the model is one bucket, because the norm needs all tensors."""
     for knobs, buckets in (("", 3), ("(clipping=1)", 1)):
         g = grace_ext.grace(f"topk + dgc{knobs}")
         assert g.memory.whole_model == (buckets == 1)
@@ -286,7 +286,7 @@ USES_LR = ("topk + efsignsgd", "topk + cser", "efsignsgd + dist_ef_block", "efsi
 
 @pytest.mark.parametrize("spec", USES_LR)
 def test_without_a_learning_rate_the_error_says_how_to_give_one(spec):
-    """And nothing has changed: with one, the next step is the first."""
+    """A step without a learning rate raises LearningRateError and changes nothing: the next step, with one, is the first."""
     cluster, other = (NUMPY.cluster(grace_ext.grace(spec), 2) for _ in range(2))
     gradients = inputs.ranks(2, 0, shapes=SHAPES)
     with pytest.raises(LearningRateError, match="optimizer=.*lr="):
@@ -299,7 +299,7 @@ TWO_WAY = "efsignsgd + dist_ef_block(momentum=0.9) @ reduce_scatter(follow_rate=
 
 @pytest.mark.parametrize("spec", [*USES_LR, TWO_WAY, "topk + cser(reset_period=1)"])
 def test_a_step_with_learning_rate_zero_gives_zeros_and_leaves_the_state(world, spec):
-    """Schedules begin and end at zero; what would be sent then is never applied, so nothing may count as sent."""
+    """Schedules may begin and end at zero: values sent then would never be applied, so nothing may count as sent."""
     cluster = world.cluster(grace_ext.grace(spec), 2)
     zeros = world.step(cluster, inputs.ranks(2, 0, shapes=SHAPES), 0.0)
     if "+ residual" not in spec:
@@ -318,8 +318,8 @@ def test_a_step_with_learning_rate_zero_gives_zeros_and_leaves_the_state(world, 
 
 @pytest.mark.parametrize("lr", [1.0, 0.1, 1e-3])
 def test_efsignsgd_has_the_learning_rate_from_the_first_step(world, lr):
-    """GRACE's bug 5: its first update is 1 / lr too large, its lr is that of the construction, and its torch form adds the ranks up. With
-    one scale for the tensor, the first result is the mean of sign(g) ||g||_1 / d, whatever lr is, and the second knows the new lr."""
+    """GRACE's bug 5: its first update is 1 / lr times too large, its lr stays that of the construction, and its torch form sums over
+    ranks. Here, with one scale per tensor, the first result is the mean of sign(g) ||g||_1 / d for any lr; the second uses the new lr."""
     cluster = world.cluster(grace_ext.grace("efsignsgd + efsignsgd"), 2)
     first, second = inputs.ranks(2, 0, shapes=SHAPES), inputs.ranks(2, 1, shapes=SHAPES)
     scaled = lambda x: np.abs(x).mean() * np.sign(x)  # noqa: E731
@@ -333,7 +333,7 @@ def test_efsignsgd_has_the_learning_rate_from_the_first_step(world, lr):
 # --- DGC --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_dgc_of_dense_tensors_is_momentum_of_the_mean(world, nesterov):
-    """topk(ratio=1), and any tensor too small to compress, is sent as it is: nothing is masked, and the result is SGD's momentum."""
+    """With topk(ratio=1), and for a tensor too small to compress, all is sent: nothing is masked, and the result is SGD's momentum."""
     cluster = world.cluster(grace_ext.grace(f"topk(ratio=1) + dgc(nesterov={nesterov})"), 3)
     u = 0.0
     for step in range(5):
@@ -346,7 +346,7 @@ def test_dgc_of_dense_tensors_is_momentum_of_the_mean(world, nesterov):
 
 
 def test_dgc_keeps_the_rounding_of_16_bit_values(world):
-    """What fp16 rounds off is not lost with v, as where v is set to zero at what was sent."""
+    """The rounding error of fp16 stays in v; it would be lost if v were set to zero at the sent positions."""
     cluster = world.cluster(grace_ext.grace("topk(ratio=0.1, values='fp16') + dgc"), 1)
     g = inputs.ranks(1, 0, shapes=SHAPES)
     out = world.step(cluster, g)["v"]
@@ -358,7 +358,7 @@ def test_dgc_keeps_the_rounding_of_16_bit_values(world):
 
 # --- theory -----------------------------------------------------------------------------------------------------------
 class Quadratics:
-    """f_i(x) = 1/2 (x - c_i)^T A_i (x - c_i), different for every rank."""
+    """The functions f_i(x) = 1/2 (x - c_i)^T A_i (x - c_i), a different one on every rank."""
 
     def __init__(self, n: int, d: int = 40, seed: int = 0):
         generator = np.random.default_rng(seed)
@@ -373,7 +373,7 @@ class Quadratics:
         return float(np.linalg.norm(x - self.best) / np.linalg.norm(self.best))
 
     def descend(self, spec: str, steps: int, lr: float, change=None) -> float:
-        """Where gradient descent with this exchange ends, from zero: the relative distance from the optimum."""
+        """Runs gradient descent from zero with this exchange and returns the final relative distance from the optimum."""
         n, d = self.a.shape
         cluster = NUMPY.cluster(grace_ext.grace(spec), n)
         x = np.zeros(d)
@@ -388,8 +388,8 @@ class Quadratics:
 
 
 def test_shifts_and_differences_converge_where_the_residual_does_not():
-    """On strongly convex problems that differ by rank, with exact gradients EF21, EF21 with momentum, EF-GDstar with the true shifts and
-    DIANA reach the optimum to rounding; error feedback and compression alone, at the same step, stay away from it."""
+    """On strongly convex problems that differ between ranks, with exact gradients, EF21, EF21 with momentum, EF-GDstar with the true shifts
+    and DIANA reach the optimum up to rounding; error feedback and compression alone, with the same step size, do not."""
     problem = Quadratics(4)
 
     def shifts(saved):
@@ -413,8 +413,7 @@ def test_shifts_and_differences_converge_where_the_residual_does_not():
 @pytest.mark.parametrize("text", ["topk(ratio=0.1)", "randblock(ratio=0.1)", "efsignsgd", "powersgd(rank=1)"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_cser_keeps_what_the_models_share(world, text, size):
-    """x_i + (residual_i) is the same on all ranks at all times, through resets and changes of lr, while the x_i themselves differ; with a
-    reset of everything they are equal again."""
+    """x_i + residual_i stays the same on all ranks, through resets and changes of lr, while the x_i themselves differ."""
     g = grace_ext.grace(f"{text} + cser(reset_period=3)")
     cluster = world.cluster(g, size)
     x = np.zeros((size, 24, 18))
@@ -428,7 +427,7 @@ def test_cser_keeps_what_the_models_share(world, text, size):
 
 
 def test_cser_needs_a_wrapper_that_averages():
-    """An optimizer that expects the same result everywhere is told so."""
+    """CSER raises an error in an optimizer that expects the same result on all ranks."""
     from grace_ext.driver.driver import Driver
     from grace_ext.errors import UnsupportedError
 
@@ -438,7 +437,7 @@ def test_cser_needs_a_wrapper_that_averages():
         Driver(grace_ext.grace("topk + cser"), NUMPY.ops, Native(0, 2))
 
 
-# --- what goes with what ----------------------------------------------------------------------------------------------
+# --- parts that do not fit together -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
@@ -450,13 +449,13 @@ def test_cser_needs_a_wrapper_that_averages():
     ],
 )  # fmt: skip
 def test_refusals(spec, match):
-    """When composed, with what to use instead."""
+    """A mix that does not fit is rejected when it is composed, with the reason or what to use instead."""
     with pytest.raises(IncompatiblePartsError, match=match):
         grace_ext.grace(spec)
 
 
 def test_masking_uses_what_each_rank_sent():
-    """dgc with randomk, threshold and a pipeline: momentum is zero exactly where that rank's payload has values."""
+    """dgc with randomk, threshold, randblock and a pipeline sets momentum to zero exactly at the positions in that rank's payload."""
     for text in ("randomk(ratio=0.25)", "threshold(threshold=1)", "topk(ratio=0.25) > fp16", "randblock(ratio=0.25)"):
         cluster = NUMPY.cluster(grace_ext.grace(f"{text} + dgc"), 2)
         given = inputs.ranks(2, 0, shapes=SHAPES)

@@ -1,4 +1,4 @@
-"""Compressors made of several ideas, against their equations in float64: wangni, atomo, demo, induced."""
+"""Compares compressors that combine several ideas (wangni, atomo, demo, induced) with their equations in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gaussian(size, step, shape):
 
 
 def chances(sizes: np.ndarray, budget: float) -> np.ndarray:
-    """p_j = min(1, c size_j) with sum `budget`, by bisection of c."""
+    """Returns p_j = min(1, c size_j) with sum `budget`; finds c by bisection."""
     if not sizes.any() or np.count_nonzero(sizes) <= budget:
         return (sizes > 0).astype(float)
     low, high = 0.0, budget / sizes[sizes > 0].min()
@@ -51,7 +51,7 @@ def wangni(ratio):
 @RUNS
 @pytest.mark.parametrize("ratio", [0.05, 0.6, 1])
 def test_wangni(world, ratio, size):
-    """The least variance for k elements; large ones as they are, others at random with the mean kept."""
+    """wangni has the least variance for k elements: it sends large ones as they are, and others at random, unbiased."""
     wide = lambda n, step, shape: [x**3 for x in gaussian(n, step, shape)]  # noqa: E731
     compare(world, grace_ext.grace(f"wangni(ratio={ratio}) + none"), wangni(ratio), size, VECTOR, relative=2e-6, gradients=wide)
 
@@ -79,14 +79,14 @@ def atomo(rank):
 @pytest.mark.parametrize("rank", [1, 3, 40])
 @pytest.mark.parametrize("shape", [MATRIX, (4, 3, 5, 5)])
 def test_atomo(world, shape, rank, size):
-    """Singular triplets by their chances; all of them where the rank is at least the matrix's; vectors are averaged."""
+    """atomo sends singular triplets by their probabilities, or all of them if `rank` is at least the matrix's; vectors are averaged."""
     g = grace_ext.grace(f"atomo(rank={rank}) + none")
     compare(world, g, atomo(rank), size, shape, relative=2e-6 * math.prod(shape), gradients=gaussian)
     compare(world, g, oracles.averaged(lambda x: x), size, VECTOR, relative=1e-6)
 
 
 def side(n: int, chunk: int) -> int:
-    """Tile length: n, a divisor of at least half of chunk, or the smallest that needs no more tiles than chunk does."""
+    """Returns the tile length: n, a divisor of at least chunk / 2, or the smallest length that needs no more tiles than `chunk`."""
     divisors = [h for h in range(1, chunk + 1) if n % h == 0]
     return n if n <= chunk else divisors[-1] if divisors[-1] >= chunk / 2 else math.ceil(n / math.ceil(n / chunk))
 
@@ -96,7 +96,7 @@ def cosine(n):
 
 
 def demo(shape, chunk, topk, values=lambda x: x, sign=False):
-    """Tile by tile in plain loops."""
+    """Returns DeMo, computed tile by tile in plain loops."""
     rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
     h, w = side(rows, chunk), side(columns, chunk)
     down, across = cosine(h), cosine(w)
@@ -130,14 +130,14 @@ DEMO = [((24, 18), 64, 32), ((24, 18), 6, 5), ((67, 3), 64, 32), ((193,), 64, 7)
 @pytest.mark.parametrize("memory", ["none", "residual(beta=0.999)"])
 @pytest.mark.parametrize("shape,chunk,topk", DEMO)
 def test_demo(world, shape, chunk, topk, memory, size):
-    """Largest coefficients of each tile, each averaged over its senders alone; divisors, primes with padding, vectors and kernels; with
-    residual(beta=0.999): delta <- 0.999 delta + g - what was sent, which is DeMo's momentum."""
+    """demo sends the largest coefficients of each tile and averages each over its senders only. Shapes: divisors, primes with padding,
+    vectors and kernels. With residual(beta=0.999), delta <- 0.999 delta + g - (sent part), which is DeMo's momentum."""
     g = grace_ext.grace(f"demo(chunk={chunk}, topk={topk}, values='fp32') + {memory}")
     compare(world, g, demo(shape, chunk, topk), size, shape, relative=2e-6, gradients=gaussian)
 
 
 def test_demo_signs_and_rounding(world):
-    """sign=True gives signs, whatever op is; a 16-bit coefficient's rounding stays in the residual."""
+    """sign=True returns signs; the rounding error of a 16-bit coefficient stays in the residual; a sum is n times the mean."""
     g = grace_ext.grace("demo(chunk=8, topk=5, values='fp32', sign=True) + residual(beta=0.999)")
     compare(world, g, demo(MATRIX, 8, 5, sign=True), 2, MATRIX, relative=2e-6, gradients=gaussian)
     rounded = demo(MATRIX, 8, 5, lambda x: x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float))
@@ -150,7 +150,7 @@ def test_demo_signs_and_rounding(world):
 
 
 def test_a_result_that_is_not_a_mean_is_not_compressed_again():
-    """reduce_scatter would send signs of shards through the transform; it refuses."""
+    """reduce_scatter rejects demo(sign=True), because it would send the signs of shards through the transform again."""
     with pytest.raises(IncompatiblePartsError, match="not a mean"):
         grace_ext.grace("demo(sign=True) + residual @ reduce_scatter")
     for text in ("demo", "none", "signsgd"):
@@ -169,13 +169,13 @@ def induced(ratio, second):
 
 @RUNS
 def test_induced(world, size):
-    """Top-k, and an unbiased draw of what it leaves."""
+    """induced sends the top k, and an unbiased random selection of the rest."""
     g = grace_ext.grace("induced(biased=topk(ratio=0.1), rest=randomk(ratio=0.2, scale=True)) + none")
     compare(world, g, induced(0.1, 0.2), size, VECTOR, relative=1e-5)
 
 
 def test_induced_draws_its_two_parts_independently():
-    """Two draws of one kind: were the positions the same, the rest would always be zero there, and the whole biased."""
+    """Two randomk parts draw different positions: with the same positions the rest would always be zero there, and the sum biased."""
     g = grace_ext.grace("induced(biased=randomk(ratio=0.25), rest=randomk(ratio=0.25, scale=True)) + none")
     out = NUMPY.step(NUMPY.cluster(g, 1), [{"w": np.ones(64, np.float32)}])["w"]
     assert 20 < np.count_nonzero(out) < 32 and set(np.unique(out)) == {0, 1, 4}
@@ -196,6 +196,6 @@ def test_induced_draws_its_two_parts_independently():
     ],
 )
 def test_induced_refuses_what_does_not_fit(text, match):
-    """B must promise a contraction, U must be unbiased, and neither may have rounds, votes or state."""
+    """`biased` must promise a contraction, `rest` must be unbiased, and neither may have rounds, votes or state."""
     with pytest.raises(IncompatiblePartsError, match=match):
         grace_ext.grace(f"induced({text}) + none")

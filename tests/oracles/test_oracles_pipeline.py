@@ -1,4 +1,4 @@
-"""Pipelines of two compressors against their equations in float64: what is selected, and how its values are encoded."""
+"""Compares pipelines of two compressors (one selects, one encodes the values) with their equations in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .test_oracles_sparse import Stepwise, count, info, largest
 
 
 def qsgd(values: np.ndarray, bits: int, key, bucket: int = 512) -> np.ndarray:
-    """In float32 where the wire is, so that the draws fall alike."""
+    """Returns qsgd's values, computed in float32 where the library does, so that the random draws decide alike."""
     s, out = 2 ** (bits - 1) - 1, np.zeros(values.size)
     words = rng.words(key, values.size) >> 8
     for start in range(0, values.size, bucket):
@@ -88,12 +88,12 @@ PIPELINES = {
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("text", PIPELINES)
 def test_pipelines(world, text, memory, size):
-    """Positions of the first stage, values of the second, divided by 1 + omega where that is unbiased; none selected decodes to zeros."""
+    """The first stage gives positions, the second values, divided by 1 + omega if it is unbiased; an empty selection decodes to zeros."""
     compare(world, grace_ext.grace(f"{text} + {memory}"), PIPELINES[text](), size, VECTOR, relative=3e-6)
 
 
 def test_pipelines_that_select_nothing_send_counts_only(world):
-    """A threshold that nothing reaches costs its counts, and everything stays in the residual."""
+    """If no element reaches the threshold, only counts are sent, and everything stays in the residual."""
     cluster = world.cluster(grace_ext.grace("threshold(threshold=1e6) > qsgd + residual"), 2)
     given = [{"w": x} for x in inputs.grid(2, 0, VECTOR)]
     assert not world.step(cluster, given)["w"].any()
@@ -102,7 +102,7 @@ def test_pipelines_that_select_nothing_send_counts_only(world):
 
 
 def test_pipelines_are_contractions():
-    """delta = k / (d (1 + omega)) with the scale, whatever omega is; promised for unbiased codecs only."""
+    """With the scale, delta = k / (d (1 + omega)) for any omega; it is promised for unbiased codecs only."""
     part = grace_ext.grace("topk(ratio=0.1) > qsgd(bits=2) + none").compressor
     assert part.delta(1000) == pytest.approx(0.1 / (1 + 10))
     assert grace_ext.grace("topk(ratio=0.1) > sign + none").compressor.delta(1000) is None
@@ -115,7 +115,7 @@ def test_pipelines_are_contractions():
 
 
 def test_pipelines_that_cannot_be():
-    """The first stage must pick positions, the second encode every value; there are two."""
+    """The first stage must pick positions, the second must encode every value, and there must be two stages."""
     for text in ("qsgd > topk", "randomk > qsgd", "topk > topk", "topk > powersgd", "topk > signsgd", "topk > signum", "adaq > qsgd"):
         with pytest.raises(IncompatiblePartsError, match="stage"):
             grace_ext.grace(f"{text} + none")

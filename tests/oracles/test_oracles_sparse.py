@@ -1,4 +1,4 @@
-"""Compressors that pick positions, against their equations in float64: dgc, sidco, adaq, strom, randblock."""
+"""Compares compressors that pick positions (dgc, sidco, adaq, strom, randblock) with their equations in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count(ratio: float, d: int) -> int:
 
 
 def largest(x: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the k largest magnitudes, ties to the lowest."""
+    """Returns the positions of the k largest magnitudes; ties go to the lowest position."""
     return np.array(sorted(sorted(range(x.size), key=lambda j: (-abs(x[j]), j))[:k]), int)
 
 
@@ -32,7 +32,7 @@ def only(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 class Stepwise:
-    """The mean of one(x, rank, step) over the ranks; counts the steps."""
+    """Computes the mean of one(x, rank, step) over the ranks, and counts the steps."""
 
     def __init__(self, one):
         self.one, self.step = one, -1
@@ -82,7 +82,7 @@ DGC = {
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("text", DGC)
 def test_dgc(world, text, memory, size):
-    """Strided sample, threshold, adaptation, and the largest of too many; exact on the grid."""
+    """dgc equals its steps (strided sample, threshold, adaptation, the largest of too many) exactly on the grid."""
     compare(world, grace_ext.grace(f"{text} + {memory}"), DGC[text](), size, VECTOR, relative=2.0**-24 if size == 3 else 0, exact=True)
 
 
@@ -106,7 +106,7 @@ def tail(law: str, x: np.ndarray, r: float, first: bool) -> float:
 
 
 class Sidco:
-    """The controller of one rank."""
+    """Is SIDCo on one rank, with its controller of the number of stages."""
 
     def __init__(self, ratio, law, stages=3, first=0.25, every=5):
         self.ratio, self.law, self.first, self.every = ratio, law, first, every
@@ -140,15 +140,15 @@ SIDCO = [(0.1, "exponential", 3, 5), (0.02, "pareto", 1, 1), (0.05, "gamma", 2, 
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("ratio,law,stages,every", SIDCO)
 def test_sidco(world, ratio, law, stages, every, memory, size):
-    """Every law and its stages, with a controller of each rank and tensor; exact on the grid."""
+    """Every distribution and number of stages, with one controller per rank and tensor, is exact on the grid."""
     one = {rank: Sidco(ratio, law, stages, every=every) for rank in range(size)}
     g = grace_ext.grace(f"sidco(ratio={ratio}, distribution={law!r}, stages={stages}, every={every}) + {memory}")
     compare(world, g, Stepwise(lambda x, rank, step: one[rank](x)), size, VECTOR, relative=2.0**-24 if size == 3 else 0, exact=True)
 
 
 def test_sidco_controllers_are_of_one_tensor(world):
-    """The authors' code shares one controller among all tensors; here a wide one does not disturb a narrow one,
-    and the controller finds the right number of stages from a wrong start."""
+    """Each tensor has its own controller (the authors' code shares one): a wide distribution does not disturb a narrow one, and the
+    controller finds the right number of stages from a wrong start."""
     cluster = world.cluster(grace_ext.grace("sidco(ratio=0.01, stages=1, every=1) + none"), 1)
     generator = np.random.default_rng(1)
     for _ in range(8):
@@ -163,8 +163,8 @@ def test_sidco_controllers_are_of_one_tensor(world):
 
 @pytest.mark.parametrize("law", ["exponential", "pareto", "gamma"])
 def test_sidco_sends_about_k(law):
-    """Over the steps the controller keeps the mean within a quarter of k, of Gaussian and Laplacian gradients, and of heavy-tailed ones
-    but for the exponential law, which has no such tail."""
+    """Over many steps the mean number of sent elements is within 25% of k, for Gaussian and Laplacian gradients, and for heavy-tailed ones
+    except with the exponential law, which has no such tail."""
     generator = np.random.default_rng(2)
     draws = {"gaussian": generator.standard_normal, "laplace": lambda n: generator.laplace(size=n)}
     if law != "exponential":
@@ -178,7 +178,7 @@ def test_sidco_sends_about_k(law):
 
 @pytest.mark.parametrize("law", ["exponential", "pareto", "gamma"])
 def test_sidco_of_odd_tensors(world, law):
-    """One element, equal magnitudes, fewer non-zeros than k, and one that stands out: something is sent, nothing is not finite."""
+    """One non-zero, equal magnitudes, few non-zeros, one huge element, subnormals: something is sent, and it equals the input."""
     cases = [[-3.0] + [0] * 63, [2.0] * 64, [0] * 62 + [1.0, -1], [1e-3] * 63 + [3e38], [1.4e-45] * 64, [5.0]]
     for case in cases:
         x = np.array(case * (1 if len(case) > 1 else 64), np.float32)
@@ -202,12 +202,12 @@ def adaq(ratio):
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("ratio", [0.1, 0.001, 1])
 def test_adaq(world, ratio, memory, size):
-    """A share of each sign, and the mean of each."""
+    """adaq sends a share of each sign, all with that sign's mean."""
     compare(world, grace_ext.grace(f"adaq(ratio={ratio}) + {memory}"), adaq(ratio), size, VECTOR, relative=3e-6)
 
 
 def test_adaq_of_one_sign(world):
-    """A side without elements sends none: all positive, all negative, zeros between."""
+    """A sign without elements sends none: inputs are all positive or all negative, with zeros between."""
     for sign in (1, -1):
         x = np.array([0, 5, 3, 0, 4, 1], np.float32) * sign
         out = world.step(world.cluster(grace_ext.grace("adaq(ratio=0.5) + none"), 1), [{"w": x}])["w"]
@@ -218,7 +218,7 @@ def test_adaq_of_one_sign(world):
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("tau,multi", [(4, False), (7.9375, False), (0.5, True), (3, True), (2.0**-16, True)])
 def test_strom(world, tau, multi, memory, size):
-    """One threshold an element and step, or the nearest multiple, ties to even, 65536 at most; the rest stays, exactly."""
+    """strom sends one threshold per element and step, or its nearest multiple (ties to even, 65536 at most); the rest stays, exactly."""
 
     def one(x):
         times = np.minimum(np.rint(abs(x) / tau), 65536) if multi else 1.0
@@ -231,7 +231,7 @@ def test_strom(world, tau, multi, memory, size):
 @RUNS
 @pytest.mark.parametrize("scale", [False, True])
 def test_randblock(world, scale, size):
-    """k neighbours from a start that all ranks share, around the end, and scaled by d / k where asked for."""
+    """randblock sends k neighbours from a start that all ranks share, wraps around the end, and scales by d / k if `scale` is set."""
     d, k = VECTOR[0], 39
 
     def one(x, rank, step):
@@ -244,4 +244,4 @@ def test_randblock(world, scale, size):
     relative = 1e-5 if scale else 2e-7 if size == 3 else 0
     compare(world, g, Stepwise(one), size, VECTOR, relative=relative, exact=not scale)
     starts = {int(rng.words(info(s, 0).shared_key("w", "randblock"), 2)[1]) * d >> 32 for s in range(200)}
-    assert len(starts) > 90 and max(starts) > d - k  # everywhere, also where it goes around
+    assert len(starts) > 90 and max(starts) > d - k  # everywhere, also so that blocks wrap around

@@ -1,4 +1,4 @@
-"""The papers' small problems, in float64, and gradient descent on them through a LocalCluster."""
+"""Defines the papers' small problems, in float64, and gradient descent on them through a LocalCluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grace_ext
 
 @dataclass
 class Logistic:
-    """f(x) = mean log(1 + exp(-y a.x)) + mu/2 |x|^2 over m rows, dealt to workers in equal, consecutive shares."""
+    """The loss f(x) = mean log(1 + exp(-y a.x)) + mu/2 |x|^2 over m rows, split among workers in equal, consecutive shares."""
 
     rows: np.ndarray
     labels: np.ndarray
@@ -36,7 +36,7 @@ class Logistic:
         return -(rows * (labels / (1 + np.exp(labels * (rows @ x))))[:, None]).mean(0) + self.mu * x
 
     def minimum(self) -> np.ndarray:
-        """x*, by damped Newton steps."""
+        """Returns x*, by damped Newton steps."""
         x = np.zeros(self.rows.shape[1])
         while np.linalg.norm(gradient := self.gradient(x)) > 1e-12:
             s = 1 / (1 + np.exp(self.labels * (self.rows @ x)))
@@ -57,7 +57,7 @@ def descend(
     watch: Callable[[int, np.ndarray, grace_ext.LocalCluster], None] = lambda step, x, cluster: None,
     prepare: Callable[[grace_ext.LocalCluster], None] = lambda cluster: None,
 ) -> np.ndarray:
-    """x -= rate * (the exchange of the workers' gradients(x, step)), `steps` times; `watch` is called after each."""
+    """Does x -= rate * (exchange of the workers' gradients(x, step)) `steps` times, calls `watch` after each, and returns x."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), len(gradients(x, 0)))
     prepare(cluster)
     for step in range(steps):
@@ -68,5 +68,5 @@ def descend(
 
 
 def state_of(cluster: grace_ext.LocalCluster, key: str) -> list[np.ndarray]:
-    """One array of every rank's state."""
+    """Returns one state array (`key`) of parameter x from every rank."""
     return [driver.state["x"][key] for driver in cluster.drivers]

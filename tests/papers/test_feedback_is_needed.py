@@ -1,5 +1,5 @@
-"""Biased compressors without error feedback fail on problems that SGD solves, and converge with it (Karimireddy et al. 2019; Beznosikov et
-al. 2020): the constructions, with their exact numbers where there are such."""
+"""Biased compressors without error feedback fail on problems that SGD solves, and converge with it: the constructions of Karimireddy et al.
+(2019) and Beznosikov et al. (2020), with their exact numbers if they state some."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cube(x: np.ndarray, step: int) -> list[np.ndarray]:
 
 
 def test_top1_without_feedback_grows_exactly_as_computed():
-    """Every worker sends its own largest entry, which points away from the optimum: x is multiplied by 1 + 11 gamma / 6 a step."""
+    """Every worker sends its own largest entry, which points away from the optimum: x is multiplied by 1 + 11 gamma / 6 per step."""
     x = descend("topk(ratio=0.1) + none", cube, np.ones(3), 0.01, 200)
     assert x == pytest.approx(np.full(3, (1 + 11 * 0.01 / 6) ** 200), rel=1e-4) and 37 < x[0] < 38
     value = sum((a @ x) ** 2 + x @ x / 4 for a in CUBE) / 3
@@ -28,13 +28,13 @@ def test_top1_without_feedback_grows_exactly_as_computed():
 
 @pytest.mark.parametrize("memory", ["residual", "ef21", "efsignsgd"])
 def test_top1_with_feedback_converges(memory):
-    """The same problem and rate."""
+    """On the same problem, with the same rate, error feedback converges."""
     x = descend(f"topk(ratio=0.1) + {memory}", cube, np.ones(3), 0.01, 2000)
     assert np.abs(x).max() < 1e-4
 
 
 def test_signs_without_feedback_never_leave_a_line():
-    """f = <a_1, x>^2 + <a_2, x>^2 with a = +-(1, -1) + eps (1, 1), one term a step: signs are always +-(1, -1), so x_1 + x_2 stays 2."""
+    """f = <a_1, x>^2 + <a_2, x>^2, a = +-(1, -1) + eps (1, 1), one term per step: signs are always +-(1, -1), so x_1 + x_2 stays 2."""
     terms = [np.array([1, -1.0]) + 0.5, np.array([-1, 1.0]) + 0.5]
     generator = np.random.default_rng(0)
     picks = generator.integers(2, size=4000)
@@ -50,7 +50,7 @@ def test_signs_without_feedback_never_leave_a_line():
 
 
 def test_the_sign_of_a_noisy_gradient_points_the_wrong_way():
-    """Gradient 4 with probability 1/4 and -1 with 3/4: the mean is 1/4, the mean sign is -1/2. On [-1, 1] the optimum is -1."""
+    """The gradient is 4 with probability 1/4, else -1: its mean is 1/4, its mean sign -1/2. On [-1, 1] the optimum is -1."""
     generator = np.random.default_rng(3)
     draws = np.where(generator.random(4001) < 0.25, 4.0, -1.0)
     ends = {}

@@ -1,4 +1,4 @@
-"""PowerSGD can stand still for ever, and PowerSGD+ does not (Xie, Chen, Yuan 2025): a construction with exact gradients."""
+"""PowerSGD can stall for ever, and PowerSGD+ does not: a construction with exact gradients (Xie, Chen, Yuan 2025)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ A = np.diag([1.0, 2, 3])
 
 
 def distance(spec: str, steps: int = 2000, rate: float = 0.1) -> float:
-    """|X - A| after gradient descent on |X - A|^2 / 2 from X = 0, with the subspace starting at the first axis."""
+    """Returns |X - A| after gradient descent on |X - A|^2 / 2 from X = 0, if the subspace starts as the first axis."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 1)
     driver = cluster.drivers[0]
     first = driver.grace.compressor.init(driver.ops, grace_ext.parts.TensorSpec("X", (3, 3)), driver._step_info())
@@ -25,11 +25,11 @@ def distance(spec: str, steps: int = 2000, rate: float = 0.1) -> float:
 
 
 def test_powersgd_never_sees_what_is_orthogonal_to_its_subspace():
-    """The residual stays diagonal, so M Q stays parallel to the first axis: entries 2 and 3 never move, error feedback or not."""
+    """The residual stays diagonal, so M Q stays parallel to the first axis: entries 2 and 3 never move, in spite of error feedback."""
     assert distance("powersgd(rank=1) + residual") == pytest.approx(13**0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("refresh", ["svd", "randomized"])
 def test_powersgd_plus_escapes(refresh):
-    """A refresh of the subspace every 10 steps finds the largest part of what was not sent."""
+    """A refresh of the subspace every 10 steps finds the largest part that was not sent."""
     assert distance(f"powersgd_plus(rank=1, refresh_period=10, refresh={refresh!r}) + residual") < 1e-2

@@ -1,4 +1,4 @@
-"""Rethinking gradient sparsification as total error minimization (Sahu et al. 2021): the claims that fit in a minute."""
+"""Checks claims of Rethinking gradient sparsification as total error minimization (Sahu et al. 2021) that take under a minute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def problem() -> tuple[Logistic, np.ndarray]:
 
 
 def run(spec: str, problem, steps: int) -> tuple[dict[int, float], float, float]:
-    """(f - f* by step, the sum over steps of the mean |gamma e_i|^2, values sent a worker and step); batches of one row a worker."""
+    """Returns (f - f* by step, the sum over steps of the mean |gamma e_i|^2, values sent per worker and step). A batch is one row."""
     logistic, best = problem
     generator = np.random.default_rng(100)
     picks = [[i * (ROWS // WORKERS) + int(generator.integers(ROWS // WORKERS)) for i in range(WORKERS)] for _ in range(steps)]
@@ -39,7 +39,7 @@ def run(spec: str, problem, steps: int) -> tuple[dict[int, float], float, float]
 
 
 def test_a_hard_threshold_beats_topk_at_equal_volume(problem):
-    """Both send one element a worker and step. Top-1's error peaks early and slows it down; the threshold's stays bounded."""
+    """Both send one element per worker and step. Top-1's error peaks early and slows it down; the threshold's stays bounded."""
     steps, gamma = 110, problem[0].gamma
     top, top_error, _ = run("topk(ratio=0.003) + residual", problem, steps)
     hard, hard_error, volume = run(f"threshold(threshold={0.9 / gamma}) + residual", problem, steps)
@@ -49,7 +49,7 @@ def test_a_hard_threshold_beats_topk_at_equal_volume(problem):
 
 
 def test_threshold_error_is_bounded_whatever_the_gradient_is(problem):
-    """|e|^2 <= lambda^2 d at every step: an absolute compressor needs no bound of the gradient."""
+    """|e|^2 <= lambda^2 d holds at every step: an absolute compressor needs no bound on the gradient."""
     limit = 3.0
     logistic, best = problem
 
@@ -61,8 +61,8 @@ def test_threshold_error_is_bounded_whatever_the_gradient_is(problem):
 
 
 def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
-    """EF-GDstar: with heterogeneous workers plain error feedback sends ever more of a small threshold's gradients near the optimum, because
-    the local ones do not vanish there; shifted by each worker's gradient at the optimum, it converges and sends almost nothing."""
+    """EF-GDstar stays sparse: with heterogeneous workers and a small threshold, plain error feedback sends more and more near the optimum,
+    because local gradients do not vanish there; shifted by each worker's gradient at the optimum, it converges and sends almost nothing."""
     rows, columns, workers, steps = 400, 100, 5, 1500
     logistic = Logistic.random(rows, columns, 1e-3)
     best = logistic.minimum()
@@ -94,7 +94,7 @@ def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
     ("spec", "sizes"), [("none", (1, 4, 16)), ("threshold(threshold=1.0) + residual", (1, 4)), ("topk(ratio=0.1) + residual", (1, 4))]
 )
 def test_linear_speed_up(spec, sizes):
-    """The noise floor of SGD with error feedback falls about as 1/n: f = |x|^2 / 2 with unit noise on every worker's gradient."""
+    """The noise floor of SGD with error feedback falls about as 1/n, for f = |x|^2 / 2 and unit noise on every worker's gradient."""
     floors = {}
     for n in sizes:
         generator = np.random.default_rng(7)
@@ -106,8 +106,8 @@ def test_linear_speed_up(spec, sizes):
 
 
 def test_dgc_masking_stops_momentum_that_has_been_applied():
-    """Gradients of 1 for ten steps, then none. Momentum that stays behind after an element was sent goes on pushing it, by
-    m / (1 - m) of what there was; masked, what was sent is done with."""
+    """Gradients are constant for ten steps, then zero. Without masking, momentum left after an element was sent moves it further, by
+    m / (1 - m) of its gradients; with masking, a sent element moves no further."""
     pushed, on = {}, np.array([1.0, 0.5, 0.25, 0.0])
     for masking in (True, False):
         late: list[float] = []

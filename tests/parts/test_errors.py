@@ -1,4 +1,4 @@
-"""Input that does not fit a LocalCluster raises at once, says what and where, and changes nothing."""
+"""Input that does not fit a LocalCluster raises an error at once; it says what is wrong and where, and nothing has changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cluster(spec: str = "topk(ratio=0.5) + residual", size: int = 2) -> LocalClu
 
 
 def test_every_error_is_a_grace_error():
-    """And, where Python has one, the built-in error of that kind."""
+    """Every error is a GraceError and, if Python has one of that kind, also the built-in error."""
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, Exception) and not issubclass(c, Warning)]
     assert len(classes) > 8 and all(issubclass(c, GraceError) for c in classes)
     kinds = {"UnknownPartError": KeyError, "ParameterError": ValueError, "SpecSyntaxError": ValueError, "NamesError": ValueError,
@@ -48,7 +48,7 @@ def test_an_unknown_framework():
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "complex64", "complex128"])
 def test_dtypes_that_are_no_gradients(dtype):
-    """Refused at the first step, naming the parameter; the cluster can still be used."""
+    """The first step rejects them and names the parameter; the cluster can still be used."""
     c = cluster()
     with pytest.raises(UnsupportedDtypeError, match=f"'w' is {dtype}; only floating point"):
         c.step([{"w": ones(3, dtype=dtype)}] * 2)
@@ -62,7 +62,7 @@ def test_one_mapping_a_rank():
 
 
 def test_missing_and_unknown_names():
-    """At the first step and later, with the rank and the names."""
+    """At the first step and later, the error states the rank and the names."""
     c = cluster()
     with pytest.raises(NamesError, match=r"rank 1: missing parameters \['b'\], unknown parameters \['c'\]"):
         c.step([{"a": ones(3), "b": ones(3)}, {"a": ones(3), "c": ones(3)}])
@@ -79,7 +79,7 @@ def test_missing_and_unknown_names():
     (ones(3, dtype="int32"), r"now int32\[3\]"),
 ])  # fmt: skip
 def test_a_tensor_that_changes(changed, words):
-    """Under the same name, on any rank: refused before anything has changed."""
+    """A tensor with a new shape or dtype, on any rank, raises an error before anything has changed."""
     c, clean = cluster(), cluster()
     for one in (c, clean):
         one.step([{"v": ones(5), "w": ones(3)}] * 2)
@@ -93,7 +93,7 @@ def test_a_tensor_that_changes(changed, words):
 
 
 def test_ranks_that_differ_at_the_first_step():
-    """Nothing has changed: another first step may follow, with other shapes and names."""
+    """After the error nothing has changed: another first step may follow, with other shapes and names."""
     c = cluster()
     with pytest.raises(TensorChangedError):
         c.step([{"w": ones(3)}, {"w": ones(4)}])
@@ -103,7 +103,7 @@ def test_ranks_that_differ_at_the_first_step():
 
 
 def test_an_empty_mapping_and_an_empty_tensor():
-    """A model without parameters, and one with nothing but an empty one, send nothing."""
+    """A model without parameters sends nothing, nor does one whose only parameter is empty."""
     c = cluster()
     assert c.step([{}, {}]) == {} and c.wire_bytes == [0, 0]
     c = cluster()
@@ -120,7 +120,7 @@ def test_the_order_of_a_mapping_does_not_matter():
 
 
 def test_lists_and_python_numbers_are_refused_or_read_but_never_misread():
-    """Plain Python values are what numpy makes of them: floats are float64, ints are refused."""
+    """Plain Python values become what numpy makes of them: floats are float64, ints are rejected."""
     assert cluster("none").step([{"w": [1.0, 2.0]}] * 2)["w"].tolist() == [1.0, 2.0]
     with pytest.raises(UnsupportedDtypeError):
         cluster("none").step([{"w": [1, 2]}] * 2)

@@ -1,4 +1,4 @@
-"""Parts of other packages come by decorator or entry point; none replaces another; a broken one only warns."""
+"""Other packages register parts by decorator or entry point; no part replaces another; a broken plug-in only causes a warning."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class NotAPart:
 
 
 def run(code: str, *paths: pathlib.Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """The code in a fresh interpreter, with these folders on its path."""
+    """Runs the code in a fresh interpreter, with these folders on its path."""
     root = pathlib.Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*paths, root]))}
     return subprocess.run([sys.executable, *options, "-c", code], env=env, capture_output=True, text=True, timeout=120)
 
 
 def plugin(folder: pathlib.Path, entries: str) -> pathlib.Path:
-    """A package with these lines in its [grace_ext.compressors] entry points, as an installer would leave it."""
+    """Writes a package with these [grace_ext.compressors] entry points, as an installer would, and returns the folder."""
     (folder / "other_package.py").write_text(PLUGIN)
     info = folder / "other_package-1.0.dist-info"
     info.mkdir()
@@ -55,7 +55,7 @@ def plugin(folder: pathlib.Path, entries: str) -> pathlib.Path:
 
 
 def test_the_documented_parts_are_there():
-    """names() are sorted tuples of str, get() gives classes with that name and kind."""
+    """names() returns a sorted tuple of str; get() returns the class with that name and kind."""
     for kind, package in KINDS.items():
         module = getattr(grace_ext, package)
         names = module.names()
@@ -69,7 +69,7 @@ def test_the_documented_parts_are_there():
 
 @pytest.mark.parametrize("package", KINDS.values())
 def test_no_silent_replacement(package):
-    """Another class under a known name is refused, and the first one stays."""
+    """Registering another class under a known name raises an error, and the first one stays."""
     module = getattr(grace_ext, package)
     before = module.get("none" if "none" in module.names() else module.names()[0])
     with pytest.raises(GraceError, match=f"'{before.name}' is already {before.__module__}.{before.__qualname__}"):
@@ -82,7 +82,7 @@ def test_no_silent_replacement(package):
 
 
 def test_register_makes_a_part_known():
-    """The decorator sets the name, and the same class may be registered again (a module reloaded)."""
+    """The decorator sets the name; the same class may be registered again (after its module was reloaded)."""
     registry = Registry("compressor", "grace_ext.compressors")
 
     @registry.register("mine")
@@ -97,7 +97,7 @@ def test_register_makes_a_part_known():
 
 
 def test_entry_points(tmp_path):
-    """A part of an installed package works by name everywhere, without being imported by the user."""
+    """A part of an installed package works by name everywhere; the user need not import it."""
     done = run(
         "import grace_ext, numpy\n"
         "g = grace_ext.grace('mine')\n"
@@ -122,7 +122,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_only_warns(kind, tmp_path):
-    """One warning that names the entry; everything else works, and no built-in is replaced."""
+    """A broken plug-in causes one warning that names the entry; everything else works, and no built-in is replaced."""
     entry, words = BROKEN[kind]
     done = run(
         "import grace_ext, json, warnings\n"
@@ -140,7 +140,7 @@ def test_a_broken_plugin_only_warns(kind, tmp_path):
 
 
 def test_entry_points_by_patching(monkeypatch):
-    """The group is the package's name, one a kind, and it is read once."""
+    """Each kind of part has one entry-point group, named like its package, which is read once."""
     asked = []
 
     def entry_points(group):
@@ -179,7 +179,7 @@ def test_numpy_use_loads_no_framework():
 
 
 def test_import_is_fast():
-    """Under 0.3 s, best of 5: processor time inside the interpreter, so that its own start and a busy machine do not count."""
+    """`import grace_ext` takes under 0.3 s (best of 5): processor time, so that the interpreter's start and a busy machine do not count."""
     code = "import time; t = time.process_time(); import grace_ext; print(time.process_time() - t)"
     best = 9.0
     for _ in range(5):

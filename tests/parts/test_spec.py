@@ -1,4 +1,4 @@
-"""Spec strings, configurations and GRACE's own parameters: what is read, what is refused, and what the message says."""
+"""Tests spec strings, configurations and GRACE's own parameters: what is read, what is rejected, and what the message says."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from grace_ext.errors import (
     ],
 )
 def test_what_is_read(text, meaning):
-    """Python's expression syntax; positional knobs in the order of the fields."""
+    """Specs have Python's expression syntax; positional knobs come in the order of the fields."""
     assert str(grace(text)) == meaning and grace(text) == grace(meaning)
 
 
 def test_keywords_take_names_instances_and_configurations():
-    """In any mix; and a spec and keywords at once are refused."""
+    """Keywords take any mix of these forms; a spec together with keywords is an error."""
     wanted = grace("topk(ratio=0.1) + residual @ allgather", seed=3)
     topk, residual = grace_ext.compressors.get("topk"), grace_ext.memories.get("residual")
     for compressor in ("topk(ratio=0.1)", topk(ratio=0.1), {"id": "topk", "ratio": 0.1}, wanted.compressor):
@@ -68,7 +68,7 @@ def test_keywords_take_names_instances_and_configurations():
     ],
 )  # fmt: skip
 def test_what_cannot_be_read(text):
-    """A SpecSyntaxError (or ParameterError) that says how to write it; nothing is silently ignored, nothing is evaluated."""
+    """Bad text raises a SpecSyntaxError or ParameterError that shows the syntax; nothing is silently ignored or evaluated."""
     with pytest.raises((SpecSyntaxError, ParameterError)) as caught:
         grace(text)
     assert "compressor(knob=value)" in str(caught.value) or "knob" in str(caught.value)
@@ -81,7 +81,7 @@ def test_what_cannot_be_read(text):
 @example("topk" + "(" * 3000)
 @example("-" * 20000 + "1")
 def test_any_text_is_read_or_refused(text):
-    """Whatever the text: a Grace, or a GraceError."""
+    """Any text gives a Grace or raises a GraceError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -111,7 +111,7 @@ def test_a_compressor_must_be_named():
     ("compressor", "TopK", "TopK", "topk"),
 ])  # fmt: skip
 def test_near_misses(kind, text, wrong, right):
-    """An unknown name gets the nearest ones, and all that are known."""
+    """The error for an unknown name lists the nearest names and all known ones."""
     with pytest.raises(UnknownPartError, match=f"no {kind} named '{wrong}'; did you mean .*'{right}'") as caught:
         grace(text)
     error = caught.value
@@ -142,7 +142,7 @@ BAD = (
 
 @pytest.mark.parametrize(("name", "knob", "value", "valid"), BAD)
 def test_out_of_range(name, knob, value, valid):
-    """By every way in, the message names part and knob, says the valid range, and shows the value."""
+    """Whether from a constructor or a configuration, the message names part and knob, states the valid range, and shows the value."""
     ways = [
         lambda: grace_ext.compressors.get(name)(**{knob: value}),
         lambda: grace({"compressor": {"id": name, knob: value}, "memory": "none"}),
@@ -168,7 +168,7 @@ def test_the_edges_of_the_ranges_are_valid():
 
 
 def test_unknown_and_superfluous_knobs():
-    """They are named, with those that there are."""
+    """The error names the unknown knobs and lists the valid ones."""
     for text, message in (
         ("topk(ration=0.1)", "topk: unknown knob ration; its knobs are ratio, values, index"),
         ("topk(0.1, 'fp32', 'auto', 3)", "topk: unknown knob 3; its knobs are"),
@@ -182,7 +182,7 @@ def test_unknown_and_superfluous_knobs():
 
 
 def test_the_seed():
-    """A whole number, in the configuration and by keyword, where the keyword wins."""
+    """The seed is a whole number, given in the configuration or by keyword; the keyword takes precedence."""
     assert grace("none").seed == 0 and grace("none", seed=5).seed == 5
     assert grace(grace("none", seed=5)).seed == 5 and grace(grace("none", seed=5), seed=6).seed == 6
     for seed in ("1", 1.0, True, [1]):
@@ -191,7 +191,7 @@ def test_the_seed():
 
 
 def test_impossible_mixes_name_the_way_out():
-    """Payloads that cannot be summed, and rounds that a gather would drop, are refused when composed."""
+    """Payloads that cannot be summed, and rounds that a gather would drop, raise an error at once, with a communicator that fits."""
     for compressor in ("topk", "threshold", "qsgd", "efsignsgd"):
         with pytest.raises(IncompatiblePartsError, match=f"'{compressor}' payloads cannot be summed.*use communicator 'allgather'"):
             grace(f"{compressor} + none @ allreduce")
@@ -201,7 +201,7 @@ def test_impossible_mixes_name_the_way_out():
 
 
 def test_a_biased_compressor_without_memory_warns_once():
-    """Naming the way out; not where '+ none' says that it is meant, nor for unbiased ones."""
+    """One warning names a fix; an explicit '+ none' or an unbiased compressor causes none."""
     making.warned.clear()
     with pytest.warns(BiasedCompressorWarning, match=r"topk\(ratio=0.37\) is biased.*topk\(ratio=0.37\) \+ residual") as caught:
         grace("topk(ratio=0.37)")
@@ -232,7 +232,7 @@ def quiet_params(**params):
     ({"compressor": "fp16", "memory": "none", "communicator": "broadcast"}, "fp16 + none @ broadcast"),
 ])  # fmt: skip
 def test_grace_parameters(params, meaning):
-    """GRACE's own dictionary; keys of parts that are not in use are ignored, lr and world_size are known from elsewhere."""
+    """from_params reads GRACE's own dictionary; it ignores keys of unused parts, and lr and world_size, which are known from elsewhere."""
     assert quiet_params(**params) == grace(meaning)
 
 
@@ -251,7 +251,7 @@ def test_grace_parameters_that_are_wrong():
 
 
 def test_missing_grace_parameters_are_said_once():
-    """They take OUR default (0.01, where GRACE has 0.3), and one warning says so."""
+    """A missing ratio gets this package's default (0.01; GRACE's is 0.3), and one warning says so."""
     making.warned.clear()
     with pytest.warns(UserWarning, match=r"compressor topk: ratio=0.01") as caught:
         assert from_params({"compressor": "topk", "memory": "residual"}) == grace("topk(ratio=0.01) + residual")
@@ -263,7 +263,7 @@ def test_missing_grace_parameters_are_said_once():
 
 
 def test_an_unbound_grace_names_the_right_import():
-    """Horovod hashes or calls its compression object: both raise, and say what to import instead."""
+    """Horovod hashes or calls its compression object: both raise an error that says what to import instead."""
     g = grace("topk + residual")
     for call in (lambda: hash(g), lambda: {g}, lambda: g.compress(np.ones(3)), lambda: g.decompress(np.ones(3), None)):
         with pytest.raises(UnboundError) as caught:

@@ -1,4 +1,4 @@
-"""'auto' on simulated ranks: the choice, where it holds, what it tells, and what it refuses."""
+"""Tests 'auto' on simulated ranks: what it chooses, when the choice applies, what it logs, and what it rejects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def gradients(step: int) -> list[dict[str, np.ndarray]]:
 
 
 def slowed(rate: float):
-    """A LocalCluster whose collectives take as long as their bytes at this rate."""
+    """Returns a patch that makes a LocalCluster's collectives take the time of their bytes at `rate` bytes per second."""
     original = lockstep.execute
 
     def execute(collectives, ops):
@@ -59,7 +59,7 @@ def test_a_resumed_training_keeps_its_choice():
 
 
 def test_dense_stays_where_nothing_is_gained(caplog):
-    """What the plan advises is taken, here dense: its codecs alone take longer than the exchange."""
+    """auto takes what the plan advises, here dense: the candidate's encoding and decoding alone take longer than the exchange."""
     cluster = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2, exchanges=0, candidates=['atomo(rank=4) + residual'])"), 2)
     for step in range(3):
         given = gradients(step)
@@ -69,7 +69,7 @@ def test_dense_stays_where_nothing_is_gained(caplog):
 
 
 def test_it_decides_after_steps_that_were_not_finite(caplog):
-    """Loss scaling begins with steps that overflow: the decision waits for one that does not."""
+    """Loss scaling begins with steps that overflow: the decision waits for one that is finite."""
     cluster, told = grace_ext.LocalCluster(grace_ext.grace(SPEC), 2), []
     with slowed(2e6):
         for step in range(6):
@@ -82,7 +82,7 @@ def test_it_decides_after_steps_that_were_not_finite(caplog):
 
 
 def test_dense_is_what_was_measured_an_all_reduce():
-    """Whatever the candidates' communicator: gathering whole gradients of many ranks would be dear."""
+    """Dense steps use an all-reduce for any communicator of the candidates: gathering whole gradients of many ranks is expensive."""
     kinds = []
     original = lockstep.execute
 
@@ -99,7 +99,7 @@ def test_dense_is_what_was_measured_an_all_reduce():
 
 
 def test_gradients_of_16_bits_are_probed_as_such():
-    """What is exchanged to choose is as long as what is trained with: fp16 would gain a half on what has 32 bits."""
+    """auto probes with gradients of the same dtype as in training: with 32-bit probes fp16 would seem to halve the bytes."""
     torch = pytest.importorskip("torch")
     cluster, sums = grace_ext.LocalCluster(grace_ext.grace("auto(steps=2, candidates=['fp16'])"), 2, framework="torch"), []
     original = lockstep.execute

@@ -1,4 +1,4 @@
-"""The cost formulas against numbers worked out by hand, messages simulated one by one, and what communicators say they send."""
+"""Compares the cost formulas with numbers worked out by hand, single simulated messages, and the bytes that communicators declare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grace_ext
 from grace_ext.errors import ParameterError
 from grace_ext.planning.cost import Link, Work, allgather, allreduce, alltoall, broadcast, crossing, exchange, gather_limit, network
 
-#: A byte takes a microsecond, a message a millisecond more.
+#: A byte takes a microsecond, and each message a millisecond in addition.
 SLOW = Link(8e6, latency=1e-3, goodput=1.0)
 
 
@@ -32,7 +32,7 @@ def test_overhead_counts_once_a_collective_and_one_worker_sends_nothing():
 
 
 def ring(n: int, rounds: int, nbytes: float) -> float:
-    """Messages of a ring one by one: a worker sends on what it got in the round before, once its own last message is through."""
+    """Simulates a ring message by message: a worker forwards what it got in the round before, once its own last message has arrived."""
     ready, free = [0.0] * n, [0.0] * n
     for _ in range(rounds):
         arrived = [0.0] * n
@@ -45,7 +45,7 @@ def ring(n: int, rounds: int, nbytes: float) -> float:
 
 
 def tree(n: int, nbytes: float) -> float:
-    """Everyone who has it sends it to someone who has not."""
+    """Simulates a broadcast: in each round every worker that has the data sends it to one that has not."""
     have, now = 1, 0.0
     while have < n:
         have, now = min(n, 2 * have), now + SLOW.latency + nbytes * SLOW.beta
@@ -53,7 +53,7 @@ def tree(n: int, nbytes: float) -> float:
 
 
 def pairwise(n: int, nbytes: float) -> float:
-    """In round i rank r sends a piece to r + i: one message out and one in at a time for everyone."""
+    """Simulates an all-to-all: in round i rank r sends a piece to r + i; a rank sends one message and receives one at a time."""
     sending, receiving = [0.0] * n, [0.0] * n
     for distance in range(1, n):
         for rank in range(n):
@@ -75,7 +75,7 @@ def test_against_messages_simulated_one_by_one(n):
 @pytest.mark.parametrize("name", [name for name in grace_ext.communicators.names() if name != "broadcast"])
 @pytest.mark.parametrize("n", [2, 4, 100])
 def test_the_bytes_are_those_that_communicators_say(name, n):
-    """A broadcast's tree sends more from its root than on the average."""
+    """The formulas count the bytes that communicators declare (except broadcast: its root sends more than the average)."""
     communicator, bytes_alone = grace_ext.communicators.get(name)(), Link(8e6, latency=0, goodput=1.0)
     assert network(communicator, bytes_alone, n, 5000, 80_000) == pytest.approx(1e-6 * communicator.bytes_sent(n, 5000, 80_000))
 
@@ -100,12 +100,12 @@ def test_an_exchange_decodes_every_payload_of_a_gather_and_one_of_a_reduction():
 
 
 def test_where_gathering_stops_paying():
-    """Without latency and work at n = 2 S / m: 1 of 20 bytes pays below 40 workers."""
+    """Without latency and work, the limit is n = 2 S / m: if m is 1/20 of S, gathering pays below 40 workers."""
     free = Link(8e6, latency=0, goodput=1.0)
     gather = lambda n: allgather(free, n, 1000)  # noqa: E731
     dense = lambda n: allreduce(free, n, 20_000)  # noqa: E731
     assert gather_limit(1000, 20_000) == 40
-    assert crossing(gather, dense) in (40, 41)  # equal at 40, to rounding
+    assert crossing(gather, dense) in (40, 41)  # equal at 40, up to rounding
     assert crossing(gather, dense, limit=39) is None
     assert crossing(lambda n: math.inf, dense) == 2
 

@@ -1,4 +1,4 @@
-"""`grace-ext plan`: time lines by hand, what is recorded of the driver, advice, break-even rates, the command, and what it refuses."""
+"""Tests `grace-ext plan`: timelines by hand, recorded traces, advice, break-even rates, the command, and what it rejects."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ START = Event("start", name="a", kind="allgather", nbytes=100)
 START_SUM = Event("start", name="s", kind="allreduce", nbytes=1e6)
 
 
-# --- time lines ---------------------------------------------------------------------------------------------------------
+# --- timelines ----------------------------------------------------------------------------------------------------------
 def test_a_time_line_by_hand():
-    """Work and network overlap; a wait ends when both are through; compute comes before each gradient."""
+    """Work and network overlap; a wait ends when both are done; compute comes before each gradient."""
     b = Event("start", name="b", kind="allreduce", nbytes=50)
     events = [
         Event("gradient"), Event("work", 2.0), START, Event("gradient"), Event("work", 1.0), b, Event("wait", name="a"), Event("work", 4.0),
@@ -53,7 +53,7 @@ def test_a_time_line_by_hand():
 
 
 def test_a_trace_for_more_ranks():
-    """Decoding grows with the ranks, by what one payload more took; a share of the whole shrinks; the rest stays."""
+    """For each further rank, decoding grows by the time of one more payload; a share of the whole shrinks; the rest stays."""
     share = Event("start", name="s", kind="allgather", nbytes=100)
     alone = (Event("work", 1.0), share, Event("wait", name="s"), Event("work", 3.0))
     pair = (Event("work", 1.5), Event("start", name="s", kind="allgather", nbytes=60), Event("wait", name="s"), Event("work", 3.5))
@@ -70,7 +70,7 @@ RECORDED = ["none", "topk(ratio=0.1) + residual", "fp16", "powersgd(rank=2) + re
 
 @pytest.mark.parametrize("spec", RECORDED)
 def test_what_is_recorded_is_what_is_sent(spec):
-    """The collectives of a LocalCluster (16-bit sums as transports carry them): their bytes for 2 ranks, and for 3 what is extrapolated."""
+    """A trace has the bytes of a LocalCluster's collectives for 2 ranks and, extrapolated, for 3 (16-bit sums as transports carry them)."""
     g = grace_ext.grace(spec)
     trace = record(g, SHAPES, steps=1)
     assert trace.dense == 4 * sum(np.prod(dims) for dims in SHAPES.values())
@@ -84,7 +84,7 @@ def test_what_is_recorded_is_what_is_sent(spec):
 
 
 def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
-    """Of one bucket nothing overlaps: work, and cost.py's network."""
+    """With one bucket nothing overlaps: the exchange takes its work plus the network time of cost.py."""
     trace = record(grace_ext.grace("topk(ratio=0.1) + residual"), SHAPES, steps=1)
     link = Link.of("10mbit", 1e-3)
     timed = plan.Model({"x": trace}, 8).timed("x", OnLink(link))
@@ -94,8 +94,8 @@ def test_an_exchange_on_a_stated_link_is_that_of_the_formulas():
 @pytest.mark.parametrize(("n", "per_node"), [(8, 1), (16, 4), (16, 8), (12, 3), (24, 6), (64, 8), (4, 4), (2, 8)])
 @pytest.mark.parametrize("nbytes", [1e3, 1e6])
 def test_workers_of_a_node_share_its_link(n, per_node, nbytes):
-    """As the simulator plays it, message by message; broadcasts nearly, as their rounds run into each other there. Inside one node nothing
-    crosses a link."""
+    """The formula equals the simulator's result, message by message; for broadcasts nearly, because their rounds overlap in the simulator.
+    Inside one node nothing crosses its link."""
     link, fast = Link.of("1gbit", 1e-4, 1e-3), Link.of("20gbit", 1e-5, 1e-3)
     network = OnLink(link, per_node, fast)
     ways = {"allreduce": "ring", "allgather": "all-gather", "alltoall": "all-to-all", "broadcast": "broadcast"}
@@ -107,7 +107,7 @@ def test_workers_of_a_node_share_its_link(n, per_node, nbytes):
 
 @pytest.mark.parametrize(("n", "per_node"), [(64, 4), (256, 4), (1024, 8), (4, 4)])
 def test_two_levels_of_sums_are_what_the_simulator_plays(n, per_node):
-    """A sum is as large as what was given, so each node hands on one gradient, not one a node."""
+    """A sum is as large as one gradient, so each node distributes one gradient inside, not one per node."""
     link, fast, m = Link.of("1gbit", 1e-4), Link.of("20gbit", 1e-5), 1e6
     events = (START_SUM, Event("wait", name="s"))
     model = plan.Model({"dense": Trace(events, events, int(m), True)}, n, per_node=per_node, inside=fast)
@@ -118,7 +118,7 @@ def test_two_levels_of_sums_are_what_the_simulator_plays(n, per_node):
 
 
 def test_on_one_node_two_levels_gain_nothing():
-    """Its workers add up gradients, as they do without; so it takes what the dense exchange takes, and is offered to nobody."""
+    """On one node, two levels sum gradients as the dense exchange does and take as long, so they are no candidate."""
     link, fast = Link.of("100mbit"), Link.of("20gbit", 1e-5)
     dense = made(0.3, 1e6, "allreduce")
     model = plan.Model({"dense": dense, "levels": replace(made(0.1, 1e4), two_level=True)}, 4, per_node=4, inside=fast)
@@ -180,7 +180,7 @@ def test_why_dense_is_best_is_no_contradiction(gain, why):
 
 
 def test_where_it_pays():
-    """Less work for more bytes pays above a rate; fewer messages always; what takes longer in both, never."""
+    """Less work for more bytes pays above some rate; less of both, always; more of both, never."""
     traces = {"dense": made(0.2, 1e4), "eager": made(0.0, 1e6), "less": made(0.1, 1e3), "more": made(0.3, 1e6)}
     link = Link.of("1gbit", 0.0)
     rows = plan.Model(traces, 2).rows(OnLink(link), link)
@@ -190,7 +190,7 @@ def test_where_it_pays():
 
 
 def test_where_two_levels_pay_is_not_told_of_a_job():
-    """How many ranks a node has is not looked at, so another rate says nothing of them."""
+    """A measured job does not know how many ranks a node has, so its break-even rate for two levels is unknown."""
     levels = plan.Model({**MODEL.traces, "levels": replace(MODEL.traces["small"], two_level=True)}, 2)
     link = Link.of("10mbit", 0.0)
     stated, measured = (levels.rows(OnLink(link), link, seconds)[-1] for seconds in (None, {"dense": 1.0, "levels": 0.5}))
@@ -198,7 +198,7 @@ def test_where_two_levels_pay_is_not_told_of_a_job():
 
 
 def test_break_even_rates_go_by_what_was_measured():
-    """A candidate that really took 0.3 s more than predicted, where half of that is all it could gain."""
+    """A candidate that took 0.3 s longer than predicted counts with 0.5 s of work, so its break-even rate is lower."""
     rows = rows_at("40mbit", small=MODEL.timed("small", OnLink(Link.of("40mbit", 0.0))).exchange + 0.3)
     assert rows[1].gain < 1 and rows[1].pays == "below" and rows[1].break_even < 4e7
     assert rows[1].break_even == pytest.approx(990_000 * 8 / 0.5 / GOODPUT, rel=0.02)
@@ -217,7 +217,7 @@ def test_real_exchanges_stand_for_themselves():
     plain = rows_at("10mbit")
     assert told[1].uncalibrated_ms == pytest.approx(plain[1].exchange_ms)
     assert told[2].measured_ms is None and told[2].exchange_ms == pytest.approx(plain[2].exchange_ms)
-    # what overlaps does so whatever else it takes: here half a second of computing hides nothing
+    # a measured exchange overlaps as the model's does: with one bucket, half a second of compute hides nothing
     busy = plan.Model(MODEL.traces, 2, compute=0.5).rows(OnLink(Link.of("10mbit", 0.0)), Link.of("10mbit", 0.0), {"small": 0.5})
     assert busy[1].step_ms == pytest.approx(1000)
 
@@ -232,7 +232,7 @@ def test_a_measured_network_is_that_of_its_points():
 
 
 def test_what_starting_takes_grows_with_the_workers():
-    """Two ranks that take as long for a sum as for a gather say that no message costs anything; thousands would be as fast as two."""
+    """If a sum and a gather take equally long on two ranks, the fit uses latency, not overhead: else thousands would be as fast as two."""
     points = [(kind, 2, size, 1e-3 + 1e-9 * size) for kind in ("allreduce", "allgather") for size in (64, 10**6)]
     link = fitted(points)
     assert link.overhead == 0 and link.latency == pytest.approx(0.75e-3, rel=0.3) and link.beta == pytest.approx(1e-9, rel=0.3)
@@ -241,7 +241,7 @@ def test_what_starting_takes_grows_with_the_workers():
     assert (told.latency, told.overhead) == (pytest.approx(1e-4), pytest.approx(1e-3))
 
 
-# --- simulated ranks probe, too -------------------------------------------------------------------------------------------
+# --- probing --------------------------------------------------------------------------------------------------------------
 def test_a_probe_of_a_world_of_one_tells_its_times():
     torch_transports = pytest.importorskip("grace_ext.frameworks.torch.transports")
     from grace_ext.frameworks.torch.ops import HostOps
@@ -292,7 +292,7 @@ def test_the_command_says_that_dense_is_best(shapes_json):
 
 
 def test_compute_hides_the_network(shapes_json):
-    """A long backward pass hides nearly all of a bucket that is ready early; of this one bucket nothing."""
+    """A backward pass hides buckets that are ready early; with only one bucket, ready last, it hides nothing."""
     ask = (shapes_json, "--rate", "10mbit", "--workers", "2", "--json", "fp16")
     alone, after = (json.loads(said(*ask, *more))["rows"][0] for more in ((), ("--compute-ms", "500")))
     assert after["step_ms"] == pytest.approx(500 + alone["step_ms"], rel=0.05)
@@ -307,28 +307,28 @@ def test_the_picture_has_all_curves(shapes_json, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_who_draws_needs_the_folder(rank, shapes_json, monkeypatch):
-    """In a job on several hosts it may be on the first one alone."""
+    """In a job on several hosts, only rank 0's host needs the folder of the picture."""
     monkeypatch.setattr("grace_ext.frameworks.launched.transport", lambda: nullcontext(SimpleNamespace(rank=rank, size=2)))
     done = CliRunner().invoke(app, ["plan", shapes_json, "--measure", "--picture", "no/x.png"])
     if rank == 0:
-        assert isinstance(done.exception, ParameterError) and "in a folder that is there" in str(done.exception)
+        assert isinstance(done.exception, ParameterError) and "in an existing folder" in str(done.exception)
     else:
-        assert isinstance(done.exception, AttributeError)  # at the probe, of this transport that is none
+        assert isinstance(done.exception, AttributeError)  # at the probe, because this stub is no transport
 
 
 def test_the_picture_says_what_its_link_is():
     link = Link(1e8, 2e-4, 1e-3)
     stated, measured = (plan_picture.titled(MODEL, link, fitted) for fitted in (False, True))
-    assert stated == "one worker a node:\na link of 100 Mbit/s, 200 us a message, 1000 us a collective"
-    assert measured.startswith("fitted to 2 workers, for others a guess:\na link of 100 Mbit/s") and "a node" not in measured
-    assert plan_picture.titled(plan.Model({}, 8, per_node=4), link, False).startswith("4 workers a node:")
+    assert stated == "one worker per node:\na link of 100 Mbit/s, 200 us per message, 1000 us per collective"
+    assert measured.startswith("fitted to 2 workers, extrapolated for other numbers:\na link of 100 Mbit/s") and "per node" not in measured
+    assert plan_picture.titled(plan.Model({}, 8, per_node=4), link, False).startswith("4 workers per node:")
 
 
 def test_the_picture_shows_what_the_table_says():
-    """Several workers a node, too, in one level and in two."""
+    """The curves equal the model's predictions, also for several workers per node, in one level and in two."""
     link, fast = Link.of("1gbit", 1e-4), Link.of("20gbit", 1e-5)
     flat, levels = (record(grace_ext.grace(f"topk(ratio=0.1) + residual{way}"), SHAPES, steps=1) for way in ("", " @ hierarchical"))
-    dense = made(0.0, 5e5, "allreduce")  # of 16 bits, which nodes add up in 32
+    dense = made(0.0, 5e5, "allreduce")  # of 16 bits, which nodes sum in 32
     traces = {"dense": dense, "flat": flat, "levels": levels, "sums": replace(dense, two_level=True)}
     model = plan.Model(traces, 16, per_node=4, inside=fast)
     found = plan_picture.curves(model, link, workers=(2, 4, 16, 62, 64))
@@ -338,25 +338,25 @@ def test_the_picture_shows_what_the_table_says():
         assert 62 not in found[curve]  # does not fill nodes of 4
     for n in (16, 64):
         played = simulate.seconds("two-level sum", n, link, 5e5, per_node=4, inside=fast, dense=1e6)
-        assert found["dense, two-level (4 a node)"][n] == pytest.approx(found["sums"][n]) == pytest.approx(played)
+        assert found["dense, two-level (4 per node)"][n] == pytest.approx(found["sums"][n]) == pytest.approx(played)
 
 
 def test_curves_are_those_of_the_closed_forms():
-    """The dense ring, at every number of workers that is drawn; two levels where nodes are full."""
+    """The dense ring is drawn for every number of workers, two levels only if nodes are full."""
     link = Link.of("1gbit", 1e-4)
     found = plan_picture.curves(MODEL, link, workers=(2, 8, 64))
     assert found["dense, ring"] == {n: pytest.approx(cost.allreduce(link, n, 1e6)) for n in (2, 8, 64)}
     assert found["small"] == {n: pytest.approx(0.2 + cost.allgather(link, n, 1e4)) for n in (2, 8, 64)}
-    assert set(found["dense, two-level (2 a node)"]) == {8, 64}
+    assert set(found["dense, two-level (2 per node)"]) == {8, 64}
     assert found["dense, tree"][64] == pytest.approx(cost.tree_allreduce(link, 64, 1e6))
 
 
 # --- models -----------------------------------------------------------------------------------------------------------------
 def test_what_changes_untold_is_seen():
-    """A part of another package, or without a knob for its period."""
+    """Recording finds out that a part exchanges something else at some steps, even if no knob declares its period."""
     with pytest.raises(UnsupportedError, match=r"cser\(reset_period=2\) @ allgather exchanges something else from step to step"):
         record(grace_ext.grace("topk + cser(reset_period=2)"), SHAPES)
-    assert candidates(["topk + cser(reset_period=1)"], 2)  # every step is like the others
+    assert candidates(["topk + cser(reset_period=1)"], 2)  # all steps are alike
 
 
 def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
@@ -378,7 +378,7 @@ def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
         "my_models:broken": r"my_models:broken'\(\) failed: OSError: no weights here",
         "my_models:absent": "has no 'absent'; it has .*make",
         "no_such_module:f": "cannot import 'no_such_module' for 'no_such_module:f': ModuleNotFoundError",
-        "my_models:torch.nn.Identity": "without parameters that train",
+        "my_models:torch.nn.Identity": "without trainable parameters",
         "json:dumps": "failed: TypeError",
     }.items():
         with pytest.raises(ModelError, match=why):
@@ -386,7 +386,7 @@ def test_models_of_torch_and_keras_and_dictionaries(tmp_path, monkeypatch):
 
 
 def test_the_users_code_prints_and_exits_without_harm(tmp_path, monkeypatch, capfd):
-    """stdout is one JSON document, whatever a module says, in Python or in C; and a module that ends is an error, not the end."""
+    """stdout stays one JSON document, whatever a module prints from Python or C; a module that exits raises an error."""
     (tmp_path / "loud.py").write_text(
         "import os, sys\nprint('imported with', sys.argv[1:])\nos.write(1, b'from C')\n"
         "def make():\n    print('made')\n    return {'w': [2, 3]}\n"
@@ -404,7 +404,7 @@ def test_the_users_code_prints_and_exits_without_harm(tmp_path, monkeypatch, cap
 
 
 def test_what_is_printed_later_than_it_is_said(tmp_path):
-    """Python and C keep what goes to a pipe, and write it when there is enough, or at the end."""
+    """Output that Python or C buffers for a pipe, and writes only later, goes to stderr too."""
     (tmp_path / "slow.py").write_text(
         "import ctypes, sys\nprint('kept by Python', file=sys.__stdout__)\nctypes.CDLL(None).printf(b'kept by C\\n')\nshapes = {'w': [2]}\n"
     )
@@ -416,7 +416,7 @@ def test_what_is_printed_later_than_it_is_said(tmp_path):
 
 
 def test_16_bit_models_are_as_long_as_they_are(tmp_path, monkeypatch):
-    """fp16 gains nothing where gradients have 16 bits already."""
+    """fp16 gains nothing if gradients have 16 bits already."""
     torch = pytest.importorskip("torch")
     (tmp_path / "half.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(30, 20, dtype=torch.bfloat16)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -494,7 +494,7 @@ def test_bad_shapes(tmp_path, content, why):
         (["MODEL", "--rate", "1gbit", "--workers", "7", "--workers-per-node", "2"], "grace-ext: 7 workers do not fill nodes of 2"),
         (["MODEL", "--measure"], "grace-ext: --measure needs a job of two ranks"),
         (["MODEL", "--measure", "--rate", "1gbit", "--workers-per-node", "2"], "in the job; leave out --rate, --workers-per-node"),
-        (["MODEL", "auto", "--rate", "1gbit", "--workers", "2"], "changes from step to step, and a plan is of one step; compare what it"),
+        (["MODEL", "auto", "--rate", "1gbit", "--workers", "2"], "changes from step to step, and a plan predicts one step; compare what"),
         (["MODEL", "every(2, none, topk + residual)", "--rate", "1gbit", "--workers", "2"], "'none @ allreduce', 'topk(ratio=0.01) + res"),
         (["MODEL", "topk + cser", "--rate", "1gbit", "--workers", "2"], "cser exchanges something else every 8 steps (reset_period)"),
         (["MODEL", "by_size(large=powersgd_plus + residual)", "--rate", "1gbit", "--workers", "2"], "every 50 steps (refresh_period)"),
@@ -505,7 +505,7 @@ def test_bad_shapes(tmp_path, content, why):
     ],
 )
 def test_mistakes_are_one_line(arguments, why, shapes_json, monkeypatch, capsys):
-    """No trace: an error that says what was seen and what to do."""
+    """A mistake gives exit code 2 and an error that says what was seen and what to do, without a traceback."""
     if "--measure" in arguments:
         pytest.importorskip("torch")
     monkeypatch.setattr("sys.argv", ["grace-ext", "plan", *[shapes_json if a == "MODEL" else a for a in arguments]])

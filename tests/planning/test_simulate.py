@@ -1,4 +1,4 @@
-"""The simulator against the closed forms, and against every message played by a plain event queue of its own."""
+"""Compares the simulator with the closed forms, and with an independent, plain event queue that plays every message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grace_ext.errors import ParameterError
 from grace_ext.planning import cost, simulate
 from grace_ext.planning.cost import Link
 
-#: A byte takes a microsecond, a message a millisecond more; inside a node a hundredth of both.
+#: A byte takes a microsecond, and each message a millisecond in addition; inside a node both take a hundredth.
 SLOW = Link(8e6, latency=1e-3, overhead=0.25, goodput=1.0)
 FAST = Link(8e8, latency=1e-5, goodput=1.0)
 CLOSED = {
@@ -27,7 +27,7 @@ def test_closed_forms(algorithm, n):
 
 
 def test_thousands_of_workers():
-    """The largest that is drawn."""
+    """The simulator equals the closed forms for 4096 workers, the largest number in a picture."""
     for algorithm, closed in CLOSED.items():
         assert simulate.seconds(algorithm, 4096, SLOW, 1e6) == pytest.approx(closed(SLOW, 4096, 1e6), rel=1e-6), algorithm
 
@@ -43,8 +43,8 @@ def test_two_levels(nodes, per_node):
 
 
 def played(rounds: list[list[tuple[int, int, float]]], n: int, per_node: int) -> float:
-    """An event queue: a message starts when its sender has all of the round before, and both links are free, the earliest first; links of
-    workers of one node to others are one."""
+    """Returns the seconds of these rounds, by an event queue: a message starts when its sender has all messages of the round before and
+    both links are free, the earliest first. All workers of a node share one link to other nodes."""
     ready = [0.0] * n
     out, into = {}, {}
     for messages in rounds:
@@ -67,7 +67,7 @@ def played(rounds: list[list[tuple[int, int, float]]], n: int, per_node: int) ->
 
 
 def by_hand(algorithm: str, n: int, nbytes: float) -> list[list[tuple[int, int, float]]]:
-    """The rounds of an algorithm, for n a power of 2."""
+    """Returns the rounds of an algorithm, for n a power of 2."""
     ring = [[(i, (i + 1) % n, nbytes / n) for i in range(n)]] * (2 * (n - 1))
     doubling = [[(i, i + 2**k, nbytes) for i in range(2**k)] for k in range(n.bit_length() - 1)]
     up = [[(b, a, size) for a, b, size in messages] for messages in reversed(doubling)]
@@ -78,14 +78,14 @@ def by_hand(algorithm: str, n: int, nbytes: float) -> list[list[tuple[int, int, 
 @pytest.mark.parametrize(("n", "per_node"), [(8, 1), (8, 2), (16, 4), (4, 4)])
 @pytest.mark.parametrize("algorithm", ["ring", "tree", "halving-doubling"])
 def test_messages_as_an_event_queue_plays_them(algorithm, n, per_node):
-    """Workers of a node wait for each other at its one link."""
+    """The simulator takes as long as the event queue, in which the workers of a node wait for each other at its one link."""
     expected = played(by_hand(algorithm, n, 4096.0), n, per_node)
     got = simulate.seconds(algorithm, n, SLOW, 4096.0, per_node=per_node, inside=FAST)
     assert got == pytest.approx(SLOW.overhead + expected)
 
 
 def test_a_shared_link_is_shared():
-    """Halving and doubling on nodes of 4: all four cross at once, and wait for each other; a ring crosses once."""
+    """With halving and doubling, all four workers of a node send to others at once and wait for each other; in a ring only one sends."""
     alone = simulate.seconds("halving-doubling", 16, SLOW, 1e6)
     shared = simulate.seconds("halving-doubling", 16, SLOW, 1e6, per_node=4, inside=FAST)
     assert shared > 2 * alone

@@ -1,4 +1,4 @@
-"""Accordion's decisions against its rule in float64."""
+"""Compares Accordion's decisions with its rule in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POLICY = "accordion(high=topk(ratio=0.5) + residual, low=topk(ratio=0.05) + resi
 
 
 def sends(policy, norms, lrs=None, size=2):
-    """For each step whether it went through `high`, given the size of the steps' gradients; and the aggregates."""
+    """Returns whether each step was sent with `high`, for gradients of these norms, and the aggregates."""
     cluster = NUMPY.cluster(grace_ext.grace(policy), size)
     direction = np.random.default_rng(0).standard_normal(200).astype(np.float32)
     high, results = [], []
@@ -20,12 +20,12 @@ def sends(policy, norms, lrs=None, size=2):
         high.append(None)
         results.append(NUMPY.step(cluster, [{"w": direction * np.float32(norm)}] * size, lr=None if lrs is None else lrs[step])["w"])
         high[-1] = cluster.wire_bytes[0]
-    return [size == high[0] for size in high], results  # the first is
+    return [size == high[0] for size in high], results  # the first step is sent with `high`
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
 def test_the_rule(threshold):
-    """|D_before - D| >= threshold D_before, with D the norm of the sum of a window's aggregates; the first window is critical."""
+    """A window is critical if |D_before - D| >= threshold D_before, with D the norm of its summed aggregates; the first one always is."""
     norms = np.repeat([1.0, 1.05, 1.4, 1.4, 0.5, 0.5, 3.0, 3.1, 0.1, 0.1], 4)
     high, results = sends(POLICY.format(threshold), norms)
     expected, before = [True] * 4, None
@@ -37,19 +37,19 @@ def test_the_rule(threshold):
 
 
 def test_the_threshold_is_a_knob():
-    """35: in the authors' code 0.5 is fixed, whatever is asked for."""
+    """Bug 35: the authors' code always uses 0.5 and ignores the argument."""
     norms = np.repeat([1.0, 1.3, 1.6, 2.0], 4)
     assert sum(sends(POLICY.format(0.1), norms)[0]) > sum(sends(POLICY.format(2.0), norms)[0])
 
 
 def test_a_norm_of_zero_before_is_critical():
-    """35: another copy divides by it."""
+    """Bug 35: another copy divides by the norm before."""
     high, _ = sends(POLICY.format(0.5), np.repeat([0.0, 0.0, 1.0, 1.0, 1.0, 1.0], 4))
-    assert high[8:16] == [True] * 8  # nothing before; then from zero to something
+    assert high[8:16] == [True] * 8  # nothing before, then from zero to a norm of 1
 
 
 def test_a_fall_of_the_learning_rate_is_critical_and_a_slow_decay_is_not():
-    # Without error feedback, and with a `low` that is like `high`, the norms of aggregates stay what they are.
+    # Without error feedback, and with a `low` close to `high`, the norms of the aggregates stay constant.
     norms, policy = np.ones(32), POLICY.format(0.5).replace("residual", "none").replace("0.05", "0.4")
     steady, _ = sends(policy, norms, lrs=[0.1] * 32)
     slow, _ = sends(policy, norms, lrs=[0.1 * 0.98**t for t in range(32)])
@@ -69,7 +69,7 @@ def test_each_tensor_has_a_regime_of_its_own():
 
 
 def test_ranks_and_bits():
-    """Switches between ranks, and between numbers of bits, with what is sent before and after."""
+    """Accordion can switch between PowerSGD ranks and between numbers of bits; the bytes sent are those of `high`, then of `low`."""
     for high, low in (("powersgd(rank=4) + none", "powersgd(rank=1) + none"), ("qsgd(bits=8) + none", "qsgd(bits=6) + none")):
         cluster = NUMPY.cluster(grace_ext.grace(f"accordion(high={high}, low={low}, interval=2, threshold=0.9)"), 2)
         sizes, norms = [], []

@@ -1,4 +1,4 @@
-"""L-GreCo's dynamic program against trying everything."""
+"""Compares L-GreCo's dynamic program with brute force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grace_ext.policies.allocation import GRID, allocate, on_grid
 
 
 def by_brute_force(errors, sizes, budget, grid):
-    """(size, error on the grid) of the best of all combinations; None where none is within the budget."""
+    """Returns (size, error on the grid) of the best of all combinations, or None if none is within the budget."""
     steps = [[0 if e == 0 else int(np.ceil(e / (budget / grid))) for e in of_layer] for of_layer in errors]
     best = None
     for combination in itertools.product(*(range(len(e)) for e in errors)):
@@ -25,7 +25,7 @@ def by_brute_force(errors, sizes, budget, grid):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_equals_brute_force(seed):
-    """Small cases: random tables, equal sizes and errors among them, zero errors, choices beyond the budget."""
+    """The result is optimal for small random tables, with equal sizes and errors, zero errors, and choices beyond the budget."""
     generator = np.random.default_rng(seed)
     layers, grid = int(generator.integers(1, 6)), int(generator.choice([7, 50, 400]))
     errors, sizes = [], []
@@ -44,13 +44,13 @@ def test_equals_brute_force(seed):
 
 
 def test_the_first_layer_may_use_all_of_the_budget():
-    """34 of GRACE's and others' bugs: the authors' code compares the first layer strictly, the others not."""
+    """Bug 34: the authors' code compares the first layer with `<`, the others with `<=`."""
     assert allocate([[1.0, 0.5]], [[1, 2]], 1.0) == [0]
     assert allocate([[0.5, 0.25], [0.5, 0.25]], [[1, 2], [1, 2]], 1.0) == [0, 0]
 
 
 def test_what_is_over_the_budget_alone_is_never_chosen():
-    """Cut off at the grid's end, as in the paper's formula, it would look as if it just fitted."""
+    """A choice over the budget is never taken; cut off at the grid's end, as in the paper's formula, it would seem to fit."""
     assert allocate([[3.0, 0.5]], [[1, 2]], 1.0) == [1]
     assert allocate([[3.0]], [[1]], 1.0) is None
 
@@ -61,7 +61,7 @@ def test_nan_and_infinite_errors_are_never_chosen():
 
 
 def test_161_layers_of_10_choices_take_less_than_100_ms():
-    """ResNet-50's number of parameters, on the full grid; the best of five runs, because others use this machine, too."""
+    """As many tensors as ResNet-50 has, on the full grid, take < 100 ms: the best of five runs, because others use this machine, too."""
     generator = np.random.default_rng(0)
     sizes = np.sort(generator.integers(1, 10**6, (161, 10)), axis=1)
     errors = np.sort(generator.exponential(size=(161, 10)), axis=1)[:, ::-1]

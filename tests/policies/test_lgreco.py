@@ -1,4 +1,4 @@
-"""L-GreCo in training: when it decides, what it decides, and that all ranks do alike."""
+"""Tests L-GreCo in training: when and what it decides, and that all ranks decide alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = {"large": (120, 90), "flat": (60, 50), "small": (30,)}
 
 
 def gradients(step, size=2):
-    """One tensor with a few strong entries, one of noise, one small and strong."""
+    """Returns gradients per rank: a tensor with a few large entries, one of weak noise, and a small one with large entries."""
     made = []
     for rank in range(size):
         draw = np.random.default_rng([step, rank])
@@ -34,7 +34,7 @@ def settings(cluster):
 
 
 def test_decides_at_the_end_of_each_period_and_all_ranks_change_at_the_same_step(world):
-    """Uniform until the first solution; then the same for all, from the very next step on; and again."""
+    """The choice is uniform until the first solution; all ranks use the new one from the next step on, in every period."""
     cluster = world.cluster(grace_ext.grace("lgreco(every=4, window=2, base=topk(ratio=0.01) + residual)"), 2)
     uniform, sizes, seen = cluster.grace.policy.uniform, [], []
     for step in range(12):
@@ -44,13 +44,13 @@ def test_decides_at_the_end_of_each_period_and_all_ranks_change_at_the_same_step
         assert seen[-1][0] == seen[-1][1]
     assert all(set(seen[step][0].values()) == {uniform} for step in range(3))
     assert seen[3] != seen[2] and seen[4] == seen[5] == seen[6] == seen[3]
-    assert sizes[0] == sizes[1] == sizes[2] and sizes[3][0] > sizes[2][0]  # the decision travels with the fourth step
+    assert sizes[0] == sizes[1] == sizes[2] and sizes[3][0] > sizes[2][0]  # the errors travel with the fourth step
     assert sizes[4] == sizes[5] == sizes[6] < sizes[0]
 
 
 @pytest.mark.parametrize("error", ["norm", "adam"])
 def test_the_decision_is_the_best_of_all_for_the_last_window(world, error):
-    """Brute force over all choices, on the errors of each rank's own sum of the window's gradients, averaged, in float64."""
+    """The decision equals brute force in float64 on the mean of the ranks' errors, each for its own sum of the window's gradients."""
     text = f"lgreco(every=5, window=3, base=topk(ratio=0.05) + residual, choices=4, low=0.2, high=5, error={error})"
     cluster = world.cluster(grace_ext.grace(text), 2)
     sums = {name: np.zeros((2, *shape)) for name, shape in SHAPES.items()}
@@ -81,8 +81,8 @@ def test_the_decision_is_the_best_of_all_for_the_last_window(world, error):
 
 
 def test_what_adam_loses_keeps_large_layers_of_small_gradients():
-    """By the 2-norm a small tensor of large gradients pays for starving a large one of small gradients; but Adam steps as far
-    in both."""
+    """By the 2-norm, errors of a large tensor with small gradients hardly count beside a small tensor with large ones, but Adam steps
+    equally far in both."""
     draw = np.random.default_rng(0)
     x = {"large": draw.standard_normal(10_000).astype(np.float32), "small": 3 * draw.standard_normal(100).astype(np.float32)}
     sent = {}
@@ -116,7 +116,7 @@ def test_a_budget_that_cannot_be_kept_leaves_the_uniform_choice_and_says_so(capl
     ],
 )
 def test_the_choices_never_drop_a_layer(base, least, most):
-    """34: rank 0 can be chosen in the authors' code. The base's own value is always among them, once."""
+    """Bug 34: the authors' code can choose rank 0. Here no choice is empty, and the base's own value is among them exactly once."""
     policy = grace_ext.grace(f"lgreco(base={base})").policy
     assert policy.values[0] == pytest.approx(least) and policy.values[-1] == pytest.approx(most)
     assert list(policy.values) == sorted(set(policy.values)) and len(policy.values) <= 10
@@ -126,7 +126,7 @@ def test_the_choices_never_drop_a_layer(base, least, most):
 
 
 def test_warm_state_is_kept_over_a_change_of_rank():
-    """Residual and subspace go on, and the seeds of new columns are shared: results stay equal on all ranks, and close to what is sent."""
+    """Residual and subspace are kept, and new columns come from a shared seed: ranks stay equal, and no gradient is lost."""
     cluster = NUMPY.cluster(grace_ext.grace("lgreco(every=2, window=1, alpha=1.2, base=powersgd(rank=4) + residual)"), 2)
     total, sent, changed = 0.0, 0.0, {}
     for step in range(9):
@@ -141,7 +141,7 @@ def test_warm_state_is_kept_over_a_change_of_rank():
 
 
 def test_a_window_with_a_step_that_was_not_finite():
-    """The sum begins anew, and a solution that fell on such a step waits for the next period."""
+    """After a step that was not finite the sum starts again; a solution due at such a step waits for the next period."""
     cluster, first = NUMPY.cluster(grace_ext.grace("lgreco(every=3, window=2)"), 2), {}
     for step in range(7):
         by_rank = gradients(step)
@@ -170,7 +170,7 @@ def test_every_tensor_dense_has_nothing_to_decide():
     ],
 )  # fmt: skip
 def test_payloads_of_any_size_are_priced_by_what_they_are_expected_to_be(base):
-    """The upper bounds of these say nothing of the knob, or that all choices are dearer than dense."""
+    """Choices are priced by expected sizes: upper bounds do not depend on the knob here, or exceed dense for all choices."""
     cluster = NUMPY.cluster(grace_ext.grace(f"lgreco(base={base}, every=4, window=2)"), 2)
     draw, sent = np.random.default_rng(0), []
     decay = 0.8 ** np.arange(80)
@@ -183,7 +183,7 @@ def test_payloads_of_any_size_are_priced_by_what_they_are_expected_to_be(base):
 
 @pytest.mark.parametrize("scale", [1e18, 1e-25])
 def test_gradients_of_any_size_have_errors(scale):
-    """Their squares are no numbers of float32."""
+    """Errors are right even if the squares of the gradients overflow or underflow float32."""
     draw = np.random.default_rng(0)
     x = draw.standard_normal((300, 20)).astype(np.float32)
     policy = grace_ext.grace("lgreco(base=powersgd(rank=2) + residual)").policy
@@ -193,7 +193,7 @@ def test_gradients_of_any_size_have_errors(scale):
 
 
 def test_rounding_alone_is_no_budget_that_cannot_be_kept():
-    """With nothing but the base and less to choose from, alpha=1 is the base's own errors."""
+    """With alpha=1 the budget is the base's own error sum, so rounding must not make the base exceed it."""
     policy = grace_ext.grace("lgreco(base=topk(ratio=0.05) + residual, high=1, choices=2)").policy
     specs = [TensorSpec(f"w{i}", (100, 100)) for i in range(7)]
     assert policy.solve({spec: [2.0 + i / 7, 1.0 + i / 7] for i, spec in enumerate(specs)}) == dict.fromkeys(specs, policy.uniform)

@@ -1,4 +1,4 @@
-"""L-GreCo's error tables against float64 and full decompositions."""
+"""Compares L-GreCo's error tables with float64 and full singular value decompositions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OPS = NUMPY.ops
 
 
 def table(text: str, x: np.ndarray):
-    """(values of the knob, errors) of lgreco with this base."""
+    """Returns (policy, errors) of lgreco with this base; policy.values has the knob's values."""
     policy = grace_ext.grace(f"lgreco(base={text})").policy
     spec = TensorSpec("w", x.shape)
     return policy, losses(OPS, x.reshape(-1), spec, list(policy.leaves), policy._knob[0])
 
 
 def sample(shape, seed=0):
-    """Heavy tails and a decaying spectrum."""
+    """Returns a gradient with heavy tails and a decaying spectrum."""
     generator = np.random.default_rng(seed)
     a, b = shape[0], int(np.prod(shape[1:]))
     low = generator.standard_normal((a, min(a, b))) * 0.8 ** np.arange(min(a, b)) @ generator.standard_normal((min(a, b), b))
@@ -32,7 +32,7 @@ def sample(shape, seed=0):
 
 @pytest.mark.parametrize("shape", [(50, 40), (7,), (3, 3, 3, 3)])
 def test_top_k(shape):
-    """The norm of what is not among the k largest."""
+    """The error of topk is the norm of all elements but the k largest."""
     x = sample(shape if len(shape) > 1 else (*shape, 1)).reshape(shape)
     policy, found = table("topk(ratio=0.01) + residual", x)
     flat = np.sort(np.abs(x.reshape(-1).astype(np.float64)))[::-1]
@@ -46,7 +46,7 @@ def test_top_k(shape):
 
 @pytest.mark.parametrize("shape", [(60, 400), (400, 60), (64, 16, 3, 3), (6, 90), (130, 170)])
 def test_rank(shape):
-    """The singular values beyond the rank: never less than the best possible error, and at most 2% more."""
+    """The error of powersgd is at least the best possible (the norm of the singular values beyond the rank) and at most 2% more."""
     x = sample(shape)
     policy, found = table("powersgd(rank=4) + residual", x)
     values = np.linalg.svd(x.reshape(shape[0], -1).astype(np.float64), compute_uv=False)
@@ -57,7 +57,7 @@ def test_rank(shape):
 
 
 def test_a_matrix_smaller_than_the_highest_rank():
-    """The authors' code fails there."""
+    """A matrix may be smaller than the highest rank; the authors' code fails on it."""
     policy, found = table("powersgd(rank=4) + residual", sample((3, 5)))
     assert np.isfinite(found).all() and found[-1] == 0
 
@@ -69,7 +69,7 @@ def test_rank_of_zeros_and_of_vectors(shape):
 
 
 def test_bits_by_quantizing():
-    """qsgd's error: the fewer bits the more, and within twice its expectation sum over blocks of ||x|| sqrt(d) / (2 s)."""
+    """The error of qsgd grows with fewer bits and is within 15% of its expectation."""
     x = sample((64, 64))
     policy, found = table("qsgd(bits=4)", x)
     assert policy.values == (2, 3, 4, 5, 6, 7, 8) and found == sorted(found, reverse=True)
@@ -82,7 +82,7 @@ def test_bits_by_quantizing():
 
 @pytest.mark.parametrize("shape", [(40, 30), (17, 90)])
 def test_what_adam_loses(shape):
-    """Along x a step of length sqrt(d) descends by sqrt(d) ||x||; along what is sent of x by its product with x."""
+    """Adam's loss: a step of length sqrt(d) along x descends by sqrt(d) ||x||, along the sent part c by sqrt(d) <x, c> / ||c||."""
     x = sample(shape).astype(np.float64)
     left, values, right = np.linalg.svd(x, full_matrices=False)
     sent = [(left[:, :r] * values[:r]) @ right[:r] for r in (1, 3, 9)]
@@ -93,8 +93,8 @@ def test_what_adam_loses(shape):
 
 
 def test_what_adam_loses_at_the_edges():
-    """Nothing of nothing, and of what is sent whole; all of what is not sent; more where what is sent is worse than nothing. A small loss
-    is about half its square."""
+    """The loss is 0 if x is zero or sent whole, all if nothing is sent, and more if the sent part is worse than nothing. For a small
+    error it is about half its square."""
     x = np.ones(4, np.float32)
     assert of_adam([0.0, 2.0], x) == [0.0, 4.0] and of_adam([3.0], x)[0] > 4.0
     assert of_adam([0.0], np.zeros(4, np.float32)) == [0.0]

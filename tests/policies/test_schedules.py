@@ -1,4 +1,4 @@
-"""Policies that go by the step: what is sent when, and what becomes of residuals, momenta and subspaces when it changes."""
+"""Tests policies that depend on the step: what is sent when, and what happens to residuals, momenta and subspaces at a change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ W = TensorSpec("w", SHAPES["w"])
 
 
 def run(world, policy, steps, size=2, seed=0):
-    """The results of each step, the cluster, and the gradients (exact in float32)."""
+    """Returns the results of each step, the cluster, and the gradients (exact in float32)."""
     cluster = world.cluster(grace_ext.grace(policy), size)
     gradients = []
     for step in range(steps):
@@ -27,7 +27,7 @@ def run(world, policy, steps, size=2, seed=0):
 
 
 def feedback(oracle_at, gradients, name):
-    """Error feedback around the oracle of each step, in float64: the aggregates."""
+    """Returns the aggregates of error feedback in float64 around the oracle of each step."""
     residuals = [np.zeros(SHAPES[name]) for _ in gradients[0]]
     out = []
     for step, by_rank in enumerate(gradients):
@@ -57,7 +57,7 @@ def dense(p):
     ],
 )  # fmt: skip
 def test_against_error_feedback_in_float64(world, policy, oracle_at):
-    """The residual goes on through every change, and a dense step sends it: nothing is lost."""
+    """The residual is kept at every change, and a dense step sends it: nothing is lost."""
     results, cluster, gradients = run(world, policy, 8)
     for name in SHAPES:
         for step, expected in enumerate(feedback(oracle_at, gradients, name)):
@@ -65,7 +65,7 @@ def test_against_error_feedback_in_float64(world, policy, oracle_at):
 
 
 def test_sent_and_kept_add_up_over_all_changes():
-    """Sum of results and mean residual are the sum of mean gradients, exactly, after any step."""
+    """After 11 steps, the sum of the results plus the mean residual equals the sum of the mean gradients, exactly."""
     policy = "every(3, none, every(2, topk(ratio=0.05) + residual, topk(ratio=0.2) + residual))"
     results, cluster, gradients = run(NUMPY, policy, 11)
     kept = sum(np.asarray(d.state["w"]["residual"], np.float64).reshape(SHAPES["w"]) for d in cluster.drivers) / 2
@@ -74,7 +74,7 @@ def test_sent_and_kept_add_up_over_all_changes():
 
 
 def test_a_dense_start_has_the_momentum_of_what_follows():
-    """Warm-up under dgc is SGD with momentum on the mean gradient."""
+    """A dense warm-up before dgc is SGD with momentum on the mean gradient."""
     results, _, gradients = run(NUMPY, "warmup(steps=3, then=topk(ratio=0.1) + dgc(momentum=0.5))", 3)
     momentum = 0.0
     for step, by_rank in enumerate(gradients):
@@ -83,7 +83,7 @@ def test_a_dense_start_has_the_momentum_of_what_follows():
 
 
 def test_ratios_of_the_dgc_warm_up():
-    """The numbers of the authors' code for 5 stages, and those that their README announces for 4."""
+    """Ratios equal the authors' code for 5 stages, and their README's numbers for 4."""
     for stages, expected in ((5, (0.316, 0.1, 0.0316, 0.01, 0.00316, 0.001)), (4, (0.251, 0.063, 0.016, 0.004, 0.001))):
         g = grace_ext.grace(f"ratio_warmup(steps={10 * stages}, stages={stages}, then=topk(ratio=0.001) + residual)")
         for stage, ratio in enumerate(expected):
@@ -95,7 +95,7 @@ def test_ratios_of_the_dgc_warm_up():
 
 @pytest.mark.parametrize("ranks", [(2, 5), (5, 2)])
 def test_the_subspace_of_powersgd_is_carried_over(ranks):
-    """Columns that both ranks have are kept; new ones are the first step's, the same on all ranks."""
+    """Columns that both values of the knob `rank` have are kept; new ones are those of a first step, equal on all ranks."""
     first, second = ranks
     policy = f"every(1000, powersgd(rank={first}) + residual, powersgd(rank={second}) + residual)"
     _, cluster, gradients = run(NUMPY, policy, 1)
@@ -123,7 +123,7 @@ def test_the_subspace_of_powersgd_is_carried_over(ranks):
 
 
 def test_what_one_side_does_not_use_waits_for_the_other():
-    """PowerSGD's Q is as it was left after a step of something else."""
+    """PowerSGD's Q stays unchanged during a step of another compressor."""
     _, cluster, gradients = run(NUMPY, "every(2, powersgd(rank=2) + residual, topk(ratio=0.1) + residual)", 1)
     left = np.array(cluster.drivers[0].state["w"]["powersgd_q"])
     NUMPY.step(cluster, gradients[0])
@@ -154,7 +154,7 @@ def test_resumes_bit_for_bit_at_every_step(world, policy):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
-    """Nor what a policy has learnt; and the schedule goes on."""
+    """It changes neither compressor state nor what a policy has learnt; the step counter, and so the schedule, goes on."""
     policy = "accordion(interval=2, high=topk(ratio=0.2) + residual, low=topk(ratio=0.02) + residual)"
     _, cluster, gradients = run(NUMPY, policy, 3)
     before = cluster.state_dict()["ranks"][1]["state"]
@@ -178,7 +178,7 @@ def test_a_state_that_does_not_fit_is_refused():
 
 
 def test_messages_say_what_was_chosen():
-    """Ranks that have chosen differently in spite of all do not decode each other's messages wrongly: the header tells them apart."""
+    """If ranks have chosen differently after all, the header differs, so that they raise an error instead of decoding wrongly."""
     _, cluster, gradients = run(NUMPY, "accordion(interval=100)", 1)
     regime = "policy:regime"
     cluster.drivers[1].state["w"][regime] = np.array([0, 0, 0], np.float32)
@@ -196,7 +196,7 @@ def test_messages_say_what_was_chosen():
     ],
 )
 def test_dense_steps_are_summed_not_gathered(policy, step):
-    """A gather brings every rank the whole gradients of all others: for 64 ranks 32 times what an all-reduce sends."""
+    """Dense steps use an all-reduce: a gather of whole gradients would send 32 times as much for 64 ranks."""
     g = grace_ext.grace(policy)
     assert [part.name for part in g.parts_for(W, step)] == ["none", "residual", "allreduce"]
 

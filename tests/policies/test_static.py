@@ -1,4 +1,4 @@
-"""Policies by size and name: what goes where, how they are written, and what is told or refused."""
+"""Tests policies by size and name: which spec a tensor gets, how policies are written, and what is logged or rejected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECS = (
 
 @pytest.mark.parametrize("text", SPECS)
 def test_written_and_read_again(text):
-    """Through str, repr and real JSON with its keys in any order; nested specs may be quoted or not."""
+    """A policy is equal after str, repr and JSON with its keys in any order."""
     g = grace_ext.grace(text, seed=3)
     assert grace_ext.grace(str(g), seed=3) == g == grace_ext.grace(g)
     assert grace_ext.grace(json.loads(json.dumps(g.to_config(), sort_keys=True))) == g
@@ -48,7 +48,7 @@ def test_quotes_instances_and_configurations_mean_the_same():
 
 
 def expected_bytes(cluster_spec: dict[str, str]) -> dict[str, np.ndarray]:
-    """Each tensor in a cluster of its own, over three steps: the last results."""
+    """Returns each tensor's result of the third step, in a cluster of its own."""
     out = {}
     for name, spec in cluster_spec.items():
         cluster = NUMPY.cluster(grace_ext.grace(spec), 2)
@@ -75,7 +75,7 @@ def expected_bytes(cluster_spec: dict[str, str]) -> dict[str, np.ndarray]:
     ],
 )  # fmt: skip
 def test_each_tensor_goes_where_it_should(policy, of_tensor):
-    """All in one bucket give, bit for bit, what each gives alone under its own spec; and as many bytes."""
+    """In one bucket each tensor gives the same bits as alone under its own spec, and as many bytes."""
     cluster = NUMPY.cluster(grace_ext.grace(policy), 2)
     for step in range(3):
         got = NUMPY.step(cluster, inputs.ranks(2, step, shapes=SHAPES))
@@ -89,7 +89,7 @@ def test_each_tensor_goes_where_it_should(policy, of_tensor):
 
 
 def test_bare_specs_bypass_nothing():
-    """A small tensor is compressed like any other, where that is smaller."""
+    """Without a policy a small tensor is compressed like any other, if that is smaller."""
     compressor, _, _ = grace_ext.grace("topk(ratio=0.01) + residual").parts_for(TensorSpec("b", (64,)))
     assert compressor.name == "topk"
     compressor, _, _ = grace_ext.grace("by_size").parts_for(TensorSpec("b", (64,)))
@@ -113,9 +113,9 @@ def test_patterns_that_match_nothing_and_patterns_that_overlap_are_told_once(cap
     (small,) = told(caplog, "by_size(min_elements=100_000)")
     assert "no parameter has min_elements=100000" in small and "6000" in small
     assert told(caplog, "by_name({'*.bias': none, '*.weight': fp16}, default=none)") == []
-    # In a nested policy only what reaches it counts.
+    # In a nested policy only the parameters that reach it count.
     (inner,) = told(caplog, "by_name({'*.bias': by_name({'*.weight': none})}, default=none)")
-    assert "'*.weight' matches no parameter; there are embed.bias, out.bias" in inner
+    assert "'*.weight' matches no parameter; the parameters are embed.bias, out.bias" in inner
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_patterns_that_match_nothing_and_patterns_that_overlap_are_told_once(cap
         ("lgreco(base=signsgd + none)", IncompatiblePartsError, "ratio or rank or bits"),
         ("lgreco(base=qsgd(levels=10))", IncompatiblePartsError, "has none that is set"),
         ("lgreco(every=5)", ParameterError, "window=10 is more than every=5"),
-        ("accordion(high=topk(ratio=0.001) + residual, low=topk(ratio=0.01) + residual)", ParameterError, "Exchange them"),
+        ("accordion(high=topk(ratio=0.001) + residual, low=topk(ratio=0.01) + residual)", ParameterError, "Swap them"),
         ("accordion(threshold=0)", ParameterError, "threshold must be"),
         ("by_size(small=fp16, large=topk + dgc)", IncompatiblePartsError, "is the momentum of the training.*'fp16 @ allreduce' would have"),
     ],
@@ -165,7 +165,7 @@ def test_bad_calls():
 
 
 def test_small_tensors_keep_a_memory_that_is_the_momentum():
-    """'none' beside a momentum memory is dense through that memory: no tensor trains without momentum."""
+    """If other tensors have a momentum memory, `none` means dense through that memory: no tensor trains without momentum."""
     cluster = NUMPY.cluster(grace_ext.grace("by_size(min_elements=100, large=topk(ratio=0.5) + dgc(momentum=0.5))"), 2)
     total = 0.0
     for step in range(3):

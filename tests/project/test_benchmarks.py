@@ -1,4 +1,4 @@
-"""What the benchmarks compute before and after they measure: shapes, thresholds, summaries of ranks, link fits, targets, and the page."""
+"""Tests what the benchmarks compute around a measurement: shapes, thresholds, summaries of ranks, link fits, targets, and the page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_small_transformer_is_torchs_encoder_layers_and_tables():
 
 
 def test_a_settled_threshold_keeps_what_it_was_chosen_for():
-    """Error feedback run for long from nothing, on other numbers than those that the choice was made with."""
+    """Under long error feedback, with other random numbers than when it was chosen, the threshold keeps the share it was chosen for."""
     model = shapes.tiny()
     threshold, kept = shapes.threshold_for(model, kept=0.02), []
     sigma = np.concatenate([np.full(math.prod(dims), shapes.scales(model)[name]) for name, dims in model.items()])
@@ -57,7 +57,7 @@ def test_a_settled_threshold_keeps_what_it_was_chosen_for():
 def test_a_steady_residual_stays_below_the_threshold():
     drawn = shapes.steady_residual(0.5, (100, 100), np.random.default_rng(0))
     assert drawn.dtype == np.float32 and np.abs(drawn).max() <= 0.5
-    assert np.abs(drawn).mean() == pytest.approx(0.5 / 3, rel=0.03)  # of the density 1 - |x| / t
+    assert np.abs(drawn).mean() == pytest.approx(0.5 / 3, rel=0.03)  # the mean for the density 1 - |x| / t
 
 
 def test_every_spec_of_ours_composes_and_names_are_unique():
@@ -102,7 +102,7 @@ def test_a_link_is_found_from_plain_collectives():
 
 
 def test_a_burst_is_not_taken_for_a_links_rate():
-    """A token bucket lets 128 KiB after a pause pass at once: a link of 100 Mbit/s seems one of 200 to whom believes 64 KiB."""
+    """A token bucket passes 128 KiB at once after a pause: from 64 KiB alone, a link of 100 Mbit/s would seem to have 200 Mbit/s."""
     link, burst = Link(1e8, latency=1e-4, overhead=1e-3), 128 << 10
     sent = {"allreduce": lambda n, m: 2 * (n - 1) * m / n, "allgather": lambda n, m: (n - 1) * m, "alltoall": lambda n, m: (n - 1) * m / n}
     kinds = {"allreduce": allreduce, "allgather": allgather, "alltoall": alltoall}
@@ -120,7 +120,7 @@ def test_codecs_are_timed():
 
 
 def cell(**systems: float | None) -> dict:
-    """A cell of ResNet-50 with these milliseconds; None fails."""
+    """Returns a cell of ResNet-50 in which the systems took these milliseconds; None means failed."""
     known = {"outcome": "completes", "steps": 3, "sent_bytes": 5e6, "wire_bytes": 4, "extra_memory": 8, "ranks_agree": True, "finite": True}
     failed = {"outcome": "fails", "reason": "e"}
     rows = {
@@ -154,7 +154,7 @@ def test_local_targets_are_beside_what_was_measured():
     asked = [("topk", 5.1, 0.9), ("powersgd(rank=4) + residual", 13.0, 0.0), ("sketch", 50.0, 5.0)]
     rows = targets.of_local([{"asked": text, "elements": 9, "encode": encode, "decode": decode} for text, encode, decode in asked])
     assert [(row.what, row.target, row.met) for row in rows] == [
-        ("topk: encode / copy", 5, False), ("topk: decode a rank / copy", 1, True), ("powersgd(rank=4) + residual: all / copy", 14, True)
+        ("topk: encode / copy", 5, False), ("topk: decode per rank / copy", 1, True), ("powersgd(rank=4) + residual: all / copy", 14, True)
     ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_the_page_is_written_from_the_results_that_there_are(tmp_path):
 
 
 def test_when_a_loss_was_reached():
-    """The first time at or below the target that was no accident."""
+    """seconds_to returns the first time at or below the target, apart from a single low value, and None if there is none."""
     curve = [[1.0, 0.9], [2.0, 0.3], [3.0, 0.9], [4.0, 0.9], [5.0, 0.5], [6.0, 0.4], [7.0, 0.2], [8.0, 0.6]]
     assert local_sgd.seconds_to(curve, 0.5) == 5.0
     assert local_sgd.seconds_to(curve, 0.1) is None

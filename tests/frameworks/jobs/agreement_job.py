@@ -1,4 +1,4 @@
-"""What ranks may do differently, and what they may not, on the wrapper: prints 'CASE name ok' for each case that holds on all ranks."""
+"""Cases of what ranks may and may not do differently with the wrapper. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def case_one_bit_of_one_parameter():
 
 
 def case_another_step():
-    """One rank has skipped a step that needed no network (randomk sends no header, so the step itself cannot tell)."""
+    """If one rank is a step ahead, check_agreement finds it; a step itself may not, because randomk sends no header."""
     for g in SPECS:
         model = training.make_model()
         optimizer = wrapped(model, g)
@@ -102,7 +102,7 @@ def case_a_checkpoint_on_rank_0_alone():
 def case_between_steps_only():
     model = training.make_model()
     optimizer = wrapped(model)
-    for step in range(2):  # the first step puts nothing into the driver before it ends
+    for step in range(2):  # in the first step, gradients reach the driver only at its end
         optimizer.zero_grad()
         backward(model, step)
         raises(GraceError, "between steps", lambda: hvd.check_agreement(optimizer))
@@ -111,7 +111,7 @@ def case_between_steps_only():
 
 
 def case_other_optimizers():
-    """Horovod's own, and DDP's hook and the bound object have the same check."""
+    """The check works for an uncompressed optimizer, too."""
     model = training.make_model()
     optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), None)
     train(model, optimizer, range(2))
@@ -123,7 +123,7 @@ def case_other_optimizers():
 
 
 def case_unused_and_differing_graphs():
-    """Rank 1's graph uses other layers, in another order; nobody uses `unused`."""
+    """Ranks stay equal if rank 1 uses other layers, in another order, and no rank uses `unused`."""
     for g in SPECS:
         model = training.Shuffled()
         model.register_parameter("unused", torch.nn.Parameter(torch.ones(5)))
@@ -150,7 +150,7 @@ def case_frozen_later_and_again_unfrozen():
 
 
 def case_frozen_at_first():
-    """Its gradients would be nobody's business: refused, until the optimizer is wrapped again."""
+    """A layer that was frozen when the optimizer was wrapped has no hook: training it raises until the optimizer is wrapped again."""
     model = training.make_model()
     frozen(model[0])
     optimizer = wrapped(model)
@@ -177,7 +177,7 @@ def case_accumulated():
     for step in range(2):
         optimizer.zero_grad()
         backward(model, 2 * step)
-        if hvd.rank() == 0 or step == 0:  # rank 1 has one batch fewer at the end, and steps early
+        if hvd.rank() == 0 or step == 0:  # at the end, rank 1 has one batch fewer, and steps early
             backward(model, 2 * step + 1)
         optimizer.step()
     hvd.check_agreement(optimizer)
@@ -195,7 +195,7 @@ def case_sparse_on_all_ranks():
 
 
 def case_sparse_on_one_rank():
-    """A rank whose first batch does not touch the table cannot know that it is sparse: refused; sparse_as_dense=True takes it."""
+    """If a rank's first batch does not use the table, it cannot know that its gradient is sparse: raises, unless sparse_as_dense=True."""
 
     def step(model, optimizer):
         optimizer.zero_grad()
@@ -211,7 +211,7 @@ def case_sparse_on_one_rank():
 
 
 def case_uneven_batches():
-    """Rank 1 runs out of data first, and stands in with empty steps: what its memory holds is still sent."""
+    """Rank 1 runs out of data first, and makes a step without gradients, in which its residual is still sent."""
     for g in SPECS:
         model = training.make_model()
         optimizer = wrapped(model, g)
@@ -224,8 +224,8 @@ def case_uneven_batches():
 
 
 def case_join():
-    """Rank 1 runs out of data first, and waits in Horovod's join(), which cannot stand in for it in gathers."""
-    if hvd.join.__module__.startswith("grace_ext"):  # over torch.distributed, which has none
+    """Rank 1 runs out of data first and waits in Horovod's join(), which cannot take part in gathers; the others get an error."""
+    if hvd.join.__module__.startswith("grace_ext"):  # torch.distributed has no join
         return raises(UnsupportedError, "hvd.join()", hvd.join)
     model = training.make_model()
     optimizer = wrapped(model)

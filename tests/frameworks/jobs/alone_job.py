@@ -1,4 +1,4 @@
-"""One rank of unmodified Horovod: no compression unless it is asked for.  Compares `simulate=True` with LocalCluster(size=1)."""
+"""Cases on one rank of unmodified Horovod: it does not compress, unless simulate=True, which equals LocalCluster(size=1)."""
 
 from __future__ import annotations
 

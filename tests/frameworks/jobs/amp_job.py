@@ -1,4 +1,4 @@
-"""Mixed precision with torch on 2 ranks, under whatever launcher started it. Prints 'CASE name ok' for each case that holds on all."""
+"""Cases of mixed precision with torch on 2 ranks, under any launcher. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.frameworks.support import training  # noqa: E402
 from tests.frameworks.support.cases import assert_same, raises, run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.05) + residual"
-#: Memories of one array and of two, shared momentum, shards, a norm of the whole model, the learning rate.
+#: Memories with one array and with two, with shared momentum, shards, a norm of the whole model, and the learning rate.
 MEMORIES = (
     TOPK, "topk(ratio=0.05) + dgc(clipping=1)", "topk(ratio=0.1) + ef21", "topk(ratio=0.1) + ef21_sgdm", "qsgd(bits=4) + diana",
     "topk(ratio=0.05) + gradient_compression", "topk(ratio=0.05) + update_compression", "topk(ratio=0.05) + efsignsgd",
@@ -26,7 +26,7 @@ MEMORIES = (
 
 
 class Amp:
-    """One model with a scaler, by the wrapper or the DDP hook. scale=None: without."""
+    """Trains one model with a scaler, by the wrapper or the DDP hook. scale=None: without a scaler."""
 
     def __init__(self, spec: str = TOPK, scale: float | None = 2.0**10, ddp: bool = False):
         g, self.model = grace_ext.grace(spec), training.make_model()
@@ -70,12 +70,12 @@ def same_on_all_ranks(value) -> bool:
 
 
 def forms() -> tuple[bool, ...]:
-    """The wrapper, and where there is torch.distributed the DDP hook."""
+    """Returns the values of `ddp` to test: the wrapper, and with torch.distributed also the DDP hook."""
     return (False, True) if torch.distributed.is_initialized() else (False,)
 
 
 def case_growing_scale_changes_no_bit():
-    """Powers of two: weights and memory are those of training without a scaler, while the scale goes from 2**10 to 2**15."""
+    """While the scale grows from 2**10 to 2**15, weights and memory have the bits of training without a scaler."""
     for ddp in forms():
         for spec in (TOPK, "qsgd(bits=4) + residual", "powersgd(rank=2) + residual"):
             scaled, plain = Amp(spec, ddp=ddp), Amp(spec, None, ddp=ddp)
@@ -88,7 +88,7 @@ def case_growing_scale_changes_no_bit():
 
 
 def case_one_ranks_inf_is_skipped_by_all():
-    """No weight and no memory changes, every scaler sees it and halves its scale, and training goes on as without that step."""
+    """After an Inf on one rank, no weights or memory change, every scaler halves its scale, and training goes on as without that step."""
     for ddp in forms():
         for spec in MEMORIES[:1] if ddp else MEMORIES:
             amp, plain = Amp(spec, ddp=ddp), Amp(spec, None, ddp=ddp)
@@ -103,13 +103,13 @@ def case_one_ranks_inf_is_skipped_by_all():
             amp.step(4)
             assert any((amp.weights()[name] != weights[name]).any() for name in weights), spec
             assert same_on_all_ranks({name: w.tobytes() for name, w in amp.weights().items()})
-            if spec == TOPK:  # nothing drawn by the number of the step
+            if spec == TOPK:  # topk draws nothing by the step number, so this equals training without the skipped step
                 plain.step(4)
                 assert_same(amp.weights(), plain.weights())
 
 
 def case_autocast():
-    """16-bit autocast, with and without a scaler: the same model on all ranks, and a loss that falls."""
+    """With 16-bit autocast, with and without a scaler, all ranks have the same model, and the loss falls."""
     for dtype, scale in ((torch.float16, 2.0**10), (torch.bfloat16, None), (torch.bfloat16, 2.0**4)):
         for ddp in forms():
             amp, losses = Amp(scale=scale, ddp=ddp), []
@@ -130,7 +130,7 @@ def case_the_recipe_is_asked_for():
 
 
 def case_what_happens_without_scaler():
-    """The reason for scaler=: a residual in units of an old scale counts for too much where the scale was halved."""
+    """Without scaler=, weights are different, because the residual is in units of an earlier scale."""
     told, untold = Amp(), Amp()
     untold.optimizer._session._scaler = None
     for i in range(6):

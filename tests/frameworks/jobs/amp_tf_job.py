@@ -1,4 +1,4 @@
-"""Mixed precision with Keras on 2 ranks. Prints 'CASE name ok' for each case that holds on all of them."""
+"""Cases of mixed precision with Keras on 2 ranks. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.frameworks.support.cases import raises, run_cases  # noqa: E402
 
 tf.config.threading.set_intra_op_parallelism_threads(1)
 TOPK = "topk(ratio=0.1) + residual"
-#: Memories of one array and of two, a shared momentum, shards and the learning rate.
+#: Memories with one array and with two, with a shared momentum, shards, and the learning rate.
 MEMORIES = (
     TOPK, "topk(ratio=0.1) + dgc", "topk(ratio=0.1) + ef21", "topk(ratio=0.1) + gradient_compression", "topk(ratio=0.1) + efsignsgd",
     "efsignsgd(block=16) + dist_ef_block(momentum=0.5) @ reduce_scatter(follow_rate=True)",

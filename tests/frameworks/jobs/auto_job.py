@@ -1,6 +1,6 @@
-"""'auto' in real jobs: all ranks take the same, what is fastest on this network, and tell it once.  auto_job.py
+"""Cases of 'auto' in real jobs: all ranks choose the same spec, the fastest on this network, and log it once.  auto_job.py
 
-The network is slowed by pretence: every wait for a collective takes as long as its bytes would at a stated rate.
+A slow network is simulated: every wait for a collective is prolonged by the time of its bytes at a given rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import heard, run_cases  # noqa: E402
 
 SPECS = ["topk(ratio=0.01) + residual", "efsignsgd + residual"]
-RATE = [0.0]  # bytes a second; 0: as fast as it is
+RATE = [0.0]  # bytes per second; 0: not slowed
 
 
 def slowed(kind):
@@ -36,7 +36,7 @@ def slowed(kind):
 
 
 def trained(rate):
-    """(the leaf that every rank goes through at the end, bytes of each step, what was told)."""
+    """Trains. Returns (index of the leaf that all ranks use at the end, bytes of each step, log lines)."""
     RATE[0] = rate
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 10))
@@ -59,7 +59,7 @@ def trained(rate):
 
 
 def case_slow():
-    """240 KB take 0.1 s dense."""
+    """On a slow network (240 KB take 0.1 s dense) a compressor is chosen."""
     choice, sent, said = trained(2e6)
     assert choice in (1, 2) and sent[0] > 240_000 and sent[-1] < sent[0] / 25, (choice, sent)
     told = [text for text in said if text.startswith("auto: ")]
@@ -67,7 +67,7 @@ def case_slow():
 
 
 def case_dense_where_it_is_best():
-    """Nothing is gained on 240 KB in memory: dense, or else what was measured to be faster by a tenth."""
+    """On this machine, compressing 240 KB gains nothing: dense is chosen, unless another spec was measured to be faster by a tenth."""
     choice, sent, said = trained(0.0)
     if choice == 0:
         assert sent[-1] == sent[0]

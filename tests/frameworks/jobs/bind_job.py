@@ -1,4 +1,4 @@
-"""Cases of `g.bind(...)` with the unmodified horovod.torch, on 2 ranks: each compares it with the wrapper, or with a LocalCluster."""
+"""Cases of `g.bind(...)` with unmodified horovod.torch on 2 ranks. Results are compared with those of the wrapper."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def case_bind_refuses():
     raises(UnboundError, "optimizer=", lambda: G.bind(model.named_parameters(), simulate=True))
 
 
-def case_disagreement():  # last: Horovod's own part of the step is left unfinished
+def case_disagreement():  # the last case, because it leaves Horovod's own part of the step unfinished
     model = training.make_model()
     g = grace_ext.grace(["topk + residual", "qsgd(bits=4)"][hvd.rank()])
     optimizer = hvd.DistributedOptimizer(

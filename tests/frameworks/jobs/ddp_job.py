@@ -1,4 +1,4 @@
-"""Training through DDP with `ddp_comm_hook` on 2 ranks under torchrun gives what the same training in a LocalCluster gives."""
+"""Cases of training through DDP with `ddp_comm_hook` on 2 ranks under torchrun; results are compared with those of a LocalCluster."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from grace_ext.frameworks.torch.ops import TorchOps
 
 
 def check_spec(g):
-    """20 steps in 6 buckets; gathered payloads give the same bits, sums may differ in the last ones."""
+    """Trains 20 steps in 6 buckets: gathered payloads must give the same bits, sums may differ in the last bits."""
     ddp, _, calls = wrap(without_unused(), g)
     got = train(ddp, training.loss_of, range(20), training.make_optimizer(ddp.module))
     expected, _ = in_cluster(without_unused, training.loss_of, range(20), g, training.make_optimizer)
@@ -48,7 +48,7 @@ for number, spec in enumerate(training.SPECS):
 
 
 def case_policies():
-    """In 6 buckets, too, all ranks choose alike and at the same step as in a cluster of one bucket."""
+    """In 6 buckets, all ranks make the same choices in the same steps as a cluster with one bucket."""
     for g in policies.SPECS:
         ddp, *_ = wrap(without_unused(), g)
         got = train(ddp, training.loss_of, range(12), training.make_optimizer(ddp.module))
@@ -102,7 +102,7 @@ def case_unused_without_memory_stays_none():
 
 
 def case_operations_of_other_devices():
-    """The code that runs on a GPU, on this one."""
+    """The operations for GPUs, run on the CPU, give the same results."""
     with mock.patch("grace_ext.frameworks.torch.session.ops_for", TorchOps):
         for g in (TOPK, POWERSGD, "efsignsgd + residual"):
             ddp, state, _ = wrap(Layers(), g)
@@ -120,7 +120,7 @@ def case_no_sync():
 
 
 class MixedLayers(Layers):
-    """Layers in bfloat16, of which the first few are in float32."""
+    """Layers in bfloat16, except the first `wide`, which are in float32."""
 
     def __init__(self, wide):
         super().__init__()
@@ -163,7 +163,7 @@ def case_channels_last():
 
 
 def case_uneven_inputs():
-    """In DDP's join() a rank that has run out of data takes part with zeros, by calling the hook."""
+    """In DDP's join(), a rank without data calls the hook with zeros; ranks end with equal weights."""
     ddp, _, _ = wrap(Layers(), POWERSGD)
     optimizer = sgd(ddp.module)
     with ddp.join():

@@ -1,4 +1,4 @@
-"""Models, DDP with our hook, and the LocalCluster to compare it with: for ddp_job.py and ddp_use_job.py."""
+"""Code that ddp_job.py and ddp_use_job.py share: models, DDP with our hook, and the LocalCluster to compare with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cases import run_cases as run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.1) + residual"
 POWERSGD = "powersgd(rank=4) + residual @ allreduce"
-EACH_ALONE = 1e-6  # bucket_cap_mb: every parameter in a bucket of its own
+EACH_ALONE = 1e-6  # bucket_cap_mb that gives every parameter its own bucket
 
 
 class Layers(torch.nn.Module):
-    """Eight layers without bias; `uses` says which of them a rank uses in a step."""
+    """Eight layers without bias; `uses` selects those that a rank uses in a step."""
 
     def __init__(self, width=24, count=8):
         super().__init__()
@@ -44,7 +44,7 @@ def layers_loss(model, rank, step, uses=None):
 
 
 def used(rank, step):
-    """Layers used by this rank in this step; steps 2 and 5 leave some out that no rank uses."""
+    """Returns the layers that this rank uses in this step; in steps 2 and 5, no rank uses some of them."""
     return [[0, 1, 2, 3, 4, 5, 6, 7], [5, 0, 3]][(rank + step) % 2] if step not in (2, 5) else [rank + 1, 4]
 
 
@@ -63,7 +63,7 @@ def sgd(model):
 
 
 def wrap(model, g=TOPK, bucket_cap_mb=EACH_ALONE, simulate=False, **options):
-    """A DDP with our hook, its state, and the list that gets (index, is_last, buckets under way) of every call of the hook."""
+    """Returns a DDP with our hook, the hook's state, and a list that gets (index, is_last, buckets under way) at every call of the hook."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb, **options)
     state, hook = hvd.ddp_comm_hook(g, ddp, simulate=simulate)
     calls = []
@@ -89,7 +89,7 @@ def train(ddp, loss, steps, optimizer=None, passes=1, set_to_none=True):
 
 
 def in_cluster(make, loss, steps, g=TOPK, make_optimizer=sgd, passes=1):
-    """The reference: the same training with both ranks in this process, and the cluster's bytes."""
+    """Trains the same with both ranks in this process. Returns the reference weights and the cluster's bytes."""
     cluster, model = grace_ext.LocalCluster(grace_ext.grace(g), 2, framework="torch"), make()
     optimizer, parameters = make_optimizer(model), dict(model.named_parameters())
     for step in steps:

@@ -1,4 +1,4 @@
-"""State, bytes and refusals of `ddp_comm_hook`: cases on 2 ranks under torchrun, and `alone` on one."""
+"""Cases of state, bytes and errors of `ddp_comm_hook` on 2 ranks under torchrun, and `alone` on one rank."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from grace_ext.errors import DisagreementError, GraceError, NamesError, Unsuppor
 def case_overlaps_after_the_layout_is_known():
     ddp, _, calls = wrap(Layers())
     train(ddp, layers_loss, range(3))
-    assert calls[0] == (0, True, 0)  # one bucket at the first step, which starts nothing before the agreement
-    assert [under_way for _, _, under_way in calls[1:9]] == [0] * 8  # rebuilt; the end of the step sets it back to 0
+    assert calls[0] == (0, True, 0)  # the first step has one bucket, and starts nothing before the agreement
+    assert [under_way for _, _, under_way in calls[1:9]] == [0] * 8  # the buckets are rebuilt; the end of the step resets the count to 0
     assert [under_way for _, _, under_way in calls[9:]] == [1, 2, 3, 4, 5, 6, 7, 0]
 
 
 def case_overlaps_with_tensors_of_all_sizes_in_a_bucket():
     torch.manual_seed(3)
     pairs = [(torch.nn.LayerNorm(200, bias=False), torch.nn.Linear(200, 200, bias=False)) for _ in range(3)]  # 800 and 160,000 bytes
-    model = torch.nn.Sequential(*[layer for pair in pairs for layer in pair])  # the large one's gradient is there first
+    model = torch.nn.Sequential(*[layer for pair in pairs for layer in pair])  # the gradient of the large tensor is ready first
     ddp, state, calls = wrap(model, bucket_cap_mb=160_400 / 2**20)
     train(ddp, lambda model, rank, step: model(torch.full((4, 200), 0.1 * (rank + step + 1))).square().mean(), range(3))
     assert {len(bucket.names) for bucket in state._made.driver.buckets} == {2}
@@ -185,7 +185,7 @@ def case_agreement_between_steps():
 
 
 def case_ranks_with_different_bucket_sizes():
-    """Where DDP rebuilds its buckets, all ranks get rank 0's; where it keeps the first ones, the agreement of the first step raises."""
+    """If DDP rebuilds its buckets, all ranks get those of rank 0; if it keeps the first ones, the agreement of the first step raises."""
     expected, _ = in_cluster(Layers, layers_loss, range(4))
     for caps, last in (((EACH_ALONE, 25), 7), ((25, EACH_ALONE), 0)):
         for options in ({}, {"static_graph": True}, {"static_graph": True, "find_unused_parameters": True}):
@@ -198,7 +198,7 @@ def case_ranks_with_different_bucket_sizes():
 
 
 def alone():
-    """One rank: no compression unless it is asked for."""
+    """One rank does not compress unless simulate=True."""
     weights = {}
     for simulate in (False, True):
         ddp, state, _ = wrap(Layers(), "signsgd + none", simulate=simulate)

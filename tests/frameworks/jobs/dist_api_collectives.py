@@ -1,4 +1,4 @@
-"""The checks of dist_api_job.py that are about collectives, for two ranks: each is called with this rank."""
+"""Checks of collectives for dist_api_job.py on two ranks; each is called with the number of this rank."""
 
 import warnings
 
@@ -11,7 +11,7 @@ t = torch.tensor
 
 
 def same(got, want):
-    """Equal values, shape and dtype."""
+    """Asserts equal values, shape and dtype."""
     assert got.dtype == want.dtype and torch.equal(got, want), f"rank {hvd.rank()}: got {got}, want {want}"
 
 
@@ -40,11 +40,11 @@ def check_allreduce(r):
 
 
 def check_types(r):
-    same(hvd.allreduce(t([1, -2, 4]) + t([0, -1, 1]) * r), t([1, -2, 4]))  # halves are cut toward zero
+    same(hvd.allreduce(t([1, -2, 4]) + t([0, -1, 1]) * r), t([1, -2, 4]))  # means of integers are truncated toward zero
     same(hvd.allreduce(t([1, 2], dtype=torch.int32) + r, op=hvd.Sum, prescale_factor=1.5), t([4, 7], dtype=torch.int32))
     same(hvd.allreduce(t([200, 3], dtype=torch.uint8)), t([200, 3], dtype=torch.uint8))
     same(hvd.allreduce(t([r == 1, False]), op=hvd.Sum), t([True, False]))
-    # 2048 + 1 is no float16: rounded before it is scaled, this would give 2048 / 2049
+    # 2049 is not representable in float16: rounded before scaling, this would give 2048 / 2049
     same(hvd.allreduce(t([2048.0 if r else 1.0]).half(), op=hvd.Sum, postscale_factor=1 / 2049), t([1.0]).half())
     same(hvd.allreduce(t([60000.0]).half()), t([60000.0]).half())  # the sum overflows float16
     same(hvd.allreduce(t([1.0 + r]).bfloat16()), t([1.5]).bfloat16())
@@ -175,13 +175,13 @@ def gradient_of(function, start, weight):
 
 
 def check_gradients(r):
-    """The factors are those of Horovod 0.28: a reduction's gradient is reduced the same way, what is only moved is averaged."""
-    w = 1.0 + 2 * r  # 1 and 3
+    """Gradients are as in Horovod 0.28: that of a reduction is reduced in the same way; that of a pure movement of data is averaged."""
+    w = 1.0 + 2 * r  # 1 on rank 0, 3 on rank 1
     same(gradient_of(lambda x: hvd.allreduce(x), [1.0, 2.0], w), t([2.0, 2.0]))
     same(gradient_of(lambda x: hvd.allreduce(x, op=hvd.Sum, prescale_factor=2.0), [1.0], w), t([8.0]))
     same(gradient_of(lambda x: hvd.allreduce(x, compression=hvd.Compression.fp16), [1.0], w), t([2.0]))
     same(gradient_of(lambda x: torch.cat(hvd.grouped_allreduce([x, x * 2], op=hvd.Sum)), [1.0], w), t([12.0]))
-    rows = t([1.0, 2.0, 3.0]) * w  # averaged over ranks: 2, 4, 6
+    rows = t([1.0, 2.0, 3.0]) * w  # the average over ranks is 2, 4, 6
     same(gradient_of(hvd.allgather, [5.0] * (1 + r), rows), t([2.0] if r == 0 else [4.0, 6.0]))
     same(gradient_of(lambda x: hvd.grouped_allgather([x])[0], [5.0] * (1 + r), rows), t([2.0] if r == 0 else [4.0, 6.0]))
     same(gradient_of(lambda x: hvd.broadcast(x, 1), [1.0], w), t([2.0 * r]))
@@ -192,7 +192,7 @@ def check_gradients(r):
     same(gradient_of(hvd.reducescatter, [1.0, 2.0], w), t([1.0, 3.0]))
     same(gradient_of(lambda x: hvd.reducescatter(x, op=hvd.Sum, postscale_factor=2.0), [1.0, 2.0], w), t([4.0, 12.0]))
     for move, first_wanted, second_wanted in [
-        (lambda x: hvd.allreduce(x, op=hvd.Sum), 24.0, 8.0),  # sum over ranks of (x0 + x1) ** 2, derived by x
+        (lambda x: hvd.allreduce(x, op=hvd.Sum), 24.0, 8.0),  # derivative by x of the sum over ranks of (x0 + x1) ** 2
         (lambda x: hvd.alltoall(hvd.allgather(x)).sum() / 2, 3.0, 0.5),
         (lambda x: hvd.broadcast(x, 1), 6.0 * r, 1.0 * r),
     ]:

@@ -1,4 +1,4 @@
-"""Run by test_dist_api.py on several ranks: `dist_api_job.py MODE` runs every check of that mode and prints `passed MODE`."""
+"""Runs every check of one mode on several ranks, for test_dist_api.py, and prints `passed MODE`.  dist_api_job.py MODE"""
 
 import atexit
 import os
@@ -16,7 +16,7 @@ from grace_ext.errors import UnsupportedError
 
 
 def report(mode):
-    sys.stdout.write(f"passed {mode}\n")  # in one piece: the ranks share a pipe
+    sys.stdout.write(f"passed {mode}\n")  # in one write, because the ranks share a pipe
     sys.stdout.flush()
 
 
@@ -44,7 +44,7 @@ def check_objects(r):
 
 
 class Keeping(torch.optim.SGD):
-    """An optimizer with an entry of its own in its state_dict."""
+    """An optimizer that adds its own entry to its state_dict."""
 
     mine = None
 
@@ -83,7 +83,7 @@ def check_optimizer_state(r):
 
 
 def check_batch_norm(r):
-    """Against ordinary batch normalization of both ranks' batches in one, gradients included."""
+    """Synchronized batch normalization equals ordinary batch normalization of both ranks' joint batch, gradients included."""
     torch.manual_seed(0)
     whole, weight = torch.randn(5, 3, 4).double() * 2 + 3, torch.randn(5, 3, 4).double()
     mine = slice(0, 2) if r == 0 else slice(2, 5)
@@ -109,7 +109,7 @@ def check_batch_norm(r):
     half = whole.half()
     want = torch.nn.functional.batch_norm(half.float(), None, None, training=True)[mine].half()
     torch.testing.assert_close(stateless(half[mine]), want, atol=2e-3, rtol=2e-3)
-    far = whole.float() + 1000  # the mean of squares less the squared mean would be off by percents
+    far = whole.float() + 1000  # here E[x^2] - E[x]^2 would be wrong by percents
     want = torch.nn.functional.batch_norm(far.double(), None, None, training=True)[mine].float()
     torch.testing.assert_close(stateless(far[mine]), want, atol=1e-3, rtol=0)
 
@@ -158,25 +158,25 @@ def check_restart_and_failure(r):
         same(hvd.allreduce(t([1.0 + r])), t([1.5]))
     hvd.barrier()
     if r == 1:
-        time.sleep(0.3)  # rank 0 is waiting in its allreduce by now
+        time.sleep(0.3)  # so that rank 0 already waits in its allreduce
         report("two")
-        os._exit(0)  # a peer that dies
+        os._exit(0)  # this peer dies
     with pytest.raises(hvd.HorovodInternalError):
         for _ in range(100):
             hvd.allreduce(t([1.0]))
 
 
 def two():
-    """Everything, on two ranks of torchrun."""
+    """Runs all checks on two ranks of torchrun."""
     hvd.init()
     r = hvd.rank()
-    checks = {**vars(dist_api_collectives), **globals()}  # the last one ends rank 1
+    checks = {**vars(dist_api_collectives), **globals()}  # the last check ends rank 1
     for check in [value for name, value in checks.items() if name.startswith("check_")]:
         check(r)
 
 
 def three():
-    """Ranks 0 and 1 on one node, as the environment has it, and 2 on another; a process set of some of them."""
+    """Checks ranks 0 and 1 on one node and 2 on another, as the environment says, and a process set of two of them."""
     node, local = [("0", "0"), ("0", "1"), ("1", "0")][int(os.environ["RANK"])]
     os.environ.update(GROUP_RANK=node, LOCAL_RANK=local)
     pair = hvd.ProcessSet([2, 0])
@@ -202,7 +202,7 @@ def three():
 
 
 def existing():
-    """A process group that the script made itself, without torchrun: it is used, and survives shutdown()."""
+    """Checks that a process group that the script made, without torchrun, is used and survives shutdown()."""
     dist.init_process_group("gloo")
     hvd.init()
     assert (hvd.size(), hvd.local_rank(), hvd.local_size(), hvd.cross_size()) == (2, hvd.rank(), 2, 1)
@@ -219,5 +219,5 @@ def finish(mode):
 
 
 if __name__ == "__main__":
-    atexit.register(finish, sys.argv[1])  # before hvd.init() registers its own, so that it runs after that one
+    atexit.register(finish, sys.argv[1])  # registered before hvd.init() registers its handler, so that it runs after that
     globals()[sys.argv[1]]()

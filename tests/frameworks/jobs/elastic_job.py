@@ -1,7 +1,6 @@
-"""Trains under elastic Horovod until there is a file `stop` in the folder. Each process writes what it does to a file of its own.
+"""Trains under elastic Horovod until the folder has a file `stop`. Each process writes a log to its own file.  elastic_job.py FOLDER SPEC
 
-arguments: folder, spec. Lines: 'BEGIN rank size step host', 'STEP rank size step loss time',
-'END rank size digests-of-the-weights'.
+Lines: 'BEGIN rank size step host', 'STEP rank size step loss time', 'END rank size digests-of-the-weights'.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def tell(*words):
 
 hvd.init()
 model = training.make_model()
-if hvd.rank():  # what a new rank starts with must not matter
+if hvd.rank():  # the initial weights of a new rank must not matter
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(hvd.rank())
@@ -40,12 +39,12 @@ optimizer = hvd.DistributedOptimizer(inner, model.named_parameters(), compressio
 
 
 def loss_now(step):
-    """On a fixed few batches, which every rank can learn."""
+    """Returns the loss on one of four fixed batches, which every rank can learn."""
     return training.loss_of(model, hvd.rank() % 3, step % 4)
 
 
 def told_to_stop():
-    """By rank 0's look at the folder, on all ranks."""
+    """Whether the folder has the file `stop`; rank 0 looks, and all ranks get its answer."""
     return hvd.broadcast_object((FOLDER / "stop").exists(), name="stop")
 
 

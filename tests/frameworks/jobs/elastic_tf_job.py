@@ -1,4 +1,4 @@
-"""elastic_job.py for Keras: `fit`, batch by batch, with commits. The same arguments and lines."""
+"""Does the same as elastic_job.py with Keras `fit`, with commits between batches. Arguments and lines are the same."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def tell(*words):
 
 
 hvd.init()
-keras.utils.set_random_seed(7 + hvd.rank())  # what a new rank starts with must not matter
+keras.utils.set_random_seed(7 + hvd.rank())  # the initial weights of a new rank must not matter
 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(1)])
 model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.05, 0.5), compression=grace_ext.grace(SPEC)), "mse", jit_compile=False)
 
 
 class Told(keras.callbacks.Callback):
-    """Counts steps, writes them down, and commits."""
+    """Counts steps, logs them, and commits every fourth."""
 
     def __init__(self, state):
         super().__init__()

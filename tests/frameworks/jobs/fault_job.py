@@ -1,6 +1,6 @@
-"""Exchanges 4 MB a step, dense, which takes most of the time on a slow link, and writes down what happens, until it has made its steps.
+"""Exchanges 4 MB per step, dense, which takes most of the time on a slow link, and logs each step.  fault_job.py HOW FOLDER STEPS
 
-arguments: wrapper | exchange, folder, steps. The file <rank>.txt gets 'PID pid', 'STEP n', and at last 'END digest' or 'ERROR class: text'.
+HOW: wrapper or exchange. The file <rank>.txt gets 'PID pid', 'STEP n' per step, and finally 'END digest' or 'ERROR class: text'.
 """
 
 from __future__ import annotations

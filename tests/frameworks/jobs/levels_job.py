@@ -1,7 +1,7 @@
-"""Exchanges in two levels give what a LocalCluster with the same nodes gives.  levels_job.py {wrapper|mpi} RANKS_PER_NODE
+"""Cases of two-level exchanges, compared with a LocalCluster with the same nodes.  levels_job.py {wrapper|mpi} RANKS_PER_NODE
 
-wrapper: the transport that the torch wrapper would use under this launcher, and a training with it; mpi: mpi4py's. Nodes are pretended,
-by GRACE_EXT_NODE. Prints 'CASE name ok' for each case that holds on all ranks.
+wrapper: uses the transport of the torch wrapper under this launcher, and trains with it; mpi: uses that of mpi4py. GRACE_EXT_NODE
+simulates nodes. Prints 'CASE name ok' for each case that holds on all ranks.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def gradients(rank, step):
 
 
 def driver_for(transport, spec):
-    """Several buckets, of unlike numbers of rounds."""
+    """Returns a driver with several buckets, which may have different numbers of rounds."""
     driver = Driver(grace_ext.grace(spec), transport.ops, transport, bucket_bytes=3000)
     driver.register([TensorSpec(name, dims, "float64" if name == WIDE else "float32") for name, dims in SHAPES.items()])
     return driver
 
 
 def step(driver, transport, given):
-    """One step: gradients arrive in parameter order on even ranks, backwards on odd ones."""
+    """Makes one step: gradients arrive in parameter order on odd ranks, in reverse order on even ranks."""
     handles, ops = {}, transport.ops
     order = list(SHAPES) if transport.rank % 2 else list(reversed(SHAPES))
     for name in order:
@@ -75,13 +75,13 @@ def case_equals_local_cluster(transport):
             assert driver.wire_bytes > 0
             for name, want in expected.items():
                 assert got[name].shape == want.shape and got[name].dtype == want.dtype, (spec, name)
-                if want.size:  # more than two ranks of a node may be added in another order
+                if want.size:  # engines may add more than two ranks of a node in another order
                     allowed = max(tolerance, 1e-6 if PER_NODE > 2 else 0) * np.abs(want).max()
                     assert np.abs(got[name] - want).max() <= allowed, (spec, number, name)
 
 
 def case_not_finite(transport):
-    """One rank has a NaN: all get NaN, and none changes its memory."""
+    """If one rank has a NaN, all ranks get NaN, and no state changes."""
     driver = driver_for(transport, "topk(ratio=0.1) + residual @ hierarchical")
     for number in range(3):
         given = gradients(transport.rank, number)
@@ -115,12 +115,12 @@ def case_training(transport):
 
 
 def case_part_of_the_job_is_refused(transport):
-    if MODE == "mpi":  # whose communicators can be split as they are
+    if MODE == "mpi":  # any MPI communicator can be split into nodes
         return
     import grace_ext.frameworks.torch as hvd
     from grace_ext.frameworks.torch import engine
 
-    some = hvd.add_process_set([1, transport.size - 1])  # none of the sets that the other cases made
+    some = hvd.add_process_set([1, transport.size - 1])  # not a set that other cases have made
     if transport.rank in some.ranks:
         part = engine.transport(transport.ops, some)
         os.environ["GRACE_EXT_NODE"] = "same"

@@ -1,6 +1,6 @@
-"""'hierarchical' in TensorFlow's graphs gives what a LocalCluster with the same nodes gives.  levels_tf_job.py RANKS_PER_NODE
+"""Cases of 'hierarchical' in TensorFlow's graphs, compared with a LocalCluster with the same nodes.  levels_tf_job.py RANKS_PER_NODE
 
-Nodes are pretended, by GRACE_EXT_NODE. Prints 'CASE name ok' for each case that holds on all ranks.
+GRACE_EXT_NODE simulates nodes. Prints 'CASE name ok' for each case that holds on all ranks.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def case_tape_in_eager_code_and_in_graphs():
 
 
 def case_not_finite():
-    """One rank has a NaN: all get NaN, and none changes its memory."""
+    """If one rank has a NaN, all ranks get NaN, and no state changes."""
     variables = problem.tf_variables()
     optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(TOPK))
     optimizer.build(variables)

@@ -1,4 +1,4 @@
-"""Cases of LocalSGD for torch on 2 ranks, under whatever launcher started this file. Prints 'CASE name ok' for each that holds on all."""
+"""Cases of LocalSGD for torch on 2 ranks, under any launcher. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def case_resume():
 
 
 def case_asynchronous_messages_are_applied_once():
-    """Nothing is compressed, so the model is where all drifts, over R, take it; ranks have schedules and speeds of their own."""
+    """Without compression, the model is the start less the sum of all drifts over R, although ranks have different schedules and speeds."""
     model = training.make_model()
     start, own = training.weights_of(model), {}
     optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), every=2 + hvd.rank(), asynchronous=True)
@@ -125,13 +125,13 @@ def case_asynchronous_and_compressed():
     optimizer.sync()
     assert same_on_all_ranks(model)
     assert optimizer.state_dict()["grace_ext"]["model"]["step"] == 9 + 3 * hvd.rank()
-    run(hvd, model, optimizer, range(20, 24))  # and on
+    run(hvd, model, optimizer, range(20, 24))  # training can continue
     optimizer.sync()
     assert same_on_all_ranks(model)
 
 
 def case_nobody_waits_for_a_slow_rank():
-    """Rank 1 sleeps at each of its 6 steps; rank 0 has made its 18 long before. Synchronous, it would have had to wait."""
+    """Rank 1 sleeps in each of its 6 steps; asynchronously, rank 0 finishes 18 steps long before it; synchronously, it must wait."""
     ends = {}
     for asynchronous in (True, False):
         model = training.make_model()
@@ -156,7 +156,7 @@ def case_a_rank_that_is_ahead_waits():
         ends.append(time.time())
     optimizer.sync()
     fast, slow = hvd.allgather_object(ends)
-    assert all(fast[step] > slow[step - 2] - 0.05 for step in range(3, 6)), (fast, slow)  # step 6 is 2 ahead of step 4
+    assert all(fast[step] > slow[step - 2] - 0.05 for step in range(3, 6)), (fast, slow)  # step 6 waits for step 4
     assert fast[1] < slow[1]
 
 
@@ -172,7 +172,7 @@ def case_a_rank_that_does_not_come_in_time():
 
 
 def case_cser_ends_after_as_many_steps_on_all_ranks():
-    """One rank exchanges gradients and the other, in sync(), models, both after 5 steps: told before any collective is started."""
+    """After 5 steps, one rank exchanges gradients and the other, in sync(), models: both get an error before any collective starts."""
     spec = "topk(ratio=0.1) + cser(reset_period=4)"
     model, optimizer = train(hvd, spec, 5, timeout=20.0)
     last = optimizer.sync if hvd.rank() else lambda: run(hvd, model, optimizer, range(5, 6))
@@ -210,7 +210,7 @@ def case_parameters_that_train_later_are_refused():
 
 
 def case_a_state_without_ours_starts_anew():
-    """From the weights that are loaded with it, not from an older master copy."""
+    """After loading a state without ours, training starts from the current weights, not from an older master copy."""
     model, optimizer = train(hvd, QSPARSE, 6, every=3)
     plain = {key: value for key, value in optimizer.state_dict().items() if key != "grace_ext"}
     with torch.no_grad():
@@ -238,7 +238,7 @@ def case_disagreement():
     model[0].weight.data += hvd.rank()
     optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), every=2)
     raises(DisagreementError, "broadcast_parameters", lambda: run(hvd, model, optimizer, range(1)))
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # and once more
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # then it can start again
     run(hvd, model, optimizer, range(2))
     assert same_on_all_ranks(model)
 

@@ -1,4 +1,4 @@
-"""A rank leaves in the middle of LocalSGD's schedule: what do the others say, and when?
+"""Lets a rank leave in the middle of LocalSGD's schedule, to see which error the others get, and when.
 
 local_leave_job.py torch | tensorflow | mpi   synchronous | asynchronous   LEAVER
 
@@ -67,4 +67,4 @@ try:
         time.sleep(0.02)
 except Exception as error:
     print(f"TOLD {rank} {time.monotonic() - begun:.2f} {type(error).__name__} {' '.join(str(error).split())}", flush=True)
-os._exit(0)  # the engine may wait for the one that left
+os._exit(0)  # because a normal exit of the engine may wait for the rank that left

@@ -1,4 +1,4 @@
-"""Cases of gnp.LocalSGD over MPI. Prints 'CASE name ok' for each that holds on all ranks."""
+"""Cases of gnp.LocalSGD over MPI. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QSPARSE = "topk(ratio=0.2) > qsgd(bits=4) + residual"
 
 
 class Engine:
-    """What run_cases needs of one."""
+    """Provides the functions of an engine that run_cases needs."""
 
     @staticmethod
     def allgather_object(value):
@@ -57,7 +57,7 @@ def case_the_clusters_bits():
     ):
         weights, local = train(spec, range(10), **options)
         models, _ = problem.in_cluster(spec, COMM.size, 10, dtype=np.float32, **options)
-        if spec == "none" or "schedule" in options:  # MPI adds three numbers in an order of its own
+        if spec == "none" or "schedule" in options:  # MPI adds three numbers in its own order
             assert all(np.allclose(weights[n], models[COMM.rank][n], atol=1e-6) for n in weights), (spec, options)
         else:
             assert_same(weights, models[COMM.rank])
@@ -76,7 +76,7 @@ def case_resume():
     straight, _ = train(QSPARSE, range(9), every=3, outer_lr=0.7, outer_momentum=0.9)
     weights, local = train(QSPARSE, range(4), every=3, outer_lr=0.7, outer_momentum=0.9)
     saved = local.state_dict()
-    # Ranks start apart, from where they were saved.
+    # Ranks start with different models, as they were saved.
     again = gnp.LocalSGD(QSPARSE, COMM, every=3, outer_lr=0.7, outer_momentum=0.9)
     again.load_state_dict(saved)
     weights, _ = train(QSPARSE, range(4, 9), again, weights)

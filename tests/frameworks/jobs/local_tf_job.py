@@ -1,4 +1,4 @@
-"""Cases of LocalSGD for Keras 3 on 2 ranks. Prints 'CASE name ok' for each that holds on all of them."""
+"""Cases of LocalSGD for Keras 3 on 2 ranks. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def case_the_clusters_models():
             variables, optimizer = trained(spec, range(8), graph, **options)
             expected = in_cluster(spec, range(8), [v.path for v in variables], **options)
             for got, want in zip(values(variables), expected, strict=True):
-                # A model's own step is rounded once more or less by Keras's optimizer; the exchange is the same.
+                # Keras's optimizer rounds its own step once more or once less; the exchange is the same.
                 assert np.abs(got - want).max() <= 2e-6, (spec, options, np.abs(got - want).max())
             optimizer.sync()
             assert same_on_all_ranks(values(variables)), (spec, options)
@@ -94,7 +94,7 @@ def case_bytes_are_sent_when_it_is_due():
 
 
 def tiny_model():
-    keras.utils.set_random_seed(1 + hvd.rank())  # ranks start apart; the callback must bring them together
+    keras.utils.set_random_seed(1 + hvd.rank())  # ranks start with different models; the callback must make them equal
     layers = keras.layers
     return keras.Sequential([layers.Input((6,)), layers.Dense(16), layers.BatchNormalization(), layers.ReLU(), layers.Dense(3)])
 
@@ -109,7 +109,7 @@ def fit(model, optimizer, callbacks=(), **options):
 
 
 def case_fit():
-    """Six batches an epoch: 24 steps, a synchronization after every fifth."""
+    """`fit` makes 24 steps, six per epoch, and synchronizes after every fifth."""
     for asynchronous in (False, True):
         model = tiny_model()
         optimizer = hvd.LocalSGD(keras.optimizers.SGD(0.1, momentum=0.9), QSPARSE, every=5, asynchronous=asynchronous)

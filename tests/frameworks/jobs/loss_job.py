@@ -1,10 +1,10 @@
-"""Prints the loss of every step of the small training, or the time of an all-reduce.
+"""Prints the loss of every step of a small training, or the time of an all-reduce.
 
 loss_job.py torch | tensorflow | exchange | time BYTES
 
-    LOSS spec step loss      the mean over ranks, all digits (float.hex), for each of SPECS; by a wrapper, over this launcher's engine,
-                             or by Exchange over mpi4py
-    SECONDS s                the median all-reduce of that many bytes
+    LOSS spec step loss      mean over ranks with all digits (float.hex), for each of SPECS; trained by a wrapper over this launcher's
+                             engine, or by Exchange over mpi4py
+    SECONDS s                median time of an all-reduce of BYTES bytes
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import grace_ext
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-# Gathered payloads, and a sum of two ranks: both give the same bits whatever the network.
+# Gathered payloads, and sums of two ranks, give the same bits on any network.
 SPECS = ("none", "topk(ratio=0.05) + residual", "qsgd(bits=4)")
-Curves = Callable[[str], list[list[float]] | None]  # every rank's losses; None on ranks other than the first
+Curves = Callable[[str], list[list[float]] | None]  # every rank's losses on rank 0; None on other ranks
 
 
 def by_wrapper(hvd: Any, training: Any) -> Curves:

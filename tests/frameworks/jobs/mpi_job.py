@@ -1,4 +1,4 @@
-"""The numpy Exchange over MPI gives what a LocalCluster of as many ranks gives.  mpi_job.py SPEC...  (plain python: one rank)
+"""Cases of the numpy Exchange over MPI, compared with a LocalCluster of as many ranks.  mpi_job.py SPEC...  (plain python: one rank)
 
 Prints 'CASE name ok' for each case that holds on all ranks.
 """
@@ -31,7 +31,7 @@ from cases import assert_same, raises, run_cases  # isort: skip
 
 
 def compare(spec, bucket_bytes=None, steps=3):
-    """Every spec's reference is computed by one of the ranks."""
+    """Compares an Exchange with a LocalCluster, which only one rank computes, chosen by the spec."""
     got, bytes_sent = [], []
     with exchange(spec) as ours:
         if bucket_bytes:
@@ -50,7 +50,7 @@ def compare(spec, bucket_bytes=None, steps=3):
         driver.bucket_bytes = bucket_bytes
     for step in range(steps):
         expected = cluster.step(everyones(step), lr=0.1)
-        if "allreduce" not in g.communicator.name:  # which sum what is sent dense, in an order of MPI's own
+        if "allreduce" not in g.communicator.name:  # these sum in MPI's own order
             assert_same(got[step], expected)
         try:
             assert_close(got[step], expected, 1e-6)
@@ -72,7 +72,7 @@ def case_many_buckets():
 
 def case_halves_are_summed_in_float32():
     with exchange("none") as ours:
-        # 2048 + 1 + 1 + 1 is 2048 in float16 at every addition, and 4 x 60000 overflows.
+        # In float16, 2048 + 1 is 2048 at every addition, and 4 x 60000 overflows.
         x = np.array([2048 if RANK == 0 else 1, 60000], np.float16)
         total = 2048 + SIZE - 1
         assert ours.step({"x": x})["x"].tolist() == [float(np.float16(total / SIZE)), float(np.float16(60000))]
@@ -82,18 +82,18 @@ def case_halves_are_summed_in_float32():
 
 def case_sum():
     for spec in ("none", TOPK, "fp16"):
-        with exchange(spec) as mean, exchange(spec, op="sum") as total:  # two at the same time
+        with exchange(spec) as mean, exchange(spec, op="sum") as total:  # two exchanges at the same time
             one, other = mean.step(gradients(RANK, 0)), total.step(gradients(RANK, 0))
         assert_close({name: x / np.asarray(SIZE, x.dtype) for name, x in other.items()}, one, 1e-6 if spec != "fp16" else 1e-3)
 
 
 def case_gathers_beyond_what_mpi_counts():
-    with mock.patch("grace_ext.frameworks.numpy.mpi.LIMIT", 4000):  # one rank's message fits, those of all do not
+    with mock.patch("grace_ext.frameworks.numpy.mpi.LIMIT", 4000):  # one rank's message is below the limit, those of all ranks are not
         compare(TOPK)
         with exchange() as ours:
             data = np.full(1000 + RANK, RANK, np.uint8)
             handle = ours._transport.start(Collective("allgather", data, "test", sizes=tuple(1000 + rank for rank in range(SIZE))), "test")
-            assert len(handle[-1]) == (SIZE if SIZE > 3 else 1)  # a broadcast from every rank, or one gather
+            assert len(handle[-1]) == (SIZE if SIZE > 3 else 1)  # one broadcast per rank, or one gather
             assert [(len(x), set(x.tolist())) for x in ours._transport.wait(handle)] == [(1000 + rank, {rank}) for rank in range(SIZE)]
     with mock.patch("grace_ext.frameworks.numpy.mpi.LIMIT", 1000), exchange("none") as ours:
         raises(UnsupportedError, "split it", lambda: ours.step(gradients(RANK, 0)))
@@ -111,7 +111,7 @@ def case_sub_communicator_and_foreign_traffic():
             foreign()
         got = ours.step(gradients(half.rank, 0))
         if half.rank > 0:
-            foreign()  # on another side of the exchange than rank 0's
+            foreign()  # after the exchange, but on rank 0 before it
         again = ours.step(gradients(half.rank, 1))
     pending[0].Wait()
     cluster = grace_ext.LocalCluster(grace_ext.grace(TOPK), half.size)
@@ -122,7 +122,7 @@ def case_sub_communicator_and_foreign_traffic():
 
 
 def case_not_finite():
-    """One rank has a NaN at step 1: all get NaN, none changes its memory, step 2 goes on from there."""
+    """If one rank has a NaN in step 1, all ranks get NaN, no state changes, and step 2 continues from there."""
     for spec in (TOPK, "none", "powersgd(rank=2) + residual", "threshold(threshold=0.5) + residual"):
         cluster = grace_ext.LocalCluster(grace_ext.grace(spec), SIZE)
         with exchange(spec) as ours:

@@ -1,4 +1,4 @@
-"""What mpi_job.py and mpi_use_job.py share: gradients by rank and step, and comparisons."""
+"""Code that mpi_job.py and mpi_use_job.py share: gradients by rank and step, and comparisons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-import grace_ext.frameworks.numpy as gnp  # before mpi4py: plain python could not start MPI otherwise
+import grace_ext.frameworks.numpy as gnp  # before mpi4py, because otherwise plain python cannot start MPI
 
 from mpi4py import MPI  # isort: skip
 
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 class Ranks:
-    """What run_cases asks of Horovod."""
+    """Provides the functions of Horovod that run_cases needs."""
 
     rank = staticmethod(lambda: RANK)
     allgather_object = staticmethod(WORLD.allgather)
@@ -49,8 +49,8 @@ def exchange(spec=TOPK, comm=None, **options):
 
 
 def assert_close(got, expected, tolerance):
-    """Same shapes and dtypes, and within this part of each array's largest magnitude (a last bit of narrower results, which are rounded
-    from the sums)."""
+    """Asserts equal shapes and dtypes, and errors of at most `tolerance` times each array's largest magnitude (for 16-bit results, one last
+    bit, because they are rounded from the sums)."""
     for name, want in expected.items():
         assert (got[name].shape, got[name].dtype) == (want.shape, want.dtype), name
         if want.size:

@@ -1,4 +1,4 @@
-"""Use and misuse of the numpy Exchange over MPI: arguments, disagreement, errors, state, closing.  mpi_use_job.py [die [suddenly]]
+"""Cases of use and misuse of the numpy Exchange over MPI: arguments, disagreement, errors, state.  mpi_use_job.py [die [suddenly]]
 
 Prints 'CASE name ok' for each case that holds on all ranks.
 """
@@ -31,7 +31,7 @@ from mpi4py import MPI  # isort: skip
 
 
 def case_disagreement():
-    """Raises on all ranks; the same Exchange can then be used rightly."""
+    """Disagreement raises on all ranks; the same Exchange can then be used correctly."""
     other = RANK == SIZE - 1 and SIZE > 1
     if SIZE == 1:
         return
@@ -63,7 +63,7 @@ def case_agreement_between_steps():
 
 
 def case_metrics():
-    """On every rank, with a probe of the network before the first step; a single rank has none."""
+    """Metrics work on every rank; they probe the network before the first step, unless there is a single rank."""
     with exchange() as plain, exchange() as ours:
         metrics = ours.measure(every=2)
         for step in range(4):
@@ -71,7 +71,7 @@ def case_metrics():
         report = ours.metrics()
         assert (report["step"], report["rank"], report["size"], report["measured_at"]) == (3, RANK, SIZE, 2)
         assert report["total"]["bytes"] == ours.wire_bytes == plain.wire_bytes and report["total"]["relative_error"] > 0
-        assert (metrics._recorders[0].advice._network is None) == (SIZE == 1) and plain.metrics() == {}
+        assert (metrics._recorders[0]._network is None) == (SIZE == 1) and plain.metrics() == {}
 
 
 def case_names_and_dtypes():
@@ -109,7 +109,7 @@ def case_resume():
 
 
 def case_nothing_is_shared():
-    """Neither the caller's arrays nor earlier results change, whatever is done to the others."""
+    """The caller's arrays and all results are separate: writing to one changes no other."""
     with exchange("none") as ours:
         inputs = gradients(RANK, 0)
         first = ours.step(inputs)
@@ -124,7 +124,7 @@ def case_nothing_is_shared():
 
 
 def case_bad_payload():
-    """Every rank is told which one sent it; this Exchange then refuses to go on, and keeps its last state."""
+    """After a bad payload, every rank gets an error that names its sender; the Exchange then raises in every step and keeps its state."""
     with exchange() as ours:
         ours.step(gradients(RANK, 0))
         state = ours.state_dict()
@@ -145,7 +145,7 @@ def case_closed():
     ours.close()
     ours.close()
     raises(GraceError, "is closed", lambda: ours.step(gradients(RANK, 0)))
-    assert ours._transport.comm == MPI.COMM_NULL  # given back
+    assert ours._transport.comm == MPI.COMM_NULL  # the communicator was freed
     raises(ZeroDivisionError, "", leave_by_error)
 
 
@@ -170,7 +170,7 @@ def case_one_rank():
             assert [ours.wire_bytes] == cluster.wire_bytes
 
 
-if "die" in ARGUMENTS:  # rank 1 dies, or fails, in the middle of the job, and the others wait for it
+if "die" in ARGUMENTS:  # rank 1 dies, or raises, in the middle of the job, while the others wait for it
     with exchange() as ours:
         ours.step(gradients(RANK, 0))
         if RANK == 1:

@@ -1,4 +1,4 @@
-"""A wrapper under an MPI launcher: Horovod's collectives go over MPI, and train a LocalCluster's weights.
+"""Cases of a wrapper under an MPI launcher: Horovod's collectives use MPI, and training gives the weights of a LocalCluster.
 
 mpi_wrapper_job.py torch | tensorflow
 """

@@ -1,4 +1,4 @@
-"""Trains with every spec on this launcher's ranks, and lets rank 0 write the weights.  parity_job.py {wrapper|bind|plain} OUT.npz"""
+"""Trains with every spec on this launcher's ranks; rank 0 writes the weights.  parity_job.py {wrapper|bind|plain} OUT.npz"""
 
 from __future__ import annotations
 

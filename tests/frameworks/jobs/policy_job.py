@@ -1,4 +1,4 @@
-"""Policies in torch on 2 ranks, by the wrapper, by unmodified Horovod and by DDP. Prints 'CASE name ok' for each case that holds."""
+"""Cases of policies in torch on 2 ranks, with the wrapper and with unmodified Horovod. Prints 'CASE name ok' for each case that holds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def case_unmodified_horovod():
 
 
 def case_checkpoint_in_the_middle_of_a_schedule():
-    """Saved and loaded as files, weights, momentum, memory and policy."""
+    """A checkpoint within a schedule restores weights, momentum, memory and policy from a file."""
     for spec in policies.SPECS:
         model, optimizer = wrapped(spec)
         train(model, optimizer, range(5))
@@ -60,7 +60,7 @@ def case_checkpoint_in_the_middle_of_a_schedule():
 
 
 def case_ranks_at_other_places_of_the_schedule_are_told_apart():
-    """One rank resumes from another step: found at the agreement, on all ranks alike."""
+    """If one rank resumes from another step, the agreement raises on all ranks."""
     spec = "warmup(steps=3, then=topk(ratio=0.1) + residual)"
     model, optimizer = wrapped(spec)
     train(model, optimizer, range(3))

@@ -1,7 +1,7 @@
-"""Trains 12 steps under torchrun with a checkpoint after each 4th, and prints 'WEIGHTS digest restarts' at the end.
+"""Trains 12 steps under torchrun with a checkpoint after every 4th, and prints 'WEIGHTS digest restarts' at the end.
 
-arguments: folder, spec [, 'die']: in the first life, rank 1 kills itself in the 7th step, after its backward pass. torchrun then starts all
-ranks again (--max-restarts), and they go on from the last checkpoint.
+Arguments: FOLDER SPEC [die]. With `die`, rank 1 of the first start kills itself in the 7th step, after its backward pass. torchrun then
+starts all ranks again (--max-restarts), and they continue from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESTARTS = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
 def save(step):
-    """The model by rank 0, the memory by all ranks; then the name of the folder, which makes it the last checkpoint."""
+    """Saves the model on rank 0 and the memory on all ranks; then writes the step to `last`, which makes this the last checkpoint."""
     folder = FOLDER / f"step-{step}"
     folder.mkdir(exist_ok=True)
     if hvd.rank() == 0:
@@ -37,7 +37,7 @@ def save(step):
 
 
 def load():
-    """The step to go on from."""
+    """Loads the last checkpoint, if any. Returns the step to continue from."""
     if not (FOLDER / "last").exists():
         return 0
     step = int((FOLDER / "last").read_text())

@@ -1,4 +1,4 @@
-"""Resuming with an Exchange over MPI. See resume_steps.py; KIND is mpi:<spec>."""
+"""Resumes training with an Exchange over MPI. See resume_steps.py; KIND is mpi:<spec>."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = {"a": (40,), "matrix": (24, 18), "empty": (0, 3), "scalar": ()}
 
 
 class Job:
-    """Descent on a quadratic function of each rank's own, with noise."""
+    """Descends on a quadratic function, different on each rank, with noise."""
 
     def __init__(self, kind: str):
         self.holder = gnp.Exchange(steps.SPECS[kind.split(":")[1]])

@@ -1,8 +1,8 @@
-"""What the resume jobs share:  <job>.py {first|second} FOLDER KIND...
+"""Code that the resume jobs share.  <job>.py {first|second} FOLDER KIND...
 
-first: of every kind trains 10 steps, and with a new object 5, which are saved to FOLDER/<kind>. second: loads those, saves at once to
-FOLDER/<kind>.loaded.<size>, and trains on to 10. Both write FOLDER/<what>-<rank>-of-<size>.json: by kind the digest of this rank's model
-at the end.
+For each kind, `first` trains 10 steps; then it trains a new object for 5 steps and saves it to FOLDER/<kind>. `second` loads that, saves
+it at once to FOLDER/<kind>.loaded.<size>, and trains to step 10. Both write FOLDER/<what>-<rank>-of-<size>.json, with the digest of this
+rank's final model by kind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import grace_ext  # noqa: E402
 
 STEPS, AT = 10, 5
-#: Parts of every sort: a residual, a shared Q, an estimate with its mean, shards of a residual, a momentum and a learning rate.
+#: Parts with different kinds of state: a residual, a shared Q, an estimate with its mean, shards of a residual, and a policy.
 SPECS = {
     "topk": "topk(ratio=0.05) + residual",
     "powersgd": "powersgd(rank=2) + residual",
@@ -39,8 +39,8 @@ def digest(arrays: Mapping[str, Any]) -> str:
 
 
 def run(make: Callable[[str], Any], rank: int, size: int) -> None:
-    """make(kind): an object with `holder` (for grace_ext), `step(i)`, `arrays()`, and `save(path)` and `load(path)` of what is the user's
-    own to save."""
+    """Runs all kinds. make(kind) returns an object with `holder` (for grace_ext), `step(i)`, `arrays()`, and `save(path)` and `load(path)`
+    for what users save themselves."""
     what, folder, kinds = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     warnings.simplefilter("ignore")
     said = {}
@@ -55,7 +55,7 @@ def run(make: Callable[[str], Any], rank: int, size: int) -> None:
         else:
             job = make(kind)
             job.load(folder / f"{kind}.rank{rank if Path(folder / f'{kind}.rank{rank}').exists() else 0}")
-            if not kind.startswith("checkpoint"):  # tf.train.Checkpoint has the memory in it
+            if not kind.startswith("checkpoint"):  # tf.train.Checkpoint contains the memory
                 assert grace_ext.load(job.holder, here) == AT
             grace_ext.save(job.holder, folder / f"{kind}.loaded.{size}")
             said[kind] = after(job, AT, STEPS)

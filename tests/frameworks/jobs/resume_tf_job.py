@@ -1,4 +1,4 @@
-"""Resuming with TensorFlow: the Keras optimizer by grace_ext.save and by tf.train.Checkpoint, the tape, bind, LocalSGD. See
+"""Resumes training with TensorFlow: the Keras optimizer by grace_ext.save and by tf.train.Checkpoint, the tape, bind, LocalSGD. See
 resume_steps.py; KIND is <api>:<spec>."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resuming with torch: the wrapper, bind with unmodified Horovod, the DDP hook, LocalSGD. See resume_steps.py; KIND is <api>:<spec>."""
+"""Resumes with torch: the wrapper, bind with unmodified Horovod, the DDP hook, LocalSGD. See resume_steps.py; KIND is <api>:<spec>."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Job:
             import horovod.torch as plain_hvd
 
             self.holder = g.bind(self.model.named_parameters(), optimizer=self.plain)
-            # Horovod's optimizer has a state of its own; ours shares that of the optimizer it was given.
+            # Horovod's optimizer has its own state; ours shares the state of the optimizer that it wraps.
             self.plain = self.optimizer = plain_hvd.DistributedOptimizer(
                 self.plain, self.model.named_parameters(), compression=self.holder
             )

@@ -1,7 +1,7 @@
 """Trains three steps with each of these specs, and compares with a LocalCluster.  shelf_job.py torch|keras SPEC ...
 
-Prints 'SHELF spec ok' for each that gives the same weights on all ranks, which are the cluster's: the same bits where payloads are gathered
-(torch), else to 1e-5 of the largest.
+Prints 'SHELF spec ok' for each spec with the same weights on all ranks that also match the cluster's: with the same bits if payloads are
+gathered (torch), otherwise to 1e-5 of the largest.
 """
 
 from __future__ import annotations

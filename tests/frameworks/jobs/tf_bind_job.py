@@ -1,4 +1,4 @@
-"""Cases of `g.bind(variables)` with the unmodified horovod.tensorflow, on 2 ranks."""
+"""Cases of `g.bind(variables)` with unmodified horovod.tensorflow on 2 ranks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def case_graph():
 
 
 def case_metrics():
-    """Each variable has an exchange of its own; a report is of all of them."""
+    """Each variable has its own exchange; a report covers all of them."""
     variables, lines = problem.tf_variables(), []
     bound = grace_ext.grace(TOPK).bind(variables)
     bound.measure(every=2, sinks=[lines.append])
@@ -75,7 +75,7 @@ def case_state_is_committed_by_step():
     def gradients(scale):
         with tf.GradientTape() as tape:
             loss = problem.loss_of(variables, hvd.rank(), 1)
-            loss = loss + scale * tf.reduce_sum(variables[1])  # an infinite scale hits one variable's gradient only
+            loss = loss + scale * tf.reduce_sum(variables[1])  # an infinite scale affects the gradient of one variable only
         return hvd.DistributedGradientTape(tape, compression=bound).gradient(loss, variables)
 
     gradients(0.0)
@@ -102,7 +102,7 @@ def case_keras_3_variables_are_refused():
 def case_disagreement():
     variables = problem.tf_variables()
     bound = grace_ext.grace([TOPK, "qsgd"][hvd.rank()]).bind(variables)
-    # TensorFlow wraps what user code raises while it is traced in an error of its own, with the same text.
+    # TensorFlow wraps errors of traced user code in its own error class, with the same text.
     raises(Exception, "rank 1 uses 'qsgd @ allgather'", lambda: train(variables, bound, graph=True))
 
 

@@ -1,4 +1,4 @@
-"""Cases of many collectives at once and of who owns the results, in graphs on 2 ranks."""
+"""Cases of many simultaneous collectives, and of the ownership of results, in graphs on 2 ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 def case_several_buckets_and_models_in_one_graph():
-    """Many collectives of one kind are under way at once: each variable is a bucket of its own."""
+    """Results are right if many collectives of one kind are under way at once; each variable is its own bucket."""
     models = [[tf.Variable(tf.zeros([4_000_000])) for _ in range(3)] for _ in range(2)]
     graces = [grace_ext.grace("none"), grace_ext.grace("none")]
 
@@ -37,13 +37,13 @@ def case_several_buckets_and_models_in_one_graph():
 
 
 def overwritten(variable, mean):
-    variable.assign(mean)  # takes its memory
+    variable.assign(mean)  # may take over the memory of `mean`
     variable.assign_add(tf.ones_like(variable))
     return variable - 1
 
 
 def exchanges_by(spec, then):
-    """A step: what `then` makes of a variable and the aggregate of a gradient for it that is given."""
+    """Returns a step that exchanges a given gradient of a variable and applies `then` to the variable and the aggregate."""
     g, variable = grace_ext.grace(spec), tf.Variable(tf.zeros([150, 200]), name="v")
 
     @tf.function(autograph=False)
@@ -56,7 +56,7 @@ def exchanges_by(spec, then):
 
 
 def case_results_are_the_users():
-    """What a step gave stays as it is, and may be written to: neither changes what later steps give."""
+    """Results of a step do not change later, and writing to them does not change later results."""
     draws = [np.random.default_rng(seed).standard_normal((150, 200)).astype(np.float32) for seed in range(10)]
     for spec in ("none", TOPK, "topk(ratio=0.1) + ef21", "topk(ratio=0.1) + gradient_compression", "powersgd(rank=2) + residual"):
         cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 2)

@@ -1,4 +1,4 @@
-"""Cases of grace_ext.frameworks.tensorflow on 2 ranks. Prints 'CASE name ok' for each that holds on all of them."""
+"""Cases of grace_ext.frameworks.tensorflow on 2 ranks. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def values(variables):
 
 def assert_close(got, expected, spec):
     for one, other in zip(got, expected, strict=True):
-        # The update itself is rounded once more or once less by different optimizers; the exchange is the same bits.
+        # Optimizers may round their own update once more or once less; the exchange gives the same bits.
         assert np.abs(one - other).max() <= 1e-6, (spec, np.abs(one - other).max())
 
 
@@ -85,7 +85,7 @@ def case_compression_made_anew_is_refused():
 
 
 def tiny_model():
-    keras.utils.set_random_seed(1 + hvd.rank())  # ranks start apart; the callback must bring them together
+    keras.utils.set_random_seed(1 + hvd.rank())  # ranks start with different models; the callback must make them equal
     model = keras.Sequential([keras.layers.Input((6,)), keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(3)])
     return model
 
@@ -121,7 +121,7 @@ def case_fit():
 
 
 def case_metrics_of_fit():
-    """The callback turns them on; logs, lines of JSON and TensorBoard have them; weights are those without."""
+    """The callback turns metrics on; logs, JSON lines and TensorBoard have them; weights are as without metrics."""
     with tempfile.TemporaryDirectory() as folder:
         weights = []
         for options in ({}, {"every": 4, "jsonl": f"{folder}/lines", "tensorboard": folder}):
@@ -152,7 +152,7 @@ def gradients_with(metrics, g, variables):
 
 
 def case_metrics_of_a_tape():
-    """One Metrics serves the tapes of all steps, in eager code and in a graph that is traced once."""
+    """One Metrics object serves the tapes of all steps, in eager code and in a graph that is traced once."""
     for graph in (False, True):
         metrics = Metrics(every=2)
         run = gradients_with(metrics, grace_ext.grace(TOPK), problem.tf_variables())
@@ -172,7 +172,7 @@ def case_plain_horovod_drifts_apart_under_keras_3():
         try:
             fit(model, plain.DistributedOptimizer(keras.optimizers.SGD(0.1)), callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
         except (AttributeError, ValueError, TypeError):
-            return  # it no longer pretends
+            return  # this Horovod raises instead of silently not reducing
     everyone = hvd.allgather(tf.constant(model.get_weights()[0])[None]).numpy()
     assert np.abs(everyone[0] - everyone[1]).max() > 1e-3
 
@@ -238,7 +238,7 @@ def case_saved_models_load_without_us():
 def case_xla():
     raises(UnsupportedError, "jit_compile", lambda: fit(tiny_model(), sgd(TOPK), jit_compile=True))
     model = tiny_model()
-    model._resolve_auto_jit_compile = lambda: True  # what Keras answers where there is a GPU
+    model._resolve_auto_jit_compile = lambda: True  # as Keras answers with a GPU
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, sgd(TOPK), callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])

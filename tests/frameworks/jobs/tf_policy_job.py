@@ -1,4 +1,4 @@
-"""Policies in grace_ext.frameworks.tensorflow on 2 ranks. Prints 'CASE name ok' for each case that holds on all of them."""
+"""Cases of policies in grace_ext.frameworks.tensorflow on 2 ranks. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_as_in_cluster(variables, spec, names):
 
 
 def case_keras_optimizer_in_one_traced_graph():
-    """Every policy, in a function that is traced once."""
+    """Every policy works in a function that is traced once."""
     for spec in policies.SPECS:
         variables = problem.keras_variables()
         optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
@@ -62,7 +62,7 @@ def case_tape_in_eager_code_and_in_graphs():
 
 
 def case_unmodified_horovod():
-    """Each variable has an exchange of its own; a policy that decides for all at once is refused."""
+    """Each variable has its own exchange, so a policy that decides for all variables at once is rejected."""
     for spec in (EVERY, policies.SPECS[6]):
         variables = problem.tf_variables()
         g = grace_ext.grace(spec).bind(variables)
@@ -78,7 +78,7 @@ def case_unmodified_horovod():
 
 
 def case_checkpoint():
-    """A saved schedule goes on where it was, bit for bit."""
+    """A saved schedule resumes at the same point, bit for bit."""
     spec = policies.SPECS[7]
 
     def made():
@@ -114,7 +114,7 @@ def case_a_pattern_without_a_parameter_is_told_once():
 
 
 def case_auto_on_a_slow_network():
-    """In one traced graph: every wait takes as long as its bytes would at 1 MB/s, so that it leaves dense."""
+    """In one traced graph, with every wait prolonged as if on a network of 1 MB/s, 'auto' changes from dense to a compressor."""
     at_full_speed = LoopExchange._go_on
 
     def slowed(self, *arrays):

@@ -1,4 +1,4 @@
-"""Cases of the wrapper on 2 ranks, under whatever launcher started this file. Prints 'CASE name ok' for each that holds on all ranks."""
+"""Cases of the wrapper on 2 ranks, under any launcher. Prints 'CASE name ok' for each case that holds on all ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def case_backward_passes():
 
 
 def case_metrics():
-    """Rank 0 alone measures, to files; both do, and then the network is probed. Neither changes a bit."""
+    """Metrics change no bit, whether only rank 0 measures, or both ranks do, in which case they also probe the network."""
     with tempfile.TemporaryDirectory() as folder:
         for both in (False, True):
             model = training.make_model()
@@ -70,7 +70,7 @@ def case_metrics():
                 metrics = hvd.MetricsHook(optimizer, every=2, jsonl=f"{folder}/lines", tensorboard=folder)
             assert_same(train(model, optimizer), plain_run())
             if both:
-                assert metrics._recorders[0].advice._network is not None
+                assert metrics._recorders[0]._network is not None
             if both or hvd.rank() == 0:
                 report = optimizer.metrics()
                 assert (report["step"], report["rank"], report["measured_at"]) == (3, hvd.rank(), 2), report
@@ -151,7 +151,7 @@ def case_process_set():
     both = plain_run()
     model = training.make_model()
     got = train(model, wrap(model, process_set=alone, simulate=True))
-    if hvd.rank() == 0:  # not in the set: its own gradients, untouched
+    if hvd.rank() == 0:  # rank 0 is not in the set and trains on its own gradients
         twin = training.make_model()
         assert_same(got, train(twin, training.make_optimizer(twin)))
     else:
@@ -163,7 +163,7 @@ def case_graphs_in_another_order():
     for g in (TOPK, "powersgd(rank=2) + residual", "threshold(threshold=0.001) + residual"):
         model = training.Shuffled()
         optimizer = wrap(model, g)
-        optimizer._session.driver.bucket_bytes = 3000  # many small buckets: more to get out of order
+        optimizer._session.driver.bucket_bytes = 3000  # many small buckets, which could get out of order
         for _ in range(4):
             optimizer.zero_grad()
             model.loss(hvd.rank()).backward()
@@ -181,7 +181,7 @@ def case_two_models_at_once():
     for step in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
-            training.loss_of(model, hvd.rank(), step).backward()  # the second backward runs before the first step
+            training.loss_of(model, hvd.rank(), step).backward()  # the second backward pass runs before the first step
         for optimizer in optimizers:
             optimizer.step()
     for model in models:
@@ -322,7 +322,7 @@ def case_disagreement():
 
 def case_fsdp_is_refused():
     if hvd.ENGINE != "torch":
-        return  # FSDP lives on torch.distributed
+        return  # FSDP needs torch.distributed
     from torch.distributed.fsdp import fully_shard
 
     model = torch.nn.Linear(8, 8)
@@ -330,7 +330,7 @@ def case_fsdp_is_refused():
     raises(UnsupportedError, "FSDP", lambda: wrap(model))
 
 
-def case_one_rank_without_compression():  # last: Horovod's own part of the step is left unfinished
+def case_one_rank_without_compression():  # the last case, because it leaves Horovod's own part of the step unfinished
     model = training.make_model()
     optimizer = hvd.DistributedOptimizer(
         training.make_optimizer(model), model.named_parameters(), compression=[None, TOPK][hvd.rank()]

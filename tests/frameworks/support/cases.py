@@ -1,4 +1,4 @@
-"""Runs the `case_*` functions of a job file on all ranks: prints 'CASE name ok' for each that held on every one of them."""
+"""Runs the `case_*` functions of a job file on all ranks, and prints 'CASE name ok' for each that held on every rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def raises(kind: type[Exception], text: str, call: Any) -> None:
 
 @contextlib.contextmanager
 def heard() -> Iterator[list[str]]:
-    """What grace_ext logs inside."""
+    """Yields the list that gets the messages that grace_ext logs inside."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -37,13 +37,13 @@ def heard() -> Iterator[list[str]]:
 
 
 def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Asserts that two models' weights (numpy arrays by name) are the same bits."""
+    """Asserts that two models' weights (numpy arrays by name) have the same bits."""
     for name in other:
         assert one[name].tobytes() == other[name].tobytes(), name
 
 
 def run_cases(hvd: Any, names: Mapping[str, Any]) -> None:
-    """Runs all of them, or those named on the command line."""
+    """Runs all cases, or those named on the command line."""
     chosen = sys.argv[1:] or [name for name in names if name.startswith("case_")]
     for name, case in [(name, names[name]) for name in chosen]:
         try:

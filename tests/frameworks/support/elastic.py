@@ -1,6 +1,7 @@
-"""A real elastic job: three workers, one of which is killed, and one that joins later. Also for benchmarks/reliability/elastic.py.
+"""Runs a real elastic job: one of three workers is killed, and one joins later. benchmarks/reliability/elastic.py uses it, too.
 
-All workers are on this machine. Horovod never uses a host again on which a worker failed, so each spelling of this machine's name is one.
+All workers are on this machine. Horovod never uses a host again after a worker failed on it, so different names of this machine stand for
+different hosts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ AFTER = {"localhost": 2, "Localhost": 1}
 
 
 class Line(NamedTuple):
-    """What a process said: BEGIN, STEP or END, and the words after it."""
+    """One line of a process's log: BEGIN, STEP or END, and the words after it."""
 
     pid: int
     kind: str
@@ -32,7 +33,7 @@ class Line(NamedTuple):
 
 
 class Elastic:
-    """The job, while it runs. `log` is what horovodrun printed."""
+    """Runs the job as a context manager. `log` returns the output of horovodrun."""
 
     def __init__(self, horovodrun: str, folder: Path, job: str, *arguments: str, limit: float = 240):
         self.folder, self.deadline = folder, time.monotonic() + limit
@@ -43,7 +44,7 @@ class Elastic:
         command = [horovodrun, "--gloo", "--disable-cache", "-np", "3", "--min-np", "2", "--max-np", "3", "--elastic-timeout", "120"]
         command += ["--host-discovery-script", str(discover), sys.executable, str(JOBS / job), str(folder), *arguments]
         self._out = (folder / "log").open("w")
-        # In some kills Horovod loses an operation that was just handed over: our wait for it must have an end.
+        # Killing a worker can make Horovod lose an operation that it has just received, so our wait for it needs a timeout.
         limits = {**environment(), "GRACE_EXT_TIMEOUT": "30"}
         self.process = subprocess.Popen(command, env=limits, stdout=self._out, stderr=self._out, start_new_session=True)
 
@@ -52,19 +53,19 @@ class Elastic:
 
     def __exit__(self, *_: Any) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)  # it ends its workers
+            os.killpg(self.process.pid, signal.SIGTERM)  # horovodrun ends its workers
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-        for line in self.lines():  # workers are in sessions of their own
+        for line in self.lines():  # workers run in their own sessions, so some may have survived
             command = Path(f"/proc/{line.pid}/cmdline")
             if command.exists() and str(self.folder) in command.read_text():
                 os.kill(line.pid, signal.SIGKILL)
         self._out.close()
 
     def hosts(self, slots: dict[str, int]) -> None:
-        """What the discovery script says from now on."""
+        """Sets the hosts that the discovery script reports from now on."""
         fresh = self.folder / "hosts.new"
         fresh.write_text("".join(f"{host}:{count}\n" for host, count in slots.items()))
         fresh.rename(self.folder / "hosts")
@@ -79,11 +80,11 @@ class Elastic:
         return found
 
     def steps(self, size: int) -> list[int]:
-        """The steps that were made by this many ranks."""
+        """Returns the steps that were made with this many ranks."""
         return [int(line.rest[0]) for line in self.lines() if line.kind == "STEP" and line.size == size]
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
-        """Waits for it. Raises AssertionError when the job has ended or the time is over."""
+        """Waits until the condition is true. Raises AssertionError if the job has ended or the time is over."""
         while not (found := condition()):
             ended = self.process.poll()
             if ended is not None or time.monotonic() > self.deadline:
@@ -97,8 +98,8 @@ class Elastic:
 
 
 def kill_and_grow(horovodrun: str, folder: Path, job: str, *arguments: str, limit: float = 240) -> dict[str, Any]:
-    """Three ranks train; one is killed; two go on; a third joins. What was seen: sizes in order, the first and last losses, and the
-    digests of the weights at the end by rank."""
+    """Trains with three ranks, kills one, continues with two, and lets a third join. Returns what happened: world sizes in order, first and
+    last losses, and digests of the final weights by rank."""
     with Elastic(horovodrun, folder, job, *arguments, limit=limit) as running:
         running.until("12 steps of three ranks", lambda: max(running.steps(3), default=0) >= 12)
         victim = next(line.pid for line in running.lines() if line.kind == "BEGIN" and line.rest[1] == "127.0.0.1")
@@ -115,7 +116,7 @@ def kill_and_grow(horovodrun: str, folder: Path, job: str, *arguments: str, limi
         lines = running.lines()
     steps = sorted((line for line in lines if line.kind == "STEP"), key=lambda line: float(line.rest[2]))
     losses = [float(line.rest[1]) for line in steps]
-    begun = {line.pid: int(line.rest[0]) for line in reversed(lines) if line.kind == "BEGIN"}  # where each process came in
+    begun = {line.pid: int(line.rest[0]) for line in reversed(lines) if line.kind == "BEGIN"}  # the step at which each process joined
     return {
         "exit": running.process.returncode,
         "sizes": [size for size, _ in itertools.groupby(line.size for line in steps)],

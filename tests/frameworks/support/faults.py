@@ -1,4 +1,4 @@
-"""Faults on a real network: two hosts of benchmarks/netlab train, and something happens to the second. For the test and for
+"""Causes faults on a real network: two hosts of benchmarks/netlab train, and the second has a fault. Used by a test and by
 benchmarks/reliability/faults.py."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MPIRUN += [word for name in ("PYTHONPATH", "OMP_NUM_THREADS", "GRACE_EXT_TIMEOUT
 
 
 def started(lab: Any, engine: str, folder: Path, steps: int, timeout: float) -> list[subprocess.Popen[Any]]:
-    """The launchers of a job of one rank on each host."""
+    """Starts a job with one rank on each host. Returns its launchers."""
     by = [JOB, "exchange" if engine == "mpirun" else "wrapper", str(folder), str(steps)]
     with (folder / "log").open("w") as log:
         options = {"env": {**environment(), "GRACE_EXT_TIMEOUT": str(timeout)}, "stdout": log, "stderr": log, "start_new_session": True}
@@ -40,7 +40,7 @@ def started(lab: Any, engine: str, folder: Path, steps: int, timeout: float) -> 
 
 
 def said(folder: Path, rank: int, kind: str) -> list[str]:
-    """What a rank wrote after this word."""
+    """Returns the texts of a rank's log lines that begin with this word."""
     file = folder / f"{rank}.txt"
     lines = file.read_text().splitlines() if file.exists() else []
     return [line.partition(" ")[2] for line in lines if line.startswith(kind + " ")]
@@ -56,7 +56,7 @@ def until(condition: Callable[[], Any], seconds: float) -> bool:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -64,11 +64,11 @@ def runs(pid: int) -> bool:
 
 
 def strike(lab: Any, engine: str, fault: str, folder: Path, *, timeout: float, lasts: float, steps: int) -> dict[str, Any]:
-    """Rank 1's process is 'killed' (SIGKILL) or 'stopped' (SIGSTOP), or its host's link 'cut', in the middle of a collective; a stopped
-    process and a link are set going again after `lasts` seconds. timeout: GRACE_EXT_TIMEOUT. The job has `steps` to make.
+    """Kills (SIGKILL) or stops (SIGSTOP) rank 1's process, or cuts its host's link, in the middle of a collective; after `lasts` seconds a
+    stopped process continues and a link is restored. timeout: GRACE_EXT_TIMEOUT. steps: how many the job makes.
 
-    What was seen: 'exits' of the launchers, 'errors' by rank ('' where it said nothing), 'ended' ranks, 'weights' by rank at the end,
-    'seconds' from the fault to the error of rank 0 or, without one, to the end, 'left' ranks that still ran 60 s after the timeout."""
+    Returns 'exits' of the launchers, 'errors' by rank ('' if it had none), 'ended' ranks, the different final 'weights', 'seconds' from the
+    fault to the error of rank 0 or, without one, to the end, and 'left', the ranks that still ran 60 s after the timeout."""
     launchers = started(lab, engine, folder, steps, timeout)
     try:
         under_way = lambda: all(len(said(folder, rank, "STEP")) >= 2 for rank in (0, 1))  # noqa: E731

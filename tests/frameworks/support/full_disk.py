@@ -1,4 +1,4 @@
-"""A checkpoint on a disk that is full, a tmpfs of 1 MB (needs root to mount it). For the test and for benchmarks/reliability/faults.py."""
+"""Saves a checkpoint on a full disk, a tmpfs of 1 MB (needs root). Used by a test and by benchmarks/reliability/faults.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import grace_ext
 
 
 def save_on_a_full_disk() -> dict[str, Any]:
-    """'error': what the save that did not fit said; 'loaded': which step the folder gives after it; 'same': whether its memory is that of
-    the save before, bit for bit; 'tidy': whether the next save, which fits again, succeeds."""
+    """Makes a save fail. Returns 'error', its message; 'loaded', the step that the folder loads after it; 'same', whether its memory is
+    that of the save before, bit for bit; and 'tidy', whether the next save, which fits again, succeeds."""
     cluster = grace_ext.LocalCluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
     draw = np.random.default_rng(0)
 
@@ -47,7 +47,7 @@ def save_on_a_full_disk() -> dict[str, Any]:
 
 
 def _arrays(tree: Any) -> Any:
-    """The same tree with the bytes of its arrays, to compare."""
+    """Returns the tree with arrays replaced by their bytes, to compare it."""
     if isinstance(tree, dict):
         return {key: _arrays(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Starts real jobs of several ranks, and says what they printed when they fail."""
+"""Starts real jobs of several ranks, and reports their output if they fail."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ JOBS = Path(__file__).parents[1] / "jobs"
 # Tests run as root in containers, start more ranks than there are cores, and share the machine with other jobs.
 MPI_OPTIONS = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "GROUP_RANK", "HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
-# Set where grace_ext.frameworks.tensorflow is imported without a launcher, as the suite does: jobs choose for themselves.
+# Importing grace_ext.frameworks.tensorflow without a launcher, as the suite does, sets these; jobs must choose for themselves.
 ALONE = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a launcher's variables: one thread a rank, this checkout first."""
+    """Returns this process's environment without a launcher's variables, with one thread per rank and this checkout first."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHERS + ALONE}
     paths = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}",
@@ -32,7 +32,7 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], timeout: float = 240) -> str:
-    """What the job printed on stdout; fails the test, with the end of its output, where the job failed or took too long."""
+    """Runs a job and returns its stdout. Fails the test, with the end of the output, if the job fails or takes too long."""
     try:
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
@@ -44,7 +44,7 @@ def run(command: list[str], timeout: float = 240) -> str:
 
 
 def launcher(engine: str, ranks: int) -> list[str]:
-    """The command that starts a Python file on this many ranks; skips the test, with the reason, where the engine is not installed.
+    """Returns the command that starts a Python file on this many ranks. Skips the test, with the reason, if the engine is not installed.
     engine: 'torchrun' (and its options), 'horovodrun', 'horovodrun --mpi', 'mpirun' or 'python' (one rank)."""
     if engine == "python":
         return [sys.executable]
@@ -58,11 +58,11 @@ def launcher(engine: str, ranks: int) -> list[str]:
     horovodrun = tool("horovodrun")
     if horovodrun is None or importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed; `make horovod` builds it")
-    # It adds what root needs, and binds nothing, by itself.
+    # horovodrun adds the options that root needs, and does not bind processes.
     controller = ["--mpi", "--mpi-args=--oversubscribe"] if engine == "horovodrun --mpi" else ["--gloo"]
     return [horovodrun, *controller, "-np", str(ranks), sys.executable]
 
 
 def job(engine: str, ranks: int, name: str, *args: str, timeout: float = 240) -> str:
-    """Runs a file of tests/frameworks/jobs."""
+    """Runs a file of tests/frameworks/jobs as a job. Returns its stdout."""
     return run([*launcher(engine, ranks), str(JOBS / name), *args], timeout)

@@ -1,4 +1,4 @@
-"""Training with LocalSGD of tests/frameworks/training.py's model, and the reference in a LocalSGDCluster."""
+"""Trains the model of tests/frameworks/support/training.py with LocalSGD, and the reference in a LocalSGDCluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_optimizer(model: torch.nn.Module, spec: str) -> torch.optim.Optimizer:
 
 
 def train(hvd: Any, spec: str, steps: int, model: torch.nn.Module | None = None, **options: Any) -> tuple[torch.nn.Module, Any]:
-    """This rank's part: its model and optimizer after so many steps."""
+    """Trains this rank's model. Returns the model and the optimizer."""
     model = training.make_model() if model is None else model
     optimizer = hvd.LocalSGD(make_optimizer(model, spec), model.named_parameters(), compression=spec, **options)
     run(hvd, model, optimizer, range(steps))
@@ -34,7 +34,7 @@ def run(hvd: Any, model: torch.nn.Module, optimizer: Any, steps: range) -> None:
 
 
 def train_in_cluster(spec: str, size: int, steps: int, **options: Any) -> list[dict[str, np.ndarray]]:
-    """The weights of every rank's model after so many steps."""
+    """Trains the reference. Returns the weights of every rank's model."""
     models = [training.make_model() for _ in range(size)]
     optimizers = [make_optimizer(model, spec) for model in models]
     cluster = LocalSGDCluster(spec, size, framework="torch", **options)

@@ -1,8 +1,8 @@
-"""Policies that real jobs try, each of which changes what is sent, or which collectives there are, within 8 steps."""
+"""Policies for real jobs. Each changes what is sent, or which collectives are used, by tensor or within 8 steps."""
 
 from __future__ import annotations
 
-#: Names of both problems' parameters are matched: 'b' of tf_training.py, '*.bias' of training.py.
+#: Patterns match the parameters of both problems: 'b' of tf_training.py, '*.bias' of training.py.
 SPECS = (
     "by_size(min_elements=40, large=topk(ratio=0.1) + residual)",
     "by_name({'*b': none, '*bias': none}, default=powersgd(rank=2) + residual)",

@@ -1,4 +1,4 @@
-"""Jobs that stop after 5 of 10 steps and go on in new processes: for test_resume_jobs.py and benchmarks/reliability/resume.py."""
+"""Runs jobs that stop after 5 of 10 steps and resume in new processes, for test_resume_jobs.py and benchmarks/reliability/resume.py."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Case(NamedTuple):
     title: str
     engine: str
     script: str
-    #: Ranks of the first job, and of those that go on from it.
+    #: Number of ranks of the first job, and of the jobs that resume from it.
     ranks: int
     then: tuple[int, ...]
     kinds: tuple[str, ...]
 
 
 def kinds(*apis: str) -> tuple[str, ...]:
-    """All specs through the first API, the others with topk alone."""
+    """Returns all specs for the first API, and topk alone for the others."""
     return tuple(f"{apis[0]}:{spec}" for spec in SPECS) + tuple(f"{api}:topk" for api in apis[1:])
 
 
@@ -43,7 +43,7 @@ CASES = (
 
 
 def outcomes(case: Case, folder: Path, timeout: float = 600) -> dict[str, str]:
-    """'equal' or what differed, by '<ranks> -> <ranks> <kind>'."""
+    """Runs the jobs of a case. Returns 'equal', or what differs, by '<ranks> -> <ranks> <kind>'."""
     job(case.engine, case.ranks, case.script, "first", str(folder), *case.kinds, timeout=timeout)
     found = {}
     for ranks in case.then:
@@ -59,17 +59,17 @@ def _said(folder: Path, what: str, size: int, kind: str) -> list[str]:
 
 
 def _same_bits(folder: Path, kind: str, old: int, new: int) -> str:
-    """Every rank's model is what it is without the break."""
+    """Compares every rank's model with that of an uninterrupted training."""
     first, second = _said(folder, "first", old, kind), _said(folder, "second", new, kind)
     return "equal" if first == second else f"{second} is not {first}"
 
 
 def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
-    """The mean over the ranks of what was unsent is what it was, and the ranks end with the same model."""
+    """Compares the ranks' mean of what was unsent before and after loading, and the ranks' final models with each other."""
     before, after = _unsent(folder / kind), _unsent(folder / f"{kind}.loaded.{new}")
     if set(before) != set(after) or not before:
         return f"arrays are {sorted(after)}, were {sorted(before)}"
-    # Of its largest element: ef21's mean is made anew from the estimates, without the rounding of all steps that it had in it.
+    # The tolerance is relative to the largest element: ef21's mean is recomputed from the estimates, without the rounding of earlier steps.
     off = [key for key, x in before.items() if not np.allclose(x, after[key], rtol=0, atol=1e-6 * np.abs(x).max(initial=0))]
     if off:
         return f"the mean over the ranks changed: {off}"
@@ -78,7 +78,7 @@ def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
 
 
 def _unsent(folder: Path) -> dict[str, np.ndarray]:
-    """By key: what the ranks' arrays come to in the aggregate, in float64."""
+    """Returns by key what the ranks' arrays amount to in the aggregate, in float64: shards joined, other arrays averaged."""
     manifest = json.loads((folder / "manifest.json").read_text())
     trees = [list(driver_states(decode((folder / entry["name"]).read_bytes()))) for entry in manifest["files"]]
     found = {}

@@ -1,4 +1,4 @@
-"""A small TensorFlow problem, its gradients by rank, and the reference training in a LocalCluster."""
+"""Defines a small TensorFlow problem, its gradients by rank, and the reference training in a LocalCluster."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECS = (
     "powersgd_plus(rank=2, refresh_period=3) + residual",
     "topk(ratio=0.1) + dgc",
 )
-#: For wrappers that know the learning rate, and all variables at once.
+#: Specs for wrappers that know the learning rate and all variables at once.
 WITH_AN_OPTIMIZER = (
     "topk(ratio=0.1) + efsignsgd",
     "topk(ratio=0.1) + dgc(clipping=0.1)",
@@ -54,7 +54,7 @@ def keras_variables() -> list[keras.Variable]:
 
 
 def loss_of(weights: Sequence[Any], rank: int, step: int) -> tf.Tensor:
-    """This rank's loss at this step, on data of its own."""
+    """Returns this rank's loss in this step, on its own data."""
     x = tf.constant(np.random.default_rng(100 * step + rank).standard_normal((8, 6)).astype(np.float32))
     a, b, c, scalar = weights
     return tf.reduce_mean(tf.square(tf.tanh(x @ a + b) @ c * scalar - 1.0))
@@ -68,7 +68,7 @@ def gradients_of(weights: Sequence[Any], rank: int, step: int) -> list[tf.Tensor
 
 
 def in_a_graph(optimizer: Any, variables: Sequence[keras.Variable]) -> tuple[Callable, list]:
-    """(the Keras optimizer's step as a function of gradients, a list with an entry for each time that it was traced)."""
+    """Returns (the Keras optimizer's step as a function of gradients, a list with one entry per tracing of it)."""
     traces = []
 
     @tf.function(autograph=False)
@@ -82,7 +82,7 @@ def in_a_graph(optimizer: Any, variables: Sequence[keras.Variable]) -> tuple[Cal
 def train_by_tape(
     hvd: Any, variables: Sequence[Any], compression: Any, graph: bool = False, steps: Iterable[int] | None = None
 ) -> list[float]:
-    """This rank's part of the training, by plain SGD on what grace_ext's tape gives; returns its losses."""
+    """Trains this rank's part by plain SGD on the gradients of grace_ext's tape. Returns its losses."""
 
     def one_step(step: int) -> tf.Tensor:
         with tf.GradientTape() as tape:
@@ -92,12 +92,12 @@ def train_by_tape(
             v.assign(v - LR * g)
         return loss
 
-    # A new tf.function each step: retracing must keep the memory.
+    # A new tf.function per step, because retracing must keep the memory.
     return [float((tf.function(one_step) if graph else one_step)(step)) for step in steps or range(STEPS)]
 
 
 def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float]]:
-    """The same over tf.Variables from the start: the weights at the end by name, and this rank's losses."""
+    """Trains new tf.Variables by `train_by_tape`. Returns the final weights by name, and this rank's losses."""
     variables = tf_variables()
     losses = train_by_tape(hvd, variables, compression)
     return {v.name: v.numpy() for v in variables}, losses
@@ -106,8 +106,8 @@ def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float
 def steps_in_cluster(
     spec: str, size: int, names: Sequence[str] | None = None, per_node: int = 1
 ) -> Iterator[tuple[dict[str, np.ndarray], float]]:
-    """The reference, with all ranks in this process: the weights after each step by name, and the ranks' mean loss in it. `names` are those
-    that the real job gives the variables; None: `tf_variables`."""
+    """Trains the reference with all ranks in this process. Yields per step the weights by name after it, and the ranks' mean loss. names:
+    those of the variables in the real job; None: those of `tf_variables`."""
     names = names or [v.name for v in tf_variables()]
     cluster, weights = grace_ext.LocalCluster(grace_ext.grace(spec), size, ranks_per_node=per_node), initial()
     for step in range(STEPS):
@@ -122,6 +122,6 @@ def steps_in_cluster(
 
 
 def train_in_cluster(spec: str, size: int, names: Sequence[str] | None = None, per_node: int = 1) -> dict[str, np.ndarray]:
-    """The reference's weights at the end."""
+    """Trains the reference. Returns its final weights."""
     *_, (weights, _) = steps_in_cluster(spec, size, names, per_node)
     return weights

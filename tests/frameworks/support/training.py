@@ -1,4 +1,4 @@
-"""A small model, its data by rank, and 20 steps of training: the same in a LocalCluster and in real jobs, so that they can be compared."""
+"""Defines a small model, its data by rank, and 20 steps of training, to compare real jobs with a LocalCluster."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPECS = (
 
 
 def make_model() -> torch.nn.Module:
-    """The same weights in every process; one parameter never gets a gradient."""
+    """Returns a model with the same weights in every process; one parameter never gets a gradient."""
     torch.manual_seed(7)
     torch.set_num_threads(1)
     model = torch.nn.Sequential(
@@ -46,12 +46,12 @@ def make_model() -> torch.nn.Module:
 
 
 def make_optimizer(model: torch.nn.Module, spec: str = "none") -> torch.optim.Optimizer:
-    """SGD with momentum, but where the spec's memory is the momentum."""
+    """Returns SGD, with momentum unless the spec's memory is the momentum."""
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.0 if any(m.is_momentum for m in grace_ext.grace(spec).memories) else 0.9)
 
 
 def loss_of(model: torch.nn.Module, rank: int, step: int) -> torch.Tensor:
-    """This rank's loss at this step, on data of its own."""
+    """Returns this rank's loss in this step, on its own data."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     x = torch.randn(8, 1, 8, 8, generator=generator)
     y = torch.randint(3, (8,), generator=generator)
@@ -63,7 +63,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 class Bag(torch.nn.Module):
-    """An embedding and a layer; ranks look up different rows."""
+    """An embedding and a linear layer; ranks look up different rows."""
 
     def __init__(self, sparse: bool):
         super().__init__()
@@ -77,7 +77,7 @@ class Bag(torch.nn.Module):
 
 
 class Shuffled(torch.nn.Module):
-    """Layers that each rank uses in another order, some not at all."""
+    """Layers that ranks use in different orders; rank 1 does not use some of them."""
 
     ORDERS = ([0, 1, 2, 3, 4, 5], [5, 0, 3])
 
@@ -91,7 +91,7 @@ class Shuffled(torch.nn.Module):
 
 
 def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float]]:
-    """This rank's part of the training, by grace_ext's optimizer: the weights at the end, and its losses."""
+    """Trains this rank's part with grace_ext's optimizer. Returns the final weights, and this rank's losses."""
     model = make_model()
     optimizer = make_optimizer(model, str(compression))
     optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
@@ -106,7 +106,7 @@ def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float
 
 
 def steps_in_cluster(spec: str, size: int, ranks_per_node: int = 1) -> Iterator[tuple[torch.nn.Module, float]]:
-    """The reference, with all ranks in this process: the model after each step, and the ranks' mean loss in it."""
+    """Trains the reference with all ranks in this process. Yields per step the model after it, and the ranks' mean loss."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), size, framework="torch", ranks_per_node=ranks_per_node)
     model = make_model()
     optimizer = make_optimizer(model, spec)
@@ -129,6 +129,6 @@ def steps_in_cluster(spec: str, size: int, ranks_per_node: int = 1) -> Iterator[
 
 
 def train_in_cluster(spec: str, size: int) -> dict[str, np.ndarray]:
-    """The reference's weights at the end."""
+    """Trains the reference. Returns its final weights."""
     *_, (model, _) = steps_in_cluster(spec, size)
     return weights_of(model)
