@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from typing import Any
 
@@ -20,7 +18,8 @@ from ..exchange.message import HEADER
 from ..parts.field import ITEMSIZE
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
-from .worlds import LR, NUMPY, WORLDS, World, same_bits, states, tapped
+from .checks import check_huge, check_no_view, check_one_bad_rank, check_registered, check_resume, check_shapes, check_zeros, suite
+from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
@@ -40,9 +39,7 @@ def contract(*texts: str) -> type:
     first = {compressor_of(text).name: text for text in reversed(texts)}.values()
     # Worlds that use numpy inside differ in their conversions only, for which one spec of each compressor is enough.
     pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WORLDS for t in texts if w in (NUMPY, *OWN) or t in first]
-    everywhere = type("TestEverywhere", (Everywhere,), {"pytestmark": [pytest.mark.parametrize(("world", "text"), pairs)]})
-    declared = type("TestDeclared", (Declared,), {"pytestmark": [pytest.mark.parametrize("text", texts)]})
-    return type("TestContract", (), {"TestEverywhere": everywhere, "TestDeclared": declared})
+    return suite("TestContract", (Everywhere, "world, text", pairs), (Declared, "text", texts))
 
 
 def compressor_of(text: str) -> Compressor:
@@ -55,48 +52,6 @@ def alone(text: str, x: np.ndarray, step: int = 0, seed: int = 0) -> np.ndarray:
     cluster.drivers[0].step = step
     with np.errstate(all="ignore"):
         return np.asarray(cluster.step([{"w": x}])["w"], np.float64)
-
-
-def check_shapes(world: World, spec: str, dtype: str) -> None:
-    """Makes two steps of two ranks: results have the shapes and dtypes of the input, are finite, and have the same bytes on every rank
-    (except for memories which declare that results differ)."""
-    g = grace_ext.grace(spec)
-    cluster = world.cluster(g, 2)
-    for step in range(2):
-        gradients = inputs.ranks(2, step, dtype)
-        returned = world.everywhere(cluster, gradients)
-        assert len(returned) == 2 and (g.memory.diverges or same_bits(*returned))
-        assert list(returned[0]) == list(gradients[0])
-        for name, array in returned[0].items():
-            assert array.shape == inputs.SHAPES[name] and array.dtype == gradients[0][name].dtype, name
-            assert np.isfinite(array.astype(np.float64)).all(), name
-
-
-def check_zeros(world: World, spec: str) -> None:
-    """Checks that zero gradients give exact zeros, and leave no residual."""
-    cluster = world.cluster(grace_ext.grace(spec), 2)
-    zeros = [{name: np.zeros(shape, np.float32) for name, shape in inputs.SHAPES.items()}] * 2
-    for _ in range(2):
-        out = world.step(cluster, zeros)
-        assert not any(array.any() for array in out.values()), [name for name, array in out.items() if array.any()]
-        assert not any(a.any() for held in states(cluster, world) for k, a in held.items() if k.startswith("residual/"))
-
-
-def check_no_view(world: World, spec: str) -> None:
-    """Checks that a step does not change gradients, and that writing into them, or into the result, after it does not change the state."""
-    clean, dirty = (world.cluster(grace_ext.grace(spec), 1) for _ in range(2))
-    for step in range(3):
-        tensors = world.tensors(inputs.ranks(1, step))
-        expected = inputs.ranks(1, step)
-        out = dirty.step(tensors, lr=LR)
-        out = out[0] if isinstance(out, list) else out
-        for name, tensor in tensors[0].items():
-            assert np.array_equal(world.array(tensor), expected[0][name]), name
-            if tensor.shape and world.mutable:  # a 0-d numpy result may be a scalar, which is read-only
-                out[name][...] = 777.0
-                tensor[...] = 555.0
-        world.step(clean, expected, lr=LR)
-        assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(dirty, world), strict=True))
 
 
 class Everywhere:
@@ -133,12 +88,7 @@ class Everywhere:
     def test_huge_values_do_not_poison_the_state(self, world: World, text: str):
         """After gradients near the largest float, and float64 ones beyond it, later steps and the state are finite."""
         for dtype, value in (("float32", 3e38), ("float64", 1e200)):
-            cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
-            with np.errstate(all="ignore"):
-                world.step(cluster, [{"matrix": np.full((24, 50), value, dtype)}] * 2)
-                assert all(np.isfinite(a).all() for held in states(cluster, world) for a in held.values())
-                world.step(cluster, inputs.ranks(2, 1, dtype, {"matrix": (24, 50)}))
-            assert all(np.isfinite(a).all() for held in states(cluster, world) for a in held.values())
+            check_huge(world, f"{text} + residual", dtype, value)
 
     def test_float16_near_the_top_of_its_range_stays_finite(self, world: World, text: str):
         """Gradients of 6e4 are legal in half precision (loss scaling puts them there): the result saturates, it does not become Inf."""
@@ -226,14 +176,7 @@ class Everywhere:
 
     def test_resume_is_bit_exact(self, world: World, text: str):
         """A fresh cluster that loads the state continues exactly like the one that was saved."""
-        g = grace_ext.grace(f"{text} + residual")
-        cluster, fresh = world.cluster(g, 2), world.cluster(g, 2)
-        for step in range(2):
-            world.step(cluster, inputs.ranks(2, step))
-        fresh.load_state_dict(copy.deepcopy(cluster.state_dict()))
-        for step in (2, 3):
-            assert same_bits(world.step(cluster, inputs.ranks(2, step)), world.step(fresh, inputs.ranks(2, step)))
-            assert all(same_bits(a, b) for a, b in zip(states(cluster, world), states(fresh, world), strict=True))
+        check_resume(world, f"{text} + residual")
 
     # --- error feedback, failures -------------------------------------------------------------------------------------
     def test_what_is_sent_and_what_is_kept_add_up(self, world: World, text: str):
@@ -256,16 +199,7 @@ class Everywhere:
 
     def test_one_bad_rank(self, world: World, text: str):
         """With NaN on one of two ranks both return NaN, and no state changes; the next step works as if this one had not been made."""
-        shapes = {"a": (40,), "m": (24, 18)}
-        cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
-        world.step(cluster, inputs.ranks(2, 0, shapes=shapes))
-        held, bad = states(cluster, world), inputs.ranks(2, 1, shapes=shapes)
-        bad[1]["m"][3, 4] = np.nan
-        with np.errstate(all="ignore"):
-            returned = world.everywhere(cluster, bad)
-        assert all(np.isnan(out["m"]).all() for out in returned) and same_bits(*returned)
-        assert all(same_bits(a, b) for a, b in zip(held, states(cluster, world), strict=True))
-        assert np.isfinite(world.step(cluster, inputs.ranks(2, 2, shapes=shapes))["m"]).all()
+        check_one_bad_rank(world, f"{text} + residual")
 
     @settings(max_examples=12, **QUIET)
     @given(data=st.data())
@@ -301,12 +235,8 @@ class Declared:
 
     def test_is_a_registered_value(self, text: str):
         """It is found by name, equal if its knobs are, and the same after a round trip through JSON and through its string."""
-        g = grace_ext.grace(f"{text} + none", seed=7)
-        part = g.compressor
-        assert grace_ext.compressors.get(part.name) is type(part)
-        assert grace_ext.grace(json.loads(json.dumps(g.to_config()))) == g
-        assert compressor_of(str(part)) == part and hash(compressor_of(str(part))) == hash(part)
-        assert (type(part).__doc__ or "").strip().splitlines()[0].endswith(".")
+        part = compressor_of(text)
+        check_registered(part, f"{text} + none", compressor_of(str(part)))
 
     @pytest.mark.parametrize("kind", ["normal", "heavy tails", "one large"])
     def test_declared_error(self, text: str, kind: str):

@@ -1,9 +1,6 @@
-"""The contract that every memory keeps, on every tensor library that is installed. See `memory_contract`."""
+"""Tests that every memory must pass, on every installed tensor library. See `memory_contract`."""
 
 from __future__ import annotations
-
-import copy
-import json
 
 import numpy as np
 import pytest
@@ -16,59 +13,55 @@ from ..parts.field import ITEMSIZE
 from ..parts.state import is_own
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
-from .compressors import check_no_view, check_shapes
+from .checks import (
+    SHAPES,
+    accepted,
+    check_huge,
+    check_no_view,
+    check_one_bad_rank,
+    check_registered,
+    check_resume,
+    check_shapes,
+    check_zeros,
+    suite,
+)
 from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
 
-#: What a memory is tried with: those of these that it takes.
+#: A memory is tested with those of these compressors that it accepts.
 COMPRESSORS = ("topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "efsignsgd", "qsgd(bits=4)", "powersgd", "none")
-SHAPES = {"a": (40,), "m": (24, 18)}
 
 
 def memory_contract(*texts: str) -> type:
-    """Returns a class of tests for these memories, by spec string ('mine', 'mine(knob=2)'): assign it to a name that begins with Test.
+    """Returns a class of tests for these memories, given by spec strings ('mine', 'mine(knob=2)'). Assign it to a name that begins with
+    Test.
 
-    Checked with every compressor of COMPRESSORS that the memory takes: registration, configuration, shapes and dtypes, equal results on all
-    ranks (unless it `diverges`), purity, the same bits in every tensor library, the declared number of `sends`, NaN on one rank, resuming,
-    and what is declared of its state (`shared_state`, `mean_state`, `zero_sum_state`).
+    With every compressor of COMPRESSORS that the memory accepts, the tests check: registration, configuration, shapes and dtypes, equal
+    results on all ranks (unless it `diverges`), purity, the same bits in every tensor library, the declared number of `sends`, NaN on one
+    rank, resuming, and what the memory declares of its state (`shared_state`, `mean_state`, `zero_sum_state`).
     """
-    for text in texts:
-        if not accepted(text):
-            raise ValueError(f"memory {text!r} takes none of {', '.join(COMPRESSORS)}: this suite cannot test it")
-    pairs = [pytest.param(w, f"{c} + {t}", id=f"{w.name}-{c} + {t}") for w in WORLDS for t in texts for c in _tried(w, t)]
-    everywhere = type("TestEverywhere", (Everywhere,), {"pytestmark": [pytest.mark.parametrize(("world", "spec"), pairs)]})
-    specs = [f"{c} + {t}" for t in texts for c in accepted(t)]
-    state = type("TestState", (State,), {"pytestmark": [pytest.mark.parametrize("spec", specs)]})
-    declared = type("TestDeclared", (Declared,), {"pytestmark": [pytest.mark.parametrize("text", texts)]})
-    return type("TestMemoryContract", (), {"TestEverywhere": everywhere, "TestState": state, "TestDeclared": declared})
-
-
-def accepted(text: str) -> list[str]:
-    """Returns those of COMPRESSORS that this memory takes."""
-    found = []
-    for compressor in COMPRESSORS:
-        try:
-            grace_ext.grace(f"{compressor} + {text}")
-        except IncompatiblePartsError:
-            continue
-        found.append(compressor)
-    return found
-
-
-def _tried(world: World, text: str) -> list[str]:
-    """All on the reference; on other libraries, whose arithmetic is what differs, the first."""
-    return accepted(text) if world is NUMPY else accepted(text)[:1]
+    specs = {text: [f"{compressor} + {text}" for compressor in accepted(COMPRESSORS, f"+ {text}")] for text in texts}
+    # Other libraries differ from the reference in their arithmetic only, for which one compressor is enough.
+    pairs = [
+        pytest.param(w, spec, id=f"{w.name}-{spec}") for w in WORLDS for text in texts for spec in specs[text][: None if w is NUMPY else 1]
+    ]
+    return suite(
+        "TestMemoryContract",
+        (Everywhere, "world, spec", pairs),
+        (State, "spec", [spec for text in texts for spec in specs[text]]),
+        (Declared, "spec", [specs[text][0] for text in texts]),
+    )
 
 
 class Everywhere:
-    """What holds in every tensor library."""
+    """The tests that run in every tensor library."""
 
     def test_shapes_dtypes_and_equal_ranks(self, world: World, spec: str):
-        """0-d, empty, one-element, strided and other tensors come back in shape and dtype, finite, the same bytes on every rank."""
+        """0-d, empty, one-element, strided and other tensors keep shape and dtype, are finite, and have the same bytes on every rank."""
         for dtype in inputs.DTYPES if world is NUMPY else ("float32",):
             check_shapes(world, spec, dtype)
 
     def test_no_view_of_the_gradient(self, world: World, spec: str):
-        """The gradient is not modified; overwriting it, or the result, after the step changes nothing that is remembered."""
+        """The gradient is not modified; overwriting it, or the result, after the step does not change the state."""
         check_no_view(world, spec)
 
     def test_the_same_as_numpy(self, world: World, spec: str):
@@ -85,51 +78,27 @@ class Everywhere:
                 assert all(np.allclose(ours[n].astype("f8"), theirs[n].astype("f8"), rtol=1e-2, atol=1e-4) for n in theirs)
 
     def test_one_bad_rank(self, world: World, spec: str):
-        """NaN on one of two ranks: all return NaN, nobody remembers anything of the step, and the next step is as if it had not been."""
-        cluster = world.cluster(grace_ext.grace(spec), 2)
-        world.step(cluster, inputs.ranks(2, 0, shapes=SHAPES))
-        held, bad = states(cluster, world), inputs.ranks(2, 1, shapes=SHAPES)
-        bad[1]["m"][3, 4] = np.nan
-        with np.errstate(all="ignore"):
-            returned = world.everywhere(cluster, bad)
-        assert all(np.isnan(out["m"]).all() for out in returned)
-        assert all(same_bits(a, b) for a, b in zip(held, states(cluster, world), strict=True))
-        assert np.isfinite(world.step(cluster, inputs.ranks(2, 2, shapes=SHAPES))["m"]).all()
+        """With NaN on one of two ranks both return NaN, and no state changes; the next step works as if this one had not been made."""
+        check_one_bad_rank(world, spec)
 
     def test_resume_is_bit_exact(self, world: World, spec: str):
         """A fresh cluster that loads the state continues exactly like the one that was saved."""
-        g = grace_ext.grace(spec)
-        cluster, fresh = world.cluster(g, 2), world.cluster(g, 2)
-        for step in range(2):
-            world.step(cluster, inputs.ranks(2, step))
-        fresh.load_state_dict(copy.deepcopy(cluster.state_dict()))
-        for step in (2, 3):
-            assert same_bits(world.step(cluster, inputs.ranks(2, step)), world.step(fresh, inputs.ranks(2, step)))
-            assert all(same_bits(a, b) for a, b in zip(states(cluster, world), states(fresh, world), strict=True))
+        check_resume(world, spec)
 
 
 class State:
-    """What the memory declares of its state, and of what it sends."""
+    """The tests of what the memory declares of its state, and of what it sends."""
 
     def test_zeros_stay_zeros(self, spec: str):
-        """Zero gradients give zeros, and nothing is owed afterwards."""
-        cluster = NUMPY.cluster(grace_ext.grace(spec), 2)
-        zeros = [{name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}] * 2
-        for _ in range(2):
-            assert not any(array.any() for array in NUMPY.step(cluster, zeros).values())
-            assert not any(a.any() for held in states(cluster, NUMPY) for key, a in held.items() if key.startswith("residual/"))
+        """Zero gradients give zeros, and leave no residual."""
+        check_zeros(NUMPY, spec, SHAPES)
 
     def test_huge_values_do_not_poison_the_state(self, spec: str):
         """After gradients near the largest float, later steps and the state are finite."""
-        cluster = NUMPY.cluster(grace_ext.grace(spec), 2)
-        with np.errstate(all="ignore"):
-            NUMPY.step(cluster, [{"m": np.full((24, 18), 3e38, np.float32)}] * 2)
-            assert all(np.isfinite(a).all() for held in states(cluster, NUMPY) for a in held.values())
-            NUMPY.step(cluster, inputs.ranks(2, 1, shapes={"m": (24, 18)}))
-        assert all(np.isfinite(a).all() for held in states(cluster, NUMPY) for a in held.values())
+        check_huge(NUMPY, spec)
 
     def test_it_sends_at_most_what_it_declares(self, spec: str):
-        """What really went to the collectives is at most `sends` times the payloads, headers and flags excluded."""
+        """Each rank hands at most `sends` times the declared payloads to collectives, headers and flags excluded."""
         g = grace_ext.grace(spec)
         cluster = NUMPY.cluster(g, 2)
         declared = sum(g.nbytes(TensorSpec(name, shape)) for name, shape in SHAPES.items())
@@ -140,7 +109,7 @@ class State:
             assert max(cluster.wire_bytes) <= declared + overhead
 
     def test_state_is_what_is_declared(self, spec: str):
-        """Arrays of finite floats under keys of its own; shared keys are equal on all ranks, means are means, and shifts add up to zero."""
+        """Keys are its own; shared arrays are equal on all ranks, means are means of all ranks, and zero-sum arrays sum to zero."""
         g = grace_ext.grace(spec)
         memory, cluster = g.memory, NUMPY.cluster(g, 3)
         own = set(memory.init(NUMPY.ops, TensorSpec("m", SHAPES["m"]), StepInfo(0, 0, 3, 3)))
@@ -161,21 +130,16 @@ class State:
 
 
 class Declared:
-    """What holds of the memory itself."""
+    """The tests of the memory itself."""
 
-    def test_is_a_registered_value(self, text: str):
-        """Found by name, equal by its knobs, and the same after a round trip through JSON and through its string."""
-        g = grace_ext.grace(f"{accepted(text)[0]} + {text}", seed=7)
-        part = g.memory
-        assert grace_ext.memories.get(part.name) is type(part)
-        assert grace_ext.grace(json.loads(json.dumps(g.to_config()))) == g
-        again = grace_ext.grace(f"{accepted(text)[0]} + {part}").memory
-        assert again == part and hash(again) == hash(part)
-        assert (type(part).__doc__ or "").strip().splitlines()[0].endswith(".")
+    def test_is_a_registered_value(self, spec: str):
+        """It is found by name, equal if its knobs are, and the same after a round trip through JSON and through its string."""
+        g = grace_ext.grace(spec)
+        check_registered(g.memory, spec, grace_ext.grace(f"{g.compressor} + {g.memory}").memory)
 
-    def test_refuses_by_the_right_error(self, text: str):
-        """`check` says what does not fit by IncompatiblePartsError, for every compressor there is."""
-        memory = grace_ext.grace(f"{accepted(text)[0]} + {text}").memory
+    def test_rejects_by_the_right_error(self, spec: str):
+        """`check` rejects a compressor that does not fit by an IncompatiblePartsError that names the memory, for every compressor."""
+        memory = grace_ext.grace(spec).memory
         for name in grace_ext.compressors.names():
             try:
                 memory.check(grace_ext.compressors.get(name).create())

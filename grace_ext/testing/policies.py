@@ -1,9 +1,6 @@
-"""The contract that every policy keeps. See `policy_contract`."""
+"""Tests that every policy must pass. See `policy_contract`."""
 
 from __future__ import annotations
-
-import copy
-import json
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ from ..parts.state import is_own
 from ..parts.tensor import TensorSpec
 from ..policies.base import Policy
 from . import inputs
+from .checks import check_registered, check_resume, suite
 from .worlds import NUMPY, WORLDS, World, same_bits, states
 
 SHAPES = {"embed.weight": (60, 40), "layer.0.weight": (24, 18), "layer.0.bias": (24,), "scale": (), "empty": (0, 3)}
@@ -22,16 +20,14 @@ STEPS = 6
 
 
 def policy_contract(*texts: str) -> type:
-    """Returns a class of tests for these policies, by spec string: assign it to a name that begins with Test.
+    """Returns a class of tests for these policies, given by spec strings. Assign it to a name that begins with Test.
 
-    Checked: registration, configuration, that `choose` is pure and chooses among `leaves`, along `reached`; that all ranks choose alike at
-    every step; shapes and dtypes, equal results on all ranks, the same bits in every tensor library, NaN on one rank, resuming; and that
-    the policy's state lies under its own keys.
+    The tests check: registration, configuration, that `choose` is pure and chooses among `leaves`, along `reached`; that all ranks choose
+    alike at every step; shapes and dtypes, equal results on all ranks, the same bits in every tensor library, NaN on one rank, resuming;
+    and that the policy's state lies under its own keys.
     """
     pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WORLDS for t in texts]
-    everywhere = type("TestEverywhere", (Everywhere,), {"pytestmark": [pytest.mark.parametrize(("world", "text"), pairs)]})
-    declared = type("TestDeclared", (Declared,), {"pytestmark": [pytest.mark.parametrize("text", texts)]})
-    return type("TestPolicyContract", (), {"TestEverywhere": everywhere, "TestDeclared": declared})
+    return suite("TestPolicyContract", (Everywhere, "world, text", pairs), (Declared, "text", texts))
 
 
 def specs() -> list[TensorSpec]:
@@ -45,10 +41,10 @@ def policy_of(text: str) -> Policy:
 
 
 class Everywhere:
-    """What holds in every tensor library."""
+    """The tests that run in every tensor library."""
 
     def test_all_ranks_choose_alike(self, world: World, text: str):
-        """At every step all ranks send each tensor through the same parts, and get the same bytes, in shape and dtype."""
+        """At every step all ranks choose the same parts for each tensor, and results keep shape and dtype and have the same bytes."""
         cluster = world.cluster(grace_ext.grace(text), 2)
         for step in range(STEPS):
             gradients = inputs.ranks(2, step, shapes=SHAPES)
@@ -60,7 +56,7 @@ class Everywhere:
                 assert array.shape == SHAPES[name] and array.dtype == np.float32 and np.isfinite(array).all(), name
 
     def test_the_same_as_numpy(self, world: World, text: str):
-        """The same results and state as the reference, or close to them if a compressor's bytes may differ."""
+        """Results equal those of the reference, or are close to them if a compressor's bytes may differ."""
         g, runs = grace_ext.grace(text), []
         exact = all(leaf.compressor.deterministic_bytes for leaf in g.leaves)
         for one in (world, NUMPY):
@@ -74,7 +70,7 @@ class Everywhere:
                 assert all(np.allclose(ours[n], theirs[n], rtol=1e-2, atol=1e-3) for n in theirs)
 
     def test_one_bad_rank(self, world: World, text: str):
-        """NaN on one of two ranks: nobody remembers anything of the step, what the policy has learnt included."""
+        """With NaN on one of two ranks both return NaN, and no state changes, that of the policy included."""
         cluster = world.cluster(grace_ext.grace(text), 2)
         world.step(cluster, inputs.ranks(2, 0, shapes=SHAPES))
         held, bad = states(cluster, world), inputs.ranks(2, 1, shapes=SHAPES)
@@ -86,33 +82,19 @@ class Everywhere:
 
     def test_resume_is_bit_exact(self, world: World, text: str):
         """A fresh cluster that loads the state continues exactly like the one that was saved."""
-        g = grace_ext.grace(text)
-        cluster, fresh = world.cluster(g, 2), world.cluster(g, 2)
-        for step in range(2):
-            world.step(cluster, inputs.ranks(2, step, shapes=SHAPES))
-        fresh.load_state_dict(copy.deepcopy(cluster.state_dict()))
-        for step in range(2, STEPS):
-            gradients = inputs.ranks(2, step, shapes=SHAPES)
-            assert same_bits(world.step(cluster, gradients), world.step(fresh, gradients))
-            assert all(same_bits(a, b) for a, b in zip(states(cluster, world), states(fresh, world), strict=True))
+        check_resume(world, text, steps=STEPS, shapes=SHAPES)
 
 
 class Declared:
-    """What holds of the policy itself."""
+    """The tests of the policy itself."""
 
     def test_is_a_registered_value(self, text: str):
-        """Found by name, equal by its knobs, and the same after a round trip through JSON and through its string."""
-        g = grace_ext.grace(text, seed=7)
+        """It is found by name, equal if its knobs are, and the same after a round trip through JSON and through its string."""
         policy = policy_of(text)
-        assert grace_ext.policies.get(policy.name) is type(policy)
-        assert grace_ext.grace(json.loads(json.dumps(g.to_config()))) == g
-        again = policy_of(str(policy))
-        assert again == policy and hash(again) == hash(policy)
-        assert (type(policy).__doc__ or "").strip().splitlines()[0].endswith(".")
+        check_registered(policy, text, policy_of(str(policy)))
 
     def test_it_chooses_among_what_it_declares(self, text: str):
-        """`choose` is pure, and gives one of `leaves`, which is also one that `reached` names for the tensor; without `changes`, always the
-        same one."""
+        """`choose` is pure. It returns one of `leaves`, which `reached` yields for the tensor, and always the same one unless `changes`."""
         policy = policy_of(text)
         assert policy.leaves and all(isinstance(leaf, Composition) for leaf in policy.leaves)
         for spec in specs():
@@ -129,7 +111,7 @@ class Declared:
             assert policy.changes or len(set(chosen)) == 1, "what changes with the step must say `varies`"
 
     def test_its_state_lies_under_its_own_keys(self, text: str):
-        """What a policy learns is kept under its place; one that does not say `learns` keeps nothing."""
+        """A policy that `learns` keeps its state under its own keys; others keep none."""
         g = grace_ext.grace(text)
         cluster = NUMPY.cluster(g, 2)
         NUMPY.step(cluster, inputs.ranks(2, 0, shapes=SHAPES))
@@ -137,6 +119,6 @@ class Declared:
         assert all(key.startswith("policy") for key in learnt)
         assert bool(learnt) <= any(policy.learns for policy in g.policies)
 
-    def test_its_sentences_are_sentences(self, text: str):
-        """`notices` are for a log: text that ends like a sentence or a hint."""
+    def test_notices_are_text(self, text: str):
+        """`notices` returns sentences for the log."""
         assert all(isinstance(sentence, str) and sentence for sentence in policy_of(text).notices(specs()))

@@ -1,4 +1,4 @@
-"""The checks of a transport: what a driver asks of it. `check_transport` runs them in the processes of a real job."""
+"""Checks everything that a driver asks of a transport. `check_transport` runs them in the processes of a real job."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def check_transport(transport: Transport) -> None:
         check(transport)
 
 
-# --- what each rank has, so that every rank knows what all have ---------------------------------------------------------
+# --- the arrays of each rank, which every other rank can compute, too ---------------------------------------------------------
 def floats(rank: int, dtype: str, count: int = 37) -> np.ndarray:
-    """Multiples of 1/8: their sums are exact."""
+    """Returns multiples of 1/8, whose sums are exact."""
     return (np.random.default_rng(rank).integers(-64, 64, count) / 8).astype(dtype)
 
 
@@ -48,7 +48,7 @@ def knows_its_place(transport: Transport) -> None:
 
 
 def sums_floats(transport: Transport) -> None:
-    """All-reduces of float32 and float64: the mean and the sum, for one element and for many."""
+    """All-reduces give the mean or the sum of float32 and float64 arrays, of one element and of many."""
     n, ops = transport.size, transport.ops
     for dtype in ("float32", "float64"):
         for count in (1, 37, 5000):
@@ -60,7 +60,7 @@ def sums_floats(transport: Transport) -> None:
 
 
 def sums_halves_and_integers(transport: Transport) -> None:
-    """All-reduces of 16-bit floats, rounded once from a float32 sum, and exact ones of integers; `carry` may express them by others."""
+    """All-reduces round 16-bit floats once, from a float32 sum, and add integers exactly."""
     n, ops = transport.size, transport.ops
     for dtype in HALVES:
         kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
@@ -77,17 +77,15 @@ def sums_halves_and_integers(transport: Transport) -> None:
 
 
 def gathers(transport: Transport) -> None:
-    """All-gathers and broadcasts: equal lengths, different known ones (none at all included), and messages of lengths nobody knows."""
+    """All-gathers and broadcasts deliver arrays of equal and of different known lengths (0 included), and messages of unknown length."""
     n, ops = transport.size, transport.ops
     for kind in ("allgather", "broadcast"):
         for what, lengths in (("equal", [24] * n), ("uneven", [7 * rank for rank in range(n)])):
             own = ops.upload(data(transport.rank, lengths[transport.rank]))
             wanted = Collective(kind, own, what, sizes=tuple(lengths))
             found = run(transport, wanted, f"check/{kind}/{what}")
-            assert [host(transport, x).tobytes() for x in found] == [data(rank, k).tobytes() for rank, k in enumerate(lengths)], (
-                kind,
-                what,
-            )
+            sent = [data(rank, length).tobytes() for rank, length in enumerate(lengths)]
+            assert [host(transport, x).tobytes() for x in found] == sent, (kind, what)
         every = [message(ops, [ops.upload(data(rank, 5 + 11 * rank))], digest=1, step=2, finite=True) for rank in range(n)]
         limits = (1000,) * n
         found = run(transport, Collective(kind, every[transport.rank], "messages", limits=limits), f"check/{kind}/messages")
@@ -95,7 +93,7 @@ def gathers(transport: Transport) -> None:
 
 
 def exchanges_pieces(transport: Transport) -> None:
-    """All-to-alls: the same sizes on all ranks, different known ones, and messages of lengths nobody knows."""
+    """All-to-alls deliver pieces of the same sizes on all ranks, of different known sizes, and messages of unknown length."""
     n, rank, ops = transport.size, transport.rank, transport.ops
     same = tuple(3 + 2 * to for to in range(n))
     pieces = [[data(10 * a + b, same[b]) for b in range(n)] for a in range(n)]
@@ -114,7 +112,7 @@ def exchanges_pieces(transport: Transport) -> None:
 
 
 def keeps_several_under_way(transport: Transport) -> None:
-    """Collectives that are started one after another can be waited for in that order while others are under way; names may come again."""
+    """Several collectives can be under way at once and are waited for in the order of their starts; names can be used again."""
     n, ops = transport.size, transport.ops
 
     def effects() -> Effects:
@@ -131,7 +129,7 @@ def keeps_several_under_way(transport: Transport) -> None:
 
 
 def makes_groups(transport: Transport) -> None:
-    """If it `splits`: collectives inside the nodes and between their first ranks, of two made-up nodes."""
+    """If the transport `splits`, collectives run inside each of two nodes, and between the first ranks of the nodes."""
     n = transport.size
     if not transport.splits or n < 3:
         return

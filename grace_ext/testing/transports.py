@@ -1,4 +1,4 @@
-"""The contract that every transport keeps, as tests for pytest. See `transport_contract`; transport_checks.py has the checks."""
+"""Tests that every transport must pass. See `transport_contract`; transport_checks.py has the checks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PATIENCE = 60.0
 
 
 def transport_contract(start: Callable[[int], Sequence[Transport]]) -> type:
-    """Returns a class of tests for a transport whose ranks can live in the threads of one process: assign it to a name that begins with
+    """Returns a class of tests for a transport whose ranks can live in the threads of one process. Assign it to a name that begins with
     Test.
 
-    start: called with a number of ranks, returns a connected transport for each, in rank order. Every check of `check_transport` is run by
-    all ranks at once, for 1, 2 and 3 of them.
+    start: gets a number of ranks and returns a connected transport for each, in rank order. All ranks run every check of `check_transport`
+    at once, with 1, 2 and 3 ranks.
     """
     every = pytest.mark.parametrize(("size", "check"), [pytest.param(n, c, id=f"{n}-{c.__name__}") for n in SIZES for c in CHECKS])
 
@@ -33,7 +33,7 @@ def transport_contract(start: Callable[[int], Sequence[Transport]]) -> type:
 
 
 def together(transports: Sequence[Transport], check: Callable[[Transport], None]) -> None:
-    """Runs a check on all ranks, each in a thread; raises what any of them raised, or if they do not end in time."""
+    """Runs a check on all ranks, each in a thread. Raises what any of them raised, or an AssertionError if they do not end in time."""
     errors: list[BaseException] = []
 
     def run(transport: Transport) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grace_ext.testing.compressors import check_no_view, check_shapes, check_zeros
+from grace_ext.testing.checks import check_no_view, check_shapes, check_zeros
 from grace_ext.testing.worlds import NUMPY
 
 from .. import catalog

@@ -37,7 +37,7 @@ EXCEPTIONS = {
     ("cli.selfcheck", "__init__"): "the command runs a job that uses the package as users do",
     **{
         (f"testing.{name}", "__init__"): "plug-in authors test the package as users see it"
-        for name in ("compressors", "memories", "communicators", "policies", "worlds")
+        for name in ("checks", "compressors", "memories", "communicators", "policies", "worlds")
     },
 }
 #: Modules that are imported by name: the importing module. A test imports each once.
