@@ -1,9 +1,18 @@
-"""Defines all errors. Each says what was seen, which rule it breaks and what to do, and keeps its data as attributes."""
+"""Defines all errors, and how users are warned. Each error says what was seen, which rule it breaks and what to do, and keeps its data as
+attributes."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+#: Where launchers say which rank a process is. torchrun's own comes first: srun may have started the torchrun.
+RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+#: Packages whose lines a warning does not point at.
+INSIDE = {"grace_ext", "torch", "tensorflow", "keras", "horovod", "lightning", "pytorch_lightning", "accelerate", "transformers"}
 
 
 class GraceError(Exception):
@@ -87,8 +96,9 @@ class CollectiveError(GraceError, RuntimeError):
         shown = ", ".join(self.parameters[:3]) + (f" and {len(self.parameters) - 3} more" if len(self.parameters) > 3 else "")
         super().__init__(
             f"rank {rank}: collective {name!r}{f' of {shown}' if shown else ''} failed: {reason}. Look in the other ranks' output for the "
-            "one that ended or stopped first; the memory is that of the last complete step. Training can continue from a checkpoint, or "
-            "by itself as an elastic job; if a peer is only slow, set a longer GRACE_EXT_TIMEOUT (docs/faults.md)"
+            "one that ended or stopped first (or that steps several optimizers in another order); the memory is that of the last complete "
+            "step. Training can continue from a checkpoint, or by itself as an elastic job; if a peer is only slow, set a longer "
+            "GRACE_EXT_TIMEOUT (docs/faults.md)"
         )
 
 
@@ -116,6 +126,20 @@ class UnstableFeedbackWarning(UserWarning):
 
 class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""
+
+
+def warn_user(
+    message: str, category: type[Warning] = UserWarning, *, every_rank: bool = False, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Warns at the user's own line that led here, on rank 0 only (the others would say the same), or on every rank."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+        level, frame = level + 1, frame.f_back
+    if every_rank or next((environ[name] for name in RANKS if name in environ), "0") == "0":
+        warnings.warn(message, category, stacklevel=level)
+        return
+    with warnings.catch_warnings(record=True):  # not shown, but if the user made warnings errors, all ranks must raise alike
+        warnings.warn(message, category, stacklevel=level)
 
 
 def few(names: Iterable[str]) -> str:

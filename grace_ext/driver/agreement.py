@@ -2,9 +2,11 @@
 
 There are three checks, by cost:
   at every step      the digest in the header of each gathered message (exchange/message.py): no extra bytes
-  at the first step  `agree`: spec, seed, parameters, buckets, step, version; one small gather
-  when asked         `compare`: the same again, and a digest of every parameter's bits; one gather of some 30 bytes per parameter
-Summed arrays carry no header, so `compare` is what finds ranks that diverge after the first step with an all-reduced compressor.
+  at the first step  `agree`: spec, seed, parameters, buckets, step, version, and a digest of every parameter's bits; one small gather, of
+                     some 30 bytes per parameter
+  when asked         the same again
+Summed arrays carry no header, only one bit of the digest, so the last check is what finds ranks that diverge after the first step with an
+all-reduced compressor.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from ..parts.ops import Ops
 
 #: What ranks say of themselves, by rank.
 Descriptions = list[dict[str, Any]]
+#: By rank: the digests of its parameters, by name; None for a rank that compares none.
+Values = list[dict[str, str] | None]
 #: What ranks say of themselves that may differ from rank to rank.
 OWN = {"number": 0, "node": "", "saved_on": "", "judges": False}
 DIGESTS = "digests of parameters"
@@ -34,18 +38,39 @@ FIX = (
     "Give every rank the same start (hvd.broadcast_parameters and hvd.broadcast_optimizer_state, or the checkpoint of one step), and let "
     "no rank change parameters by itself"
 )
+FIX_START = (
+    "The ranks would train different models: call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step, or load "
+    "the checkpoint of one step on every rank (check_start=False turns this check off)"
+)
 
 
-def agree(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[Any, Any, Descriptions]:
+def agree(
+    ops: Ops, transport: Transport, mine: dict[str, Any], digests: Mapping[str, str] | None = None
+) -> Generator[Any, Any, tuple[Descriptions, Values]]:
     """Gathers every rank's description of itself ('spec', 'seed', 'parameters', 'number', ...) and compares them. Raises DisagreementError,
-    on every rank alike, if anything differs but what is each rank's OWN."""
-    said = yield from _checked(ops, transport, {**mine, "version": VERSION})
+    on every rank alike, if anything differs but what is each rank's OWN. Returns (the descriptions, the ranks' digests).
+
+    digests: `digest_of` each parameter, by name, for `check_values`; None if this rank compares none."""
+    said = yield from _checked(ops, transport, {**mine, "version": VERSION, **({} if digests is None else {DIGESTS: dict(digests)})})
+    found = [other.pop(DIGESTS, None) for other in said]
     if any({**other, **OWN} != {**said[0], **OWN} for other in said):
         raise DisagreementError(difference(said), said)
     for rank, other in enumerate(said):
         if not set(mine) <= set(other):  # a rank without compression says less, but it differs in what was compared above
             raise PayloadError(NONSENSE, rank)
-    return said
+    return said, found
+
+
+def differ(values: Values) -> bool:
+    """Whether the ranks' parameters differ, among the ranks that compare them."""
+    given = [digests for digests in values if digests is not None]
+    return any(digests != given[0] for digests in given)
+
+
+def check_values(values: Values, fix: str = FIX) -> None:
+    """Raises DisagreementError, naming ranks and parameters, if the ranks' parameters differ. fix: what the user can do then."""
+    if differ(values):
+        raise DisagreementError(_different_values(values, fix), [{"digests": digests} for digests in values])
 
 
 def _checked(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[Any, Any, Descriptions]:
@@ -54,7 +79,7 @@ def _checked(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[
     for rank, other in enumerate(said):
         number, parameters = other.get("number", 0), other.get("parameters", [])
         if not (
-            {"spec", "seed", "version", DIGESTS} & set(mine) <= set(other)
+            {"spec", "seed", "version"} & set(mine) <= set(other)
             and isinstance(number, int) and 0 <= number < 2**53
             and isinstance(other.get("node", ""), str) and isinstance(other.get("saved_on", ""), str)
             and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
@@ -62,17 +87,6 @@ def _checked(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[
         ):  # fmt: skip
             raise PayloadError(NONSENSE, rank)
     return said
-
-
-def compare(ops: Ops, transport: Transport, mine: dict[str, Any], digests: Mapping[str, str]) -> Generator[Any, Any, None]:
-    """Agrees again, and compares the ranks' parameters by their digests (see `digest_of`). Raises DisagreementError, on every rank alike,
-    naming the ranks and the parameters."""
-    said = yield from _checked(ops, transport, {**mine, "version": VERSION, DIGESTS: dict(digests)})
-    found = [other.pop(DIGESTS) for other in said]
-    if any({**other, **OWN} != {**said[0], **OWN} for other in said):
-        raise DisagreementError(difference(said), said)
-    if any(digests != found[0] for digests in found):
-        raise DisagreementError(_different_values(found), [{"digests": digests} for digests in found])
 
 
 def digest_of(array: np.ndarray) -> str:
@@ -109,6 +123,8 @@ def difference(said: Descriptions) -> str:
             lines.append(f"rank {rank} has other parameters than rank 0: {names}")
         elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
             lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
+        elif other.get("revoked") != said[0].get("revoked"):
+            lines.append(f"rank {rank} has called discard() or undo() {other.get('revoked')} times, rank 0 {said[0].get('revoked')} times")
         elif other.get("step") != said[0].get("step"):
             steps = f"rank {rank} is at step {other.get('step')}, rank 0 at step {said[0].get('step')}"
             lines.append(f"{steps}; load the state of the same step on all ranks")
@@ -117,18 +133,20 @@ def difference(said: Descriptions) -> str:
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)
 
 
-def _different_values(found: list[dict[str, str]]) -> str:
+def _different_values(found: Values, fix: str) -> str:
     """Says which ranks' parameters differ from those of most ranks (if as many differ as agree, from those of the group with rank 0)."""
-    kinds = Counter(json.dumps(digests, sort_keys=True) for digests in found)
+    kinds = Counter(json.dumps(digests, sort_keys=True) for digests in found if digests is not None)
     usual = json.loads(kinds.most_common(1)[0][0])
     lines = []
     for rank, digests in enumerate(found):
+        if digests is None:
+            continue
         other = [name for name in {**usual, **digests} if usual.get(name) != digests.get(name)]
         if other:
             lines.append(f"rank {rank}: {len(other)} of {len(usual)} parameters differ: {few(other)}")
     same = ", ".join(str(rank) for rank, digests in enumerate(found) if digests == usual)
     lines = [f"rank {same}: taken as right", *lines]
-    return f"the ranks' parameters are not the same bits. {FIX}.\n  " + "\n  ".join(lines)
+    return f"the ranks' parameters are not the same bits. {fix}.\n  " + "\n  ".join(lines)
 
 
 def check_nodes(said: Descriptions) -> None:

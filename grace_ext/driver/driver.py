@@ -15,7 +15,8 @@ Why it cannot deadlock, whatever order the gradients arrive in:
      every rank alike if they differ; so ranks that disagree never start collectives that do not match.
 
 Commit. A part returns new state; it is kept aside until every bucket is through, and committed only if every rank was finite in every
-bucket. An exception anywhere leaves the state of the last committed step.
+bucket. An exception anywhere leaves the state of the last committed step. A caller may also finish a step without a commit, or roll a
+commit back; every rank must do so alike, and the digests of the next step say whether they did (`revoked`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ import hashlib
 import itertools
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from ..composition.composition import Parts
 from ..composition.grace import Grace
-from ..errors import GraceError, NamesError, UnsupportedError
+from ..errors import GraceError, NamesError, UnsupportedError, warn_user
 from ..exchange.bucket import exchange_bucket
 from ..exchange.effects import Effects, Split, Start, Wait
 from ..exchange.hierarchy import TwoLevel
@@ -41,7 +41,7 @@ from ..exchange.transport import Transport
 from ..parts.ops import Array, Ops
 from ..parts.tensor import StepInfo, TensorSpec
 from . import layout, state
-from .agreement import agree, check_nodes, compare
+from .agreement import FIX, FIX_START, agree, check_nodes, check_values, differ
 from .choices import Choices
 from .layout import BUCKET_BYTES, Bucket
 from .observer import Observer
@@ -99,12 +99,21 @@ class Driver:
         self._saved_on = ""  # the node that the state was this rank's on, if it is exchanged in two levels
         self.step = 0
         self.agreed = False
-        #: Whether the last step's state was committed: every rank was finite in every bucket.
+        #: Whether the last step's state was committed: every rank was finite in every bucket, and nobody revoked it.
         self.committed = True
-        self._before: dict[str, dict[str, Array]] | None = None  # the state before that, only if `roll_back` may be called
+        #: How many steps were revoked: by `finish(commit=False)`, `roll_back` or `revoke`.
+        self.revoked = 0
+        self._keeps_before = False
+        self._before: dict[str, dict[str, Array]] | None = None  # the state before the last commit, only if it may be rolled back
         #: Bytes that this rank handed to collectives in the last finished step, headers and all rounds included.
         self.wire_bytes = 0
         self.observer = Observer()
+        #: Returns digests of the parameters (agreement.digest_of, by name), which must be the same when ranks agree; None: not compared.
+        self.starting: Callable[[], dict[str, str]] | None = None
+        #: Whether they may differ then, because the caller's users broadcast them after the first step; the caller compares them again.
+        self.tolerates_start = False
+        #: Whether they did differ, and have not been compared again.
+        self.started_apart = False
         self._arrived: dict[str, Any] = {}
         self._info: StepInfo | None = None  # of the step under way
         self._next = self._bytes = 0  # the bucket whose turn it is; bytes handed to collectives so far
@@ -169,7 +178,7 @@ class Driver:
         """Chooses what each tensor goes through at this step, which the digest in the headers of messages names."""
         if self._choices.choose(self.step, self.state) or anew:
             for bucket in self.buckets:
-                bucket.digest = layout.digest(self.grace, bucket.specs, self._choices.parts)
+                bucket.digest = layout.digest(self.grace, bucket.specs, self._choices.parts) ^ (self.revoked & 1)
 
     def check(self, name: str, tensor: Any) -> None:
         """Raises NamesError or TensorChangedError if this tensor is not what was registered under its name."""
@@ -218,14 +227,17 @@ class Driver:
             self.abandon()  # nothing can be known of what was started
             raise
 
-    def finish(self) -> Effects:
-        """Ends the step. Returns {name: result} for every registered parameter, in the gradients' shapes and dtypes."""
+    def finish(self, *, commit: bool = True, revocable: bool = False) -> Effects:
+        """Ends the step. Returns {name: result} for every registered parameter, in the gradients' shapes and dtypes.
+
+        commit: False leaves state and step as they were, for gradients that shall not count; every rank must do so alike. revocable: keeps
+        the state before the commit, so that `undo` can restore it until the next step begins."""
         self._compute = min(self._compute, time.perf_counter() - self._ended)
-        outputs = yield from self.observer.effects(self._finish())
+        outputs = yield from self.observer.effects(self._finish(commit, revocable))
         self.observer.finished()
         return outputs
 
-    def _finish(self) -> Effects:
+    def _finish(self, commit: bool, revocable: bool) -> Effects:
         try:
             self.check_rate(self.read_lr())
             if not self.agreed:
@@ -240,7 +252,7 @@ class Driver:
                         yield from self._advance(bucket, results)
             if all(bucket.finite for bucket in self.buckets):
                 yield from self._settle()
-            return self._commit()
+            return self._commit(commit, revocable)
         finally:
             self.abandon()
             self._ended = time.perf_counter()
@@ -254,6 +266,7 @@ class Driver:
             if self._info is None:
                 self._info = self._step_info()
                 self._choose()
+                self.forget_before()
                 self.observer.begin(self._info)
             jobs = [self._job(spec, self._info) for spec in bucket.specs]
             how = self._two_level.exchange if self._two_level else partial(exchange_bucket, self.ops)
@@ -306,17 +319,19 @@ class Driver:
         self._bytes += sent
         self._log(said)
 
-    def _commit(self) -> dict[str, Any]:
+    def _commit(self, commit: bool, revocable: bool) -> dict[str, Any]:
         outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
-        self.committed = all(bucket.finite for bucket in self.buckets)
+        self.committed = commit and all(bucket.finite for bucket in self.buckets)
+        if not commit:
+            self.revoke()
         if self.committed:
             old, self.state = self.state, {name: arrays for bucket in self.buckets for name, arrays in bucket.states.items()}
             self._choices.committed()
-            if self._before is None:
-                self._recycle(old)
-            else:
+            if revocable or self._keeps_before:
                 self._before = old
-        self.step += 1
+            else:
+                self._recycle(old)
+        self.step += commit  # what is revoked counts as not made
         self.wire_bytes = self._bytes
         self.observer.ended(self.buckets)
         return {name: outputs[name] for name in self.specs}
@@ -327,10 +342,27 @@ class Driver:
             self.ops.recycle(replaced(arrays, self.state.get(name, {})))
 
     def roll_back(self) -> None:
-        """Takes the last step's commit back, if there was one. Only after `join_agreement`."""
+        """Restores the state before the last commit, if it was kept. Every rank must do so alike, between steps."""
         if self.committed and self._before is not None:
             self.state, self.committed = self._before, False
             self._choices.forget()
+            self.revoke()
+
+    def undo(self) -> None:
+        """Makes the last step, which was finished as `revocable`, count as not made. Every rank must do so alike, between steps."""
+        self.roll_back()
+        self.step -= 1
+
+    def forget_before(self) -> None:
+        """Gives back the state before the last commit: it will not be rolled back."""
+        if not self._keeps_before:
+            self._before = None
+
+    def revoke(self) -> None:
+        """Counts a step whose gradients do not count, which changes the digests: ranks that do not all do so are told at their next
+        step."""
+        self.revoked += 1
+        self._choose(anew=True)
 
     def abandon(self) -> None:
         """Forgets the step under way, if there is one. The state is that of the last commit."""
@@ -357,7 +389,11 @@ class Driver:
 
         It also finds a number for the names of this driver's collectives that no other driver of any rank has: two models may be under way
         at once, and ranks may have made different numbers of drivers before (for process sets)."""
-        said = yield from agree(self.ops, self.transport, self._described())
+        digests = self.starting() if self.starting else None
+        said, values = yield from agree(self.ops, self.transport, self._described(), digests)
+        self.started_apart = differ(values)
+        if not self.tolerates_start:
+            check_values(values, FIX_START)
         if self.grace.two_level:
             self._two_level = TwoLevel(self.transport.rank, [other["node"] for other in said], self.ops)
             check_nodes(said)
@@ -385,7 +421,9 @@ class Driver:
         digests of parameters (agreement.digest_of, by name). Between steps only."""
         if self._arrived:
             raise GraceError("parameters are compared between steps: call it after the optimizer's step, before the next backward pass")
-        yield from compare(self.ops, self.transport, self._described(), digests)
+        _, values = yield from agree(self.ops, self.transport, self._described(), digests)
+        check_values(values, FIX_START if self.started_apart else FIX)
+        self.started_apart = False
 
     def _described(self) -> dict[str, Any]:
         """Returns this rank's description of itself, for the agreement."""
@@ -398,6 +436,7 @@ class Driver:
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],
             "step": self.step,
+            "revoked": self.revoked,
             "number": Driver._next_number,
             "node": self.transport.node if self.grace.two_level else "",
             "saved_on": self._saved_on,
@@ -409,7 +448,7 @@ class Driver:
         just joined. The step under way is forgotten: its engine has ended."""
         self.abandon()
         self.transport, self.divisor, self._two_level = transport, divisor, None
-        self.agreed, self.prefix, self.state, self._saved_on = False, "", {}, ""
+        self.agreed, self.prefix, self.state, self._saved_on, self.revoked = False, "", {}, "", 0
         self.register(())
 
     def join_agreement(self, prefix: str) -> None:
@@ -418,7 +457,7 @@ class Driver:
         because = layout.one_bucket_because(self.grace)
         if because:
             raise UnsupportedError(because)
-        self.prefix, self.agreed, self._before = prefix, True, {}
+        self.prefix, self.agreed, self._keeps_before = prefix, True, True
 
     # --- state --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -447,10 +486,10 @@ class Driver:
         self._foreign = saved["rank"] != self.transport.rank
         self._saved_on = "" if self._foreign else saved.get("node", "")
         if self._foreign:
-            warnings.warn(
+            warn_user(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
                 "zero. Save the state of every rank to resume exactly",
-                stacklevel=3,
+                every_rank=True,  # rank 0's own state fits
             )
 
     def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:

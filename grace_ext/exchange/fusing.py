@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import PayloadError
 from ..parts.field import HALVES, INTEGERS, ITEMSIZE, Field
 from ..parts.ops import Array, Ops
 from ..parts.payload import pack, unpack
 from ..parts.requests import AllReduce, Scatter
 from ..parts.tensor import StepInfo, TensorSpec
 from .effects import Collective
-from .message import HEADER, message, open_message
+from .message import HEADER, OTHERWISE, message, open_message
 
 #: Expresses a collective by those that an engine has (Transport.carry).
 Carry = Callable[[Collective], Generator[Collective, Any, Any]]
@@ -60,23 +62,29 @@ def fused(step: BucketStep, kind: str, group: Group, turn: int) -> Generator[Col
 
 
 def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:
-    """Sums the arrays, and one element more that says whether a rank was not finite: NaN, or 1 among integers."""
+    """Sums the arrays, and one element more. Among floats it is the lowest bit of the digest, or NaN if a gradient was not finite: so ranks
+    that sum other things are found out although sums have no header. Among integers it is 1 if a gradient was not finite."""
     ops, finite = step.ops, step.finite
     dtype = max((request.dtype for _, request in group), key=ITEMSIZE.__getitem__)
     divisor = step.info.divisor
+    mark = ops.zeros(1) + (step.digest & 1) if finite else ops.full_nan(1)
     if dtype in INTEGERS:
         tail, divisor = ops.arange(1) + int(not finite), 1
     elif dtype in HALVES:
-        tail = ops.to_bytes(ops.zeros(1) if finite else ops.full_nan(1), dtype)
+        tail = ops.to_bytes(mark, dtype)
     else:
-        tail = ops.cast(ops.zeros(1) if finite else ops.full_nan(1), "float64" if dtype == "float64" else "float32")
+        tail = ops.cast(mark, "float64" if dtype == "float64" else "float32")
     whole = ops.concat([*(request.array for _, request in group), tail])
     total = yield from step.carry(Collective("allreduce", whole, label, divisor, dtype=dtype))
     told = total[-len(tail) :]
     if dtype in INTEGERS:
         all_finite = not int(told[0])
     else:
-        all_finite = ops.all_finite(ops.from_bytes(told, dtype) if dtype in HALVES else told)
+        said = float((ops.from_bytes(told, dtype) if dtype in HALVES else told)[0])
+        all_finite = math.isfinite(said)
+        expected = (step.digest & 1) * step.info.size / divisor
+        if all_finite and abs(said - expected) > 0.5 / divisor + 0.01 * expected:  # 16-bit sums are rounded
+            raise PayloadError(f"was summed with a payload that {OTHERWISE}")
     answers, at = {}, 0
     for index, request in group:
         answers[index] = total[at : at + len(request.array)]

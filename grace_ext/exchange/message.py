@@ -19,10 +19,14 @@ import numpy as np
 from ..errors import PayloadError
 from ..parts.ops import Array, Ops
 
-MAGIC, VERSION = b"GX", 1
+MAGIC, VERSION = b"GX", 2
 HEADER = struct.Struct("<2sBBIQQ")
 #: The flag that some gradient of the bucket was not finite; the payloads are then of zeros.
 NOT_FINITE = 1
+OTHERWISE = (
+    "was made with another spec, for other parameters, or after a discard() or undo() that not all ranks called: make every rank run the "
+    "same script"
+)
 
 
 def message(ops: Ops, pieces: Sequence[Array], *, digest: int, step: int, finite: bool) -> Array:
@@ -43,7 +47,7 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
     if version != VERSION:
         raise PayloadError(f"has payload version {version}, this is {VERSION}: install the same grace_ext everywhere", rank)
     if its_digest != digest:
-        raise PayloadError("was made with another spec or for other parameters", rank)
+        raise PayloadError(OTHERWISE, rank)
     if its_step != step & 0xFFFFFFFF:
         raise PayloadError(f"is of step {its_step}, this is step {step}", rank)
     if flags & ~NOT_FINITE:
