@@ -45,7 +45,7 @@ def chosen(job: dict[str, Any], world: Any) -> dict[str, Any]:
     system.fresh()
     system.make()
     times = timing.run(world, system, before=None, budget=job["budget"])["times"]
-    driver = system.optimizer._session.driver
+    driver = system.optimizer._exchange.session.driver
     (number,) = {int(state["policy:choice"][0]) for state in driver.state.values()}
     return {"spec": str(driver.grace.leaves[number]), "times": times}
 

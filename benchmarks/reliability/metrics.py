@@ -47,7 +47,7 @@ def transformer(spec: str) -> tuple[Callable[[], None], Any]:
         model(x).square().mean().backward()
         optimizer.step()
 
-    return step, optimizer._session.driver
+    return step, optimizer._exchange.session.driver
 
 
 def resnet50(spec: str) -> tuple[Callable[[], None], Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import GraceError, NamesError, TensorChangedError
+from ..errors import GraceError, NamesError, TensorChangedError, warn_user
 from ..parts.field import HALVES
 from ..parts.ops import Array, Ops
 from ..parts.tensor import TensorSpec
@@ -111,19 +110,17 @@ class LocalModel:
         """Returns the new model in the user's tensors. means: what the driver returned for `outgoing`; committed: whether every rank was
         finite. Returns None if each rank keeps its own model."""
         if not committed and self.settings.grace.memory.diverges:  # CSER keeps no earlier model that all ranks had
-            warnings.warn(
-                f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors",
-                stacklevel=2,
+            warn_user(
+                f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors"
             )
             return None
         if committed:
             for name in self.specs:
                 self.master[name] = self._moved(name, self.ops.ingest(means[name]))
         else:
-            warnings.warn(
+            warn_user(
                 f"a rank's model was not finite at step {self.step}: all ranks go back to the model of step {self.last}, their last "
-                "synchronization",
-                stacklevel=2,
+                "synchronization"
             )
         self.last = self.step
         return self.values()

@@ -117,8 +117,8 @@ def _check(settings: Settings) -> None:
             f"LocalSGD averages how far models have moved, but the result of {compressor.name!r} has no size; use compressor 'efsignsgd' "
             "(signs with a scale)"
         )
-    if memory.is_momentum or memory.uses_lr:
-        why = "is the momentum of the training" if memory.is_momentum else "multiplies with the learning rate"
+    if memory.is_momentum or memory.optimizer_momentum is not None or memory.uses_lr:
+        why = "multiplies with the learning rate" if memory.uses_lr else "is the momentum of the training, or compresses it"
         raise IncompatiblePartsError(
             f"memory {memory.name!r} {why}, but LocalSGD sends the sum of local steps, which already contain both; use memory 'residual'"
         )

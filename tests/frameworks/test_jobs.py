@@ -41,6 +41,17 @@ def test_wrapper(engine, case):
     assert case in held(engine, 2, "wrapper_job.py")
 
 
+@pytest.mark.parametrize("case", cases_of("scripts_job.py"))
+@pytest.mark.parametrize("engine", ["torchrun", "horovodrun"])
+def test_other_peoples_scripts(engine, case):
+    assert case in held(engine, 2, "scripts_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("refused_job.py"))
+def test_uses_that_cannot_be_right(case):
+    assert case in held("torchrun", 2, "refused_job.py")
+
+
 @pytest.mark.parametrize("case", cases_of("bind_job.py"))
 def test_bind(case):
     assert case in held("horovodrun", 2, "bind_job.py")

@@ -4,14 +4,13 @@ which Keras would skip the exchange."""
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from ...composition.grace import Grace
-from ...errors import UnsupportedError
+from ...errors import UnsupportedError, warn_user
 from ..optimizers import check_optimizer
 from .trackable import TrackedState
 
@@ -126,7 +125,4 @@ def without_xla(model: Any) -> None:
     # compile() does not keep its argument. If "auto" would choose False, the user asked for True, which refuse_xla rejects later.
     if wrapped and model.jit_compile and model._resolve_auto_jit_compile():
         model.jit_compile = False
-        warnings.warn(
-            "grace_ext turned Keras's jit_compile='auto' off: XLA cannot run the exchange. Pass jit_compile=False to silence this",
-            stacklevel=4,
-        )
+        warn_user("grace_ext turned Keras's jit_compile='auto' off: XLA cannot run the exchange. Pass jit_compile=False to silence this")

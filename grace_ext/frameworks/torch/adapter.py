@@ -20,7 +20,7 @@ from ...composition.grace import Grace
 from ...driver.driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics.metrics import Measured
-from ..optimizers import rate_of
+from ..optimizers import rate_of, require_optimizer
 from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
@@ -34,6 +34,7 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
             "bind is for unmodified horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
         ) from error
     parameters = named(pairs)
+    require_optimizer(g, optimizer, "bind")
     check_torch_optimizer(g, optimizer)
     if optimizer is not None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -110,6 +111,7 @@ class BoundCompression(Measured):
                 self.grace,
                 self._parameters,
                 lambda ops: SingleTransport(ops) if alone else HorovodTransport(ops, self._hvd, self._process_set),
+                wrapper="DistributedOptimizer",
                 average=self._average,
                 read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
                 scaler=self._scaler,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...driver.agreement import compare
+from ...driver.agreement import agree, check_values
 from ...errors import UnsupportedError
 from ...exchange.perform import perform
 from . import engine
@@ -41,7 +41,8 @@ def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
     if tensors and process_set.included() and process_set.size() > 1:
         transport = engine.transport(ops_for(next(iter(tensors.values())).device), process_set)
         mine = {"spec": f"{type(of).__name__} without compression", "seed": 0, "parameters": []}
-        perform(compare(transport.ops, transport, mine, digests_of(tensors)), transport, {})
+        _, values = perform(agree(transport.ops, transport, mine, digests_of(tensors)), transport, {})
+        check_values(values)
 
 
 def _session_of(of: Any) -> Session | None:
@@ -51,13 +52,15 @@ def _session_of(of: Any) -> Session | None:
     if isinstance(of, BoundCompression):
         return of._get_session()
     if isinstance(of, CompressedOptimizer):
-        return of._session
+        return of._exchange.session
     if isinstance(of, torch.optim.Optimizer):
         return None
     raise UnsupportedError(f"check_agreement takes a DistributedOptimizer, ddp_comm_hook's state or a bound Grace, not {type(of).__name__}")
 
 
 def _tensors_of(of: Any) -> Mapping[str, torch.Tensor]:
-    if isinstance(of, (DDPState, BoundCompression, CompressedOptimizer)):
+    if isinstance(of, CompressedOptimizer):
+        return of._exchange.parameters
+    if isinstance(of, (DDPState, BoundCompression)):
         return of._parameters
     return {f"parameter {i}.{j}": p for i, group in enumerate(of.param_groups) for j, p in enumerate(group["params"])}

@@ -28,37 +28,71 @@ from ...checkpoints.saveable import Saveable
 from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, UnsupportedError
+from ...errors import GraceError, NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError, few
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from ..optimizers import rate_of
+from ..optimizers import rate_of, require_optimizer
+from .gradients import is_taken
+from .guards import check_alone, check_not_private
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer, named
-from .transports import DistTransport, SingleTransport
+from .transports import DistTransport, SingleTransport, group_of_its_own
 
 
 def ddp_comm_hook(
-    g: Grace | str,
+    g: Any,
     ddp: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer] | None = None,
     *,
     simulate: bool = False,
     process_group: dist.ProcessGroup | None = None,
     scaler: Any = None,
+    revocable: bool = False,
+    check_start: bool = True,
 ) -> tuple["DDPState", Any]:
-    """Returns (state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp))`. The gradients become the mean over the ranks.
+    """Returns (state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp, optimizer))`. The gradients become the mean over the
+    ranks.
 
-    g: a Grace, or a spec string.
+    g: what grace_ext.grace takes.
     ddp: the DistributedDataParallel; or, for libraries that wrap the model later (Lightning), the module that will be wrapped.
-    optimizer: gives the learning rate to memories that use it.
+    optimizer: the one that applies the gradients, or a function that returns it (for libraries that make it later). It gives the learning
+      rate, and is checked against memories that are the momentum; with parts that need either, leaving it out raises UnsupportedError.
     simulate: True compresses at world size 1 too, to see the effect of compression without a cluster.
     process_group: for a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     scaler: the torch.amp.GradScaler that scales the loss, so that the memory is in units of the gradient and not of its scale. The step is
       torch's own: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update().
+    revocable: keeps the memory of the last step, so that `state.undo()` can restore it if that step shall be skipped. It takes as much
+      memory again.
+    check_start: compares the bits of all ranks' parameters at the first step, and raises DisagreementError if they differ.
     """
-    chosen = grace(g) if isinstance(g, str) else g
-    check_torch_optimizer(chosen, optimizer)
-    return DDPState(chosen, ddp, optimizer, simulate, process_group, scaler), _hook
+    chosen = grace(g)
+    if not isinstance(ddp, torch.nn.Module):
+        raise ParameterError(f"ddp_comm_hook(g, ddp, optimizer) takes a module second, and got {type(ddp).__name__}")
+    _check_takes_hooks(ddp)
+    require_optimizer(chosen, optimizer, "ddp_comm_hook")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        check_torch_optimizer(chosen, optimizer)
+    return DDPState(chosen, ddp, optimizer, simulate, process_group, scaler, revocable, check_start), _hook
+
+
+def _check_takes_hooks(ddp: torch.nn.Module) -> None:
+    """Raises UnsupportedError if this is a DDP that has given its only hook away, or that calls no hooks as they are meant."""
+    if not isinstance(ddp, DistributedDataParallel):
+        return
+    taken = "DDP takes one hook, and {} has it: {}"
+    if ddp.mixed_precision is not None:
+        way_out = "leave it out, and train in torch.autocast, or in bfloat16"
+        raise UnsupportedError(taken.format("DistributedDataParallel(mixed_precision=...)", way_out))
+    if any(hasattr(p, "_in_backward_optimizers") for p in ddp.module.parameters()):
+        way_out = "step the optimizer after backward()"
+        raise UnsupportedError(taken.format("an optimizer that runs in the backward pass (_apply_optimizer_in_backward)", way_out))
+    if ddp._comm_hooks:
+        raise UnsupportedError(taken.format(f"hook {ddp._comm_hooks[0][0].__qualname__}", "register one hook only"))
+    if getattr(ddp, "_use_python_reducer", False):
+        raise UnsupportedError(
+            "torch._dynamo.config.optimize_ddp is 'python_reducer', which traces hooks and cannot trace this one: use 'ddp_optimizer' "
+            "(torch's default)"
+        )
 
 
 def _hook(state: "DDPState", bucket: dist.GradBucket) -> Future[torch.Tensor]:
@@ -82,7 +116,17 @@ class DDPState(Measured):
     `measure(...)` and `metrics()` say what was sent.
     """
 
-    def __init__(self, g: Grace, ddp: torch.nn.Module, optimizer: Any, simulate: bool, process_group: Any, scaler: Any):
+    def __init__(
+        self,
+        g: Grace,
+        ddp: torch.nn.Module,
+        optimizer: Any,
+        simulate: bool,
+        process_group: Any,
+        scaler: Any,
+        revocable: bool,
+        check_start: bool,
+    ):
         wrapped = ddp if isinstance(ddp, DistributedDataParallel) else None
         if wrapped is not None and process_group not in (None, wrapped.process_group):
             raise UnsupportedError(
@@ -90,6 +134,7 @@ class DDPState(Measured):
                 "leave process_group out"
             )
         self._grace, self._optimizer, self._simulate, self._scaler = g, optimizer, simulate, scaler
+        self._revocable, self._check_start = revocable, check_start
         self._group: Any = process_group if wrapped is None else wrapped.process_group
         # DDP's reducer owns this object, so a strong reference to the module would keep both for ever.
         self._ddp: Callable[[], DistributedDataParallel | None] = (lambda: None) if wrapped is None else weakref.ref(wrapped)
@@ -99,6 +144,15 @@ class DDPState(Measured):
         self._made: Session | None = None
         self._taken: list[_Taken] = []
         self._put = 0  # how many of _taken the driver has
+        if wrapped is not None and dist.is_initialized():
+            self._session()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy of the DDP keeps of its hook's state: a copy (a file, an average of weights) is no rank of this exchange."""
+        return self._grace.to_config()
+
+    def __setstate__(self, config: dict[str, Any]) -> None:
+        self.__init__(grace(config), torch.nn.Module(), None, False, None, None, False, True)  # type: ignore[misc]
 
     @property
     def wire_bytes(self) -> int:
@@ -122,8 +176,19 @@ class DDPState(Measured):
         if self._made is None:
             if not dist.is_initialized():
                 raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
+            if dist.get_world_size() == 1:
+                check_alone("torch")
             named(self._parameters.items())  # checks again: it may be on several devices now
-            self._made = Session(self._grace, self._parameters, self._transport, average=True, read_lr=self._read_lr, scaler=self._scaler)
+            self._made = Session(
+                self._grace,
+                self._parameters,
+                self._transport,
+                wrapper=None,
+                average=True,
+                read_lr=self._read_lr,
+                scaler=self._scaler,
+                check_start=self._check_start,
+            )
             self._attach(self._made.driver)
         return self._made
 
@@ -131,9 +196,14 @@ class DDPState(Measured):
         return [self._made.driver] if self._made else []
 
     def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
-        return SingleTransport(ops) if dist.get_world_size(self._group) == 1 else DistTransport(ops, self._group)
+        if dist.get_world_size(self._group) == 1:
+            return SingleTransport(ops)
+        return DistTransport(ops, group_of_its_own(self._group))
 
     def _read_lr(self) -> float | None:
+        if self._optimizer is not None and not isinstance(self._optimizer, torch.optim.Optimizer):
+            self._optimizer = self._optimizer()
+            check_torch_optimizer(self._grace, self._optimizer)
         return None if self._optimizer is None else rate_of(self._optimizer.param_groups)
 
     # --- one step ---------------------------------------------------------------------------------------------------
@@ -148,6 +218,7 @@ class DDPState(Measured):
             raise UnsupportedError("DDP has a bucket of sparse gradients, which this hook does not compress; use Embedding(sparse=False)")
         if bucket.index() == 0:
             self._taken, self._put = [], 0  # an exception in a backward pass may have left some
+        self._check_taken_once()
         session, gradients = self._session(), self._gradients(bucket)
         packed = session.driver.packed({name: gradient.nbytes for name, gradient in gradients.items()})
         self._taken.append(_Taken(gradients, packed, buffer, future))
@@ -166,6 +237,12 @@ class DDPState(Measured):
                     f"DDP has a parameter of shape {list(parameter.shape)} that is not one of the module's that ddp_comm_hook was given; "
                     "call ddp_comm_hook with the module that this DDP wraps, after the module's parameters were made"
                 )
+            if flat.dtype != parameter.dtype:
+                raise UnsupportedDtypeError(
+                    f"DDP gives the gradient of {name!r}, which is {parameter.dtype}, as {flat.dtype}; grace_ext compresses gradients of "
+                    "the parameter's own real dtype"
+                )
+            check_not_private(name, parameter)
             # DDP keeps elements in the parameter's memory order (for example channels_last), but presents them as if in row order.
             dense = parameter.numel() == 1 + sum((n - 1) * step for n, step in zip(parameter.shape, parameter.stride(), strict=True))
             strides = parameter.stride() if dense and parameter.numel() else flat.stride()
@@ -190,7 +267,7 @@ class DDPState(Measured):
             self._follow(session)
             while self._put < len(self._taken):
                 self._give(session)
-            results = session.finish(())
+            results = session.finish((), revocable=self._revocable)
             for taken in self._taken:
                 for name, gradient in taken.gradients.items():
                     gradient.copy_(results[name])
@@ -201,6 +278,21 @@ class DDPState(Measured):
                 taken.future.set_result(taken.buffer)
         finally:
             self._taken, self._put = [], 0
+
+    def undo(self) -> None:
+        """Takes the last step's exchange back, for a step that shall be skipped: the memory becomes what it was. Every rank must call it
+        before the next backward pass; if only some do, all raise an error at the next step. Needs ddp_comm_hook(..., revocable=True)."""
+        if not self._revocable:
+            raise UnsupportedError("undo() needs the memory before the last step: pass revocable=True to ddp_comm_hook")
+        self._session().undo()
+
+    def _check_taken_once(self) -> None:
+        twice = [name for name, p in self._parameters.items() if is_taken(p)] if self._made is None or not self._made.driver.agreed else []
+        if twice:
+            raise UnsupportedError(
+                f"hvd.DistributedOptimizer and ddp_comm_hook both exchange {len(twice)} parameters ({few(twice)}): step the plain "
+                "optimizer, or leave DDP out"
+            )
 
     def _follow(self, session: Session) -> None:
         """Regroups the driver's buckets by DDP's, if they differ."""

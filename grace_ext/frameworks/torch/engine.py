@@ -16,7 +16,7 @@ from ...errors import UnsupportedError
 from .. import launchers
 from ..horovod import limit_waits
 from .ops import HostOps, TorchOps
-from .transports import DistTransport, HorovodTransport, SingleTransport
+from .transports import DistTransport, HorovodTransport, SingleTransport, group_of_its_own
 
 
 def choose(environ: Any = os.environ) -> str:
@@ -46,11 +46,12 @@ else:
 
 
 def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | DistTransport | SingleTransport:
-    """Returns the transport among the ranks of this process set."""
+    """Returns a transport among the ranks of this process set. Over torch.distributed it may make a process group, so all of them call
+    it."""
     if process_set.size() == 1:
         return SingleTransport(ops)
     if ENGINE == "horovod":
         return HorovodTransport(ops, api, process_set)
     from .dist.world import group_of
 
-    return DistTransport(ops, group_of(process_set))
+    return DistTransport(ops, group_of_its_own(group_of(process_set)))

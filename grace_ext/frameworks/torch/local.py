@@ -14,6 +14,8 @@ from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from . import engine
+from .guards import check_alone, check_containers, check_optimizer_kind
+from .in_front import InFront, in_front_of
 from .ops import describe, ops_for
 from .session import check_none_new, check_torch_optimizer, named
 
@@ -68,109 +70,154 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
         compression, every=every, schedule=schedule, max_gap=max_gap, asynchronous=asynchronous, max_ahead=max_ahead, outer_lr=outer_lr,
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
+    check_optimizer_kind(optimizer, "LocalSGD")
     check_torch_optimizer(settings.grace, optimizer)
-    cls: Any = type(type(optimizer).__name__, (LocalOptimizer, type(optimizer)), {"__module__": __name__})
-    wrapped: LocalOptimizer = cls.__new__(cls)
-    wrapped.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key not in ("step", "zero_grad")})
-    wrapped._begin(settings, named_parameters, process_set, simulate)
+    local = _Local(settings, _named(optimizer, named_parameters), process_set, simulate, lambda: rate_of(optimizer.param_groups))
+    wrapped = in_front_of(optimizer, LocalOptimizer)
+    wrapped._local = local
     return wrapped
 
 
-class LocalOptimizer(torch.optim.Optimizer):
+def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str, torch.nn.Parameter]:
+    """Returns the optimizer's parameters that train, by name. Raises NamesError if one of them has no name."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if named_parameters is None:
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+        named_parameters = [(f"parameter.{i}", p) for i, p in enumerate(flat)]
+    parameters = {name: p for name, p in named(named_parameters).items() if id(p) in own}
+    if len(parameters) < len(own):
+        raise NamesError(f"named_parameters lacks {len(own) - len(parameters)} of the optimizer's {len(own)} parameters")
+    return parameters
+
+
+class _Local:
+    """This rank's worker, and the parameters that it exchanges. It is shared by all objects that have a copy of the optimizer's attributes.
+    `worker` is None if nothing is exchanged."""
+
+    def __init__(self, settings: Settings, parameters: dict[str, torch.nn.Parameter], process_set: Any, simulate: bool, read_lr: Any):
+        self.worker: Worker | None = None
+        self.parameters, self.takes_part = parameters, process_set.included()
+        self._settings, self._read_lr = settings, read_lr
+        if not self.takes_part:
+            return
+        if process_set.size() == 1:
+            if process_set is api.global_process_set:
+                check_alone(engine.ENGINE)
+            if not simulate:
+                return
+        self._ranks = process_set.ranks
+        self.check_containers()
+        self.ops = ops_for(next(iter(parameters.values())).device)
+        self._transport = engine.transport(self.ops, process_set)
+        self.begin_anew()
+
+    def check_containers(self) -> None:
+        check_containers(self.parameters, "LocalSGD", self._ranks)
+
+    def begin_anew(self) -> None:
+        """Makes a worker that has made no step."""
+        self.worker = Worker(self._settings, self.ops, self._transport, self._read_lr)
+
+
+class LocalOptimizer(InFront):
     """The optimizer that `LocalSGD` returns. Its class derives from this one and, after it, from the wrapped optimizer's class; it shares
     the wrapped optimizer's parameter groups and state."""
 
-    def _begin(self, settings: Settings, named_parameters: Any, process_set: Any, simulate: bool) -> None:
-        self._worker: Worker | None = None
-        self._takes_part = process_set.included()
-        if not process_set.included() or (process_set.size() == 1 and not simulate):
-            return
-        own = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
-        if named_parameters is None:
-            flat = [p for group in self.param_groups for p in group["params"]]
-            named_parameters = [(f"parameter.{i}", p) for i, p in enumerate(flat)]
-        self._parameters = {name: p for name, p in named(named_parameters).items() if id(p) in own}
-        if len(self._parameters) < len(own):
-            raise NamesError(f"named_parameters lacks {len(own) - len(self._parameters)} of the optimizer's {len(own)} parameters")
-        self._ops = ops = ops_for(next(iter(self._parameters.values())).device)
-        transport = engine.transport(ops, process_set)
-        self._fresh = lambda: Worker(settings, ops, transport, lambda: rate_of(self.param_groups))
-        self._worker = self._fresh()
+    _local: _Local
 
-    def step(self, closure: Any = None) -> Any:
-        """Makes a step of the wrapped optimizer and, if one is due, a synchronization. Raises RankLeftError."""
-        worker = self._worker
+    def step(self, closure: Any = None, **options: Any) -> Any:
+        """Makes a step of the wrapped optimizer and, if one is due, a synchronization. Raises RankLeftError.
+
+        closure: computes the loss and its gradients. options: passed on to the wrapped optimizer."""
+        self._mark_step()
+        arguments = () if closure is None else (closure,)
+        worker = self._local.worker
         if worker is None:
-            return super().step(closure)
+            return super().step(*arguments, **options)
         if not worker.model.begun:
-            worker.begin([TensorSpec(name, *describe(p)) for name, p in self._parameters.items()], self._values())
-        check_none_new(self, self._parameters.values())
-        if closure is not None and worker.model.exchanges_gradients():
-            raise UnsupportedError(
-                "a closure computes gradients inside step(), after their exchange; call backward(), then step() without a closure"
-            )
-        self._exchange_gradients(worker)
-        loss = super().step(closure)
+            self._local.check_containers()
+            worker.begin([TensorSpec(name, *describe(p)) for name, p in self._local.parameters.items()], self._values())
+        check_none_new(self, self._local.parameters.values())
+        if closure is None or not worker.model.exchanges_gradients():
+            self._exchange_gradients(worker)
+            loss = super().step(*arguments, **options)
+        else:
+            calls = []
+
+            def evaluate() -> Any:
+                calls.append(1)
+                with torch.enable_grad():
+                    loss = closure()
+                self._exchange_gradients(worker)
+                return loss
+
+            loss = super().step(evaluate, **options)
+            if len(calls) != 1:
+                raise GraceError(
+                    f"{type(self).__name__}.step() called its closure {len(calls)} times, and memory {worker.settings.grace.memory} "
+                    "exchanges the gradients of one evaluation per step: call backward(), and step() without a closure"
+                )
         self._take(worker.models(self._values()))
         return loss
 
     def sync(self) -> None:
         """Synchronizes now, after which all ranks have the same model. Every rank must call it; synchronous ranks after equally many
         steps."""
-        if self._worker is not None:
-            check_none_new(self, self._parameters.values())
-            self._take(self._worker.sync(self._values()))
+        if self._local.worker is not None:
+            check_none_new(self, self._local.parameters.values())
+            self._take(self._local.worker.sync(self._values()))
 
     def _exchange_gradients(self, worker: Worker) -> None:
         if not worker.begin_step():
             return
-        own = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self._parameters.items()}
+        parameters = self._local.parameters
+        own = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
         sparse = [name for name, gradient in own.items() if gradient.is_sparse]
         if sparse:
             raise UnsupportedError(
                 f"the gradient of {sparse[0]!r} is sparse, and this step averages dense gradients; use Embedding(sparse=False)"
             )
         for name, result in worker.exchange_gradients(own).items():
-            self._parameters[name].grad = result
+            parameters[name].grad = result
 
     @torch.no_grad()
     def _take(self, new: Mapping[str, torch.Tensor] | None) -> None:
         for name, value in (new or {}).items():
-            self._parameters[name].copy_(value)
+            self._local.parameters[name].copy_(value)
 
     def _values(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self._parameters.items()}
+        return {name: p.detach() for name, p in self._local.parameters.items()}
 
     # --- state ------------------------------------------------------------------------------------------------------
     @property
     def wire_bytes(self) -> int:
         """Bytes that this rank sent in the last step, including the meeting of the ranks before an exchange."""
-        return self._worker.wire_bytes if self._worker else 0
+        return self._local.worker.wire_bytes if self._local.worker else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state_dict and, under 'grace_ext', this rank's master copy, memory and step. Both differ by rank:
         save every rank's."""
         saved = super().state_dict()
-        if self._worker is None:
+        if self._local.worker is None:
             return saved
-        return {**saved, "grace_ext": _mapped(self._worker.state_dict(), self._ops.as_torch)}
+        return {**saved, "grace_ext": _mapped(self._local.worker.state_dict(), self._local.ops.as_torch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned. Without a 'grace_ext' entry local training starts anew, from the model at the next step."""
-        own = state_dict.get("grace_ext")
+        local, own = self._local, state_dict.get("grace_ext")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
-        if self._worker is not None and own is None:
-            self._worker = self._fresh()
-        elif self._worker is not None and own is not None:
+        if local.worker is not None and own is None:
+            local.begin_anew()
+        elif local.worker is not None and own is not None:
             if "model" not in own:
                 raise GraceError(
                     "this state was saved by a DistributedOptimizer, not by LocalSGD; leave out its 'grace_ext' entry to start anew"
                 )
-            device = next(iter(self._parameters.values())).device
-            self._worker.load_state_dict(_mapped(own, lambda tensor: self._ops.from_torch(tensor.to(device))))
+            device = next(iter(local.parameters.values())).device
+            local.worker.load_state_dict(_mapped(own, lambda tensor: local.ops.from_torch(tensor.to(device))))
 
     def _saveable(self) -> Saveable:
-        return self._worker.saveable() if self._worker else nothing_saveable(self._takes_part)
+        return self._local.worker.saveable() if self._local.worker else nothing_saveable(self._local.takes_part)
 
 
 def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:

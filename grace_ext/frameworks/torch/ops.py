@@ -44,6 +44,8 @@ def flat(tensor: Any) -> torch.Tensor:
 class HostOps(NumpyOps):
     """Operations for torch CPU tensors: the user's tensors are torch's, the arrays inside are numpy's."""
 
+    device = torch.device("cpu")
+
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         return describe(tensor)
 

@@ -5,6 +5,7 @@ The wrapper (optimizer.py), the DDP hook (ddp.py) and the `compression=` object 
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,35 +16,19 @@ from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.grace import Grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, UnsupportedError
+from ...errors import GraceError, UnsupportedError
 from ...exchange.perform import perform
 from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
+from .guards import check_containers, check_parameters
 from .ops import HostOps, TorchOps, describe, ops_for
-
-FSDP = (
-    "parameter {!r} belongs to an FSDP-wrapped module ({}): its gradients are reduce-scattered into shards, which grace_ext does not "
-    "compress. Use DistributedDataParallel or an unwrapped module"
-)
 
 
 def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters by name, checked. Raises NamesError or UnsupportedError."""
-    pairs = list(named_parameters)
-    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
-        raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise NamesError(f"parameter names must be unique; found more than once: {', '.join(twice)}")
-    for name, parameter in pairs:
-        kind = type(parameter).__name__
-        if kind in ("FlatParameter", "DTensor") or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:
-            raise UnsupportedError(FSDP.format(name, kind))
-    if len({p.device for _, p in pairs}) > 1:
-        raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device per process")
-    return dict(pairs)
+    """Returns the parameters by name, checked, and named alike whether the model was compiled or not. Raises NamesError,
+    UnsupportedDtypeError or UnsupportedError."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in check_parameters(named_parameters).items()}
 
 
 def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None) -> None:
@@ -66,6 +51,8 @@ def check_none_new(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.
 class Session:
     """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients.
 
+    wrapper: the name of the public function that exchanges these parameters, which no DDP may exchange, too; None if it is DDP that does.
+    check_start: compares the ranks' parameters at the first step.
     scaler: the GradScaler by whose scale the gradients are multiplied, or None. They are divided by the scale before they are compressed,
     and the results are multiplied by it again: the memory is in units of the gradient, however the scale changes. Both are exact if the
     scale is a power of two."""
@@ -76,18 +63,23 @@ class Session:
         parameters: dict[str, torch.nn.Parameter],
         make_transport: Callable[[HostOps | TorchOps], Transport],
         *,
+        wrapper: str | None,
         average: bool,
         read_lr: Callable[[], float | None],
         scaler: Any = None,
+        check_start: bool = True,
     ):
-        self.parameters = parameters
+        self.parameters, self._wrapper = parameters, wrapper
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
         self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr, in_place=True)
+        if check_start:
+            self.driver.starting = lambda: digests_of(self.parameters)
         self._scaler = scaler
         self._scale: float | None = None  # the scale of the step under way, once it was read
         self._handles: dict[str, Any] = {}
         self._first: dict[str, torch.Tensor] = {}
+        self._spans: list[tuple[int, int]] = []  # where this step's gradients lie in memory, in order, without overlaps
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()  # backward hooks of different devices may run at the same time
 
@@ -104,31 +96,71 @@ class Session:
         return self._scale
 
     def put(self, name: str, gradient: torch.Tensor) -> None:
-        """Takes a gradient, and starts the buckets whose turn it is; never waits."""
+        """Takes a gradient, and starts the buckets whose turn it is; never waits. The result is written over the gradient, unless its
+        memory has gaps or is another gradient's, too; then over a copy."""
         with self._lock:
-            if self.scale != 1:
-                with torch.no_grad():
+            compact, again = _is_compact(gradient), self._seen_before(gradient)
+            with torch.no_grad():
+                if not compact or again:
+                    gradient = gradient.clone(memory_format=torch.preserve_format if compact else torch.contiguous_format)
+                if self.scale != 1 and not again:
                     gradient.div_(self.scale)
             if self.driver.specs:
                 perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
             else:
                 self._first[name] = gradient
 
-    def finish(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def _seen_before(self, gradient: torch.Tensor) -> bool:
+        """Whether another gradient of this step has the same memory; torch.autograd.grad, for example, can give one tensor for two
+        parameters. Raises UnsupportedError for memory that two gradients share in part, if a scaler has to divide each of them."""
+        if not gradient.numel():
+            return False
+        begin = gradient.data_ptr()
+        last = sum((n - 1) * step for n, step in zip(gradient.shape, gradient.stride(), strict=True))
+        span = begin, begin + (last + 1) * gradient.element_size()
+        at = bisect.bisect(self._spans, span)
+        overlapping = [other for other in self._spans[max(0, at - 1) : at + 1] if other[0] < span[1] and span[0] < other[1]]
+        if self.scale != 1 and overlapping not in ([], [span]):
+            raise UnsupportedError(
+                "two gradients share a part of their memory, which scaler= cannot divide by the scale twice: give each parameter a "
+                "gradient of its own (gradient.clone())"
+            )
+        if not overlapping:
+            self._spans.insert(at, span)
+        return bool(overlapping)
+
+    def finish(self, names: Iterable[str], *, commit: bool = True, revocable: bool = False) -> dict[str, torch.Tensor]:
         """Ends the step for the parameters of these names (the same at every step). Returns the aggregates by name; they are written over
-        the gradients that `put` got."""
+        the gradients that `put` got. commit, revocable: as for Driver.finish."""
         with self._lock:
             try:
                 if not self.driver.specs:
+                    if self._wrapper:
+                        check_containers(self.parameters, self._wrapper)
                     self.driver.register(self._spec(name) for name in names)
                     for name, gradient in self._first.items():
                         perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
-                results = perform(self.driver.finish(), self.driver.transport, self._handles)
+                results = perform(self.driver.finish(commit=commit, revocable=revocable), self.driver.transport, self._handles)
                 return {name: x.mul_(self.scale) for name, x in results.items()} if self.scale != 1 else results
             finally:
                 self._scale = None
                 self._first.clear()
+                self._spans.clear()
                 self._handles.clear()
+
+    def forget(self) -> None:
+        """Drops the gradients of a step of which nothing was started. Every rank must call it."""
+        with self._lock:
+            self._first.clear()
+            self._spans.clear()
+            self._scale = None
+            self.driver.abandon()
+            self.driver.revoke()
+
+    def undo(self) -> None:
+        """Restores the memory that the last step changed, if it was revocable and no other step has begun. Every rank must call it."""
+        with self._lock:
+            self.driver.undo()
 
     def _spec(self, name: str) -> TensorSpec:
         return TensorSpec(name, *describe(self._first.get(name, self.parameters[name])))
@@ -151,6 +183,7 @@ class Session:
         own = {**saved, "state": state, "sizes": self._sizes}
         moved = carried_over(own if driver.step else None)
         self._first.clear()
+        self._spans.clear()
         self._handles.clear()
         transport = make_transport(self.ops)
         driver.move(transport, transport.size if average else 1)
@@ -172,6 +205,16 @@ class Session:
         """Returns what grace_ext.save and load need."""
         driver = self.driver
         return saveable_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
+
+
+def _is_compact(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill their memory without gaps and without overlaps, in whatever order."""
+    expected = 1
+    for step, n in sorted((step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if step != expected:
+            return False
+        expected *= n
+    return not tensor.is_conj() and not tensor.is_neg()
 
 
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -125,6 +126,16 @@ class HorovodTransport(Transport):
         return self.hvd.synchronize(handle)
 
 
+def group_of_its_own(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Makes a process group of the same ranks, if these are all ranks of the job, which must all call it; else returns the group itself.
+
+    Torch.distributed pairs collectives by their order in a group, so whatever else the job exchanges (metrics, barriers, another optimizer)
+    must not come between those of one driver. (Torch has no way to make a group that only its members call and all name alike.)"""
+    if dist.get_world_size(group) < dist.get_world_size():
+        return group
+    return dist.new_group(timeout=datetime.timedelta(seconds=timeout()))
+
+
 class DistTransport(Transport):
     """torch.distributed's collectives of one process group, matched by the order in which they start."""
 
@@ -135,7 +146,8 @@ class DistTransport(Transport):
     def __init__(self, ops: DeviceOps, group: Any = None):
         self.ops, self._group = ops, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.by_gloo = dist.get_backend(group) == dist.Backend.GLOO
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+        self.by_gloo = backends.get(ops.device.type) == dist.Backend.GLOO
         let_go_at_exit()
 
     def group(self, ranks: Sequence[int]) -> DistTransport | SingleTransport | None:
@@ -144,7 +156,7 @@ class DistTransport(Transport):
             return SingleTransport(self.ops) if mine else None
         if self.size != dist.get_world_size():
             raise UnsupportedError("'hierarchical' works among all ranks of the job; leave the process set or group out")
-        made = dist.new_group(list(ranks))
+        made = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout()))
         return DistTransport(self.ops, made) if mine else None
 
     def start(self, collective: Collective, name: str) -> Any:

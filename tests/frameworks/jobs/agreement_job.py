@@ -73,7 +73,7 @@ def case_another_step():
         model = training.make_model()
         optimizer = wrapped(model, g)
         train(model, optimizer, range(2))
-        optimizer._session.driver.step += hvd.rank() == 1
+        optimizer._exchange.session.driver.step += hvd.rank() == 1
         raises(DisagreementError, "rank 1 is at step 3, rank 0 at step 2", lambda: hvd.check_agreement(optimizer))  # noqa: B023
 
 

@@ -132,7 +132,7 @@ def case_the_recipe_is_asked_for():
 def case_what_happens_without_scaler():
     """Without scaler=, weights are different, because the residual is in units of an earlier scale."""
     told, untold = Amp(), Amp()
-    untold.optimizer._session._scaler = None
+    untold.optimizer._exchange.session._scaler = None
     for i in range(6):
         told.step(i)
         untold.step(i)

@@ -53,7 +53,7 @@ def trained(rate):
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     for other in hvd.allgather(weights[None]):
         assert torch.equal(other, weights)
-    (choice,) = {int(state["policy:choice"][0]) for state in optimizer._session.driver.state.values()}
+    (choice,) = {int(state["policy:choice"][0]) for state in optimizer._exchange.session.driver.state.values()}
     assert np.ptp([int(x) for x in hvd.allgather(torch.tensor([choice]))]) == 0
     return choice, sent, said
 

@@ -1,0 +1,119 @@
+"""Rejects uses of the wrappers that cannot be right, because something else already exchanges, shards or changes the gradients."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ...errors import NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError
+from .. import launchers
+from .in_front import InFront
+
+FSDP = (
+    "parameter {!r} belongs to an FSDP-wrapped module ({}): its gradients are reduce-scattered into shards, which grace_ext does not "
+    "compress. Use DistributedDataParallel or an unwrapped module"
+)
+TENSOR_PARALLEL = (
+    "parameter {!r} is a DTensor, placed as {} over mesh {}: it is sharded (by tensor parallelism or fully_shard), so its gradient is "
+    "not the whole model's on any rank, and grace_ext compresses whole gradients. Use DistributedDataParallel or an unwrapped module"
+)
+IN_DDP = (
+    "this model is wrapped in DistributedDataParallel, which all-reduces every gradient uncompressed during backward(); {} would exchange "
+    "the mean once more. Compress inside DDP: model.register_comm_hook(*hvd.ddp_comm_hook(g, model, optimizer)), and step the plain "
+    "optimizer. Or leave DDP out"
+)
+IN_DATA_PARALLEL = (
+    "this model is wrapped in torch.nn.DataParallel, which drives several devices from one process; {} exchanges the gradients of one "
+    "device per process. Leave DataParallel out, and start one process per device (torchrun, horovodrun)"
+)
+PRIVATE = (
+    "{}, so what trains is not the gradient that backward() leaves in .grad: the private gradient is made in the optimizer's step, after "
+    "the exchange. Differential privacy with compression needs the noise before the exchange, which Opacus' optimizer does not offer"
+)
+
+
+def check_optimizer_kind(optimizer: Any, wrapper: str) -> None:
+    """Raises an error if `wrapper` cannot stand in front of this optimizer: it is none, or it exchanges or changes gradients itself."""
+    if isinstance(optimizer, torch.nn.Module):
+        raise ParameterError(
+            f"hvd.{wrapper} takes a torch optimizer first, and got the module {type(optimizer).__name__}: pass "
+            "torch.optim.SGD(model.parameters(), lr=...), and named_parameters=model.named_parameters()"
+        )
+    if hasattr(optimizer, "noise_multiplier") and hasattr(optimizer, "pre_step"):
+        raise UnsupportedError(PRIVATE.format(f"{type(optimizer).__name__} clips and adds noise (Opacus)"))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ParameterError(f"hvd.{wrapper} takes a torch.optim.Optimizer first, and got {type(optimizer).__name__}")
+    if isinstance(optimizer, InFront) or "_allreduce_delay" in vars(optimizer):
+        raise UnsupportedError(
+            f"this optimizer ({type(optimizer).__name__}) exchanges gradients or models already; hvd.{wrapper} around it would exchange "
+            "them twice. Wrap the plain optimizer, once"
+        )
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise UnsupportedError(
+            f"ZeroRedundancyOptimizer gives each rank the update of a part of the model, so hvd.{wrapper} cannot stand in front of it. "
+            "Wrap the model in DistributedDataParallel, compress with hvd.ddp_comm_hook, and step the ZeroRedundancyOptimizer itself"
+        )
+
+
+def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
+    """Returns the parameters by name. Raises NamesError, UnsupportedDtypeError or UnsupportedError if their gradients cannot be
+    exchanged."""
+    pairs = list(pairs)
+    if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
+        raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise NamesError(f"parameter names must be unique; found more than once: {', '.join(twice)}")
+    for name, parameter in pairs:
+        kind = type(parameter).__name__
+        if kind == "FlatParameter" or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:
+            raise UnsupportedError(FSDP.format(name, kind))
+        if kind == "DTensor":
+            sharded: Any = parameter
+            raise UnsupportedError(TENSOR_PARALLEL.format(name, sharded.placements, tuple(sharded.device_mesh.shape)))
+        if parameter.is_complex():
+            raise UnsupportedDtypeError(
+                f"parameter {name!r} is {parameter.dtype}; grace_ext compresses real gradients: keep its real and imaginary parts in one "
+                "real parameter, and use torch.view_as_complex(parameter) in forward()"
+            )
+    if len({p.device for _, p in pairs}) > 1:
+        raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device per process")
+    return dict(pairs)
+
+
+def check_containers(parameters: Mapping[str, torch.nn.Parameter], wrapper: str, ranks: Iterable[int] | None = None) -> None:
+    """Raises UnsupportedError if a living DDP or DataParallel module holds one of these parameters. Searches all objects of the process, so
+    call it once.
+
+    ranks: the job's ranks among which `wrapper` exchanges models; a DDP that shares only this rank with them is right (DDP inside a node,
+    local steps between nodes). None: no DDP is right."""
+    mine = {id(p) for p in parameters.values()}
+    among = None if ranks is None else set(ranks)
+    for module in [found for found in gc.get_objects() if issubclass(type(found), (DistributedDataParallel, DataParallel))]:
+        if not any(id(p) in mine for p in module.parameters()):
+            continue
+        if isinstance(module, DataParallel):
+            raise UnsupportedError(IN_DATA_PARALLEL.format(wrapper))
+        theirs = set(torch.distributed.get_process_group_ranks(module.process_group))
+        if among is None or len(theirs & among) > 1:
+            raise UnsupportedError(IN_DDP.format(wrapper))
+
+
+def check_not_private(name: str, parameter: torch.Tensor) -> None:
+    """Raises UnsupportedError if per-example gradients were made for this parameter, as Opacus does."""
+    if getattr(parameter, "grad_sample", None) is not None:
+        raise UnsupportedError(PRIVATE.format(f"parameter {name!r} has per-example gradients (grad_sample)"))
+
+
+def check_alone(engine: str) -> None:
+    """Checks that no launcher started several ranks, where this process is the only rank of the job. engine: 'horovod' or 'torch'."""
+    launchers.check_alone(
+        {"horovod": "Horovod", "torch": "torch.distributed"}[engine],
+        "Start with torchrun or horovodrun, and call hvd.init() first; or pass a process set of one rank if each rank shall train alone",
+    )
