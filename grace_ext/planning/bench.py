@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import compressors
 from .._version import __version__
 from ..arrays import kernels
 from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
 from ..composition.grace import Grace
-from ..composition.making import grace
 from ..exchange.tensor import Job, exchange_tensor, initial_state, replaced
 from ..parts.field import HALVES
 from ..parts.requests import AllReduce, Gather, Scatter, Together
 from ..parts.tensor import StepInfo, TensorSpec
+from .candidates import completed
 
 RANKS = 2
 #: If one step of a part would take more than this many seconds, it is measured on a gradient 1/SMALLER as large.
@@ -71,15 +70,6 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def specs(names: tuple[str, ...]) -> list[str]:
-    """Returns the specs to measure: those given, else every compressor. A compressor's bare name gets its natural memory."""
-    chosen = []
-    for text in names or compressors.names():
-        bare = text in compressors.names()
-        chosen.append(f"{text} + {compressors.get(text)().natural_memory}" if bare else text)
-    return chosen
-
-
 def rows(texts: list[str], elements: int, times: int) -> Iterator[Timing]:
     """Yields one row per spec, as soon as it is measured."""
     for text in texts:
@@ -91,7 +81,7 @@ def rows(texts: list[str], elements: int, times: int) -> Iterator[Timing]:
 
 def measure(text: str, elements: int, times: int) -> Timing:
     """Times one spec on a Gaussian matrix of about `elements` elements, with sides of 1 : 6 (the ratio of a Transformer's widest layer)."""
-    g, ops = grace(text), host_ops(NumpyOps)
+    g, ops = completed(text), host_ops(NumpyOps)
     a = max(1, round((elements / 6) ** 0.5))
     spec = TensorSpec("w", (a, max(1, elements // a)))
     rng = np.random.default_rng(0)

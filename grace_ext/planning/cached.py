@@ -13,7 +13,7 @@ from ..arrays import kernels
 from ..composition.grace import Grace
 from .bench import machine
 from .shapes import Shapes, specs_of
-from .trace import Event, Trace, record
+from .trace import CPU, Event, Taken, Trace, record
 
 
 def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Trace]:
@@ -22,7 +22,7 @@ def traces(chosen: dict[str, Grace], shapes: Shapes, *, fresh: bool, tell: Calla
     for text, g in chosen.items():
         tell(text)
         file = kernels.cache_folder() / "traces" / f"{_key(g, shapes)}.json"
-        made[text] = (None if fresh else _load(file)) or _kept(file, record(g, shapes))
+        made[text] = (None if fresh else _load(file)) or _kept(file, record(g, shapes, clock=CPU))
     return made
 
 
@@ -38,7 +38,7 @@ def _load(file: Path) -> Trace | None:
     try:
         saved = json.loads(file.read_text())
         alone, pair = (tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair"))
-        return Trace(alone, pair, saved["dense"], saved["two_level"])
+        return Trace(alone, pair, saved["dense"], saved["two_level"], saved["piece"], Taken(**saved["taken"]))
     except (OSError, ValueError, KeyError, TypeError):  # no such file, or a damaged one
         return None
 

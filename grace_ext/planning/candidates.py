@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import ParameterError
+from ..parts.spec import parse
 
 DENSE = "none"
 
@@ -19,12 +21,27 @@ CANDIDATES = (
 )  # fmt: skip
 
 
+def completed(text: str) -> Grace:
+    """Returns what a spec stands for in `plan` and `bench`: a compressor that is given without a memory gets its natural one."""
+    parts: dict[str, Any] = dict(parse(text))
+    if "policy" in parts or "memory" in parts:
+        return grace(text)
+    return grace(**parts, memory=parts["compressor"].natural_memory)
+
+
+def completions(texts: Sequence[str]) -> list[str]:
+    """Returns a sentence for each spec that `completed` gives a memory. Raises an error for the first one that is not valid."""
+    graces = {text: completed(text) for text in texts}
+    without = [text for text in graces if not parse(text).keys() & {"policy", "memory"} and graces[text].memory.name != "none"]
+    return [f"{text} was given no memory, so it has its natural one: {graces[text]}" for text in without]
+
+
 def candidates(texts: Sequence[str], n: int, per_node: int = 1) -> dict[str, Grace]:
     """Returns the specs to compare, by their full text, dense first. If none is named: CANDIDATES; for more than 4 workers, one with
     reduce_scatter; and for several nodes of several workers, all CANDIDATES in two levels. Raises ParameterError."""
     levels = [f"{text} @ hierarchical" for text in CANDIDATES] if 1 < per_node < n else []
     chosen = list(texts) or [*CANDIDATES, *(["efsignsgd + residual @ reduce_scatter"] if n > 4 else []), *levels]
-    graces = [grace(DENSE), *map(grace, chosen)]
+    graces = [grace(DENSE), *map(completed, chosen)]
     changing = next((g for g in graces if g.route.changes), None)
     if changing:
         among = ", ".join(f"'{leaf}'" for leaf in changing.leaves)

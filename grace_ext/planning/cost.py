@@ -24,7 +24,11 @@ from dataclasses import dataclass
 from ..communicators.base import Communicator
 from ..errors import ParameterError
 
-UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
+PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+#: A number, a prefix, b or bit(s) or B or byte(s), and perhaps 'per second'.
+RATE = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(?:([kmgtKMGT]?)(b|B|[bB][iI][tT][sS]?|[bB][yY][tT][eE][sS]?)(?:/[sS]|[pP][sS])?)?")
+#: The smallest number without a unit that is taken for bits per second, as --json prints them: no link is slower.
+BARE = 1e5
 #: The part of a full Ethernet frame that is data: 1,448 of 1,514 bytes on the line; the rest are headers of TCP, IP and Ethernet.
 GOODPUT = 1448 / 1514
 
@@ -48,11 +52,8 @@ class Link:
 
     @classmethod
     def of(cls, rate: str, latency: float = 50e-6, overhead: float = 0.0) -> Link:
-        """Returns the link with a rate given as text, such as '100mbit' or '2.5gbit'. Raises ParameterError."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?bit)", rate.strip().lower())
-        if not found:
-            raise ParameterError(f"a rate is a number and one of {', '.join(UNITS)}, such as 100mbit or 2.5gbit, got {rate!r}")
-        return cls(float(found[1]) * UNITS[found[2]], latency, overhead)
+        """Returns the link with a rate given as text (see `rate_of`). Raises ParameterError."""
+        return cls(rate_of(rate), latency, overhead)
 
     @property
     def beta(self) -> float:
@@ -62,6 +63,30 @@ class Link:
     def message(self, nbytes: float) -> float:
         """Returns the seconds of one message: alpha + m beta."""
         return self.latency + nbytes * self.beta
+
+
+def rate_of(text: str) -> float:
+    """Returns the bits per second of a rate such as '100mbit', '2.5 Gbit/s', '1gb' or '125 MB/s': b is a bit, B a byte of 8. Raises
+    ParameterError."""
+    found = RATE.fullmatch(text.strip())
+    rate = 0.0
+    if found:
+        number, prefix, unit = float(found[1]), (found[2] or "").lower(), found[3]
+        rate = number * PREFIXES[prefix] * (8 if unit == "B" or (unit or "").lower().startswith("byte") else 1)
+        if unit is None and number < BARE:
+            rate = 0.0
+    if not 0 < rate < math.inf:
+        raise ParameterError(
+            f"{text!r} is no rate: give a number above 0 with a unit, such as 100mbit, 2.5gbit, '1 Gbit/s', 1gb or '125 MB/s' (b: bits, B: "
+            "bytes)"
+        )
+    return rate
+
+
+def rate_text(rate: float) -> str:
+    """Returns a rate in bits per second as text, which `rate_of` reads."""
+    size, unit = next(((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if rate >= 0.9995 * size), (1e3, "k"))
+    return f"{rate / size:.3g} {unit}bit/s"
 
 
 def allreduce(link: Link, n: int, nbytes: float) -> float:

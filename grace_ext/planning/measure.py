@@ -53,12 +53,13 @@ def rows_of(found: tuple) -> list[Prediction]:
 
 
 def slowest(probe: Probe, trace: Trace) -> Effects:
-    """Returns the trace with each stretch of work as long as on the rank that needed longest for it."""
+    """Returns the trace with each stretch of work as long as on the rank that needed longest for it; so all ranks plan the same."""
     made = []
     for events in (trace.alone, trace.pair):
         works = yield from probe.largest([event.work for event in events])
         made.append(tuple(replace(event, work=work) for event, work in zip(events, works, strict=True)))
-    return replace(trace, alone=made[0], pair=made[1])
+    (piece,) = yield from probe.largest([trace.piece])
+    return replace(trace, alone=made[0], pair=made[1], piece=piece)
 
 
 def exchange_seconds(probe: Probe, g: Grace, shapes: Shapes, steps: int = 5, budget: float = 6.0) -> Effects:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from . import cost
 from .cost import Link
 from .network import INSIDE, OfNodes, OnLink
-from .trace import Network, Timed, Trace, replay
+from .trace import GATHERS, Network, Timed, Trace, replay
 
 #: A gain below this is within the model's error: then dense is recommended, which loses nothing.
 WORTH = 1.1
@@ -75,7 +75,7 @@ class Model:
         assert isinstance(network, OfNodes), "several workers per node need a network of nodes"
         between = replay(trace.on(nodes), network.between(), nodes, compute)
         # What the nodes' first workers receive by each collective (hierarchy.py): all payloads of a gather, else as much as they sent.
-        got = [event.nbytes * (nodes if event.kind == "allgather" else 1) for event in trace.on(nodes) if event.what == "start"]
+        got = [event.nbytes * (nodes if event.kind in GATHERS else 1) for event in trace.on(nodes) if event.what == "start"]
         inside = summed + sum(cost.broadcast(self.inside, self.per_node, nbytes) for nbytes in got)
         return replace(between, step=between.step + inside, exchange=between.exchange + inside, network=between.network + inside)
 

@@ -1,13 +1,21 @@
 """Records what one rank does in a step (work, collectives started and waited for) from the real driver, and replays it on any network.
 
 `record` runs the real driver and codecs for one and for two simulated ranks, with the collectives as an engine carries them, and times
-every stretch of work between two of the driver's effects. `Trace.on(n)` extrapolates this to n ranks: the work after a gather grows by the
-time to decode one payload more, and a collective of a share of the whole shrinks as a + b/n. `replay` computes the time line: one thread
-works, while one network carries the collectives in the order in which they were started.
+every stretch of work between two of the driver's effects. `Trace.on(n)` extrapolates this to n ranks, by what each rank receives:
+
+    all-reduce               one array                         the work stays the same
+    all-gather, broadcast    n payloads                        the work after it grows by the time to decode one payload more
+    all-to-all               n pieces, each 1/n of a payload   the work stays the same, but for the calls on one piece more per rank
+    the gather after that    n shares, each 1/n of the result  likewise; and the result itself may grow: the union of sparse_allreduce
+
+The calls on one piece more hardly depend on its size, so they are timed on tensors of at most FEW elements, where nothing hides them. In
+two levels, the ranks of a trace are nodes. `replay` computes the time line: one thread works, while one network carries the collectives
+in the order in which they were started.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,15 +38,22 @@ from .shapes import Shapes, gradients, specs_of
 
 #: (kind, ranks, bytes of one rank's buffer) -> seconds
 Network = Callable[[str, int, float], float]
-GATHERS = ("allgather", "broadcast", "alltoall")
+Clock = Callable[[], float]
+#: The time that this thread computes, if the system tells it precisely.
+CPU: Clock = time.thread_time if time.get_clock_info("thread_time").resolution <= 1e-6 else time.perf_counter
+GATHERS = ("allgather", "broadcast")
 #: If the first step takes more than this many seconds, one more is timed, instead of `steps`.
 PATIENCE = 3.0
+#: The calls on one piece more of an all-to-all are timed with these numbers of ranks, on tensors of at most FEW elements.
+FEW, PIECES = 1024, (2, 4)
+#: Above this spread of its steps, or this load, a machine is busy (see Taken).
+WIDE, FULL = 0.5, 1.0
 
 
 @dataclass(frozen=True)
 class Event:
     """One event of a step. what: 'gradient' (the backward pass has come to the next gradient), 'work' (for `work` seconds), 'start' (of
-    collective `name`, of a `kind`, with `nbytes` in this rank's buffer) or 'wait' (for it)."""
+    collective `name`, of a `kind`, with `nbytes` in this rank's buffer) or 'wait' (for it). A name is bucket/turn/label (driver.py)."""
 
     what: str
     work: float = 0.0
@@ -46,30 +61,76 @@ class Event:
     kind: str = ""
     nbytes: float = 0.0
 
+    @property
+    def turn(self) -> str:
+        """Names the collectives that a bucket starts at once; it goes on when it has waited for all of them."""
+        return self.name.rpartition("/")[0] or self.name
+
+    @property
+    def bucket(self) -> str:
+        return self.turn.rpartition("/")[0] or self.turn
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Says how a trace was timed. at: when, in seconds since 1970; spread: by what fraction the slowest step took longer than the fastest,
+    None if only one was timed; load: of the machine before it, in runnable processes per processor, None if the system does not tell."""
+
+    at: float = 0.0
+    spread: float | None = None
+    load: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether other processes disturbed it so much that its times are doubtful."""
+        return (self.spread or 0.0) > WIDE or (self.load or 0.0) > FULL
+
 
 @dataclass(frozen=True)
 class Trace:
     """Holds the events of one rank's step in a world of one rank (`alone`) and of two (`pair`). dense: bytes of the gradients, as nodes sum
-    them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first."""
+    them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first; piece: seconds that each further rank
+    adds, for the calls on one piece more of every all-to-all."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
     dense: int
     two_level: bool = False
+    piece: float = 0.0
+    taken: Taken = Taken()
 
     def on(self, n: int) -> list[Event]:
         """Returns the events of one of n ranks."""
-        events, gathered, kinds = [], False, {e.name: e.kind for e in self.pair if e.what == "start"}
-        for one, two in zip(self.alone, self.pair, strict=True):
-            if two.what == "wait":
-                gathered = kinds[two.name] in GATHERS
-            elif two.what == "work" and gathered:
-                two = replace(two, work=two.work + (n - 2) * max(0.0, two.work - one.work))
-            elif two.what == "start":
-                share = 2 * max(0.0, one.nbytes - two.nbytes)  # b of a + b/n
-                two = replace(two, nbytes=one.nbytes - share + share / n if share else two.nbytes)
+        new = self._new()
+        decoding, cutting = _decoding(self.pair, new), _cutting(self.pair)
+        growth = {whole: self._growth([place for place, its in decoding.items() if (its == 1) == whole]) for whole in (True, False)}
+        events = []
+        for place, (one, two) in enumerate(zip(self.alone, self.pair, strict=True)):
+            if two.what == "start":
+                two = replace(two, nbytes=_nbytes(one, two, new.get(two.name, 1.0), n))
+            if place in decoding:
+                two = replace(two, work=two.work * (1 + growth[decoding[place] == 1] * _sum(decoding[place], 1, n - 1)))
+            if place in cutting:
+                two = replace(two, work=two.work + (n - 2) * self.piece / len(cutting))
             events.append(two)
         return events
+
+    def _new(self) -> dict[str, float]:
+        """Returns, by the name of each gather, which part of what a further rank adds to the whole was not there yet: all of a payload;
+        nothing of a result of one size, of which each rank has a share; and of a union of selections, which has every element in the
+        end, what the others have not selected."""
+        shares = _shares(self.pair)
+        starts = {two.name: (one.nbytes, two.nbytes) for one, two in zip(self.alone, self.pair, strict=True) if two.kind in GATHERS}
+        halved = {name for name, (one, two) in starts.items() if two < 0.75 * one}
+        selected = sum(one for name, (one, _) in starts.items() if name in shares - halved)
+        union = max(0.0, 1 - selected / self.dense) if self.dense else 0.0
+        return {name: 1.0 if name not in shares else 0.0 if name in halved else union for name in starts}
+
+    def _growth(self, places: Sequence[int]) -> float:
+        """Returns by what fraction the work at these places together grows if another rank's payload is decoded. That of one place is
+        mostly noise, which many ranks would multiply."""
+        one, two = (sum(events[place].work for place in places) for events in (self.alone, self.pair))
+        return max(0.0, two - one) / two if two else 0.0
 
     def nbytes(self, n: int) -> float:
         """Returns the bytes that one of n ranks hands to collectives in a step."""
@@ -78,6 +139,54 @@ class Trace:
     def work(self, n: int) -> float:
         """Returns the seconds in which one of n ranks encodes and decodes."""
         return sum(event.work for event in self.on(n) if event.what == "work")
+
+
+def _nbytes(one: Event, two: Event, new: float, n: int) -> float:
+    """Returns the bytes of one of n ranks' buffer for a collective that has these with one and with two ranks."""
+    if new < 1:
+        return two.nbytes * (_sum(new, 0, n) / n) / (_sum(new, 0, 2) / 2)
+    lists = two.kind in GATHERS and two.nbytes == 2 * one.nbytes  # of one size per rank
+    headers = two.kind == "alltoall"  # one per piece
+    return two.nbytes + (n - 2) * max(0.0, two.nbytes - one.nbytes) if lists or headers else two.nbytes
+
+
+def _sum(base: float, first: int, end: int) -> float:
+    """Returns base**first + base**(first + 1) + ... + base**(end - 1)."""
+    return float(end - first) if base == 1 else (base**first - base**end) / (1 - base)
+
+
+def _shares(events: Sequence[Event]) -> set[str]:
+    """Returns the names of the gathers that a bucket starts once an all-to-all has brought it its pieces: each rank gathers a share."""
+    scattered: dict[str, str] = {}
+    found = set()
+    for event in events:
+        if event.kind == "alltoall":
+            scattered.setdefault(event.bucket, event.turn)
+        elif event.kind in GATHERS and scattered.get(event.bucket, event.turn) != event.turn:
+            found.add(event.name)
+    return found
+
+
+def _after(events: Sequence[Event]) -> dict[str, int]:
+    """Returns, by turn, the place of the work after the last wait for its collectives, which takes all of their results."""
+    return {event.turn: place + 1 for place, event in enumerate(events) if event.what == "wait"}
+
+
+def _decoding(events: Sequence[Event], new: Mapping[str, float]) -> dict[int, float]:
+    """Returns the places of the work that decodes what was gathered, and what is new of it (see Trace._new)."""
+    after, found = _after(events), dict[int, float]()
+    for event in events:
+        if event.kind in GATHERS:
+            found[after[event.turn]] = max(new[event.name], found.get(after[event.turn], 0.0))
+    return found
+
+
+def _cutting(events: Sequence[Event]) -> set[int]:
+    """Returns the places of the work that is done piece by piece: before and after each all-to-all, and after each gather of shares."""
+    after, shares = _after(events), _shares(events)
+    starts = {place: event for place, event in enumerate(events) if event.what == "start"}
+    before = {place - 1 for place, event in starts.items() if event.kind == "alltoall"}
+    return before | {after[event.turn] for event in starts.values() if event.kind == "alltoall" or event.name in shares}
 
 
 class _Overwriting(NumpyOps):
@@ -106,20 +215,38 @@ class _PretendedTransport(Transport):
         raise NotImplementedError
 
 
-def record(g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, like: Transport | None = None) -> Trace:
-    """Returns the trace of this composition for gradients of these shapes. Each stretch of work is the median of `steps` steps after a
-    first. like: a transport of the engine that is predicted; None: an engine that gathers and scatters equal sizes only. Raises
-    UnsupportedError if the steps exchange different things."""
+def record(
+    g: Grace, shapes: Shapes, *, steps: int = 3, lr: float | None = 0.1, like: Transport | None = None, clock: Clock = time.perf_counter
+) -> Trace:
+    """Returns the trace of this composition for gradients of these shapes. Each stretch of work is the shortest of `steps` steps after a
+    first. like: a transport of the engine that is predicted; None: an engine that gathers and scatters equal sizes only. clock: CPU leaves
+    out what other processes take; by default all of the time counts, as in a job. Raises UnsupportedError if the steps exchange different
+    things."""
     between = g
     if g.two_level and g.policy is None:  # what one rank of each node does
         between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
-    alone, pair = (_timed(between, shapes, n, steps, lr, like) for n in (1, 2))
+    load, at = _load(), time.time()
+    (alone, _), (pair, spread) = (timed(between, shapes, n, steps, lr, like, clock) for n in (1, 2))
+    piece = 0.0
+    if _cutting(pair):
+        few = {spec.name: replace(spec, shape=(min(spec.size, FEW),)) for spec in specs_of(shapes)}
+        fewer, more = (timed(between, few, n, steps, lr, like, clock)[0] for n in PIECES)
+        each = [sum(events[place].work for place in _cutting(events)) for events in (fewer, more)]
+        piece = max(0.0, each[1] - each[0]) / (PIECES[1] - PIECES[0])
     # Nodes sum float64 as it is, all other dtypes in float32 (exchange/hierarchy.py).
     dense = sum(spec.size * (8 if spec.dtype == "float64" else 4) for spec in specs_of(shapes))
-    return Trace(alone, pair, dense, g.two_level)
+    return Trace(alone, pair, dense, g.two_level, piece, Taken(at, spread, load))
 
 
-def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like: Transport | None) -> tuple[Event, ...]:
+def _load() -> float | None:
+    """Returns the runnable processes per processor, averaged over the last minute; None if the system does not tell."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else None
+
+
+def timed(
+    g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None = 0.1, like: Transport | None = None, clock: Clock = time.perf_counter
+) -> tuple[tuple[Event, ...], float | None]:
+    """Returns the events of rank 0 of n simulated ranks, and the spread of its steps (see Taken)."""
     ops = host_ops(_Overwriting)
     drivers = [
         Driver(g, ops, _PretendedTransport(rank, n, ops, like), read_lr=lambda: lr, diverging=True, in_place=True) for rank in range(n)
@@ -137,7 +264,7 @@ def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like:
         for mine, source in zip(room, given, strict=True):
             for name, array in source.items():
                 np.copyto(mine[name], array)
-        return _step(drivers, room, ops)
+        return _step(drivers, room, ops, clock)
 
     begin = time.perf_counter()
     run()
@@ -145,10 +272,12 @@ def _timed(g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None, like:
     runs = [run() for _ in range(times)]
     if any([(e.what, e.kind) for e in events] != [(e.what, e.kind) for e in runs[0]] for events in runs):
         raise UnsupportedError(f"{g} exchanges something else from step to step, and a plan predicts one step; compare other specs")
-    return tuple(sorted(same, key=lambda event: event.work)[times // 2] for same in zip(*runs, strict=True))
+    seconds = [sum(event.work for event in events) for events in runs]
+    spread = max(seconds) / min(seconds) - 1 if times > 1 else None
+    return tuple(min(same, key=lambda event: event.work) for same in zip(*runs, strict=True)), spread
 
 
-def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops) -> list[Event]:
+def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops, clock: Clock) -> list[Event]:
     """Makes one step of all ranks side by side; returns the events of rank 0."""
     running = [_effects(driver, mine) for driver, mine in zip(drivers, given, strict=True)]
     answers: list[Any] = [None] * len(running)
@@ -157,13 +286,13 @@ def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], 
     while True:
         effects: list[Any] = []
         for rank, (generator, answer) in enumerate(zip(running, answers, strict=True)):
-            begin = time.perf_counter()
+            begin = clock()
             try:
                 effects.append(generator.send(answer))
             except StopIteration:
                 pass
             if rank == 0:
-                events.append(Event("work", time.perf_counter() - begin))
+                events.append(Event("work", clock() - begin))
         if not effects:
             return events
         first, answers = effects[0], [None] * len(running)

@@ -8,7 +8,20 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import ParameterError
-from grace_ext.planning.cost import Link, Work, allgather, allreduce, alltoall, broadcast, crossing, exchange, gather_limit, network
+from grace_ext.planning.cost import (
+    Link,
+    Work,
+    allgather,
+    allreduce,
+    alltoall,
+    broadcast,
+    crossing,
+    exchange,
+    gather_limit,
+    network,
+    rate_of,
+    rate_text,
+)
 
 #: A byte takes a microsecond, and each message a millisecond in addition.
 SLOW = Link(8e6, latency=1e-3, goodput=1.0)
@@ -111,12 +124,21 @@ def test_where_gathering_stops_paying():
 
 
 def test_rates_in_words():
+    """Rates are read as people, data sheets and `plan` itself write them: b is a bit, B a byte."""
     assert Link.of("100mbit").rate == 1e8 and Link.of("2.5 Gbit").rate == 2.5e9 and Link.of("9600bit").rate == 9600
-    for wrong in ("fast", "-1gbit", "1gb", "", "0mbit"):
-        with pytest.raises(ParameterError):
+    gigabit = ("1gbit", "1 Gbit/s", "1gb", "1Gb", "1 Gb/s", "1Gbps", "1000 Mbits", "125MB/s", "125 mB", "0.125 GBps", "125 MByte/s",
+               "125000 kbytes", " 1e3 mbit ", "1000000000.0", "1e9")  # fmt: skip
+    assert {text: Link.of(text).rate for text in gigabit} == dict.fromkeys(gigabit, 1e9)
+    for wrong in ("fast", "-1gbit", "", "0mbit", "1", "1000", "1 g", "1 Gbit/m", "gbit", "1..2gbit", "1e400bit", "1 xbit", "1,5gbit"):
+        with pytest.raises(ParameterError, match="is no rate: give a number above 0 with a unit, such as 100mbit"):
             Link.of(wrong)
     for wrong in ({"rate": math.nan}, {"rate": 1, "latency": -1}, {"rate": 1, "goodput": 0}, {"rate": math.inf}):
         with pytest.raises(ParameterError):
             Link(**wrong)
     with pytest.raises(ParameterError):
         allreduce(SLOW, 0, 1)
+
+
+@pytest.mark.parametrize("rate", [1.0, 9600, 1e5, 999_499, 999_999, 1e6, 2.5e9, 1e9, 9.999e11, 1e13])
+def test_a_printed_rate_can_be_given(rate):
+    assert rate_of(rate_text(rate)) == pytest.approx(rate, rel=5.1e-3) and "e" not in rate_text(rate)

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from grace_ext.planning.measure import exchange_seconds
 from grace_ext.planning.models import shapes_of
 from grace_ext.planning.network import OnLink
 from grace_ext.planning.probe import MeasuredNetwork, fitted
-from grace_ext.planning.trace import Event, Trace, record, replay
+from grace_ext.planning.trace import Event, Taken, Trace, record, replay
 
 SHAPES = {"conv": (16, 8, 3, 3), "fc": (300, 200), "bias": (300,)}
 START = Event("start", name="a", kind="allgather", nbytes=100)
@@ -53,15 +55,15 @@ def test_a_time_line_by_hand():
 
 
 def test_a_trace_for_more_ranks():
-    """For each further rank, decoding grows by the time of one more payload; a share of the whole shrinks; the rest stays."""
-    share = Event("start", name="s", kind="allgather", nbytes=100)
-    alone = (Event("work", 1.0), share, Event("wait", name="s"), Event("work", 3.0))
-    pair = (Event("work", 1.5), Event("start", name="s", kind="allgather", nbytes=60), Event("wait", name="s"), Event("work", 3.5))
+    """For each further rank, decoding grows by the time of one more payload; the rest stays."""
+    gather = Event("start", name="s", kind="allgather", nbytes=100)
+    alone = (Event("work", 1.0), gather, Event("wait", name="s"), Event("work", 3.0))
+    pair = (Event("work", 1.5), gather, Event("wait", name="s"), Event("work", 3.5))
     trace = Trace(alone, pair, 1000)
     assert trace.on(2) == list(pair)
     events = trace.on(8)
     assert events[0].work == 1.5 and events[3].work == pytest.approx(3.5 + 6 * 0.5)
-    assert trace.nbytes(8) == pytest.approx(20 + 80 / 8)  # a + b/n with a + b = 100 and a + b/2 = 60
+    assert trace.nbytes(8) == 100
     assert trace.work(4) == pytest.approx(1.5 + 4.5)
 
 
@@ -278,11 +280,55 @@ def test_the_command_prints_json_or_a_table_and_keeps_traces(shapes_json, tmp_pa
     pays = document["rows"][1]["pays"]  # 'below' a rate, or 'always': that depends on how fast this machine encodes
     assert pays in ("below", "always") and all(text in table for text in (specs[1], pays, f"x{document['gain']:.2f}"))  # from the cache
     recorded = []
-    monkeypatch.setattr(cached, "record", lambda g, shapes: recorded.append(str(g)) or record(g, shapes, steps=1))
+    monkeypatch.setattr(cached, "record", lambda g, shapes, **how: recorded.append(str(g)) or record(g, shapes, steps=1, **how))
     said(*ask)
     assert not recorded
     said(*ask, "--fresh")
     assert recorded == specs
+
+
+def test_the_command_says_how_old_its_timings_are_and_how_much_they_differ(shapes_json, monkeypatch):
+    """Also cached ones, and if other programs disturbed them; --fresh times the codecs again."""
+    ask = (shapes_json, "fp16", "--rate", "1mbit", "--workers", "8")
+    taken = {"fp16 @ allreduce": Taken(time.time() - 7300, 0.07, 0.2), "none @ allreduce": Taken(time.time() - 200_000, 0.02, 0.2)}
+    monkeypatch.setattr(cached, "record", lambda g, shapes, **how: replace(record(g, shapes, steps=1), taken=taken[str(g)]))
+    told = [said(*ask), said(*ask)]  # the second comes from the cache
+    assert told[0] == told[1] and "busy" not in told[0]
+    assert "Codecs were timed 2 days ago to 2 hours ago, in steps that differed by up to 7%; --fresh times them again." in told[0]
+    codecs = json.loads(said(*ask, "--json"))["codecs"]
+    assert codecs["fp16 @ allreduce"] == {"age_s": pytest.approx(7300, abs=60), "spread": 0.07, "load": 0.2}
+    taken["fp16 @ allreduce"] = Taken(time.time(), 0.8, 3.0)
+    notices = json.loads(said(*ask, "--json", "--fresh"))["notices"]
+    assert notices == json.loads(said(*ask, "--json"))["notices"] == [
+        "this machine was busy when it timed 1 of 2 codecs (a load of 3.0 per processor, and steps that differed by 80%), so the work may "
+        "be wrong: stop other programs, and run this again with --fresh"
+    ]
+    taken["fp16 @ allreduce"] = Taken(time.time(), 0.1, 0.1)
+    assert json.loads(said(*ask, "--json", "--fresh"))["notices"] == []
+
+
+def test_a_compressor_gets_its_natural_memory_and_is_told_so(shapes_json):
+    """plan and bench complete specs alike; what was given in full stays as it is, without a word."""
+    given = ("topk", "topk(ratio=0.1) @ sparse_allreduce", "randomk", "qsgd", "signsgd", "topk + none")
+    ask = (shapes_json, *given, "--rate", "1mbit", "--workers", "4")
+    document = json.loads(said(*ask, "--json"))
+    assert [row["spec"] for row in document["rows"][1:]] == [
+        "topk(ratio=0.01) + residual @ allgather",
+        "topk(ratio=0.1) + residual @ sparse_allreduce",
+        "randomk(ratio=0.01) + residual(beta=0.9) @ allreduce",
+        "qsgd @ allgather",
+        "signsgd @ allgather",
+        "topk(ratio=0.01) @ allgather",
+    ]
+    told = [notice for notice in document["notices"] if "busy" not in notice]
+    assert [notice.partition(" was given no memory, so it has its natural one: ")[::2] for notice in told] == [
+        ("topk", "topk(ratio=0.01) + residual @ allgather"),
+        ("topk(ratio=0.1) @ sparse_allreduce", "topk(ratio=0.1) + residual @ sparse_allreduce"),
+        ("randomk", "randomk(ratio=0.01) + residual(beta=0.9) @ allreduce"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a memory that was added needs no warning that there is none
+        assert "Note: topk was given no memory" in said(*ask)
 
 
 def test_the_command_says_that_dense_is_best(shapes_json):
@@ -488,7 +534,7 @@ def test_bad_shapes(tmp_path, content, why):
         (["absent.json", "--rate", "1gbit", "--workers", "2"], "grace-ext: cannot read 'absent.json': No such file"),
         (["absent", "--rate", "1gbit", "--workers", "2"], "grace-ext: there is no file 'absent', and it is not module:callable"),
         (["MODEL", "--workers", "2"], "grace-ext: plan needs --rate and --workers"),
-        (["MODEL", "--rate", "fast", "--workers", "2"], "grace-ext: a rate is a number and one of"),
+        (["MODEL", "--rate", "fast", "--workers", "2"], "grace-ext: 'fast' is no rate: give a number above 0 with a unit, such as"),
         (["MODEL", "--rate", "1gbit", "--latency", "50", "--workers", "2"], "grace-ext: a time is a number and one of us, ms, s"),
         (["MODEL", "topj", "--rate", "1gbit", "--workers", "2"], "grace-ext: no compressor named 'topj'; did you mean 'topk'"),
         (["MODEL", "--rate", "1gbit", "--workers", "7", "--workers-per-node", "2"], "grace-ext: 7 workers do not fill nodes of 2"),
