@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
     options = parser.parse_args()
     own = {kind: [n for n in module.names() if module.get(n).__module__.startswith("grace_ext.")] for kind, module in KINDS.items()}
-    parts = {kind: [describe(kind, name) for name in names] for kind, names in own.items()}
+    parts = {kind: [describe(KINDS[kind].get(name).create()) for name in names] for kind, names in own.items()}
     pages = {f"{kind}-{part['name']}.md": page(part) for kind, described in parts.items() for part in described}
     pages["README.md"] = index(parts)
     if options.check:

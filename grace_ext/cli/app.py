@@ -14,14 +14,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .._version import __version__
-from ..composition.making import grace
 from ..errors import GraceError, UnknownPartError
+from ..parts.spec import named_by
 from . import check
 from .catalogue import KINDS, describe
 from .plan import plan
 
 HELP = "Gradient compression for data-parallel training."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
+BENCHED = "Specs to time, a compressor without a memory with its natural one; default: every compressor."
+SHOWN = "A part's name, with knobs if you like: topk, 'topk(ratio=0.1)'; or a spec, whose parts are shown."
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -39,7 +41,7 @@ def _main(version: Annotated[bool, typer.Option("--version", callback=_version, 
 @app.command("list")
 def list_parts(as_json: JsonOption = False) -> None:
     """Lists all parts by name, also those of installed plugins."""
-    catalogue = {kind: [describe(kind, name) for name in module.names()] for kind, module in KINDS.items()}
+    catalogue = {kind: [describe(module.get(name).create()) for name in module.names()] for kind, module in KINDS.items()}
     if as_json:
         typer.echo(json.dumps(catalogue))
         return
@@ -61,31 +63,27 @@ def list_parts(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(name: str, as_json: JsonOption = False) -> None:
-    """Shows one part: what it computes and sends, its knobs, and the parts that it can be combined with."""
-    found = [describe(kind, name) for kind, module in KINDS.items() if name in module.names()]
-    if not found:
-        nearest: list[str] = []
-        for module in KINDS.values():
-            try:
-                module.get(name)
-            except UnknownPartError as error:
-                nearest += error.nearest
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else "."
-        typer.echo(f"no part named {name!r}{hint} `grace-ext list` lists all parts.", err=True)
-        raise typer.Exit(2)
+def show(part: Annotated[str, typer.Argument(help=SHOWN)], as_json: JsonOption = False) -> None:
+    """Shows a part: what it computes and sends, its knobs, and the parts that it can be combined with."""
+    try:
+        found = [describe(named) for named in named_by(part)]
+    except UnknownPartError as error:
+        hint = f"; did you mean {' or '.join(error.nearest)}?" if error.nearest else "."
+        typer.echo(f"no {error.kind} named {error.name!r}{hint} `grace-ext list` lists all parts.", err=True)
+        raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(found))
         return
     console = Console()
-    for part in found:
-        console.print(f"[bold]{part['kind']} {part['name']}[/]\n")
-        console.print(part["text"], markup=False, highlight=False, soft_wrap=True)
-        for knob in part["knobs"]:
-            console.print(f"\n  [bold]{knob['name']}[/] = {knob['default']!r}", highlight=False, end="")
-            console.print(f"   {knob['range']}\n      {knob['help']}", markup=False, highlight=False, end="")
+    for described in found:
+        console.print(f"{described['kind']} {described['spec']}\n", style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(described["text"], markup=False, highlight=False, soft_wrap=True)
+        for knob in described["knobs"]:
+            console.print(f"\n  [bold]{knob['name']}[/] = ", highlight=False, end="")
+            default = "" if knob["value"] == knob["default"] else f" (default {knob['default']!r})"
+            console.print(f"{knob['value']!r}{default}   {knob['range']}\n      {knob['help']}", markup=False, highlight=False, end="")
         console.print("\n")
-        for label, value in facts(part):
+        for label, value in facts(described):
             console.print(f"[bold]{label}:[/] ", end="")
             console.print(value, markup=False, highlight=False)
         console.print()
@@ -95,9 +93,10 @@ def facts(part: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns (label, text) pairs for what a part declares of itself."""
     found = []
     if part["kind"] == "compressor":
-        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits per element of a 1000 x 1000 gradient, with the default knobs"))
+        which = "the default" if part["spec"] == part["name"] else "these"
+        found.append(("On the wire", f"{part['bits_per_element']:.4g} bits per element of a 1000 x 1000 gradient, with {which} knobs"))
         natural = part["natural"]
-        found.append(("Recommended", f"{part['name']} + {natural['memory']} @ {natural['communicator']}"))
+        found.append(("Recommended", f"{part['spec']} + {natural['memory']} @ {natural['communicator']}"))
     for kind in ("compressors", "memories", "communicators"):
         if kind in part:
             found.append((f"Compatible {kind}", ", ".join(part[kind]) or "none"))
@@ -136,7 +135,7 @@ def check_installation(
 
 @app.command("bench")
 def bench_parts(
-    specs: Annotated[list[str] | None, typer.Argument(help="Specs or compressors by name (with natural memory); default: all.")] = None,
+    specs: Annotated[list[str] | None, typer.Argument(help=BENCHED)] = None,
     elements: Annotated[int, typer.Option(min=4, help="Number of elements of the gradient.")] = 25_000_000,
     times: Annotated[int, typer.Option(min=1, help="Steps to time, after two warm-up steps.")] = 7,
     as_json: JsonOption = False,
@@ -145,17 +144,17 @@ def bench_parts(
     if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     from ..planning import bench
+    from ..planning.candidates import completions
 
-    texts, done = bench.specs(tuple(specs or ())), []
-    for text in texts:
-        grace(text)  # reports a mistake before anything is measured
+    notices = completions(specs or ())  # reports a mistake before anything is measured
+    texts, done = specs or list(KINDS["compressor"].names()), []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(texts))
         for text, row in zip(texts, bench.rows(texts, elements, times), strict=True):
             progress.update(task, advance=1, description=text)
             done.append(row)
     if as_json:
-        typer.echo(json.dumps({"machine": bench.machine(), "rows": [asdict(row) for row in done]}))
+        typer.echo(json.dumps({"machine": bench.machine(), "rows": [asdict(row) for row in done], "notices": notices}))
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("spec", "elements", "encode", "decode per rank", "bytes/element", "error"):
@@ -166,6 +165,8 @@ def bench_parts(
     console = Console()
     console.print(table)
     console.print(f"x: multiples of a copy of the gradient, {done[-1].copy_ms:.1f} ms for {done[-1].elements:,} elements", style="dim")
+    for notice in notices:
+        console.print(f"Note: {notice}.", style="yellow", highlight=False, markup=False)
 
 
 app.command("plan")(plan)

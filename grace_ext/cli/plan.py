@@ -7,9 +7,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +22,12 @@ from ..errors import ModelError, ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
     from ..planning.plan import Recommendation
+    from ..planning.trace import Taken, Trace
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 MODEL = 'A JSON file of shapes, {"name": \\[dims...]}, or module:callable that returns a torch or Keras model.'
+SPECS = "Specs to compare with dense, a compressor without a memory with its natural one; default: a few that keep accuracy."
+RATES = "100mbit, 2.5gbit, '1 Gbit/s', '125 MB/s', ... (b: bits, B: bytes)"
 MEASURE = (
     "Measure the network of the job that this command runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., or "
     "torchrun --no-python ... grace-ext plan ... (horovodrun prefixes each line of stdout with the rank: for --json use another launcher)."
@@ -43,12 +47,12 @@ def seconds(text: str) -> float:
 
 def plan(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    specs: Annotated[list[str] | None, typer.Argument(help="Specs to compare with dense; default: a few that keep accuracy.")] = None,
-    rate: Annotated[str | None, typer.Option(help="Rate of each node's link: 100mbit, 2.5gbit, ...")] = None,
+    specs: Annotated[list[str] | None, typer.Argument(help=SPECS)] = None,
+    rate: Annotated[str | None, typer.Option(help=f"Rate of each node's link: {RATES}.")] = None,
     latency: Annotated[str, typer.Option(help="Latency per message, software included.")] = "50us",
     workers: Annotated[int | None, typer.Option(min=2, help="Number of workers that exchange gradients.")] = None,
     workers_per_node: Annotated[int, typer.Option(min=1, help="Number of workers that share a node's link.")] = 1,
-    inside: Annotated[str, typer.Option(help="Rate between the workers of one node.")] = "20gbit",
+    inside: Annotated[str, typer.Option(help="Rate between the workers of one node, given like --rate.")] = "20gbit",
     compute_ms: Annotated[float, typer.Option(min=0, help="Time of a forward and backward pass; the exchange may overlap it.")] = 0.0,
     measure: Annotated[bool, typer.Option("--measure", help=MEASURE)] = False,
     exchanges: Annotated[int, typer.Option(min=0, help="With --measure: how many candidates to really exchange, besides dense.")] = 3,
@@ -58,15 +62,16 @@ def plan(
 ) -> None:
     """Predicts what compression gains for a model on a network: step times of candidates, at what rates each pays, and which to use.
 
-    Codecs are timed on this machine, in one thread, on the model's own shapes. The network is given by options, or measured in your own job
-    (--measure), with a few real exchanges. Only speed is compared: docs/accuracy.md tells what each spec does to accuracy.
+    Codecs are timed on this machine, in one thread, on the model's own shapes, and their times are kept in a cache. The network is given by
+    options, or measured in your own job (--measure), with a few real exchanges. Only speed is compared: docs/accuracy.md tells what each
+    spec does to accuracy.
     """
     if os.environ.get("OMP_NUM_THREADS") != "1":  # numpy reads it once, when it is loaded
         os.execve(sys.executable, [sys.executable, "-m", "grace_ext", *sys.argv[1:]], {**os.environ, "OMP_NUM_THREADS": "1"})
     from ..exchange.perform import perform
     from ..planning import plan as planning
     from ..planning.cached import traces
-    from ..planning.candidates import candidates
+    from ..planning.candidates import candidates, completions
     from ..planning.cost import Link
     from ..planning.models import shapes_of
     from ..planning.network import INSIDE, OnLink
@@ -112,6 +117,8 @@ def plan(
     advice = planning.advise(rows)
     per_node = None if measure else made.per_node  # a measurement shows the network, not which ranks share a node
     document |= {"workers": made.n, "workers_per_node": per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
+    document["codecs"] = {spec: codec(trace.taken) for spec, trace in made.traces.items()}
+    document["notices"] = [*completions(specs or ()), *busy(made.traces, measure)]
     if as_json:
         typer.echo(json.dumps(document, allow_nan=False))
     else:
@@ -148,8 +155,43 @@ def memory_enough(model: str) -> Iterator[None]:
         raise ModelError(f"{model!r} is too large to time codecs on gradients of its shapes in this machine's memory: {error}") from error
 
 
+def codec(taken: Taken) -> dict[str, Any]:
+    """Returns, in JSON types, how long ago a codec was timed, and how much that can be trusted (see trace.Taken)."""
+    return {"age_s": max(0.0, time.time() - taken.at), "spread": taken.spread, "load": taken.load}
+
+
+def busy(traces: Mapping[str, Trace], measure: bool) -> list[str]:
+    """Returns a sentence if the machine was busy when it timed some codecs. In a job, other ranks load it, as they do in training."""
+    found = [spec for spec, trace in traces.items() if (replace(trace.taken, load=None) if measure else trace.taken).busy]
+    if not found:
+        return []
+    taken = [traces[spec].taken for spec in found]
+    spread, load = max(its.spread or 0.0 for its in taken), max(its.load or 0.0 for its in taken)
+    seen = f"a load of {load:.1f} per processor, and steps that differed by {100 * spread:.0f}%"
+    what = "run this again when it is idle" if measure else "stop other programs, and run this again with --fresh"
+    return [f"this machine was busy when it timed {len(found)} of {len(traces)} codecs ({seen}), so the work may be wrong: {what}"]
+
+
+def ago(seconds: float) -> str:
+    """Returns an age in words."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now" if seconds < 10 else f"{seconds:.0f} seconds ago"
+
+
+def timed(codecs: Mapping[str, Any], measure: bool) -> str:
+    """Returns when the codecs were timed, and how much their steps differed, in words."""
+    ages, spreads = [its["age_s"] for its in codecs.values()], [its["spread"] for its in codecs.values() if its["spread"] is not None]
+    when = ago(max(ages)) if ago(min(ages)) == ago(max(ages)) else f"{ago(max(ages))} to {ago(min(ages))}"
+    differed = f", in steps that differed by up to {100 * max(spreads):.0f}%" if spreads else ""
+    return f"Codecs were timed {when}{differed}" + ("." if measure else "; --fresh times them again.")
+
+
 def report(advice: Recommendation, document: dict[str, Any]) -> None:
     """Prints the table and the advice."""
+    from ..planning.cost import rate_text
+
     console, link = Console(), document["link"]
     console.width = max(console.width, 120)  # specs are long
     measured = any(row.measured_ms for row in advice.rows)
@@ -158,24 +200,19 @@ def report(advice: Recommendation, document: dict[str, Any]) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "spec" else "right")
     for row in sorted(advice.rows, key=lambda row: row.step_ms):
-        even = "-" if row.spec == advice.rows[0].spec else " ".join([row.pays, *([words(row.break_even)] if row.break_even else [])])
+        even = "-" if row.spec == advice.rows[0].spec else " ".join([row.pays, *([rate_text(row.break_even)] if row.break_even else [])])
         seen = [] if not measured else [f"{row.measured_ms:.4g} ms" if row.measured_ms else "-"]
         cells = (f"{row.step_ms:.4g} ms", f"x{row.gain:.2f}", f"{row.work_ms:.4g} ms", f"{row.network_ms:.4g} ms", even)
         style = "bold" if row.spec == advice.spec else None
         table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
     console.print(table)
-    at = f"a link of {words(link['rate'])}, {1e6 * link['latency']:.4g} us per message, {1e6 * link['overhead']:.4g} us per collective"
+    at = f"a link of {rate_text(link['rate'])}, {1e6 * link['latency']:.4g} us per message, {1e6 * link['overhead']:.4g} us per collective"
     per_node = document["workers_per_node"]
     among = f", {per_node} per node; {at}" if per_node else f" of this job; its network was measured: about {at}"
     console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
     console.print("work: encoding and decoding; network: all collectives, one after another; the two overlap if possible.", style="dim")
     console.print("pays: the link rates at which it is faster than dense. Accuracy is not compared: see docs/accuracy.md.", style="dim")
+    console.print(timed(document["codecs"], not per_node), style="dim", highlight=False)
+    for notice in document["notices"]:
+        console.print(f"Note: {notice}.", style="yellow", highlight=False, markup=False)
     console.print(f"\n[bold]{advice.spec}[/]: {advice.reason}.", highlight=False)
-
-
-def words(rate: float) -> str:
-    """Returns a rate in bits per second as text."""
-    for unit, size in (("Tbit/s", 1e12), ("Gbit/s", 1e9), ("Mbit/s", 1e6)):
-        if rate >= size:
-            return f"{rate / size:.3g} {unit}"
-    return f"{rate / 1e3:.3g} kbit/s"

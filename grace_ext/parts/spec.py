@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from ..errors import SpecSyntaxError
+from ..errors import ParameterError, SpecSyntaxError, UnknownPartError
 from .part import Part, made_knob
 from .registry import Registry, communicators, compressors, memories, policies
 
@@ -45,6 +45,29 @@ def parse(text: str) -> dict[str, Part]:
     parts = {"compressor": _pipeline([*stages, last], text)}
     kinds = {"memory": memories, "communicator": communicators}
     return {**parts, **{kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}}
+
+
+def named_by(text: str) -> list[Part]:
+    """Returns the parts that a text names: those of every kind that have this name ('efsignsgd' is a compressor and a memory) and these
+    knobs, if it gives any; or else the parts of a spec. Raises UnknownPartError, ParameterError or SpecSyntaxError."""
+    registries = (compressors, memories, communicators, policies)
+    node = _expression(text) if not any(text in registry.names() for registry in registries) else ast.Name(text)
+    name = node.func if isinstance(node, ast.Call) else node
+    if not isinstance(name, ast.Name):
+        return list(parse(text).values())
+    known = [registry for registry in registries if name.id in registry.names()]
+    if not known:
+        every = sorted({known_name for registry in registries for known_name in registry.names()})
+        raise UnknownPartError("part", name.id, difflib.get_close_matches(name.id.lower(), every, n=3), every)
+    found, refused = [], []
+    for registry in known:
+        try:
+            found.append(_part(registry, node, text))
+        except ParameterError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return found
 
 
 def _means_a_policy(node: ast.expr) -> bool:
