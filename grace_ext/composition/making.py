@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning
+from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning, warn_user
 from ..parts.part import Part
 from ..parts.registry import communicators, compressors, memories, policies
 from ..parts.spec import parse, part_from
 from .composition import Composition, Route
 from .grace import Grace
 
+#: What `grace` takes as a spec.
+Spec = str | Mapping[str, Any] | Grace | Route | Part
 #: The warnings that this process has given: each is given once.
 warned: set[str] = set()
 
 
 def grace(
-    spec: str | Mapping[str, Any] | Grace | Route | None = None,
+    spec: Spec | None = None,
     *,
     compressor: Any = None,
     memory: Any = None,
@@ -28,9 +29,10 @@ def grace(
 ) -> Grace:
     """Returns the Grace that a spec names: three parts for all tensors, or a policy.
 
-    spec: a string ('topk(ratio=0.01) + residual @ allgather', 'by_size(large=topk + residual)') or a configuration (`to_config()`). The
-      parts, or the policy, can be given by keyword instead, as names, configurations or instances.
-    The memory defaults to none (with one warning if the compressor is biased), the communicator to the compressor's natural one:
+    spec: a string ('topk(ratio=0.01) + residual @ allgather', 'by_size(large=topk + residual)'), a configuration (`to_config()`), a
+      compressor, a composition (`Grace.route`), a policy or a Grace. The parts, or the policy, can be given by keyword instead, as names,
+      configurations or instances. Every `compression=` and `g` of the package takes the same.
+    The memory defaults to none (with one warning if the compressor needs one), the communicator to the compressor's natural one:
       allreduce if its payloads can be summed, else allgather.
     seed: the base of all randomness, the same on all ranks.
     Raises UnknownPartError, ParameterError, SpecSyntaxError or IncompatiblePartsError.
@@ -40,6 +42,8 @@ def grace(
         if any(value is not None for value in given.values()):
             raise SpecSyntaxError("give a spec, or the parts by keyword, not both")
         if isinstance(spec, Route):
+            for leaf in spec.leaves:
+                leaf.check()
             return Grace(spec, _seed(seed))
         given, seed = _from_spec(spec.to_config() if isinstance(spec, Grace) else spec, seed)
     if given.get("policy") is None:
@@ -47,6 +51,11 @@ def grace(
     if any(value is not None for kind, value in given.items() if kind != "policy"):
         raise SpecSyntaxError("a policy is a spec by itself: name compressor, memory and communicator in its knobs")
     return Grace(_policy(given["policy"]), _seed(seed))
+
+
+def is_spec(value: Any) -> bool:
+    """Whether `grace` takes values of this type."""
+    return isinstance(value, (str, Mapping, Grace, Route, Part))
 
 
 def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Composition:
@@ -62,7 +71,7 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
         _warn_once(
             str(chosen),
             f"{chosen} is biased and has no memory: what it drops is lost, and training may stall. Add error feedback: "
-            f"'{chosen} + residual' (or write '+ none' if you mean it)",
+            f"'{chosen} + {chosen.natural_memory}' (or write '+ none' if you mean it)",
             BiasedCompressorWarning,
         )
     omega = chosen.omega(4096) if chosen.unbiased and remembers.feeds_back else None
@@ -79,13 +88,11 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
 def _warn_once(about: str, text: str, category: type[Warning]) -> None:
     if about not in warned:
         warned.add(about)
-        warnings.warn(text, category, stacklevel=4)
+        warn_user(text, category)
 
 
 def route_from(value: Any) -> Route:
     """Returns the composition or policy that a spec (as `grace` takes it) or an instance stands for; None stands for 'none'."""
-    if isinstance(value, Part) and value.kind == "compressor":
-        return compose(value)
     if isinstance(value, Mapping) and "id" in value:
         return _policy(value)
     made = grace("none" if value is None else value)
@@ -100,15 +107,23 @@ def _policy(value: Any) -> Route:
     return policy
 
 
-def _from_spec(spec: str | Mapping[str, Any], seed: int | None) -> tuple[dict[str, Any], int | None]:
+def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]:
     if isinstance(spec, str):
         return dict(parse(spec)), seed
-    if not isinstance(spec, Mapping):
-        raise SpecSyntaxError(f"a spec is a string or a dictionary, got {spec!r}")
-    unknown = sorted(set(spec) - {"compressor", "memory", "communicator", "policy", "seed"})
+    if isinstance(spec, Part):
+        if spec.kind == "compressor":
+            return {"compressor": spec}, seed
+        raise SpecSyntaxError(f"{spec} is a {spec.kind}, and a spec needs a compressor: grace(compressor=..., {spec.kind}=...)")
+    if not is_spec(spec):
+        raise SpecSyntaxError(
+            f"a spec is a string such as 'topk(ratio=0.01) + residual', a dictionary, a compressor, a composition, a policy or what "
+            f"grace_ext.grace(...) returns, got {spec!r}"
+        )
+    unknown = sorted(set(spec) - {"compressor", "memory", "communicator", "policy", "seed"}, key=str)
     if unknown:
         raise SpecSyntaxError(
-            f"unknown key {', '.join(map(repr, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed"
+            f"unknown key {', '.join(map(repr, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed "
+            "(for GRACE's own parameters: grace_ext.from_params(...))"
         )
     return {key: value for key, value in spec.items() if key != "seed"}, spec.get("seed") if seed is None else seed
 

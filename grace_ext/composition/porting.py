@@ -1,15 +1,14 @@
-"""GRACE's own parameter dictionary -> a Grace."""
+"""Makes a Grace from GRACE's own parameter dictionary."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from .. import communicators, compressors, memories
-from ..errors import ParameterError
+from ..errors import ParameterError, warn_user
 from .grace import Grace
 from .making import grace, warned
 
@@ -18,6 +17,7 @@ PARAMS = {
     "compress_ratio": ("compressor", "ratio"),
     "compress_rank": ("compressor", "rank"),
     "quantum_num": ("compressor", "levels"),
+    "bucket_size": ("compressor", "bucket"),
     "threshold": ("compressor", "threshold"),
     "quantiles": ("compressor", "quantiles"),
     "error_bound": ("compressor", "bound_exponent"),
@@ -26,14 +26,19 @@ PARAMS = {
     "gradient_clipping": ("memory", "clipping"),
     "lr": (None, None),  # ours read the optimizer's current rate at every step
     "world_size": (None, None),  # known from the engine
+    "kernel": (None, None),  # by which program GRACE's topk finds the same elements
+}
+
+#: GRACE's names of parts that have other names here, by kind. Its *_cuda compute the same on a GPU.
+NAMES = {
+    "compressor": {"qsgd_cuda": "qsgd", "natural_cuda": "natural", "adapsparse": "wangni", "AdapSparse": "wangni"},
+    "communicator": {"all_to_all": "reduce_scatter", "alltoall": "reduce_scatter"},
 }
 
 
 def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What GRACE's values are called here, where that is not the same."""
-    changed: dict[str, Any] = {}
-    if params.get("communicator") == "all_to_all":
-        changed["communicator"] = "reduce_scatter"
+    """Returns the values that are called something else here."""
+    changed: dict[str, Any] = {kind: names[str(params[kind])] for kind, names in NAMES.items() if str(params.get(kind)) in names}
     clipping = params.get("gradient_clipping")
     if clipping is False:
         changed["gradient_clipping"] = None
@@ -42,12 +47,12 @@ def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
     if "error_bound" in params:
         changed["error_bound"] = _exponent(params["error_bound"])
     if params.get("momentum_factor") and params.get("compressor") != "signum":
-        warnings.warn("from_params: momentum_factor has no effect; give the momentum to the optimizer", stacklevel=3)
+        warn_user("from_params: momentum_factor has no effect; give the momentum to the optimizer")
     return changed
 
 
 def _exponent(bound: Any) -> int:
-    """E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
+    """Returns E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
     try:
         return round(-math.log10(float(bound) / 2))
     except (TypeError, ValueError):
@@ -55,9 +60,9 @@ def _exponent(bound: Any) -> int:
 
 
 def from_params(params: Mapping[str, Any]) -> Grace:
-    """A Grace from GRACE's own parameter dictionary, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator': 'allgather',
-    'compress_ratio': 0.01}. A missing key takes OUR default, said once; `lr` and `world_size` are
-    read from the optimizer and the engine."""
+    """Returns the Grace that GRACE's own parameter dictionary describes, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator':
+    'allgather', 'compress_ratio': 0.01}. It takes the keys and names of all GRACE's helpers (torch, dist, tensorflow). A missing key takes
+    the default of grace_ext, which one warning names; `lr` and `world_size` are read from the optimizer and the engine."""
     params = {**params, **_renamed(params)}
     known = {"compressor", "memory", "communicator", *PARAMS}
     unknown = sorted(set(params) - known)
@@ -83,6 +88,6 @@ def from_params(params: Mapping[str, Any]) -> Grace:
     }
     if defaults and str(sorted(defaults)) not in warned:
         warned.add(str(sorted(defaults)))
-        warnings.warn("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)), stacklevel=2)
+        warn_user("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)))
     parts = {kind: cls.create((), knobs[kind]) for kind, cls in classes.items()}
     return grace(**parts)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from ..errors import GraceError, UnknownPartError
+from ..errors import GraceError, UnknownPartError, warn_user
 from .part import Part
 
 C = TypeVar("C", bound=type)
@@ -82,7 +81,8 @@ class Registry:
                     raise TypeError(f"{cls!r} is not a subclass of grace_ext's {self.kind} class")
                 self._add(entry.name, cls)
             except Exception as error:  # a broken plugin must not disable every other part
-                warnings.warn(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", stacklevel=3)
+                # A host may differ from rank 0's, and its own error would say no more than that the name is unknown.
+                warn_user(f"{self.kind} {entry.name!r} of {entry.value} was not loaded: {error!r}", every_rank=True)
 
 
 compressors = Registry("compressor", "grace_ext.compressors")

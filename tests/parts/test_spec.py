@@ -209,12 +209,46 @@ def test_a_biased_compressor_without_memory_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         grace("topk(ratio=0.37)")
-        for text in ("topk(ratio=0.38) + none", "qsgd", "none", "fp16", "randomk(scale=True)", "topk(ratio=0.39) + residual"):
+        for text in ("topk(ratio=0.38) + none", "qsgd", "signsgd", "none", "fp16", "randomk(scale=True)", "topk(ratio=0.39) + residual"):
             grace(text)
         grace(grace("topk(ratio=0.41) + none"))
-    for text in ("randomk", "signsgd", "efsignsgd", "threshold", "powersgd"):
+    for text in ("randomk", "efsignsgd", "threshold", "powersgd"):
         with pytest.warns(BiasedCompressorWarning, match=text):
             grace(text)
+
+
+def test_warnings_are_given_on_rank_0_only(monkeypatch):
+    """Other ranks would say the same; each still fails if warnings are errors, so that all ranks do alike."""
+    monkeypatch.setenv("RANK", "1")
+    calls = (lambda: grace("topk(ratio=0.34)"), lambda: grace("qsgd(bits=2, bucket=999) + residual"),
+             lambda: from_params({"compressor": "topk", "memory": "residual"}),
+             lambda: from_params({"compressor": "none", "momentum_factor": 0.9}))  # fmt: skip
+    for call in calls:
+        making.warned.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert not caught
+    making.warned.clear()
+    monkeypatch.setenv("RANK", "0")
+    for call in calls:
+        with pytest.warns(UserWarning) as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_compressor_or_a_composition_is_a_spec():
+    """grace() takes what it and its parts are made of; other parts, and configurations of something else, get an error with a way out."""
+    topk, residual = grace_ext.compressors.get("topk"), grace_ext.memories.get("residual")
+    g = grace("topk(ratio=0.2) + residual", seed=4)
+    assert grace(g.route, seed=4) == g and grace(grace_ext.compressors.get("qsgd")(bits=4)) == grace("qsgd(bits=4)")
+    making.warned.clear()
+    with pytest.warns(BiasedCompressorWarning, match=r"topk\(ratio=0.36\) \+ residual"):
+        grace(topk(ratio=0.36))
+    with pytest.raises(SpecSyntaxError, match=r"residual is a memory, and a spec needs a compressor: grace\(compressor=..., memory=...\)"):
+        grace(residual())
+    with pytest.raises(SpecSyntaxError, match="unknown key 3, 'compress_ratio'.*for GRACE's own parameters: grace_ext.from_params"):
+        grace({"compressor": "topk", "compress_ratio": 0.1, 3: 4})
 
 
 def quiet_params(**params):
@@ -230,6 +264,14 @@ def quiet_params(**params):
     ({"compressor": "threshold", "memory": "residual", "threshold": 0.5}, "threshold(threshold=0.5) + residual"),
     ({"compressor": "none", "compress_ratio": 0.3, "lr": 0.1, "world_size": 4, "momentum": 0.9}, "none"),
     ({"compressor": "fp16", "memory": "none", "communicator": "broadcast"}, "fp16 + none @ broadcast"),
+    ({"compressor": "qsgd", "quantum_num": 64, "bucket_size": 128, "communicator": "alltoall"},
+     "qsgd(levels=64, bucket=128) + none @ reduce_scatter"),
+    ({"compressor": "qsgd_cuda", "quantum_num": 127, "bucket_size": 256}, "qsgd(levels=127, bucket=256)"),
+    ({"compressor": "natural_cuda", "bucket_size": 128, "communicator": "alltoall", "world_size": 4}, "natural + none @ reduce_scatter"),
+    ({"compressor": "topk", "compress_ratio": 0.3, "kernel": "rdxtopk_cuda", "memory": "residual"}, "topk(ratio=0.3) + residual"),
+    ({"compressor": "topk", "compress_ratio": 0.3, "kernel": "cupy", "memory": "efsignsgd", "lr": 0.1}, "topk(ratio=0.3) + efsignsgd"),
+    ({"compressor": "AdapSparse", "compress_ratio": 0.1}, "wangni(ratio=0.1)"),
+    ({"compressor": "adapsparse", "compress_ratio": 0.1, "memory": "none", "communicator": "allgather"}, "wangni(ratio=0.1) @ allgather"),
 ])  # fmt: skip
 def test_grace_parameters(params, meaning):
     """from_params reads GRACE's own dictionary; it ignores keys of unused parts, and lr and world_size, which are known from elsewhere."""
