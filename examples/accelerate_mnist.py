@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from grace_ext.frameworks.torch import ddp_comm_hook
+from grace_ext.frameworks.torch import compress_ddp
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
@@ -30,8 +30,7 @@ model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 state = None
 if accelerator.num_processes > 1:  # with one process there is no DDP to register the hook on
-    state, hook = ddp_comm_hook(arguments.compression, model, optimizer)
-    model.register_comm_hook(state, hook)
+    state = compress_ddp(arguments.compression, model, optimizer)
 
 sent, dense = 0, 0
 for epoch in range(arguments.epochs):

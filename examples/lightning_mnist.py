@@ -59,7 +59,7 @@ arguments = parser.parse_args()
 torch.set_num_threads(1)
 train_x, train_y, test_x, test_y = mnist.load()
 module = Digits()
-state, hook = ddp_comm_hook(arguments.compression, module)
+state, hook = ddp_comm_hook(arguments.compression, module, lambda: trainer.optimizers[0])
 compression = Compression(state, hook)
 trainer = L.Trainer(
     accelerator="auto",

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .arrays import libraries
 from .checkpoints.saveable import Saveable
 from .checkpoints.statefile import mapped
+from .composition import making
 from .driver.driver import Driver
 from .errors import GraceError, NamesError, ParameterError
 from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
 
-if TYPE_CHECKING:
-    from .composition.grace import Grace
-
 
 class LocalCluster:
     """Simulates `size` ranks that exchange gradients as real ones do: with the same parts, the same driver and the same bytes.
 
+    grace: a Grace, or what `grace_ext.grace` takes.
     framework: 'numpy', 'torch' or 'tensorflow'. It takes tensors of that framework or numpy arrays, and returns that framework's.
     ranks_per_node: the number of consecutive ranks that share a node, for communicator 'hierarchical' (the last node may have fewer).
     """
 
-    def __init__(self, grace: Grace, size: int, framework: str = "numpy", ranks_per_node: int = 1):
+    def __init__(self, grace: making.Spec, size: int, framework: str = "numpy", ranks_per_node: int = 1):
         for name, value in (("size", size), ("ranks_per_node", ranks_per_node)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name} must be a whole number, at least 1, got {value!r}")
-        self.grace, self.size, self.framework, self._per_node = grace, size, framework, ranks_per_node
+        self.grace, self.size, self.framework, self._per_node = making.grace(grace), size, framework, ranks_per_node
         self.ops = libraries.ops_for_framework(framework)
         self.drivers = [
-            Driver(grace, self.ops, LockstepTransport(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
+            Driver(self.grace, self.ops, LockstepTransport(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
             for rank in range(size)
         ]
         self._lr: float | None = None

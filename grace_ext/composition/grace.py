@@ -111,7 +111,7 @@ class Grace:
 
     def bind(
         self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False,
-        scaler: Any = None,
+        scaler: Any = None, check_start: bool = True,
     ) -> Any:  # fmt: skip
         """Returns a `compression=` object for unmodified Horovod: for `horovod.torch.DistributedOptimizer`, given
         model.named_parameters(), or for `horovod.tensorflow.DistributedGradientTape` over these tf.Variables.
@@ -120,6 +120,7 @@ class Grace:
         optimizer (torch): gives the learning rate to memories that use it.
         simulate (torch): compresses at world size 1, too (needs `optimizer`, because Horovod does not call the object there).
         scaler (torch): the GradScaler that scales the loss.
+        check_start: compares the bits of all ranks' parameters at the first step; raises DisagreementError if they differ.
         One bound object serves one optimizer or tape. Raises UnboundError for anything else than parameters or variables."""
         items = list(named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters)
         if not items:
@@ -131,8 +132,8 @@ class Grace:
                 "bind takes model.named_parameters() of a torch model or a list of tf.Variables, got a list of "
                 f"{type(items[0]).__module__}.{type(items[0]).__name__}"
             )
-        options = {"optimizer": optimizer, "op": op, "process_set": process_set, "simulate": simulate, "scaler": scaler}
-        return importlib.import_module(binder).bind(self, items, **options)
+        options = {"op": op, "process_set": process_set, "simulate": simulate, "check_start": check_start}
+        return importlib.import_module(binder).bind(self, items, optimizer=optimizer, scaler=scaler, **options)
 
     def compress(self, *_: Any, **__: Any) -> NoReturn:
         raise UnboundError(UNBOUND.format(self))

@@ -39,8 +39,10 @@ FIX = (
     "no rank change parameters by itself"
 )
 FIX_START = (
-    "The ranks would train different models: call hvd.broadcast_parameters(model.state_dict(), root_rank=0) before the first step, or load "
-    "the checkpoint of one step on every rank (check_start=False turns this check off)"
+    "The ranks would train different models. Give all ranks the parameters of one before the first step (PyTorch: "
+    "hvd.broadcast_parameters(model.state_dict(), root_rank=0); Keras: hvd.callbacks.BroadcastGlobalVariablesCallback(0); TensorFlow: "
+    "hvd.broadcast_variables(model.variables, root_rank=0)), or load the checkpoint of one step on every rank (check_start=False turns "
+    "this check off)"
 )
 
 

@@ -391,7 +391,7 @@ class Driver:
         at once, and ranks may have made different numbers of drivers before (for process sets)."""
         digests = self.starting() if self.starting else None
         said, values = yield from agree(self.ops, self.transport, self._described(), digests)
-        self.started_apart = differ(values)
+        self.started_apart = differ(values) and None not in values
         if not self.tolerates_start:
             check_values(values, FIX_START)
         if self.grace.two_level:

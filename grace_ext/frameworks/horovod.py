@@ -7,7 +7,7 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from ..composition.grace import Grace
-from ..composition.making import grace
+from ..composition.making import grace, is_spec
 from ..errors import ParameterError, UnsupportedError
 from .timeouts import NAME, timeout
 
@@ -47,16 +47,15 @@ def limit_waits(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def chosen_compression(compression: Any, theirs: Any) -> Grace:
-    """Returns the Grace that a wrapper's `compression=` stands for: a Grace, a spec string, None, or one of Horovod's own compressions
-    (`theirs`: hvd.Compression). Raises ParameterError for anything else."""
-    if isinstance(compression, Grace):
-        return compression
-    if isinstance(compression, str):
-        return grace(compression)
+    """Returns the Grace that a wrapper's `compression=` stands for. It is what `grace_ext.grace` takes, None, or one of Horovod's own
+    compressions (`theirs`: hvd.Compression). Raises ParameterError for anything else."""
     if compression is None or compression is theirs.none:
         return grace("none")
     if compression is theirs.fp16:
         return grace("fp16")
+    if is_spec(compression):
+        return grace(compression)
     raise ParameterError(
-        f"compression must be grace_ext.grace(...), a spec string, None or hvd.Compression.none/.fp16, got {compression!r}"
+        "compression must be None, hvd.Compression.none or .fp16, or what grace_ext.grace(...) takes or returns, such as "
+        f"'topk(ratio=0.01) + residual', got {compression!r}"
     )

@@ -31,12 +31,15 @@ def check_alone(engine: str, way_out: str, environ: Mapping[str, str] = os.envir
         size = environ.get(name, "1")
         if name == "SLURM_NTASKS" and "SLURM_STEP_ID" not in environ:
             continue  # the size of an allocation, in which no srun has started this process
+        if name == "HOROVOD_SIZE" and environ.get("HOROVOD_ELASTIC") == "1":
+            continue  # the size at the start of an elastic job, which may have shrunk to one rank
         if not size.isdigit() or int(size) <= 1:
             continue
+        end = f"{way_out}, or unset {name} if each rank shall train alone"
         seen = f"{launcher} started {size} ranks ({name}={size}), but {engine} has one here, so each rank would train alone"
         if engine not in serves:
-            raise UnsupportedError(f"{seen}: {launcher} does not start {engine}'s ranks. {way_out}")
-        _warn_once(f"{seen}: is {engine} built for this launcher, and initialized? {way_out}")
+            raise UnsupportedError(f"{seen}: {launcher} does not start {engine}'s ranks. {end}")
+        _warn_once(f"{seen}: is {engine} built for this launcher, and initialized? {end}")
 
 
 @functools.cache

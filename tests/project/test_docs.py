@@ -20,6 +20,10 @@ def run(command: list[str], **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True, timeout=600)
 
 
+#: The files whose tests docs/faults.md names.
+JOBS_IN_FAULTS = ("jobs/scripts_job.py", "jobs/refused_job.py", "jobs/tf_job.py", "test_launchers.py")
+
+
 def test_the_pages_of_the_parts_are_what_the_code_says():
     done = run([sys.executable, "tools/catalogue.py", "--check"])
     assert done.returncode == 0, done.stderr
@@ -68,6 +72,21 @@ def test_the_readme_counts_and_names_the_shelf():
     for module in (grace_ext.compressors, grace_ext.memories, grace_ext.communicators):
         for name in module.names():
             assert name in ("none", "pipeline") or re.search(rf"`{name}[`(]", text), name
+
+
+def test_the_table_of_faults_has_every_test():
+    """docs/faults.md has one row for each case of other people's scripts and of refused uses, and no row without a test."""
+    part = (ROOT / "docs/faults.md").read_text().split("## You did, you see")[1].split("\n## ")[0]
+    rows = [row.split("|")[-2].strip(" `") for row in part.splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if row != "test"]
+    tests = ROOT / "tests/frameworks"
+    of = {name: re.findall(r"^def (?:case_)?(\w+)", (tests / name).read_text(), re.MULTILINE) for name in JOBS_IN_FAULTS}
+    expected = {name for names in of.values() for name in names}
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= expected, sorted(set(rows) - expected)
+    for name in ("jobs/scripts_job.py", "jobs/refused_job.py"):
+        cases = re.findall(r"^def case_(\w+)", (tests / name).read_text(), re.MULTILINE)
+        assert set(cases) <= set(rows), sorted(set(cases) - set(rows))
 
 
 def test_links_of_the_docs_lead_somewhere():

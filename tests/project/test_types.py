@@ -35,6 +35,8 @@ NAMES = {
     "keras": "Any",
     "tf": "Any",
     "folder": "Path",
+    "accelerator": "Any",
+    "loader": "Any",
 }
 HEAD = """
 from pathlib import Path

@@ -30,6 +30,7 @@ from ...exchange.perform import perform
 from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
+from ..launchers import check_alone
 from ..timeouts import timeout
 
 # MPI-3 counts and offsets are C ints.
@@ -110,9 +111,12 @@ class MpiTransport(Transport):
 
 def duplicated(comm: Any) -> Any:
     """Returns a duplicate of the communicator, by default of COMM_WORLD. Raises ParameterError if `comm` is none, UnsupportedError if it is
-    no intra-communicator that this rank belongs to."""
+    no intra-communicator that this rank belongs to, or if a launcher started several ranks that MPI does not connect."""
     mpi = load_mpi()
-    comm = mpi.COMM_WORLD if comm is None else comm
+    if comm is None:
+        comm = mpi.COMM_WORLD
+        if comm.Get_size() == 1:
+            check_alone("MPI", "Start with mpirun -np N python -m mpi4py train.py")
     if not isinstance(comm, mpi.Comm):
         raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {comm!r}")
     if comm == mpi.COMM_NULL or not isinstance(comm, mpi.Intracomm):
@@ -132,7 +136,8 @@ class Exchange(Measured):
       making an Exchange, and `close`, are collective; every rank of comm takes part.
     op: 'mean' or 'sum'.
     simulate: compress at world size 1 too; otherwise a single rank gets copies of its gradients.
-    Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator), and DisagreementError if ranks pass different `op`.
+    Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator, a launcher whose ranks MPI does not connect), and
+    DisagreementError if ranks pass different `op`.
     """
 
     def __init__(self, g: Grace | str | Mapping[str, Any], comm: Any = None, *, op: str = "mean", simulate: bool = False):

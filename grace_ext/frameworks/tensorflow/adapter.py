@@ -11,8 +11,10 @@ step are rolled back before the next step begins.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -25,12 +27,14 @@ from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from .exchanges import averages, names_of
-from .graph import GraphExchange, HorovodTransport
+from .exchanges import averages, is_alone, names_of
+from .graph import GraphExchange, HorovodTransport, compare_start, digests_of
 from .loop import exchange_of
 
 
-def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool, **for_torch: Any) -> BoundCompression:
+def bind(
+    g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simulate: bool, check_start: bool, **for_torch: Any
+) -> BoundCompression:
     """Returns what Grace.bind returns for TensorFlow. Raises UnsupportedError or UnboundError if Horovod's tape cannot use it."""
     if any(not isinstance(v, tf.Variable) for v in variables):
         raise UnsupportedError(
@@ -53,25 +57,27 @@ def bind(g: Grace, variables: Sequence[Any], *, op: Any, process_set: Any, simul
             "simulate=True has no effect here: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape"
         )
     op = hvd.Average if op is None else op
-    return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set)
+    return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set, check_start)
 
 
 class BoundCompression(Measured):
     """Compresses the gradients of one tape. Make it once, for the tape's sources in their order. It compares and hashes by identity."""
 
-    def __init__(self, g: Grace, variables: Sequence[tf.Variable], average: bool, process_set: Any):
+    def __init__(self, g: Grace, variables: Sequence[tf.Variable], average: bool, process_set: Any, check_start: bool):
         self.grace, self._average, self._process_set = g, average, process_set
         self._specs = [TensorSpec(n, tuple(v.shape), v.dtype.name) for n, v in zip(names_of(variables), variables, strict=True)]
         self._exchanges: dict[str, GraphExchange] = {}
         self._places: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
         self._settled = 0
-        self._prefix = ""
+        self._variables, self._check_start = list(variables), check_start
+        self._agreement: tuple[Driver, HorovodTransport] | None = None
+        self._lock = threading.Lock()
         self._saved: dict[str, Any] = {}
 
     @tf.autograph.experimental.do_not_convert
     def compress(self, tensor: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Exchanges this gradient. Horovod calls it while it traces. Returns (zeros for Horovod to reduce, the aggregate as `ctx`)."""
-        if self._process_set.size() == 1:
+        if is_alone(self._process_set):
             return tensor, None
         spec = self._spec_of(tensor)
         return tf.zeros([1], tensor.dtype), self._exchange(spec)([tensor])[0]
@@ -107,12 +113,12 @@ class BoundCompression(Measured):
         return tensor.dtype.name == spec.dtype and tensor.shape.is_compatible_with(spec.shape)
 
     def _exchange(self, spec: TensorSpec) -> GraphExchange:
-        if not self._prefix:
+        if self._agreement is None:
             with tf.init_scope():
-                self._agree()
+                self._agreement = self._agree()
         if spec.name not in self._exchanges:
             exchange = exchange_of(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
-            exchange.driver.join_agreement(f"{self._prefix}/{self._specs.index(spec)}")
+            exchange.driver.join_agreement(f"{self._agreement[0].prefix}/{self._specs.index(spec)}")
             self._attach(exchange.driver)
             if spec.name in self._saved:
                 exchange.driver.load_state_dict(self._saved[spec.name])
@@ -122,24 +128,30 @@ class BoundCompression(Measured):
     def _drivers(self) -> list[Driver]:
         return [exchange.driver for exchange in self._exchanges.values()]
 
-    def _agree(self) -> None:
+    def _agree(self) -> tuple[Driver, HorovodTransport]:
         """Makes the ranks agree, once for all variables."""
         transport = HorovodTransport(self._process_set)
         driver = Driver(self.grace, transport.ops, transport)
         driver.register(self._specs)
+        if self._check_start:
+            variables = dict(zip((spec.name for spec in self._specs), self._variables, strict=True))
+            driver.starting, driver.tolerates_start = partial(digests_of, variables), True
         perform(driver.agree(), transport, {})
-        self._prefix = driver.prefix
+        return driver, transport
 
     def _settle(self, step: int) -> None:
         """Rolls the last step back, for all variables, if any rank had a non-finite gradient in it. Called with the number of the step that
         begins, by each variable's exchange; the first call counts."""
-        if step <= self._settled:
-            return
-        self._settled = step
-        drivers = [exchange.driver for exchange in self._exchanges.values() if exchange.driver.step == step]
-        if not all(driver.committed for driver in drivers):
-            for driver in drivers:
-                driver.roll_back()
+        with self._lock:  # the other variables wait, so that none of them is trained before all were compared
+            if step <= self._settled:
+                return
+            self._settled = step
+            if self._agreement is not None and self._agreement[0].started_apart:
+                compare_start(*self._agreement)
+            drivers = [exchange.driver for exchange in self._exchanges.values() if exchange.driver.step == step]
+            if not all(driver.committed for driver in drivers):
+                for driver in drivers:
+                    driver.roll_back()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's memory, by variable. It differs by rank: save every rank's."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import horovod.tensorflow as api
-import numpy as np
 import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable, nothing_saveable, saveable_by
 from ...composition.grace import Grace
-from ...driver.agreement import digest_of
 from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from .graph import GraphExchange, HorovodTransport
+from ..launchers import check_alone
+from .graph import GraphExchange, HorovodTransport, digests_of
 from .loop import exchange_of
 from .trackable import TrackedState
 
@@ -30,6 +30,16 @@ def averages(op: Any) -> bool:
         "op must be hvd.Average or hvd.Sum: compressed gradients can only be averaged or added up (Adasum combines parameter updates by "
         "their angles); use op=hvd.Average"
     )
+
+
+def is_alone(process_set: Any) -> bool:
+    """Whether this process is the only rank of its process set. Raises UnsupportedError or warns, as launchers.check_alone does, if a
+    launcher has started more ranks."""
+    if process_set.size() != 1:
+        return False
+    if process_set is api.global_process_set:
+        check_alone("Horovod", "Start with horovodrun, and call hvd.init() first")
+    return True
 
 
 def names_of(variables: Sequence[Any]) -> list[str]:
@@ -52,9 +62,10 @@ class GradientExchange(Measured):
 
     dense: the exchange of dense gradients, made at the first call, when the variables and their gradients' kinds are known."""
 
-    def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool):
+    def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool, check_start: bool):
         self.grace, self.op, self.process_set = g, op, process_set
         self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
+        self._check_start = check_start
         self.dense: GraphExchange | None = None
         self._saved: Any = None
         self._sizes: dict[str, int] = {}  # of the variables, if they were known before the ranks changed
@@ -62,7 +73,7 @@ class GradientExchange(Measured):
     @property
     def idle(self) -> bool:
         """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`."""
-        return not self.process_set.included() or (self.process_set.size() == 1 and not self.simulate)
+        return not self.process_set.included() or (is_alone(self.process_set) and not self.simulate)
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None) -> list[Any]:
         """Returns the aggregates of the gradients; None stays None."""
@@ -74,14 +85,15 @@ class GradientExchange(Measured):
                 dense.append((place, name, tf.convert_to_tensor(gradient)))
         if dense:
             specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
-            exchange = self._exchange(specs)
+            exchange = self._exchange(specs, {name: variables[place] for place, name, _ in dense})
             for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr), strict=True):
                 results[place] = result
         return results
 
-    def _exchange(self, specs: list[TensorSpec]) -> GraphExchange:
+    def _exchange(self, specs: list[TensorSpec], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:
-            self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average)
+            starting = partial(digests_of, variables) if self._check_start and self.process_set.size() > 1 else None
+            self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting)
             self._attach(self.dense.driver)
             if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
@@ -100,8 +112,7 @@ class GradientExchange(Measured):
             return
         if self.dense is None:
             raise GraceError("ranks can compare their parameters only after the first step: nothing has been exchanged yet")
-        arrays = [np.asarray(v.numpy()) for v in variables]
-        digests = {name: digest_of(array) for name, array in zip(names_of(variables), arrays, strict=True)}
+        digests = digests_of(dict(zip(names_of(variables), variables, strict=True)))
         perform(self.dense.driver.compare(digests), self.dense.transport, {})
 
     def _drivers(self) -> list[Driver]:

@@ -12,7 +12,7 @@ The agreement of the first step is a blocking collective, made outside the graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import horovod.tensorflow as hvd
@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from ...checkpoints.elastic import STALE
 from ...composition.grace import Grace
+from ...driver.agreement import digest_of
 from ...driver.driver import Driver
 from ...errors import GraceError, UnsupportedError
 from ...exchange.effects import Collective, Start
@@ -124,7 +125,10 @@ class Alone(HorovodTransport):
 class GraphExchange:
     """Exchanges the gradients of one set of variables. Call it with them (tensors, in the order of `specs`) and the learning rate.
 
-    before_step: called with the driver's step before each step. driver: one that has registered these specs already, in place of a new one.
+    before_step: called with the driver's step before each step.
+    starting: returns digests of the variables (see `digests_of`), which the ranks compare at the first step. If they differ there, they
+      are compared again at the second, because Horovod's users may broadcast after the first. None: not compared.
+    driver: one that has registered these specs already, in place of a new one.
     rehearsed: the step whose collectives all steps of this object have."""
 
     transport_type: ClassVar[type[HorovodTransport]] = HorovodTransport
@@ -139,6 +143,7 @@ class GraphExchange:
         *,
         average: bool,
         before_step: Callable[[int], None] = lambda step: None,
+        starting: Callable[[], dict[str, str]] | None = None,
         driver: Driver | None = None,
         rehearsed: int = 0,
     ):
@@ -151,6 +156,7 @@ class GraphExchange:
         if driver is None:
             driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor)
             driver.register(specs)
+            driver.starting, driver.tolerates_start = starting, True
         self.driver = driver
         self._pieces: list[Any] = self._rehearse(divisor, rehearsed)
         self._started: list[np.ndarray] = []
@@ -246,6 +252,8 @@ class GraphExchange:
         if self.ended or self.transport.size != self.transport.process_set.size():
             raise GraceError(STALE.format(self.transport.size, self.transport.process_set.size()))
         self._abandon()
+        if self.driver.started_apart and self.driver.step:
+            compare_start(self.driver, self.transport)
         self._before_step(self.driver.step)
         self.driver.set_learning_rate(None if np.isnan(rate) else float(rate))
 
@@ -274,6 +282,21 @@ class GraphExchange:
             self._finishing = None
             return stop.value
         return None
+
+
+def compare_start(driver: Driver, transport: HorovodTransport) -> None:
+    """Compares the ranks' variables again, which differed before the first step. Raises DisagreementError."""
+    assert driver.starting is not None
+    perform(driver.compare(driver.starting()), transport, {})
+
+
+def digests_of(variables: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a digest of each variable's bits, by name (agreement.digest_of); of none of them, while the tf.function that creates them is
+    being traced."""
+    inner = {name: v if isinstance(v, tf.Variable) else v.value for name, v in variables.items()}
+    if not all(bool(v.is_initialized()) for v in inner.values()):
+        return {f"variables that have no values yet on rank {hvd.rank()}": ""}  # differs by rank, so they are compared later
+    return {name: digest_of(np.asarray(v.numpy())) for name, v in inner.items()}
 
 
 def _numpy_dtype(name: str) -> Any:

@@ -14,7 +14,7 @@ from ...errors import NamesError, UnsupportedError
 from ...local.settings import Settings, settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
-from .exchanges import names_of
+from .exchanges import is_alone, names_of
 from .graph import GraphExchange, HorovodTransport
 from .in_front import InFront, check_keras_optimizer, in_front_of
 
@@ -66,7 +66,7 @@ class _Local:
 
     def __init__(self, settings: Settings, process_set: Any, simulate: bool):
         self.settings, self._process_set = settings, process_set
-        self.idle = not process_set.included() or (process_set.size() == 1 and not simulate)
+        self.idle = not process_set.included() or (is_alone(process_set) and not simulate)
         transport = HorovodTransport(process_set)
         self.worker = Worker(settings, transport.ops, transport)
         self._takes_part = process_set.included()

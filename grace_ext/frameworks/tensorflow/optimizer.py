@@ -32,6 +32,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     scale_local_gradients: bool = True,
     *,
     simulate: bool = False,
+    check_start: bool = True,
 ) -> _Distributed:
     """Returns a Keras 3 optimizer whose `apply` first exchanges the gradients of all ranks: for `compile` and `fit`, and for custom loops.
 
@@ -41,6 +42,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     op: Average or Sum. gradient_predivide_factor, num_groups, groups: accepted; sums are formed in float32 and gradients travel in buckets.
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
     name, device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
+    check_start: compares the bits of all ranks' variables at the first step and, if they differ there, again at the second; raises
+      DisagreementError if they still do (usually because BroadcastGlobalVariablesCallback is missing).
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes`,
     `measure()`, `metrics()`, and for this rank's memory `grace_state_dict()` and `load_grace_state_dict()`.
     tf.train.Checkpoint(optimizer=...) also holds the memory of the rank that writes it; model.save and save_weights do not: see
@@ -54,7 +57,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     check_keras_optimizer(chosen, optimizer)
     return in_front_of(
         optimizer, _Distributed,
-        _grace=GradientExchange(chosen, op, process_set, sparse_as_dense, simulate),
+        _grace=GradientExchange(chosen, op, process_set, sparse_as_dense, simulate, check_start),
         _grace_passes=(backward_passes_per_step, average_aggregated_gradients),
         _grace_local=(set(), scale_local_gradients),
         _grace_accumulators=None,

@@ -47,11 +47,12 @@ class _Tape:
 
     def __init__(
         self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool,
-        metrics: Metrics | None,
+        metrics: Metrics | None, check_start: bool,
     ):  # fmt: skip
         self._tape, self._compression = tape, compression
         self._op, self._process_set, self._sparse_as_dense = op, process_set, sparse_as_dense
         self._scale, self._simulate, self._metrics = scale, simulate, metrics
+        self._check_start = check_start
         self._local: set[int] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -76,12 +77,12 @@ class _Tape:
     def memory(self, sources: Any) -> GradientExchange:
         """Returns the exchange that all tapes with this compression and these settings share for these variables: for grace_ext.save and
         load, and by its `trackable()` for tf.train.Checkpoint. It can be called before the first step."""
-        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate)
+        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate, self._check_start)
         return _exchanges_for(
             self._compression,
             [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
             settings,
-            lambda g: GradientExchange(g, self._op, self._process_set, self._sparse_as_dense, self._simulate),
+            lambda g: GradientExchange(g, self._op, self._process_set, *settings[2:]),
         )
 
     @tf.autograph.experimental.do_not_convert
@@ -118,6 +119,7 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     *,
     simulate: bool = False,
     metrics: Metrics | None = None,
+    check_start: bool = True,
 ) -> Any:
     """Returns a tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, in eager code and in
     tf.function.
@@ -128,7 +130,7 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     """
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate, metrics)
+    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate, metrics, check_start)
 
 
 def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **options: Any) -> Any:  # noqa: N802

@@ -26,10 +26,13 @@ else:
 
 from ...local import post_local as post_local
 from .agreement import check_agreement as check_agreement
+from .ddp import compress_ddp as compress_ddp
 from .ddp import ddp_comm_hook as ddp_comm_hook
+from .distributed_state import DistributedState as DistributedState
 from .local import LocalOptimizer as LocalOptimizer
 from .local import LocalSGD as LocalSGD
 from .metrics import MetricsHook as MetricsHook
+from .onebit_adam import OneBitAdam as OneBitAdam
 from .optimizer import CompressedOptimizer as CompressedOptimizer
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state

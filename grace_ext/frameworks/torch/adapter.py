@@ -25,7 +25,9 @@ from .session import Session, check_torch_optimizer, named, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
 
-def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool, scaler: Any) -> BoundCompression:
+def bind(
+    g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: Any, simulate: bool, scaler: Any, check_start: bool
+) -> BoundCompression:
     """Returns the `compression=` object for these (name, parameter) pairs; see Grace.bind for the options."""
     try:
         import horovod.torch as hvd
@@ -45,18 +47,19 @@ def bind(g: Grace, pairs: list[Any], *, optimizer: Any, op: Any, process_set: An
     if simulate and optimizer is None:
         raise UnboundError("simulate=True needs optimizer=: at world size 1 Horovod never calls a compression object")
     average = require_sum_or_mean(op, hvd)
-    return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate, scaler)
+    return BoundCompression(g, parameters, hvd, average, process_set or hvd.global_process_set, optimizer, simulate, scaler, check_start)
 
 
 class BoundCompression(Measured):
     """One model's compression, made by Grace.bind. It is compared and hashed by identity, because it holds that model's memory."""
 
     def __init__(
-        self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool, scaler: Any
+        self, g: Grace, parameters: dict, hvd: Any, average: bool, process_set: Any, optimizer: Any, simulate: bool, scaler: Any,
+        check_start: bool,
     ):  # fmt: skip
         self.grace = g
         self._parameters, self._hvd, self._process_set, self._average = parameters, hvd, process_set, average
-        self._optimizer, self._scaler = optimizer, scaler
+        self._optimizer, self._scaler, self._check_start = optimizer, scaler, check_start
         self._session: Session | None = None
         self._results: dict[str, torch.Tensor] | None = None
         self._put: set[str] = set()
@@ -115,6 +118,7 @@ class BoundCompression(Measured):
                 average=self._average,
                 read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
                 scaler=self._scaler,
+                check_start=self._check_start,
             )
             self._attach(self._session.driver)
         return self._session

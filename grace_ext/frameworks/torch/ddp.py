@@ -1,4 +1,4 @@
-"""`ddp_comm_hook`: the communication hook of DistributedDataParallel.
+"""`ddp_comm_hook`: the communication hook of DistributedDataParallel, and `compress_ddp`, which also registers it.
 
 DDP packs gradients into buckets, calls the hook for each, in the same order on all ranks, and waits for the futures after the last one.
 Torch's own multi-round hooks start a later round in a future's callback. Callbacks run in whatever order the collectives finish, which
@@ -73,6 +73,27 @@ def ddp_comm_hook(
     if isinstance(optimizer, torch.optim.Optimizer):
         check_torch_optimizer(chosen, optimizer)
     return DDPState(chosen, ddp, optimizer, simulate, process_group, scaler, revocable, check_start), _hook
+
+
+def compress_ddp(g: Any, ddp: torch.nn.Module, optimizer: Any = None, **options: Any) -> "DDPState":
+    """Makes a DistributedDataParallel exchange its gradients compressed, and returns the state of its hook. It registers the hook that
+    `ddp_comm_hook` makes, whose arguments it takes. Call it on what a trainer returns: Accelerate, for example, ignores a hook that is a
+    function in DistributedDataParallelKwargs(comm_hook=...).
+
+        model, optimizer, data = accelerator.prepare(model, optimizer, data)
+        state = hvd.compress_ddp("topk(ratio=0.01) + residual", model, optimizer)
+
+    Raises ParameterError if `ddp` is not (a compiled) DistributedDataParallel, and UnsupportedError if it takes no hook."""
+    inner = getattr(ddp, "_orig_mod", ddp)
+    if not isinstance(inner, DistributedDataParallel):
+        raise ParameterError(
+            f"compress_ddp(g, ddp, optimizer) takes a DistributedDataParallel second, and got {type(inner).__name__}: call it after the "
+            "trainer has wrapped the model (accelerator.prepare), in a job of more than one process; for Lightning give "
+            "DDPStrategy(ddp_comm_state=state, ddp_comm_hook=hook) what ddp_comm_hook returns"
+        )
+    state, hook = ddp_comm_hook(g, inner, optimizer, **options)
+    inner.register_comm_hook(state, hook)
+    return state
 
 
 def _check_takes_hooks(ddp: torch.nn.Module) -> None:

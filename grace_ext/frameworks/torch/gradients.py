@@ -238,11 +238,12 @@ class GradientExchange:
         """Warns, once each, of a step without a backward pass, and of parameters whose gradients no longer come."""
         new = {name for name, delay in self._delay.items() if delay < self.passes or self._is_new(name)}
         if not new:
-            self._warn(
-                "no backward",
-                "optimizer.step() was called, but no gradient was computed since the last step (of this rank): what is left in .grad, or "
-                "zeros, is exchanged",
-            )
+            if any(parameter.grad is not None for parameter in self.parameters.values()):  # else zeros are meant: see docs/faults.md
+                self._warn(
+                    "no backward",
+                    "optimizer.step() was called, but no gradient was computed since the last step (of this rank), so what that left in "
+                    ".grad is exchanged again. A rank that has no batch calls optimizer.zero_grad() before, and takes part with zeros",
+                )
             return
         for name, parameter in self.parameters.items():
             if name in new:

@@ -115,5 +115,5 @@ def check_alone(engine: str) -> None:
     """Checks that no launcher started several ranks, where this process is the only rank of the job. engine: 'horovod' or 'torch'."""
     launchers.check_alone(
         {"horovod": "Horovod", "torch": "torch.distributed"}[engine],
-        "Start with torchrun or horovodrun, and call hvd.init() first; or pass a process set of one rank if each rank shall train alone",
+        "Start with torchrun or horovodrun, and call hvd.init() first",
     )

@@ -143,7 +143,7 @@ def case_refuses():
 
     sharded = torch.nn.Linear(8, 8)
     fully_shard(sharded)
-    raises(UnsupportedError, "FSDP", lambda: hvd.ddp_comm_hook(TOPK, sharded))
+    raises(UnsupportedError, "DTensor", lambda: hvd.ddp_comm_hook(TOPK, sharded))
     two = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
     raises(UnsupportedError, "several devices", lambda: hvd.ddp_comm_hook(TOPK, two))
     ddp = DistributedDataParallel(Layers())

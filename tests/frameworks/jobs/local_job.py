@@ -99,14 +99,14 @@ def case_asynchronous_messages_are_applied_once():
     model = training.make_model()
     start, own = training.weights_of(model), {}
     optimizer = hvd.LocalSGD(make_optimizer(model, "none"), model.named_parameters(), every=2 + hvd.rank(), asynchronous=True)
-    taken = optimizer._worker.messages.encode
+    taken = optimizer._local.worker.messages.encode
 
     def remember(values):
-        for name, x in optimizer._worker.model.master.items():
+        for name, x in optimizer._local.worker.model.master.items():
             own[name] = own.get(name, 0.0) + (x.astype(np.float64) - values[name].numpy().reshape(-1))
         return taken(values)
 
-    optimizer._worker.messages.encode = remember
+    optimizer._local.worker.messages.encode = remember
     for step in range(6 if hvd.rank() else 12):
         run(hvd, model, optimizer, range(step, step + 1))
         time.sleep(0.002)
@@ -252,7 +252,7 @@ def case_not_finite():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(hvd, model, optimizer, range(7, 8))
-    assert any("go back to the model of step 4" in str(w.message) for w in caught)
+    assert any("go back to the model of step 4" in str(w.message) for w in caught) == (hvd.rank() == 0)
     assert_same(training.weights_of(model), before)
     after = optimizer.state_dict()["grace_ext"]["models"]["state"]
     assert all(torch.equal(after[key], value) for key, value in memory.items())
@@ -263,8 +263,6 @@ def case_refusals():
     raises(NamesError, "lacks 1", lambda: hvd.LocalSGD(make_optimizer(model, "none"), list(model.named_parameters())[1:]))
     momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     raises(GraceError, "would not come together", lambda: hvd.LocalSGD(momentum, model.named_parameters(), "topk + cser"))
-    model, optimizer = train(hvd, "none", 1, every=1)
-    raises(UnsupportedError, "closure", lambda: optimizer.step(lambda: training.loss_of(model, 0, 0)))
 
 
 def case_process_set_and_one_rank():

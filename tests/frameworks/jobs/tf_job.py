@@ -221,6 +221,7 @@ def case_indexed_slices():
 
 def case_saved_models_load_without_us():
     model = tiny_model()
+    hvd.broadcast_variables(model.variables, root_rank=0)
     fit(model, hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), compression=grace_ext.grace(TOPK)))
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.keras")
@@ -242,7 +243,7 @@ def case_xla():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(model, sgd(TOPK), callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
-    assert any("jit_compile='auto'" in str(w.message) for w in caught)
+    assert any("jit_compile='auto'" in str(w.message) for w in caught) == (hvd.rank() == 0)
     assert model.jit_compile is False
 
 
@@ -305,6 +306,48 @@ def case_agreement():
     raises(DisagreementError, "rank 1: 1 of 2 parameters differ: sequential", lambda: hvd.check_agreement(model.optimizer, model))
     fit = lambda: model.fit(x, y, batch_size=4, epochs=1, verbose=0, callbacks=[hvd.callbacks.AgreementCallback(every=2)])  # noqa: E731
     raises(DisagreementError, "rank 1", fit)
+
+
+def case_variables_that_start_differently_are_told():
+    def train(g, steps, in_graph, broadcast_at, **options):
+        variables = [tf.Variable([1.0 + hvd.rank(), 2.0]), tf.Variable([[3.0]])]
+
+        def step():
+            with tf.GradientTape() as plain:
+                loss = tf.reduce_sum(variables[0] ** 2) + tf.reduce_sum(variables[1] ** 2)
+            gradients = hvd.DistributedGradientTape(plain, compression=g, **options).gradient(loss, variables)
+            for variable, gradient in zip(variables, gradients, strict=True):
+                variable.assign_sub(0.1 * gradient)
+
+        step = tf.function(step) if in_graph else step
+        for number in range(steps):
+            if number == broadcast_at:
+                hvd.broadcast_variables(variables, root_rank=0)
+            step()
+        return values(variables)
+
+    for in_graph in (False, True):
+        for spec in ("none", "none @ hierarchical"):  # of the second, collectives are found while it runs
+            g = grace_ext.grace(spec)
+            raises((tf.errors.OpError, DisagreementError), "BroadcastGlobalVariablesCallback", lambda: train(g, 2, in_graph, -1))  # noqa: B023
+            for broadcast_at in (0, 1):  # Horovod's scripts broadcast after the first batch
+                assert_ranks_equal(train(g, 4, in_graph, broadcast_at))
+        apart = train(grace_ext.grace("none"), 3, in_graph, -1, check_start=False)[0]
+        everyone = hvd.allgather(tf.constant(apart[None, 0])).numpy()
+        assert everyone[1] - everyone[0] == 1, everyone  # they move alike, and stay as far apart as they started
+
+
+def case_a_keras_model_that_starts_differently_is_told():
+    def fit(callbacks, **options):
+        keras.utils.set_random_seed(hvd.rank())
+        model = keras.Sequential([keras.layers.Dense(3)])
+        model.compile(sgd("none", **options), "mse", jit_compile=False)
+        model.fit(np.ones((16, 4)), np.ones((16, 3)), batch_size=4, verbose=0, callbacks=callbacks)
+        return values(model.trainable_variables)
+
+    raises(tf.errors.OpError, "rank 1: 1 of 2 parameters differ: sequential", lambda: fit([]))
+    assert_ranks_equal(fit([hvd.callbacks.BroadcastGlobalVariablesCallback(0)]))
+    fit([], check_start=False)
 
 
 def case_disagreement():

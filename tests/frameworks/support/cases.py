@@ -13,14 +13,14 @@ from typing import Any
 import grace_ext
 
 
-def raises(kind: type[Exception], text: str, call: Any) -> None:
-    """Asserts that the call raises this error, with this text in it."""
+def raises(kind: type[Exception] | tuple[type[Exception], ...], text: str, call: Any) -> None:
+    """Asserts that the call raises this error, or one of these, with this text in it."""
     try:
         call()
     except kind as error:
         assert text in str(error), f"{text!r} is not in {error}"
     else:
-        raise AssertionError(f"no {kind.__name__}")
+        raise AssertionError(f"no {kind}")
 
 
 @contextlib.contextmanager
