@@ -5,10 +5,10 @@ every stretch of work between two of the driver's effects. `Trace.on(n)` extrapo
 
     all-reduce               one array                         the work stays the same
     all-gather, broadcast    n payloads                        the work after it grows by the time to decode one payload more
-    all-to-all               n pieces, each 1/n of a payload   the work stays the same, but for the calls on one piece more per rank
+    all-to-all               n pieces, each 1/n of a payload   the work stays the same, except for the calls for one more piece
     the gather after that    n shares, each 1/n of the result  likewise; and the result itself may grow: the union of sparse_allreduce
 
-The calls on one piece more hardly depend on its size, so they are timed on tensors of at most FEW elements, where nothing hides them. In
+The calls for one more piece hardly depend on its size, so they are timed on tensors of at most FEW elements, where nothing hides them. In
 two levels, the ranks of a trace are nodes. `replay` computes the time line: one thread works, while one network carries the collectives
 in the order in which they were started.
 """
@@ -44,7 +44,7 @@ CPU: Clock = time.thread_time if time.get_clock_info("thread_time").resolution <
 GATHERS = ("allgather", "broadcast")
 #: If the first step takes more than this many seconds, one more is timed, instead of `steps`.
 PATIENCE = 3.0
-#: The calls on one piece more of an all-to-all are timed with these numbers of ranks, on tensors of at most FEW elements.
+#: The calls for one more piece of an all-to-all are timed with these numbers of ranks, on tensors of at most FEW elements.
 FEW, PIECES = 1024, (2, 4)
 #: Above this spread of its steps, or this load, a machine is busy (see Taken).
 WIDE, FULL = 0.5, 1.0
@@ -90,7 +90,7 @@ class Taken:
 class Trace:
     """Holds the events of one rank's step in a world of one rank (`alone`) and of two (`pair`). dense: bytes of the gradients, as nodes sum
     them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first; piece: seconds that each further rank
-    adds, for the calls on one piece more of every all-to-all."""
+    adds: those of the calls for one more piece of every all-to-all."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
@@ -116,9 +116,9 @@ class Trace:
         return events
 
     def _new(self) -> dict[str, float]:
-        """Returns, by the name of each gather, which part of what a further rank adds to the whole was not there yet: all of a payload;
-        nothing of a result of one size, of which each rank has a share; and of a union of selections, which has every element in the
-        end, what the others have not selected."""
+        """Returns, by the name of each gather, which fraction of what a further rank adds is new. A payload is new altogether (1). A result
+        of fixed size, of which each rank gathers a share, does not grow (0). A union of selections grows by the elements that no other
+        rank has selected, until it has all."""
         shares = _shares(self.pair)
         starts = {two.name: (one.nbytes, two.nbytes) for one, two in zip(self.alone, self.pair, strict=True) if two.kind in GATHERS}
         halved = {name for name, (one, two) in starts.items() if two < 0.75 * one}
@@ -127,8 +127,8 @@ class Trace:
         return {name: 1.0 if name not in shares else 0.0 if name in halved else union for name in starts}
 
     def _growth(self, places: Sequence[int]) -> float:
-        """Returns by what fraction the work at these places together grows if another rank's payload is decoded. That of one place is
-        mostly noise, which many ranks would multiply."""
+        """Returns by what fraction the work at these places, taken together, grows if another rank's payload is decoded. The growth of a
+        single place is mostly noise, which would be multiplied by the number of ranks."""
         one, two = (sum(events[place].work for place in places) for events in (self.alone, self.pair))
         return max(0.0, two - one) / two if two else 0.0
 
@@ -173,7 +173,7 @@ def _after(events: Sequence[Event]) -> dict[str, int]:
 
 
 def _decoding(events: Sequence[Event], new: Mapping[str, float]) -> dict[int, float]:
-    """Returns the places of the work that decodes what was gathered, and what is new of it (see Trace._new)."""
+    """Returns the places of the work that decodes what was gathered, each with the fraction of it that is new (see Trace._new)."""
     after, found = _after(events), dict[int, float]()
     for event in events:
         if event.kind in GATHERS:
