@@ -15,6 +15,7 @@ import torch
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.frameworks.torch import engine
+from grace_ext.frameworks.torch.ops import ops_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import heard, run_cases  # noqa: E402
@@ -78,6 +79,6 @@ def case_dense_where_it_is_best():
 
 hvd.init()
 torch.set_num_threads(1)
-slowed(type(engine.transport(None, hvd.global_process_set)))
+slowed(type(engine.transport(ops_for(torch.device("cpu")), hvd.global_process_set)))
 run_cases(hvd, globals())
 hvd.shutdown()

@@ -225,6 +225,19 @@ def case_ddp_that_takes_no_hook():
         torch._dynamo.config.optimize_ddp = True
 
 
+def case_a_hook_registered_in_one_call():
+    """As on the model that Accelerate's `prepare` returns, compiled or not."""
+    raises(ParameterError, "accelerator.prepare", lambda: hvd.compress_ddp(TOPK, used_model()))
+    expected = train(other := hooked()[0], sgd(other), range(3))
+    for compiled in (False, True):
+        ddp = DistributedDataParallel(used_model())
+        model = torch.compile(ddp, backend="eager") if compiled else ddp
+        optimizer = sgd(ddp)
+        state = hvd.compress_ddp(TOPK, model, optimizer)
+        assert_same(train(ddp, optimizer, range(3)), expected)
+        assert 0 < state.wire_bytes < 4 * sum(p.numel() for p in ddp.parameters())
+
+
 def case_complex_parameters_in_ddp():
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.zeros(4, dtype=torch.complex64))

@@ -99,6 +99,34 @@ def case_keras_3_variables_are_refused():
     raises(UnsupportedError, "Keras 3", lambda: grace_ext.grace(TOPK).bind([variable]))
 
 
+def case_variables_that_start_differently():
+    """They are told at the second step, because Horovod's scripts may broadcast after the first."""
+
+    def trained(graph, broadcast_at, **options):
+        variables = problem.tf_variables()
+        variables[0].assign_add(tf.ones_like(variables[0]) * hvd.rank())
+        bound = grace_ext.grace(TOPK).bind(variables, **options)
+
+        def one_step(step):
+            with tf.GradientTape() as tape:
+                loss = problem.loss_of(variables, hvd.rank(), step)
+            return hvd.DistributedGradientTape(tape, compression=bound).gradient(loss, variables)
+
+        run = tf.function(one_step) if graph else one_step
+        for step in range(3):
+            if step == broadcast_at:
+                hvd.broadcast_variables(variables, root_rank=0)
+            for v, g in zip(variables, run(step), strict=True):
+                v.assign(v - problem.LR * g)
+        everyone = hvd.allgather(tf.reshape(variables[0], [1, -1])).numpy()
+        return (everyone[0] == everyone[1]).all()
+
+    for graph in (False, True):
+        raises(Exception, "parameters differ", lambda: trained(graph, -1))  # noqa: B023
+        assert trained(graph, 0) and trained(graph, 1)
+        assert not trained(graph, -1, check_start=False)
+
+
 def case_disagreement():
     variables = problem.tf_variables()
     bound = grace_ext.grace([TOPK, "qsgd"][hvd.rank()]).bind(variables)
