@@ -69,17 +69,20 @@ def train(ddp, optimizer, steps):
 
 # --- two that exchange the same gradients -----------------------------------------------------------------------------
 def case_a_model_in_ddp():
-    ddp = DistributedDataParallel(used_model())
-    raises(UnsupportedError, "ddp_comm_hook", lambda: wrap(ddp))
-    raises(UnsupportedError, "ddp_comm_hook", lambda: wrap(ddp.module))
-    raises(UnsupportedError, "LocalSGD", lambda: local(ddp))
-    del ddp
-    for wrapper in (wrap, local):  # DDP comes second: told at the first step
+    def ddp_first():
+        ddp = DistributedDataParallel(used_model())
+        raises(UnsupportedError, "ddp_comm_hook", lambda: wrap(ddp))
+        raises(UnsupportedError, "ddp_comm_hook", lambda: wrap(ddp.module))
+        raises(UnsupportedError, "LocalSGD", lambda: local(ddp))
+
+    def ddp_second(wrapper):  # told at the first step
         model = used_model()
         optimizer = wrapper(model)
-        ddp = DistributedDataParallel(model)
-        raises(UnsupportedError, "ddp_comm_hook", lambda d=ddp, o=optimizer: train(d, o, range(1)))
-        del ddp
+        raises(UnsupportedError, "ddp_comm_hook", lambda: train(DistributedDataParallel(model), optimizer, range(1)))
+
+    ddp_first()
+    ddp_second(wrap)
+    ddp_second(local)
 
 
 def case_ddp_inside_a_node_and_local_steps_between():

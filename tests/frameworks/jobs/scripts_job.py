@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -427,9 +428,8 @@ def case_changed_gradients_are_an_error():
         for at in (0, 2):
             optimizer = wrap(model := training.make_model())
             train(model, optimizer, range(at))
-            raises(
-                UnsupportedError, "optimizer.synchronize()", lambda: train(model, optimizer, range(at, at + 1), lambda step: change(model))
-            )  # noqa: B023
+            changed = partial(train, model, optimizer, range(at, at + 1), lambda step, change=change, model=model: change(model))
+            raises(UnsupportedError, "optimizer.synchronize()", changed)
     optimizer = wrap(model := training.make_model())
     train(model, optimizer, range(2))
     one_rank = lambda step: model[0].weight.grad.zero_() if hvd.rank() == 0 else None  # noqa: E731
