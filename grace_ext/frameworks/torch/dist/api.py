@@ -8,7 +8,7 @@ One rule is stricter than Horovod's: torch.distributed matches collectives by or
 order, and the `name` arguments are ignored. allgather and alltoall of uneven sizes first agree on the sizes, so their async forms block
 until all ranks have started them.
 
-What torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when it is used.
+Signature torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when it is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from .handles import Adasum, Average, Max, Min, Product, Sum, poll, synchronize
+from .handles import poll, synchronize
 from .model import SyncBatchNorm, allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
 from .move import (
     allgather,
@@ -31,6 +31,7 @@ from .move import (
     grouped_allgather,
     grouped_allgather_async,
 )
+from .pieces import Adasum, Average, Max, Min, Product, Sum
 from .reduce import (
     Compression,
     allreduce,

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .handles import Sum, start_broadcast, together
+from ....errors import few
+from ..in_front import keeps_containers
+from .channel import Piece
+from .groups import Groups, HorovodInternalError
+from .handles import start
+from .pieces import Sum, allgather_piece, broadcast_piece, check_root, not_dense
 from .reduce import allreduce
-from .world import ProcessSet, global_process_set, group_of, rank, size
+from .signature import TensorSignature
+from .world import ProcessSet, global_process_set, rank, size
 
 try:  # Horovod pickles with cloudpickle, so that lambdas can travel; grace_ext does not depend on it
     from cloudpickle import dumps
@@ -21,46 +28,122 @@ except ImportError:
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set) -> Any:
     """Returns root_rank's object, on every rank of the set."""
-    group = group_of(process_set)
-    if root_rank not in process_set.ranks:
-        raise ValueError(f"root_rank {root_rank} is not one of the ranks {process_set.ranks}")
-    if group is None:
-        return obj
-    packed: list[Any] = [dumps(obj) if rank() == root_rank else None]
-    dist.broadcast_object_list(packed, root_rank, group)
-    return obj if rank() == root_rank else pickle.loads(packed[0])
+    return _from_root("broadcast_object", lambda: obj, root_rank, name, process_set)
+
+
+def _from_root(
+    kind: str,
+    make: Callable[[], Any],
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+    **options: Any,
+) -> Any:
+    """Returns what `make` returns on root_rank, on every rank of the set. If it cannot be made or pickled, all ranks raise an error."""
+    check_root(root_rank, process_set)
+    is_root = rank() == root_rank
+    if len(process_set.ranks) == 1:
+        return make()
+    packed = _Packed(make) if is_root else None
+
+    def launch(groups: Groups, lengths: Sequence[int]) -> Any:
+        _check_packed(kind, packed, lengths, process_set)
+        data = torch.empty(max(lengths), dtype=torch.uint8) if packed is None else packed.data
+        works = [dist.broadcast(data, root_rank, groups.control, async_op=True)]
+        return works, lambda: _unpacked(data) if packed is None else packed.value
+
+    return start(kind, name, process_set, [Piece(None, launch, packed.length if packed else 0)], root_rank=root_rank, **options).result()[0]
 
 
 def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
     """Returns the objects of all ranks, in rank order."""
-    packed: list[Any] = [dumps(obj)] * size()
-    group = group_of(global_process_set)
-    if group:
-        dist.all_gather_object(packed, packed[0], group)
-    return [pickle.loads(data) for data in packed]
+    packed = _Packed(lambda: obj)
+    bytes_of_all = allgather_piece(packed.data, on_host=True)
+
+    def launch(groups: Groups, lengths: Sequence[int]) -> Any:
+        _check_packed("allgather_object", packed, lengths, global_process_set)
+        works, finish = bytes_of_all.launch(groups, lengths)
+        return works, lambda: [_unpacked(data) for data in finish().split(list(lengths))]
+
+    return start("allgather_object", name, global_process_set, [Piece(None, launch, packed.length)]).result()[0]
+
+
+class _Packed:
+    """An object as pickled bytes. If it cannot be pickled, `length` is -1 and `problem` is the error."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.problem: Exception | None = None
+        self.data = torch.empty(0, dtype=torch.uint8)
+        try:
+            self.value = make()
+            self.data = torch.frombuffer(bytearray(dumps(self.value)), dtype=torch.uint8)
+        except Exception as error:
+            self.problem = error
+        self.length = -1 if self.problem else len(self.data)
+
+
+def _check_packed(kind: str, packed: _Packed | None, lengths: Sequence[int], process_set: ProcessSet) -> None:
+    """Raises an error if a rank could not pickle its object: its own error there, HorovodInternalError on the other ranks."""
+    if packed is not None and packed.problem is not None:
+        raise packed.problem
+    failed = [rank for rank, length in zip(process_set.ranks, lengths, strict=True) if length < 0]
+    if failed:
+        raise HorovodInternalError(f"{kind}: rank {failed[0]} could not pickle its object; the error there says why")
+
+
+def _unpacked(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())
 
 
 def broadcast_parameters(params: dict[str, Tensor] | list, root_rank: int) -> None:
-    """Overwrites the parameters with those of root_rank. params: a state_dict, or a list of tensors or of (name, tensor)."""
+    """Overwrites the parameters with those of root_rank. params: a state_dict, or a list of tensors or of (name, tensor).
+
+    Raises ValueError on all ranks if an entry is not a dense tensor (a state_dict can hold objects of `get_extra_state`)."""
     if isinstance(params, dict):
-        tensors = [tensor for _, tensor in sorted(params.items())]
+        named = sorted(params.items())
     elif isinstance(params, list):
-        tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+        named = [p if isinstance(p, tuple) else (f"{i}", p) for i, p in enumerate(params)]
     else:
         raise ValueError(f"params must be a dict or a list, not {type(params).__name__}; use list(model.named_parameters())")
-    together([start_broadcast(tensor, root_rank, global_process_set, True) for tensor in tensors]).result()
+    check_root(root_rank, global_process_set)
+    pieces = [_parameter_piece(str(name), value, root_rank) for name, value in named]
+    wrong = [f"{name!r} is {not_dense(value)}" for name, value in named if not_dense(value)]
+
+    def refuse(groups: Groups, _: Any) -> Any:
+        raise ValueError(
+            f"broadcast_parameters overwrites dense tensors in place, but {few(wrong)}; leave it out, or send it by hvd.broadcast_object "
+            "and pass it to load_state_dict"
+        )
+
+    if wrong:  # only once the ranks have compared their entries: they must all get this error, or all the other
+        pieces[0].launch = refuse
+    start("broadcast_parameters", None, global_process_set, pieces, root_rank=root_rank).result()
+
+
+def _parameter_piece(name: str, value: Any, root_rank: int) -> Piece:
+    if not_dense(value):
+        return Piece(TensorSignature(not_dense(value), (), "", name=name), lambda groups, values: ([], list))
+    return broadcast_piece(value, root_rank, in_place=True, name=name)
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: nn.Module | None = None) -> None:
     """Gives every rank's optimizer the state and the hyperparameters of root_rank's, whether or not it has any state yet.
 
-    Only `state` and `param_groups` travel; other entries of the state_dict belong to their rank and stay. `model` is ignored.
+    Only `state` and `param_groups` travel; other entries of the state_dict belong to their rank and stay. The optimizer keeps its
+    dictionaries, in which the contents are replaced. `model` is ignored.
     """
     local = optimizer.state_dict()
-    shared = {key: _on_cpu(local[key]) for key in ("state", "param_groups")} if rank() == root_rank else None
-    shared = broadcast_object(shared, root_rank)
+    groups = tuple(len(group["params"]) for group in local["param_groups"])
+    shared = _from_root(
+        "broadcast_optimizer_state", lambda: {key: _on_cpu(local[key]) for key in ("state", "param_groups")}, root_rank,
+        optimizer=type(optimizer).__name__, parameters_per_group=groups,
+    )  # fmt: skip
     if rank() != root_rank:
-        optimizer.load_state_dict({**local, **shared})
+        hook = optimizer.register_load_state_dict_post_hook(keeps_containers(optimizer.param_groups, optimizer.state))
+        try:
+            optimizer.load_state_dict({**local, **shared})
+        finally:
+            hook.remove()
 
 
 def _on_cpu(value: Any) -> Any:

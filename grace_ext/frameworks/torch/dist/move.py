@@ -1,6 +1,6 @@
 """allgather, broadcast, alltoall and barrier of horovod.torch, over torch.distributed.
 
-`name` is accepted and ignored. The blocking functions are differentiable; their gradients have the same factors as Horovod's.
+The blocking functions are differentiable; their gradients have the same factors as Horovod's.
 """
 
 from __future__ import annotations
@@ -8,35 +8,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .handles import Average, differentiable, hand_out, start_allgather, start_allreduce, start_alltoall, start_broadcast, start_each
-from .world import ProcessSet, global_process_set, group_of, rank
+from .channel import Collective
+from .handles import differentiable, hand_out, start
+from .pieces import Average, allgather_piece, allreduce_piece, alltoall_piece, broadcast_piece, check_root, reduction
+from .world import ProcessSet, channel_of, global_process_set, rank
+
+
+def _start_allgather(kind: str, name: str | None, tensors: Sequence[Tensor], process_set: ProcessSet) -> Collective:
+    return start(kind, name, process_set, (allgather_piece(tensor) for tensor in tensors))
 
 
 def allgather_async(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Starts a concatenation of the ranks' tensors along the first dimension, which may differ; returns the handle."""
-    return hand_out(start_allgather(tensor, process_set))
+    return hand_out(_start_allgather("allgather", name, [tensor], process_set))
 
 
 def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """Returns the ranks' tensors concatenated along the first dimension, which may differ."""
-    return grouped_allgather([tensor], name, process_set)[0]
+    return _allgathered("allgather", name, [tensor], process_set)[0]
 
 
 def grouped_allgather_async(tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Like allgather_async for several tensors under one handle, whose result is a tuple."""
-    return hand_out(start_each(start_allgather, tensors, process_set))
+    return hand_out(_start_allgather("grouped_allgather", name, tensors, process_set), grouped=True)
 
 
 def grouped_allgather(
     tensors: Sequence[Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> tuple[Tensor, ...]:
     """Like allgather for several tensors."""
+    return _allgathered("grouped_allgather", name, tensors, process_set)
 
-    def gathered(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return start_each(start_allgather, tensors, process_set).result()
+
+def _allgathered(kind: str, name: str | None, tensors: Sequence[Tensor], process_set: ProcessSet) -> tuple[Tensor, ...]:
+    def gathered(tensors: Sequence[Tensor], name: str | None = None) -> Sequence[Tensor]:
+        return _start_allgather(kind, name, tensors, process_set).result()
 
     def own_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
         means = _averaged(grads, process_set)
@@ -44,42 +52,52 @@ def grouped_allgather(
         firsts = [int(rows[: process_set.rank()].sum()) for rows in lengths]
         return [mean.narrow(0, first, len(own)) for mean, first, own in zip(means, firsts, tensors, strict=True)]
 
-    return differentiable(gathered, own_gradients, tensors)
+    return differentiable(lambda tensors: gathered(tensors, name), own_gradients, tensors)
 
 
 def _averaged(tensors: Sequence[Tensor], process_set: ProcessSet) -> Sequence[Tensor]:
     def means(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return start_each(start_allreduce, tensors, Average, 1.0, 1.0, process_set).result()
+        pieces = (allreduce_piece(tensor, Average, 1.0, 1.0, process_set) for tensor in tensors)
+        return start("grouped_allreduce", None, process_set, pieces, **reduction(Average, 1.0, 1.0)).result()
 
     return differentiable(means, lambda grads: _averaged(grads, process_set), tensors)
 
 
+def _start_broadcast(tensor: Tensor, root_rank: int, name: str | None, process_set: ProcessSet, in_place: bool = False) -> Collective:
+    check_root(root_rank, process_set)
+    return start("broadcast", name, process_set, [broadcast_piece(tensor, root_rank, in_place)], root_rank=root_rank)
+
+
 def broadcast_async(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Starts to send root_rank's tensor to all; returns the handle. On the other ranks `tensor` gives its shape and dtype."""
-    return hand_out(start_broadcast(tensor, root_rank, process_set))
+    return hand_out(_start_broadcast(tensor, root_rank, name, process_set))
 
 
 def broadcast_async_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Like broadcast_async, but the result replaces `tensor` (once synchronized)."""
-    return hand_out(start_broadcast(tensor, root_rank, process_set, True))
+    return hand_out(_start_broadcast(tensor, root_rank, name, process_set, True))
 
 
 def broadcast_(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """Overwrites `tensor` with root_rank's tensor and returns it."""
-    return start_broadcast(tensor, root_rank, process_set, True).result()
+    return _start_broadcast(tensor, root_rank, name, process_set, True).result()[0]
 
 
 def broadcast(tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """Returns root_rank's tensor. Its gradient goes to root_rank; the inputs of the other ranks get zeros."""
 
-    def sent(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return start_each(start_broadcast, tensors, root_rank, process_set).result()
+    def sent(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _start_broadcast(tensors[0], root_rank, name, process_set).result()
 
     def gradient_to_root(grads: Sequence[Tensor]) -> list[Tensor]:
         # A product instead of zeros_like: for second derivatives, every rank's graph must lead to the same collectives.
         return [mean * (rank() == root_rank) for mean in _averaged(grads, process_set)]
 
     return differentiable(sent, gradient_to_root, [tensor])[0]
+
+
+def _start_alltoall(tensor: Tensor, splits: Tensor | Sequence[int] | None, name: str | None, process_set: ProcessSet) -> Collective:
+    return start("alltoall", name, process_set, (alltoall_piece(t, splits, process_set) for t in [tensor]))
 
 
 def alltoall_async(
@@ -89,7 +107,7 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Starts to send `splits[i]` rows to rank i; returns the handle, whose result is (rows received, number of rows per sender)."""
-    return hand_out(start_alltoall(tensor, splits, process_set))
+    return hand_out(_start_alltoall(tensor, splits, name, process_set))
 
 
 def alltoall(
@@ -103,7 +121,7 @@ def alltoall(
     counts: list[Tensor] = []
 
     def exchanged(tensors: Sequence[Tensor]) -> list[Tensor]:
-        output, received = start_alltoall(tensors[0], splits, process_set).result()
+        ((output, received),) = _start_alltoall(tensors[0], splits, name, process_set).result()
         counts.append(received)
         return [output]
 
@@ -118,6 +136,4 @@ def alltoall(
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Waits until all ranks of the set have called it."""
-    group = group_of(process_set)
-    if group:
-        dist.barrier(group)
+    channel_of(process_set).barrier()

@@ -1,6 +1,6 @@
 """allreduce, sparse_allreduce and reducescatter of horovod.torch, over torch.distributed.
 
-`name` is accepted and ignored. The blocking functions are differentiable; their gradients have the same factors as Horovod's.
+The blocking functions are differentiable; their gradients have the same factors as Horovod's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .handles import Average, Sum, differentiable, hand_out, start_allgather, start_allreduce, start_each, start_reducescatter
+from .channel import Collective
+from .handles import differentiable, hand_out, start
 from .move import grouped_allgather
+from .pieces import Adasum, Average, Sum, allgather_piece, allreduce_piece, reducescatter_piece, reduction
 from .world import ProcessSet, global_process_set
 
 
@@ -62,6 +64,15 @@ def _operation(op: int | None, average: bool | None) -> int:
     return Average if average else Sum
 
 
+def _start_allreduce(
+    kind: str, name: str | None, tensors: Sequence[Tensor], op: int, prescale: float, postscale: float, process_set: ProcessSet,
+    in_place: bool = False,
+) -> Collective:  # fmt: skip
+    options = reduction(op, prescale, postscale)
+    pieces = (allreduce_piece(tensor, op, prescale, postscale, process_set, in_place) for tensor in tensors)
+    return start(kind, name, process_set, pieces, **options)
+
+
 def allreduce_async(
     tensor: Tensor,
     average: bool | None = None,
@@ -72,7 +83,8 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Starts a reduction over the ranks and returns its handle. `op` defaults to Average."""
-    return hand_out(start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set))
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return hand_out(_start_allreduce("allreduce", name, [tensor], *how))
 
 
 def allreduce_async_(
@@ -85,7 +97,8 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Like allreduce_async, but the result replaces `tensor` (once synchronized)."""
-    return hand_out(start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set, True))
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return hand_out(_start_allreduce("allreduce", name, [tensor], *how, in_place=True))
 
 
 def allreduce_(
@@ -98,7 +111,8 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
     """Reduces `tensor` over the ranks in place and returns it."""
-    return start_allreduce(tensor, _operation(op, average), prescale_factor, postscale_factor, process_set, True).result()
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return _start_allreduce("allreduce", name, [tensor], *how, in_place=True).result()[0]
 
 
 def allreduce(
@@ -112,8 +126,24 @@ def allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
     """Returns the tensor reduced over the ranks (`op` defaults to Average). The gradient is reduced in the same way."""
-    op = _operation(op, average)
-    return grouped_allreduce([tensor], None, name, compression, op, prescale_factor, postscale_factor, process_set)[0]
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return _allreduced("allreduce", name, [tensor], compression, *how)[0]
+
+
+def _allreduced(
+    kind: str, name: str | None, tensors: Sequence[Tensor], compression: type[Compressor], op: int, prescale: float, postscale: float,
+    process_set: ProcessSet,
+) -> list[Tensor]:  # fmt: skip
+    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+
+    def reduced(tensors: Sequence[Tensor], name: str | None = None) -> Sequence[Tensor]:
+        return _start_allreduce(kind, name, tensors, op, prescale, postscale, process_set).result()
+
+    def reduced_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return differentiable(reduced, reduced_gradients, grads)
+
+    results = differentiable(lambda tensors: reduced(tensors, name), reduced_gradients, small)
+    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
 
 
 def grouped_allreduce_async(
@@ -126,8 +156,8 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Like allreduce_async for several tensors under one handle, whose result is a tuple."""
-    op = _operation(op, average)
-    return hand_out(start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set))
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return hand_out(_start_allreduce("grouped_allreduce", name, tensors, *how), grouped=True)
 
 
 def grouped_allreduce_async_(
@@ -140,8 +170,8 @@ def grouped_allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Like allreduce_async_ for several tensors under one handle, whose result is a tuple."""
-    op = _operation(op, average)
-    return hand_out(start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set, True))
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return hand_out(_start_allreduce("grouped_allreduce", name, tensors, *how, in_place=True), grouped=True)
 
 
 def grouped_allreduce_(
@@ -154,8 +184,8 @@ def grouped_allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> tuple[Tensor, ...]:
     """Like allreduce_ for several tensors."""
-    op = _operation(op, average)
-    return start_each(start_allreduce, tensors, op, prescale_factor, postscale_factor, process_set, True).result()
+    how = _operation(op, average), prescale_factor, postscale_factor, process_set
+    return _start_allreduce("grouped_allreduce", name, tensors, *how, in_place=True).result()
 
 
 def grouped_allreduce(
@@ -170,30 +200,38 @@ def grouped_allreduce(
 ) -> list[Tensor]:
     """Like allreduce for several tensors."""
     how = _operation(op, average), prescale_factor, postscale_factor, process_set
-    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
-
-    def reduced(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return start_each(start_allreduce, tensors, *how).result()
-
-    def reduced_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        return differentiable(reduced, reduced_gradients, grads)
-
-    results = differentiable(reduced, reduced_gradients, small)
-    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
+    return _allreduced("grouped_allreduce", name, tensors, compression, *how)
 
 
 def sparse_allreduce_async(tensor: Tensor, name: str, op: int, process_set: ProcessSet = global_process_set) -> Callable[[], Tensor]:
     """Starts the reduction of a sparse COO tensor (Sum or Average). Returns a function that waits and returns the result."""
     if op not in (Average, Sum):
         raise ValueError(f"op is {op!r}; a sparse reduction has only hvd.Average and hvd.Sum")
-    pending = start_each(start_allgather, [tensor._indices().t(), tensor._values()], process_set)
+    if not tensor.is_sparse:
+        raise ValueError(
+            f"sparse_allreduce_async takes COO tensors, not layout {tensor.layout}; use hvd.allreduce_async, or tensor.to_sparse()"
+        )
+    options = {**reduction(op, 1.0, 1.0), "shape": tuple(tensor.shape)}
+    pieces = (allgather_piece(part) for part in (tensor._indices().t(), tensor._values()))
+    collective = start("sparse_allreduce", name, process_set, pieces, **options)
+    collective.channel.launch_in_background()
 
     def handle() -> Tensor:
-        indices, values = pending.result()
+        indices, values = collective.result()
         values = values / process_set.size() if op == Average else values
         return torch.sparse_coo_tensor(indices.t(), values, tensor.shape, check_invariants=False)
 
     return handle
+
+
+def _start_reducescatter(
+    kind: str, name: str | None, tensors: Sequence[Tensor], op: int, prescale: float, postscale: float, process_set: ProcessSet
+) -> Collective:
+    if op not in (Average, Sum, Adasum):  # `reduction` has its own message for Adasum
+        raise ValueError(f"op is {op!r}; reducescatter has only hvd.Average and hvd.Sum")
+    options = reduction(op, prescale, postscale)
+    pieces = (reducescatter_piece(tensor, op, prescale, postscale, process_set) for tensor in tensors)
+    return start(kind, name, process_set, pieces, **options)
 
 
 def reducescatter_async(
@@ -205,7 +243,7 @@ def reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Starts a reduction (Average or Sum) whose result is this rank's share of the rows; returns the handle."""
-    return hand_out(start_reducescatter(tensor, op, prescale_factor, postscale_factor, process_set))
+    return hand_out(_start_reducescatter("reducescatter", name, [tensor], op, prescale_factor, postscale_factor, process_set))
 
 
 def reducescatter(
@@ -218,7 +256,25 @@ def reducescatter(
     postscale_factor: float = 1.0,
 ) -> Tensor:
     """Returns this rank's share of the rows of the reduced tensor (Average or Sum)."""
-    return grouped_reducescatter([tensor], name, compression, op, process_set, prescale_factor, postscale_factor)[0]
+    how = op, prescale_factor, postscale_factor, process_set
+    return _reducescattered("reducescatter", name, [tensor], compression, *how)[0]
+
+
+def _reducescattered(
+    kind: str, name: str | None, tensors: Sequence[Tensor], compression: type[Compressor], op: int, prescale: float, postscale: float,
+    process_set: ProcessSet,
+) -> list[Tensor]:  # fmt: skip
+    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
+    factor = prescale * postscale * (len(process_set.ranks) if op == Sum else 1)
+
+    def scattered(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _start_reducescatter(kind, name, tensors, op, prescale, postscale, process_set).result()
+
+    def gathered_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        return grouped_allgather([grad * factor for grad in grads], process_set=process_set)
+
+    results = differentiable(scattered, gathered_gradients, small)
+    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
 
 
 def grouped_reducescatter_async(
@@ -230,7 +286,9 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Like reducescatter_async for several tensors under one handle, whose result is a tuple."""
-    return hand_out(start_each(start_reducescatter, tensors, op, prescale_factor, postscale_factor, process_set))
+    return hand_out(
+        _start_reducescatter("grouped_reducescatter", name, tensors, op, prescale_factor, postscale_factor, process_set), grouped=True
+    )
 
 
 def grouped_reducescatter(
@@ -243,14 +301,5 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[Tensor]:
     """Like reducescatter for several tensors."""
-    small, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
-    factor = prescale_factor * postscale_factor * (len(process_set.ranks) if op == Sum else 1)
-
-    def scattered(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return start_each(start_reducescatter, tensors, op, prescale_factor, postscale_factor, process_set).result()
-
-    def gathered_gradients(grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        return grouped_allgather([grad * factor for grad in grads], process_set=process_set)
-
-    results = differentiable(scattered, gathered_gradients, small)
-    return [compression.decompress(result, context) for result, context in zip(results, contexts, strict=True)]
+    how = op, prescale_factor, postscale_factor, process_set
+    return _reducescattered("grouped_reducescatter", name, tensors, compression, *how)

@@ -16,18 +16,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ....errors import GraceError, UnsupportedError
+from ....errors import UnsupportedError
 from ...timeouts import timeout
+from .channel import Channel
+from .groups import HorovodInternalError as HorovodInternalError
 
 #: Seconds that Gloo's threads get to release tensors.
 LET_GO = 0.05
 _LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NO_TIMELINE = "timelines are written by Horovod's core (torch.profiler can record collectives)"
 _NOT_INITIALIZED = "not initialized; call hvd.init() first"
-
-
-class HorovodInternalError(GraceError, RuntimeError):
-    """A collective failed, for example because a peer died."""
 
 
 @dataclass
@@ -73,7 +71,7 @@ class ProcessSet:
         self.ranks = sorted(ranks_or_comm)
         if any(not isinstance(r, int) for r in self.ranks):
             raise ValueError(f"a ProcessSet is a list of ranks (ints), not {self.ranks}")
-        self._group: dist.ProcessGroup | None = None
+        self._channel: Channel | None = None
 
     def size(self) -> int | None:
         """Returns how many ranks are in the set; None if the set is not registered."""
@@ -107,10 +105,16 @@ def _registered(process_set: ProcessSet) -> ProcessSet:
     return process_set
 
 
-def group_of(process_set: ProcessSet) -> dist.ProcessGroup | None:
-    """Returns the process group to use for a collective of that set; None if this process is the whole job."""
+def channel_of(process_set: ProcessSet) -> Channel:
+    """Returns the channel of that set. Raises ValueError if the set is not registered, or this rank is not in it."""
     _registered(process_set).rank()
-    return process_set._group
+    assert process_set._channel is not None  # a registered set has one on each of its ranks
+    return process_set._channel
+
+
+def group_of(process_set: ProcessSet) -> dist.ProcessGroup | None:
+    """Returns the process group of that set's own collectives; None if this process is the whole job."""
+    return channel_of(process_set).groups.data
 
 
 @functools.cache
@@ -138,10 +142,11 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
     if connected:
         let_go_at_exit()
     rank, size = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
-    _world = _World(rank, size, *_places(rank, size, connected), connected=connected, owned=owned)
-    _world.sets[0] = global_process_set
     global_process_set.ranks = list(range(size))
-    global_process_set._group = dist.group.WORLD if connected else None
+    channel = Channel.connect("process set 0", global_process_set.ranks, rank, size, connected)
+    global_process_set._channel = channel
+    _world = _World(rank, size, *_places(rank, size, channel), connected=connected, owned=owned)
+    _world.sets[0] = global_process_set
     atexit.register(shutdown)
     if comm is not None and list(comm) not in ([], global_process_set.ranks):
         shutdown()
@@ -184,12 +189,12 @@ def _connect() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=timeout()))
 
 
-def _places(rank: int, size: int, connected: bool) -> tuple[int, int, int, int]:
+def _places(rank: int, size: int, channel: Channel | None) -> tuple[int, int, int, int]:
     """Returns (local_rank, local_size, cross_rank, cross_size). Every rank tells all others its node and its place on it."""
     mine = (os.environ.get("GROUP_RANK") or socket.gethostname(), (int(os.environ.get("LOCAL_RANK", rank)), rank))
     everyone: list[Any] = [mine] * size
-    if connected:
-        dist.all_gather_object(everyone, mine)
+    if channel is not None and channel.groups.control is not None:
+        dist.all_gather_object(everyone, mine, channel.groups.control)
     nodes: dict[str, list[tuple[int, int]]] = {}
     for node, place in everyone:
         nodes.setdefault(node, []).append(place)
@@ -204,11 +209,11 @@ def shutdown() -> None:
     global _world
     if _world is None:
         return
-    for process_set in list(_world.sets.values()):
-        remove_process_set(process_set)
+    for process_set in _world.sets.values():
+        _close(process_set)
+    global_process_set.ranks, global_process_set.process_set_id = [], 0
     if _world.owned and dist.is_initialized():
         dist.destroy_process_group()
-    global_process_set.ranks, global_process_set._group = [], None
     _world = None
     atexit.unregister(shutdown)
 
@@ -251,19 +256,21 @@ def cross_rank() -> int:
 def add_process_set(process_set: ProcessSet | Iterable[int]) -> ProcessSet:
     """Registers a process set and returns it. All ranks of the job must call this, in the same order.
 
-    Raises ValueError if these ranks have a process set already, or are not distinct ranks of the job.
+    Raises ValueError if these ranks have a process set already, or are not distinct ranks of the job; HorovodInternalError if the ranks of
+    the job name different sets.
     """
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
     world = _current()
+    channel_of(global_process_set).compare("add_process_set", ranks=tuple(process_set.ranks))
     if any(known.ranks == process_set.ranks for known in world.sets.values()):
         raise ValueError(f"these ranks have a process set already: {process_set}")
     if len(set(process_set.ranks)) != len(process_set.ranks) or not set(process_set.ranks) <= set(range(world.size)):
         raise ValueError(f"{process_set} must have distinct ranks from 0 to {world.size - 1}")
-    if world.connected:
-        process_set._group = dist.new_group(process_set.ranks)
-    process_set.process_set_id = next(world.set_ids)
-    world.sets[process_set.process_set_id] = process_set
+    number = next(world.set_ids)
+    process_set._channel = Channel.connect(f"process set {number}", process_set.ranks, world.rank, world.size, world.connected)
+    process_set.process_set_id = number
+    world.sets[number] = process_set
     return process_set
 
 
@@ -272,11 +279,16 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     world, number = _current(), process_set.process_set_id
     if not number or world.sets.get(number) is not process_set:  # 0 is the global set, None is not registered
         return False
-    if world.connected and process_set.included() and dist.is_initialized():
-        dist.destroy_process_group(process_set._group)
+    channel_of(global_process_set).compare("remove_process_set", ranks=tuple(process_set.ranks))
     del world.sets[number]
-    process_set.process_set_id = process_set._group = None
+    _close(process_set)
     return True
+
+
+def _close(process_set: ProcessSet) -> None:
+    if process_set._channel is not None:
+        process_set._channel.close()
+    process_set.process_set_id = process_set._channel = None
 
 
 def _unsupported(what: str, why: str) -> NoReturn:
