@@ -32,6 +32,12 @@ SCALING = (
 )
 
 
+NO_COPY = (
+    "this {} exchanges gradients or models, and a copy of it would share its memory: copy the plain optimizer before you wrap it; to save "
+    "it, use grace_ext.save or grace_state_dict()"
+)
+
+
 def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
     """Raises UnsupportedError if this is no Keras 3 optimizer on TensorFlow, IncompatiblePartsError if the memory cannot work with it."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -46,20 +52,24 @@ def check_keras_optimizer(chosen: Grace, optimizer: Any) -> None:
         )
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
     check_optimizer(chosen, type(inner).__name__, vars(inner))
+    if "_grace" in vars(optimizer) or "_grace" in vars(inner):
+        raise UnsupportedError(
+            f"this {type(optimizer).__name__} exchanges gradients or models already: it was wrapped before. Wrap an optimizer once, and "
+            "make a new one for another model"
+        )
 
 
 def in_front_of(optimizer: Any, mixin: type, **attributes: Any) -> Any:
-    """Returns a copy of the optimizer, with these attributes, whose class inherits from this mixin before the optimizer's own class."""
+    """Returns an optimizer that shares everything with the given one: its variables, its learning rate, its exclusions, whatever was set
+    on it. It also has these attributes, and its class inherits from this mixin before the optimizer's own class. (A copy made from
+    get_config() would lack what no config holds.)"""
     # The module and name of the wrapped class are kept: Keras writes them into saved models.
     cls: Any = type(type(optimizer).__name__, (mixin, type(optimizer)), {"__module__": type(optimizer).__module__})
-    wrapped = cls.from_config(optimizer.get_config())
+    wrapped = object.__new__(cls)
+    object.__setattr__(wrapped, "__dict__", vars(optimizer))
     for name, value in attributes.items():  # past Keras's tracking: they are neither layers nor variables
         object.__setattr__(wrapped, name, value)
     wrapped._track_trackable(TrackedState(wrapped._grace), "grace_ext")
-    if optimizer.built:
-        wrapped.build(list(optimizer._trainable_variables))
-        for new, old in zip(wrapped.variables, optimizer.variables, strict=True):
-            new.assign(old)
     return wrapped
 
 
@@ -85,6 +95,15 @@ class InFront(KerasOptimizer):
             self.build(list(trainable_variables))
             self.built = True
         self._apply_exchanged(grads, self._trainable_variables if trainable_variables is None else list(trainable_variables))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(NO_COPY.format(type(self).__name__))
+
+    def __copy__(self) -> Any:
+        raise UnsupportedError(NO_COPY.format(type(self).__name__))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UnsupportedError(NO_COPY.format(type(self).__name__))
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         """Makes a step with this rank's gradients of these variables."""
