@@ -24,7 +24,7 @@ COMPRESSOR_VARIANTS = {
     "demo": ("demo(topk=4)", "demo(chunk=8, topk=8, values='fp32')", "demo(topk=4, values='fp16', sign=True)"),
     "induced": ("induced(biased=topk(ratio=0.25), rest=qsgd(bits=4))",
                 "induced(biased=dgc(ratio=0.1), rest=randblock(ratio=0.25, scale=True))"),
-    "signum": ("signum(momentum=0)",),
+    "signum": ("signum(momentum=0)", "signum(momentum=0.5, block=8)"),
     "threshold": ("threshold(threshold=0.5)", "threshold(threshold=0.5, values='bf16')", "threshold(threshold=0)"),
     "qsgd": ("qsgd(bits=4)", "qsgd(levels=1000)", "qsgd(bits=2, bucket=64)", "qsgd(levels=32767)"),
     "adaqs": ("adaqs(levels=1, window=1)",),
@@ -38,7 +38,7 @@ COMPRESSOR_VARIANTS = {
     "sketch": ("sketch(quantiles=2)", "sketch(quantiles=1000)"),
     "scaled_int": ("scaled_int(width=16, block=64)", "scaled_int(width=8, rounding='stochastic')"),
     "vqsgd": ("vqsgd(repeats=1)", "vqsgd(repeats=300, hull='l1')"),
-    "signsgd": ("signsgd(ties='plus')",),
+    "signsgd": ("signsgd(ties='plus')", "signsgd(block=64)", "signsgd(ties='plus', block=1)"),
     "powersgd": ("powersgd(rank=4, feedback='mean')", "powersgd(rank=1, warm_start=False)"),
     "powersgd_plus": ("powersgd_plus(rank=3, refresh_period=2, refresh='randomized', feedback='mean')", "powersgd_plus(refresh_period=5)"),
     "lqsgd": ("lqsgd(rank=3, bits=4, alpha=50)",),
@@ -50,6 +50,7 @@ MEMORY_VARIANTS = {
     "cser": ("cser(reset_period=1)",),
     "dist_ef_block": ("dist_ef_block(momentum=0.9)", "dist_ef_block(momentum=0.5, nesterov=True)"),
     "gradient_compression": ("gradient_compression(momentum=0.5, nesterov=True)",),
+    "momentum_compression": ("momentum_compression(momentum=0.5)",),
     "update_compression": ("update_compression(momentum=0.5, nesterov=True)", "update_compression(masking=True)"),
 }
 #: Policies have required knobs, so each registered one needs an entry here.

@@ -37,7 +37,7 @@ class Allreduce(Communicator):
         return exchanged(ops, compressor, payload, aggregate, spec, info, state)
 
     def input_bytes(self, compressor, spec, n):
-        return ITEMSIZE[_counter(n)] * (spec.size + 1) if compressor.result == "vote" else compressor.nbytes(spec)
+        return ITEMSIZE[_counter(n)] * compressor.number_of_counts(spec) if compressor.result == "vote" else compressor.nbytes(spec)
 
     def collectives(self, n, payload, dense):
         return [("allreduce", payload)]

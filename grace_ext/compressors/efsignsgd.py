@@ -19,8 +19,10 @@ class EFSignSGD(TwoSided):
 
     C(x) = (||x||_1 / d) sign(x), per block of `block` elements (default: the whole tensor); zeros count as +1.
     x: float[d] -> ceil(d / 8) bytes of signs and 4 bytes per block. The result is the mean over the ranks.
-    Contraction delta = ||x||_1^2 / (d ||x||_2^2), 2/pi for Gaussian entries; biased: pair with 'residual'. A zero block decodes to zeros.
-    Smaller blocks follow the gradient more closely and cost 4 bytes each. Source: Karimireddy, Rebjock, Stich, Jaggi 2019.
+    Contraction delta = ||x||_1^2 / (d ||x||_2^2), 2/pi for Gaussian entries; biased: pair with 'residual'.
+    A zero block decodes to zeros: with a `block` that divides the rows of an embedding, rows that had no gradient yet stay as they are;
+    otherwise they move by +-scale. Smaller blocks follow the gradient more closely and cost 4 bytes each.
+    Source: Karimireddy, Rebjock, Stich, Jaggi 2019.
     """
 
     wants_memory: ClassVar[bool] = True

@@ -21,7 +21,8 @@ class OneBit(TwoSided):
     of no elements is 0.  x: float[d] -> ceil(d / 8) bytes of signs, and m- and m+ as float32, 8 bytes per block.
     Conditional means are the best two values for these signs, so the error is orthogonal to what is sent: never larger than that of
     'efsignsgd', and much smaller if the two sides differ. Contraction delta >= 1 / block; biased: pair with 'residual'.
-    A zero block decodes to zeros. Smaller blocks follow the gradient more closely and cost 8 bytes each.
+    A zero block decodes to zeros, which keeps unused rows of an embedding as they are (see 'efsignsgd'). Smaller blocks follow the gradient
+    more closely and cost 8 bytes each.
     Source: Seide et al. 2014, who use one block per column and quantize the aggregate again (as communicator 'reduce_scatter' does).
     GRACE sends a byte per sign, and in one version negates the mask bitwise: (-1, -3, 2, 4) decodes to (760, 760, 765, 765).
     """

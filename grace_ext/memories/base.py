@@ -54,6 +54,8 @@ class Memory(FastPath, Part):
     kind: ClassVar[str] = "memory"
     #: Whether it is the momentum of the training itself, so that the optimizer must be SGD without momentum of its own.
     is_momentum: ClassVar[bool] = False
+    #: The momentum that the optimizer must have, because it is what the memory compresses; None: any.
+    optimizer_momentum: ClassVar[float | None] = None
     #: Whether what it compresses is in units of the update (the gradient times the learning rate).
     in_updates: ClassVar[bool] = False
     #: Whether it adds what was not sent to what is sent next: a random compressor whose variance exceeds the signal makes that grow.

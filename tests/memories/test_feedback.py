@@ -83,6 +83,11 @@ def _gradient_compression(memory, old, g, lr, sent):
     return p, {"residual": p - sent.values, "momentum": memory.momentum * old["momentum"] + sent.aggregate}
 
 
+def _momentum_compression(memory, old, g, lr, sent):
+    p = memory.momentum * old["momentum"] + g + old["residual"]
+    return p, {"residual": p - sent.values, "momentum": sent.aggregate}
+
+
 def _ef21(memory, old, g, lr, sent):
     return g - old["ef21_estimate"], {
         "ef21_estimate": old["ef21_estimate"] + sent.values,
@@ -122,7 +127,7 @@ def _dist_ef_block(memory, old, g, lr, sent):
 LAWS = {
     "none": _none, "residual": _residual, "powersgd": _powersgd, "efsignsgd": _efsignsgd, "ef_star": _ef_star, "dgc": _dgc,
     "update_compression": _update_compression, "gradient_compression": _gradient_compression, "ef21": _ef21, "ef21_sgdm": _ef21_sgdm,
-    "diana": _diana, "cser": _cser, "dist_ef_block": _dist_ef_block,
+    "diana": _diana, "cser": _cser, "dist_ef_block": _dist_ef_block, "momentum_compression": _momentum_compression,
 }  # fmt: skip
 
 

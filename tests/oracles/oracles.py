@@ -65,14 +65,21 @@ def cast(dtype: str, *, rounded_mean: bool) -> Oracle:
     return oracle
 
 
-def signsgd(ties: str = "zero") -> Oracle:
-    """Returns sign(number of +1 votes - number of -1 votes); zeros vote +1, a zero tensor does not vote."""
+def signsgd(ties: str = "zero", block: int | None = None) -> Oracle:
+    """Returns sign(number of +1 votes - number of -1 votes); zeros vote +1, but a block of zeros does not vote."""
+
+    def one(x: np.ndarray) -> np.ndarray:
+        size, sent = block or x.size, np.where(x >= 0, 1.0, -1.0)
+        for start in range(0, x.size, size):
+            if not x[start : start + size].any():
+                sent[start : start + size] = 0
+        return sent
 
     def oracle(p: Arrays) -> tuple[np.ndarray, Arrays]:
-        sent = [np.where(x >= 0, 1.0, -1.0) if x.any() else np.zeros_like(x) for x in p]
+        sent = [one(x.reshape(-1)).reshape(x.shape) for x in p]
         plus, minus = sum((s > 0).astype(int) for s in sent), sum((s < 0).astype(int) for s in sent)
-        tie = 1.0 if ties == "plus" and any(x.any() for x in p) else 0.0
-        return np.where(plus > minus, 1.0, np.where(plus < minus, -1.0, tie)), sent
+        tied = np.where((plus > 0) & (ties == "plus"), 1.0, 0.0)
+        return np.where(plus > minus, 1.0, np.where(plus < minus, -1.0, tied)), sent
 
     return oracle
 

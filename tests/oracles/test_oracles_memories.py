@@ -127,6 +127,17 @@ def update_compression(beta, nesterov=False, masking=False):
     return run
 
 
+def momentum_compression(beta):
+    def run(result=None, e=0.0, m=0.0):
+        while True:
+            g, lr, c = yield result
+            p = beta * m + g + e
+            mean, sent = c(p)
+            e, result, m = p - sent, mean - beta * m, mean
+
+    return run
+
+
 def ef21(momentum):
     def run(result=None, v=0.0, h=0.0, whole=0.0):
         while True:
@@ -203,6 +214,8 @@ MEMORIES = {
     "update_compression": (update_compression(0.9), BIASED),
     "update_compression(momentum=0.5, nesterov=True)": (update_compression(0.5, True), BIASED),
     "update_compression(masking=True)": (update_compression(0.9, masking=True), PICKING),
+    "momentum_compression": (momentum_compression(0.9), (*BIASED, "none")),
+    "momentum_compression(momentum=0.5)": (momentum_compression(0.5), BIASED),
     "ef21": (ef21(0), BIASED),
     "ef21_sgdm(momentum=0.8)": (ef21(0.8), BIASED),
     "diana": (diana(lambda d, c: math.ceil(0.1 * d) / d if c.sparse else 1.0), UNBIASED),
@@ -443,6 +456,7 @@ def test_cser_needs_a_wrapper_that_averages():
     [
         ("signsgd + efsignsgd", "vote"), ("signum + ef21", "vote"), ("signsgd + cser", "vote"), ("signsgd + dist_ef_block", "vote"),
         ("signsgd + ef_star", "vote"), ("signsgd + update_compression", "vote"), ("threshold + ef21", "contraction.*topk"),
+        ("signum + momentum_compression", "vote"),
         ("powersgd + ef21_sgdm", "contraction.*'residual'"), ("qsgd + ef21", "contraction.*'diana'"), ("topk + diana", "unbiased.*qsgd"),
         ("efsignsgd + dgc", "positions"), ("qsgd + update_compression(masking=True)", "positions"), ("powersgd + dgc", "positions"),
         ("randomk(scale=True, values='fp16') + diana", "alpha"),
