@@ -58,7 +58,9 @@ def by_hand(ranks, mode):
     return max(abs(process.returncode) for process in run), "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
 
 
-@pytest.mark.parametrize(("launch", "ranks", "mode"), [(torchrun, 2, "two"), (by_hand, 3, "three"), (by_hand, 2, "existing")])
+@pytest.mark.parametrize(
+    ("launch", "ranks", "mode"), [(torchrun, 2, "two"), (torchrun, 2, "differences"), (by_hand, 3, "three"), (by_hand, 2, "existing")]
+)
 def test_job(launch, ranks, mode):
     code, out, err = launch(ranks, mode)
     assert code == 0, err[-4000:]

@@ -1,11 +1,13 @@
 """Runs every check of one mode on several ranks, for test_dist_api.py, and prints `passed MODE`.  dist_api_job.py MODE"""
 
 import atexit
+import inspect
 import os
 import sys
 import time
 
 import dist_api_collectives
+import dist_api_differences
 import pytest
 import torch
 import torch.distributed as dist
@@ -175,6 +177,14 @@ def two():
         check(r)
 
 
+def differences():
+    """Runs all checks of what two ranks do differently."""
+    hvd.init()
+    for check in [value for name, value in vars(dist_api_differences).items() if name.startswith("check_")]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            check(hvd.rank(), *[monkeypatch] * ("monkeypatch" in inspect.signature(check).parameters))
+
+
 def three():
     """Checks ranks 0 and 1 on one node and 2 on another, as the environment says, and a process set of two of them."""
     node, local = [("0", "0"), ("0", "1"), ("1", "0")][int(os.environ["RANK"])]
@@ -198,6 +208,13 @@ def three():
         assert hvd.broadcast_object(r, 2, process_set=pair) == 2
         with pytest.raises(ValueError, match="root_rank 1"):
             hvd.broadcast(t([r]), 1, process_set=pair)
+        for problem in ("wait in different collectives", "remove it and add it again"):  # rank 2 waits for a comparison, rank 0 for data
+            with pytest.raises(hvd.HorovodInternalError, match=problem):
+                hvd.allreduce(t([r]) if r == 0 else t([1.0]), process_set=pair)
+    assert hvd.remove_process_set(pair)
+    again = hvd.add_process_set([0, 2])
+    if again.included():
+        same(hvd.allreduce(t([r]), process_set=again), t([1]))
     hvd.barrier()
 
 

@@ -4,11 +4,11 @@ A script written for `import horovod.torch as hvd` runs under torchrun, or as a 
 returns a copy of its input. Collectives run over Gloo for CPU tensors and over NCCL for CUDA tensors, unless the script has initialized
 torch.distributed before hvd.init().
 
-One rule is stricter than Horovod's: torch.distributed matches collectives by order. All ranks must start the same collectives in the same
-order, and the `name` arguments are ignored. allgather and alltoall of uneven sizes first agree on the sizes, so their async forms block
-until all ranks have started them.
+One rule is stricter than Horovod's: torch.distributed pairs collectives by order, so all ranks must start the same collectives in the same
+order. Ranks that start different ones (name, kind, op, root_rank, dtype, device, shape) get the same HorovodInternalError: at once if one
+of the collectives is new, else at most 64 collectives later. Starting a collective never waits for other ranks.
 
-Signature torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when it is used.
+What torch.distributed cannot do (Adasum, join, elastic, timelines) raises grace_ext.errors.UnsupportedError when it is used.
 """
 
 from __future__ import annotations

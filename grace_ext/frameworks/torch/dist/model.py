@@ -10,20 +10,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ....errors import few
 from ..in_front import keeps_containers
 from .channel import Piece
 from .groups import Groups, HorovodInternalError
 from .handles import start
-from .pieces import Sum, allgather_piece, broadcast_piece, check_root, not_dense
+from .pieces import Sum, allgather_piece, as_bytes, broadcast_piece, check_root, not_dense
 from .reduce import allreduce
-from .signature import TensorSignature
+from .signature import TensorSignature, digest
 from .world import ProcessSet, global_process_set, rank, size
 
 try:  # Horovod pickles with cloudpickle, so that lambdas can travel; grace_ext does not depend on it
     from cloudpickle import dumps
 except ImportError:
     from pickle import dumps
+
+#: The end of the names under which a state_dict has what `get_extra_state` returned.
+_EXTRA_STATE = "_extra_state"
 
 
 def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set) -> Any:
@@ -98,7 +100,9 @@ def _unpacked(data: Tensor) -> Any:
 def broadcast_parameters(params: dict[str, Tensor] | list, root_rank: int) -> None:
     """Overwrites the parameters with those of root_rank. params: a state_dict, or a list of tensors or of (name, tensor).
 
-    Raises ValueError on all ranks if an entry is not a dense tensor (a state_dict can hold objects of `get_extra_state`)."""
+    What `get_extra_state` gave to a state_dict cannot be overwritten in place: ValueError, on all ranks, if it is not equal on all ranks.
+    The same for other objects. Tensors without dense data (meta, lazy, quantized, DTensor) raise ValueError, too, but sparse COO tensors
+    are overwritten, if the ranks' have equally many elements."""
     if isinstance(params, dict):
         named = sorted(params.items())
     elif isinstance(params, list):
@@ -106,24 +110,50 @@ def broadcast_parameters(params: dict[str, Tensor] | list, root_rank: int) -> No
     else:
         raise ValueError(f"params must be a dict or a list, not {type(params).__name__}; use list(model.named_parameters())")
     check_root(root_rank, global_process_set)
-    pieces = [_parameter_piece(str(name), value, root_rank) for name, value in named]
-    wrong = [f"{name!r} is {not_dense(value)}" for name, value in named if not_dense(value)]
+    checks, moves = [], []
+    for name, value in named:
+        if not isinstance(value, Tensor) or str(name).endswith(_EXTRA_STATE):
+            checks.append(_equal_piece(str(name), value))
+        elif value.layout == torch.sparse_coo:
+            moves += _sparse_pieces(str(name), value, root_rank)
+        elif not_dense(value):
+            checks.append(_refused_piece(str(name), not_dense(value)))
+        else:
+            moves.append(broadcast_piece(value, root_rank, in_place=True, name=str(name)))
+    # The checks come first: if one of them fails, no rank has launched any data.
+    start("broadcast_parameters", None, global_process_set, checks + moves, root_rank=root_rank).result()
 
-    def refuse(groups: Groups, _: Any) -> Any:
-        raise ValueError(
-            f"broadcast_parameters overwrites dense tensors in place, but {few(wrong)}; leave it out, or send it by hvd.broadcast_object "
-            "and pass it to load_state_dict"
-        )
 
-    if wrong:  # only once the ranks have compared their entries: they must all get this error, or all the other
-        pieces[0].launch = refuse
-    start("broadcast_parameters", None, global_process_set, pieces, root_rank=root_rank).result()
+def _equal_piece(name: str, value: Any) -> Piece:
+    """Checks that an object is equal on all ranks, by a digest of its pickled form."""
+    packed = _Packed(lambda: _with_tensors(_plain, value))
+    own = -1 if packed.problem else int.from_bytes(digest(packed.data.numpy().tobytes())[:7], "little")
+
+    def launch(groups: Groups, of_all: Sequence[int]) -> Any:
+        if packed.problem is not None:
+            raise packed.problem
+        if len(set(of_all)) > 1:
+            raise ValueError(
+                f"broadcast_parameters overwrites tensors in place, but {name!r} is an object (as get_extra_state returns it) and not "
+                "equal on all ranks. Leave it out, send it by hvd.broadcast_object, and pass it to load_state_dict"
+            )
+        return [], lambda: value
+
+    return Piece(TensorSignature(f"an object of type {type(value).__name__}", (), "", name=name), launch, own)
 
 
-def _parameter_piece(name: str, value: Any, root_rank: int) -> Piece:
-    if not_dense(value):
-        return Piece(TensorSignature(not_dense(value), (), "", name=name), lambda groups, values: ([], list))
-    return broadcast_piece(value, root_rank, in_place=True, name=name)
+def _sparse_pieces(name: str, value: Tensor, root_rank: int) -> list[Piece]:
+    """Overwrites indices and values: a tensor of a state_dict shares no more with the module's. So their numbers must be equal."""
+    order = "coalesced" if value.is_coalesced() else "not coalesced"
+    parts = {f"indices, {order}, for {list(value.shape)}": value._indices(), "values": value._values()}
+    return [broadcast_piece(part, root_rank, in_place=True, name=f"{name} ({role})") for role, part in parts.items()]
+
+
+def _refused_piece(name: str, reason: str) -> Piece:
+    def launch(groups: Groups, _: Sequence[int]) -> Any:
+        raise ValueError(f"broadcast_parameters overwrites tensors in place, but {name!r} is {reason}; leave it out")
+
+    return Piece(TensorSignature(reason, (), "", name=name), launch)
 
 
 def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model: nn.Module | None = None) -> None:
@@ -148,12 +178,22 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
 
 def _on_cpu(value: Any) -> Any:
     """Moves tensors to the CPU: pickled on their device, they would arrive on root_rank's device number on every rank."""
+    return _with_tensors(Tensor.cpu, value)
+
+
+def _plain(tensor: Tensor) -> Any:
+    """Returns dtype, shape and bytes of a tensor: its pickled form differs between processes."""
+    return tensor if not_dense(tensor) else (str(tensor.dtype), tuple(tensor.shape), as_bytes(tensor.detach().cpu()).numpy().tobytes())
+
+
+def _with_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """Returns the value with `change` of every tensor in it, also in dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
-        return value.cpu()
+        return change(value)
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _with_tensors(change, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item) for item in value)
+        return type(value)(_with_tensors(change, item) for item in value)
     return value
 
 

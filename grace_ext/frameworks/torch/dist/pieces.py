@@ -99,7 +99,7 @@ def _piece(
     return Piece(signature, launch, value, torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
     """Returns the tensor's elements as flat bytes, without a copy if it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
@@ -174,7 +174,7 @@ def allgather_piece(tensor: Tensor, on_host: bool = False) -> Piece:
         if group is None:
             return [], source.clone
         # Gloo and NCCL gather only equal sizes: all send as much as the longest has, and cut what has arrived.
-        own, longest = _bytes(source), max(lengths) * _row_bytes(source)
+        own, longest = as_bytes(source), max(lengths) * _row_bytes(source)
         if own.numel() < longest:
             own = torch.cat([own, own.new_zeros(longest - own.numel())])
         received = [torch.empty_like(own) for _ in lengths]
@@ -193,7 +193,7 @@ def broadcast_piece(tensor: Tensor, root_rank: int, in_place: bool = False, name
     buffer = _buffer(_checked(tensor), tensor, in_place, tensor.dtype)
 
     def launch(groups: Groups, _: Any) -> Any:
-        works = [dist.broadcast(_bytes(buffer), root_rank, groups.data, async_op=True)] if groups.data and buffer.numel() else []
+        works = [dist.broadcast(as_bytes(buffer), root_rank, groups.data, async_op=True)] if groups.data and buffer.numel() else []
         return works, lambda: _delivered(buffer, tensor, in_place)
 
     return _piece(tensor, launch, in_place=in_place, name=name)
@@ -213,7 +213,7 @@ def alltoall_piece(tensor: Tensor, splits: Tensor | Sequence[int] | None, proces
     like = splits if isinstance(splits, Tensor) else torch.empty(0, dtype=torch.int32)
 
     def launch(groups: Groups, _: Any) -> Any:
-        data, received = _bytes(source)[: sum(sent) * _row_bytes(source)], sent
+        data, received = as_bytes(source)[: sum(sent) * _row_bytes(source)], sent
         if groups.data:
             received = _rows_to_receive(sent, groups, source.device)
         output = data.new_empty(sum(received) * _row_bytes(source)) if groups.data else data.clone()
