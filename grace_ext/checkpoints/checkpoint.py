@@ -37,7 +37,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
     contains the step; `load` returns the step of the checkpoint.
     Raises CheckpointError, on all ranks alike, if any rank could not write; the checkpoint before it can then still be loaded.
     """
-    kept, place = _of(opt), Path(folder)
+    kept, place = saveable_of(opt), Path(folder)
     states: list[dict[str, Any]] = []
     written: list[Path] = []
 
@@ -67,15 +67,15 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
 
     if not kept.ranks:
         return
-    said = _all(kept, "save", begin)
+    said = on_all(kept, "save", begin)
     generation = 1 + max(other["generation"] for other in said)
     summary = _common([state for other in said for state in other["states"]])
     try:
-        told_files = _all(kept, "save", write)
+        told_files = on_all(kept, "save", write)
     except CheckpointError:  # it was raised on all ranks, so no manifest will name these files
         files.remove(written)
         raise
-    _all(kept, "save", publish)
+    on_all(kept, "save", publish)
     if 0 in kept.ranks:
         files.remove_others(place, {entry["name"] for other in told_files for entry in other["files"]})
 
@@ -91,7 +91,7 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
     """
     if resize not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {resize!r}")
-    kept, place = _of(opt), Path(folder)
+    kept, place = saveable_of(opt), Path(folder)
     if not kept.ranks:
         return int(files.read_manifest(place)[1]["step"])
     found: dict[str, Any] = {}
@@ -101,24 +101,25 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
         ranks = kept.ranks if manifest["size"] == kept.size else range(manifest["size"])
         states = [files.read(place, manifest["files"][rank]) for rank in ranks]
         if manifest["size"] != kept.size:
-            found["resized"], states = _resized(states, kept, resize)
+            found["resized"], states = resized_for(states, kept, resize)
         if any(exchange for state in states for exchange in driver_states(state)):
             kept.check(states)
             found["write"] = kept.write
         found.update(manifest=manifest, states=states)
         return {"manifest": files.digest(text)}
 
-    said = _all(kept, "load", read)
+    said = on_all(kept, "load", read)
     if any(other != said[0] for other in said):
         raise CheckpointError("cannot load: the ranks see different checkpoints; give all ranks one folder, which all hosts share")
-    _all(kept, "load", lambda: found["write"](found["states"]) or {} if "write" in found else {})
+    on_all(kept, "load", lambda: found["write"](found["states"]) or {} if "write" in found else {})
     if "resized" in found and 0 in kept.ranks:
         for sentence in found["resized"]:
             LOG.warning(sentence)
     return int(found["manifest"]["step"])
 
 
-def _of(opt: Any) -> Saveable:
+def saveable_of(opt: Any) -> Saveable:
+    """Returns what `save` and `load` need of this object. Raises GraceError if it keeps no memory."""
     while not hasattr(opt, "_saveable") and hasattr(opt, "inner_optimizer"):  # Keras's LossScaleOptimizer
         opt = opt.inner_optimizer
     if not hasattr(opt, "_saveable"):
@@ -131,7 +132,7 @@ def _of(opt: Any) -> Saveable:
 
 
 # --- among ranks ------------------------------------------------------------------------------------------------------
-def _all(kept: Saveable, what: str, action: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+def on_all(kept: Saveable, what: str, action: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
     """Calls `action` on every rank, and returns the results of all, by rank. Raises CheckpointError on all ranks if it failed on any."""
     mine: dict[str, Any]
     own: Exception | None = None
@@ -162,7 +163,7 @@ def _common(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return summaries[0]
 
 
-def _resized(states: list[dict[str, Any]], kept: Saveable, how: str) -> tuple[list[str], list[dict[str, Any]]]:
+def resized_for(states: list[dict[str, Any]], kept: Saveable, how: str) -> tuple[list[str], list[dict[str, Any]]]:
     """Returns the sentences to log, and the resized states of this process's ranks. Raises GraceError."""
     said: list[str] = []
 

@@ -73,8 +73,8 @@ def told(before: Sequence[State], after: Sequence[State], how: str) -> str:
             was, now = old.effect(key), new.effect(key)
             owed, due, lost = owed + _square(was), due + _square(now), lost + _square(was - now)
     return (
-        f"resize={how!r} from {old.size} to {new.size} ranks: what they had not sent has norm {math.sqrt(owed):.6g} in the aggregate, "
-        f"{math.sqrt(due):.6g} after it; changed by {math.sqrt(lost):.3g}"
+        f"resize={how!r} from {before[0]['size']} to {after[0]['size']} ranks: what they had not sent has norm {math.sqrt(owed):.6g} in "
+        f"the aggregate, {math.sqrt(due):.6g} after it; changed by {math.sqrt(lost):.3g}"
     )
 
 
@@ -103,7 +103,7 @@ class _Old:
         """Keeps one state per node, as all ranks of a node hold the node's state. Raises GraceError if states are missing."""
         if len(self.states) < self.size:
             raise GraceError(f"{self.grace} keeps a state per node, but the states of {self.size - len(self.states)} ranks are missing")
-        by_node = {state["node"]: state for state in self.states}
+        by_node = {state.get("node", state["rank"]): state for state in self.states}  # a resized state belongs to no node yet
         self.states, self.size = list(by_node.values()), len(by_node)
 
     def check(self, how: str) -> None:

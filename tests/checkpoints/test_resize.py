@@ -150,6 +150,7 @@ def test_a_node_counts_once():
     held = [np.float64(state["state"]["residual/a"]) for state in states(cluster)]
     assert (held[0] == held[1]).all() and (held[0] != held[2]).any()
     np.testing.assert_allclose(drained(on(cluster, 4, "mean", per_node=2), 60)["a"], (held[0] + held[2]) / 2, atol=1e-5)
+    assert "from 3 to 4 ranks" in told(states(cluster), resized(states(cluster), 4), "mean")
     with pytest.raises(GraceError, match="resize='mean'"):
         resized(states(cluster), 4, "keep")
     with pytest.raises(GraceError, match="missing"):

@@ -32,6 +32,7 @@ from ...errors import GraceError, NamesError, ParameterError, UnsupportedDtypeEr
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of, require_optimizer
+from .dcp import refuse_dcp
 from .gradients import is_taken
 from .guards import check_alone, check_not_private
 from .ops import HostOps, TorchOps, describe
@@ -68,6 +69,7 @@ def ddp_comm_hook(
     chosen = grace(g)
     if not isinstance(ddp, torch.nn.Module):
         raise ParameterError(f"ddp_comm_hook(g, ddp, optimizer) takes a module second, and got {type(ddp).__name__}")
+    ddp = getattr(ddp, "_orig_mod", ddp)  # a compiled module stands in front of the DDP
     _check_takes_hooks(ddp)
     require_optimizer(chosen, optimizer, "ddp_comm_hook")
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -182,6 +184,7 @@ class DDPState(Measured):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's state, with torch tensors by 'kind/parameter' under 'state'."""
+        refuse_dcp("the memory of compression", "pass hvd.DistributedState(state) instead")
         return self._session().state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

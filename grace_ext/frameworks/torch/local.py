@@ -14,12 +14,15 @@ from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from . import engine
+from .dcp import refuse_dcp
 from .guards import check_alone, check_containers, check_optimizer_kind
 from .in_front import InFront, in_front_of
 from .ops import describe, ops_for
 from .session import check_none_new, check_torch_optimizer, named
 
 api = engine.api
+DIFFERS = "what LocalSGD trains"
+INSTEAD = "pass hvd.DistributedState(optimizer) instead of the optimizer, which keeps every rank's parameters and momenta"
 
 
 def LocalSGD(  # noqa: N802 (the algorithm's name)
@@ -129,6 +132,7 @@ class LocalOptimizer(InFront):
         """Makes a step of the wrapped optimizer and, if one is due, a synchronization. Raises RankLeftError.
 
         closure: computes the loss and its gradients. options: passed on to the wrapped optimizer."""
+        refuse_dcp(DIFFERS, INSTEAD)
         self._mark_step()
         arguments = () if closure is None else (closure,)
         worker = self._local.worker
@@ -197,6 +201,7 @@ class LocalOptimizer(InFront):
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state_dict and, under 'grace_ext', this rank's master copy, memory and step. Both differ by rank:
         save every rank's."""
+        refuse_dcp(DIFFERS, INSTEAD)
         saved = super().state_dict()
         if self._local.worker is None:
             return saved

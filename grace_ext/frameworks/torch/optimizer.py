@@ -20,6 +20,7 @@ from ...metrics.metrics import Measured
 from ..horovod import chosen_compression
 from ..optimizers import rate_of
 from . import engine
+from .dcp import called_by_dcp, leaves_out
 from .gradients import GradientExchange
 from .guards import check_optimizer_kind
 from .in_front import InFront, in_front_of
@@ -251,6 +252,8 @@ class CompressedOptimizer(Measured, InFront):
 
         closure: computes the loss and its gradients, which are exchanged each time the wrapped optimizer calls it. options: passed on."""
         exchange = self._exchange
+        if not exchange.pending and called_by_dcp():  # its step of zeros only makes the wrapped optimizer's state
+            return super().step(**options)
         self._mark_step()
         if exchange.should_synchronize:
             if exchange.scaler is not None and exchange.scaler.is_enabled() and exchange.session is not None:
@@ -306,8 +309,8 @@ class CompressedOptimizer(Measured, InFront):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the wrapped optimizer's state_dict and, under 'grace_ext', this rank's memory and compressor state. The latter differs by
-        rank: save every rank's."""
-        saved, own = super().state_dict(), self._exchange.state_dict()
+        rank: save every rank's. torch.distributed.checkpoint gets it from a DistributedState, and not from here."""
+        saved, own = super().state_dict(), None if leaves_out(self) else self._exchange.state_dict()
         return saved if own is None else {**saved, "grace_ext": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

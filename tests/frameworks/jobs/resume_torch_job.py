@@ -16,12 +16,16 @@ from tests.frameworks.support import training  # noqa: E402
 
 
 class Job:
+    #: The APIs whose model has no parameter without a gradient.
+    without_unused: tuple[str, ...] = ("ddp",)
+
     def __init__(self, kind: str):
         api, name = kind.split(":")
         g = grace_ext.grace(steps.SPECS[name])
         self.model = self.forward = training.make_model()
-        if api == "ddp":
+        if api in self.without_unused:
             del self.model._parameters["unused"]
+        if api == "ddp":
             self.forward = torch.nn.parallel.DistributedDataParallel(self.model)
         self.plain = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         self.optimizer = self.plain
@@ -60,6 +64,7 @@ class Job:
             self.optimizer.param_groups, self.optimizer.state = self.plain.param_groups, self.plain.state
 
 
-hvd.init()
-steps.run(Job, hvd.rank(), hvd.size())
-hvd.shutdown()
+if __name__ == "__main__":
+    hvd.init()
+    steps.run(Job, hvd.rank(), hvd.size())
+    hvd.shutdown()
