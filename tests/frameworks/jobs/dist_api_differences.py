@@ -9,6 +9,7 @@ import torch.distributed as dist
 from dist_api_collectives import same, t
 
 import grace_ext.frameworks.torch.dist.api as hvd
+from grace_ext.errors import UnsupportedError
 from grace_ext.frameworks.torch.dist import groups
 
 f64, zeros = torch.float64, torch.zeros
@@ -205,6 +206,21 @@ def check_scheduler_stays_attached(r):
     optimizer.step()
     scheduler.step()
     assert hvd.allgather_object((group["lr"], optimizer.param_groups[0]["lr"])) == [(0.05, 0.05)] * 2
+
+
+def check_join(r):
+    """The rank that calls join() and those that wait for it get the reason; if all call it, all can go on."""
+    for both in (False, True, False):
+        began = time.monotonic()
+        if r == 0 or both:
+            with pytest.raises(UnsupportedError, match="hvd.join.* cannot take part with zeros; give every rank equally many batches"):
+                hvd.join()
+        else:
+            with pytest.raises(hvd.HorovodInternalError, match="Rank 0 has called hvd.join.*give every rank equally many batches"):
+                hvd.allreduce(t([1.0]))
+        same(hvd.allreduce(t([1.0 + r])), t([1.5]))
+        hvd.barrier()
+        assert time.monotonic() - began < 10
 
 
 def check_process_sets_differ(r):

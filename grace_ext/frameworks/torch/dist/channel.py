@@ -59,7 +59,6 @@ class Collective:
         tensors = tuple(piece.signature for piece in pieces if piece.signature is not None)
         self.channel, self.signature = channel, Signature(kind, name, tuple(options.items()), tensors)
         self.key = (kind, name) if name else id(self)
-        self.number = 0  # a channel gives it one
         self.launched = False
         self.values = [piece.value for piece in pieces if piece.value is not None]
         self._pieces, self._groups = pieces, channel.groups
@@ -72,7 +71,7 @@ class Collective:
         here as well."""
         try:
             groups = self._groups = usable()
-            values = iter(groups.admit(self.number, self.signature, self.values))
+            values = iter(groups.admit(self.signature, self.values))
             for piece in self._pieces:
                 of_all = () if piece.value is None else next(values)
                 with torch.no_grad(), torch.cuda.stream(piece.stream) if piece.stream else contextlib.nullcontext():
@@ -111,8 +110,7 @@ class Channel:
         self.groups = groups
         self._open: dict[Any, Collective] = {}
         self._queue: deque[Collective] = deque()
-        self._number = 0
-        self._starting = threading.Lock()  # guards _number and _open, and who appends to _queue
+        self._starting = threading.Lock()  # guards _open, and who appends to _queue
         self._launching = threading.Lock()  # guards groups, and who takes from _queue
         self._helping = threading.Lock()  # guards _helper
         self._helper: threading.Thread | None = None
@@ -133,8 +131,6 @@ class Channel:
                     f"{collective.signature.kind} {collective.signature.name!r} was started before and is not synchronized yet; one "
                     "collective of a kind can use a name at a time: synchronize the earlier one first, or use another name"
                 )
-            self._number += 1
-            collective.number = self._number
             self._open[collective.key] = collective
             self._queue.append(collective)
         if self._launching.acquire(blocking=False):
@@ -146,7 +142,7 @@ class Channel:
         return collective
 
     def _must_wait(self, collective: Collective) -> bool:
-        return bool(self.groups.broken) or self.groups.is_due(collective.number, collective.signature, collective.values)
+        return bool(self.groups.broken) or self.groups.is_due(collective.signature, collective.values)
 
     def launch(self, collective: Collective) -> None:
         """Launches a collective, and those before it, if they are not launched yet."""

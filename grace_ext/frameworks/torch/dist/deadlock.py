@@ -45,6 +45,9 @@ class DeadlockFinder:
         # Two ranks that compare their collectives find out by that, and may go on; the others never meet.
         if at == number and (compared != their_compared or not compared and their_digest != signature.digest().hex()):
             said = f"{text}; rank {self._rank}: {signature}"
-            store.compare_set(
-                "apart", "", f"The ranks wait in different collectives, number {number} of {self._label}. {said}. {RULE}. {advice}"
-            )
+            self.tell(f"The ranks wait in different collectives, number {number} of {self._label}. {said}. {RULE}. {advice}")
+
+    def tell(self, text: str) -> None:
+        """Gives all ranks this error's text, unless they have one already."""
+        if self._store is not None:
+            self._store.compare_set("apart", "", text)

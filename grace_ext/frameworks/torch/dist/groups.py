@@ -58,6 +58,7 @@ class Groups:
             if store is not None:
                 self._store = dist.PrefixStore(f"grace_ext/{self.control.group_name}", store)
                 self._deadlocks = DeadlockFinder(self._store, label, rank)
+        self._number = 0  # of the latest collective
         self._known: dict[Signature, bytes] = {}
         self._latest: deque[Started] = deque(maxlen=EVERY)
         self._history = self._before = bytes(16)
@@ -72,16 +73,17 @@ class Groups:
         return cls(label, ranks, rank, advice, groups) if rank in ranks else None
 
     # --- comparing -----------------------------------------------------------------------------------------------------
-    def is_due(self, number: int, signature: Signature, values: Sequence[int]) -> bool:
-        """Whether the ranks must compare this collective before they launch it."""
-        return len(self._ranks) > 1 and (bool(values) or signature not in self._known or number % EVERY == 0)
+    def is_due(self, signature: Signature, values: Sequence[int]) -> bool:
+        """Whether the ranks must compare this collective before they launch it, if it is the next."""
+        return len(self._ranks) > 1 and (bool(values) or signature not in self._known or (self._number + 1) % EVERY == 0)
 
-    def admit(self, number: int, signature: Signature, values: Sequence[int]) -> Sequence[Sequence[int]]:
-        """Compares a collective among the ranks if that is due. Returns, for each of these values, those of all ranks."""
+    def admit(self, signature: Signature, values: Sequence[int]) -> Sequence[Sequence[int]]:
+        """Compares the next collective among the ranks if that is due. Returns, for each of these values, those of all ranks."""
         self._check_usable()
-        is_due, known = self.is_due(number, signature, values), self._known.get(signature) or signature.digest()
-        self._latest.append(Started(number, signature, is_due))
-        self._before, self._history = self._history, digest(self._history + struct.pack("<q", number) + known)
+        is_due, known = self.is_due(signature, values), self._known.get(signature) or signature.digest()
+        self._number += 1
+        self._latest.append(Started(self._number, signature, is_due))
+        self._before, self._history = self._history, digest(self._history + struct.pack("<q", self._number) + known)
         if not is_due:
             return [[value] for value in values]
         # Every comparison starts with three numbers: gathers of different lengths must not meet.
@@ -158,6 +160,12 @@ class Groups:
         if self._deadlocks is not None:
             self.broken = self.broken or self._deadlocks.look(list(self._latest), self._advice)
         self._check_usable()
+
+    def break_off(self, why: str) -> None:
+        """Makes this rank's next collective use new groups, if it can, and whatever other ranks wait for raise HorovodInternalError."""
+        self.broken = f"{why}. {self._advice}"
+        if self._deadlocks is not None:
+            self._deadlocks.tell(self.broken)
 
     def barrier(self) -> None:
         """Waits until all ranks have called it."""

@@ -54,7 +54,7 @@ class Signature(NamedTuple):
 
 
 class Started(NamedTuple):
-    """A collective that a rank has started: its number in the process set, and whether the ranks compare it before they launch it."""
+    """A collective that a rank has started: its number in these process groups, and whether the ranks compare it before they launch it."""
 
     number: int
     signature: Signature

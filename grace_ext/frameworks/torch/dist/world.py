@@ -309,8 +309,11 @@ elastic: Any = _Elastic()
 
 # The three names below have Horovod's return types: type checkers take code after a NoReturn for unreachable, and under Horovod it is not.
 def join(device: int = -1) -> int:
-    """Raises UnsupportedError: torch.distributed has no join."""
-    _unsupported("hvd.join()", "a rank that has run out of data cannot take part with zeros; give every rank equally many batches")
+    """Raises UnsupportedError: torch.distributed has no join. Ranks that wait for this one get HorovodInternalError with the reason."""
+    why = "a rank that has run out of data cannot take part with zeros; give every rank equally many batches"
+    if _current().size > 1:
+        channel_of(global_process_set).groups.break_off(f"Rank {rank()} has called hvd.join(): {why}")
+    _unsupported("hvd.join()", why)
 
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
