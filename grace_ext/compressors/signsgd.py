@@ -137,8 +137,9 @@ class SignSGD(_Vote):
     The payload is sign(x_j), one bit; zeros count as +1, but a block (default: the whole tensor) that is zero everywhere casts no vote.
     The result is sign(sum over ranks), in {-1, 0, +1}: NOT divided by the world size, whatever `op` is.
     x: float[d] -> ceil(d / 8) bytes of signs, and one bit per block.
-    Where no rank votes the result is 0: with a `block` that divides the rows of an embedding, a row moves only if a rank has a gradient for
-    it. block=1 is exact for every element, and costs a second bit. In reduce_scatter blocks are counted from the start of each shard.
+    Without `block`, rows of an embedding that never had a gradient move at every step, as zeros vote +1. Where no rank votes the result is
+    0: with a `block` that divides the rows, a row moves only if a rank has a gradient for it. block=1 is exact for every element, and costs
+    a second bit. In reduce_scatter blocks are counted from the start of each shard.
     Ties (an even number of votes) give 0, or +1 with ties='plus'. Neither unbiased nor a contraction; the step has length sqrt(d), so
     choose a learning rate 10 to 100 times lower than for SGD. Use it without a memory: a vote has no magnitude, so a residual of it says
     little. Votes fail on some simple problems; compressor 'efsignsgd', which also sends a scale and has a residual, does not.
