@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping, Sequence
+from functools import cache
 from typing import Any
 
 from ..composition.grace import Grace
 from ..composition.making import grace, is_spec
-from ..errors import ParameterError, UnsupportedError
+from ..errors import CollectiveError, ParameterError, UnsupportedError
 from .timeouts import NAME, timeout
 
 _known: dict[tuple[int, ...], Any] = {}
+
+
+@cache
+def failure_of(kind: type[Exception]) -> type[CollectiveError]:
+    """Returns a CollectiveError class that is also the engine's own error, which elastic jobs and Horovod's users catch."""
+    return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
 
 
 def process_set_of(hvd: Any, ranks: Sequence[int], size: int) -> Any:

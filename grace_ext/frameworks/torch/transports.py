@@ -5,30 +5,20 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ...errors import CollectiveError, UnsupportedError
+from ...errors import UnsupportedError
 from ...exchange.effects import Collective
 from ...exchange.transport import Transport, arriving, by_sum, cut, gathered, to_sum
-from ..horovod import process_set_of
-from ..timeouts import timeout
+from ..horovod import failure_of, process_set_of
+from ..timeouts import patience, timeout
 from .dist.world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
-#: Seconds by which our time limit is later than Horovod's own limits, whose errors say more.
-GRACE = 10.0
-
-
-@cache
-def _failure(kind: type[Exception]) -> type[CollectiveError]:
-    """Returns a CollectiveError class that is also the engine's own error, which elastic jobs and Horovod's users catch."""
-    return type("CollectiveError", (CollectiveError, kind), {"__module__": CollectiveError.__module__})
-
 
 class SingleTransport(Transport):
     """A world of one rank: every collective returns its input."""
@@ -59,7 +49,7 @@ class HorovodTransport(Transport):
 
     def __init__(self, ops: DeviceOps, hvd: Any, process_set: Any):
         self.ops, self.hvd, self.process_set = ops, hvd, process_set
-        self.failure = _failure(hvd.HorovodInternalError)
+        self.failure = failure_of(hvd.HorovodInternalError)
         self.rank, self.size = process_set.rank(), process_set.size()
 
     def start(self, collective: Collective, name: str) -> Any:
@@ -116,11 +106,11 @@ class HorovodTransport(Transport):
     def _finished(self, handle: int) -> Any:
         """Waits for a handle, as Horovod's `synchronize` does, but with a time limit. Horovod polls once per millisecond, for ever: an
         operation that is started just as a peer's death ends Horovod's own thread never ends. This polls more often at first, and raises
-        RuntimeError GRACE seconds after GRACE_EXT_TIMEOUT."""
+        RuntimeError a little after GRACE_EXT_TIMEOUT."""
         began = time.monotonic()
         while not self.hvd.poll(handle):
             waited = time.monotonic() - began
-            if waited > timeout() + GRACE:
+            if waited > patience():
                 raise RuntimeError(f"Horovod has not finished this collective in {waited:.0f} s")
             time.sleep(min(1e-3, 5e-5 + waited / 10))
         return self.hvd.synchronize(handle)
@@ -141,7 +131,7 @@ class DistTransport(Transport):
 
     ops: DeviceOps
     splits = True
-    failure = _failure(HorovodInternalError)
+    failure = failure_of(HorovodInternalError)
 
     def __init__(self, ops: DeviceOps, group: Any = None):
         self.ops, self._group = ops, group
