@@ -120,9 +120,13 @@ def difference(said: Descriptions) -> str:
             lines.append(f"rank {rank} {what(other)}")
         elif other.get("parameters") != said[0].get("parameters"):
             first, its = ({p[0]: p[1:] for p in x.get("parameters", [])} for x in (said[0], other))
-            differing = [n for n in {**first, **its} if first.get(n) != its.get(n)]
-            names = few(differing) if differing else "the order of the parameters"
-            lines.append(f"rank {rank} has other parameters than rank 0: {names}")
+            lines.append(f"rank {rank} has other parameters than rank 0: {_other_parameters(first, its)}")
+        elif other.get("sparse") != said[0].get("sparse"):
+            first, its = ({name: "sparse" for name in x.get("sparse", [])} for x in (said[0], other))
+            lines.append(f"rank {rank} has other sparse gradients than rank 0: {_other_parameters(first, its)}")
+        elif other.get("rate") != said[0].get("rate"):
+            rates = f"rank {rank} has learning rate {other.get('rate')}, rank 0 has {said[0].get('rate')}"
+            lines.append(f"{rates}, and {other['spec']!r} uses it: give all ranks one rate")
         elif other.get("buckets") == said[0].get("buckets") and other.get("digests") != said[0].get("digests"):
             lines.append(f"rank {rank} is at another place of the policy's schedule; load the state of the same step on all ranks")
         elif other.get("revoked") != said[0].get("revoked"):
@@ -133,6 +137,26 @@ def difference(said: Descriptions) -> str:
         elif {**other, **OWN} != {**said[0], **OWN}:
             lines.append(f"rank {rank} packs the parameters into other buckets than rank 0")
     return "ranks compress differently; make every rank run the same script:\n  " + "\n  ".join(lines)
+
+
+def _other_parameters(first: Mapping[str, Any], its: Mapping[str, Any]) -> str:
+    """Says in words how a rank's parameters, by name, differ from those of rank 0."""
+    differing = [name for name in {**first, **its} if first.get(name) != its.get(name)]
+    if not differing:
+        return "the order of the parameters"
+    if list(first.values()) == list(its.values()):
+        return (
+            f"{few(differing)}. Only the names differ: if one rank has built more Keras models than another, call "
+            "keras.utils.clear_session() on all ranks before you build the model, or give the layers names"
+        )
+    both = [name for name in differing if name in first and name in its]
+    changed = [f"{name} is {_kind(its[name])}, on rank 0 {_kind(first[name])}" for name in both[:3]]
+    return few(differing) + "".join(f"; {text}" for text in changed)
+
+
+def _kind(parameter: Any) -> str:
+    """Returns a parameter's shape and dtype in words."""
+    return f"{parameter[1]} {parameter[0]}" if isinstance(parameter, list) and len(parameter) == 2 else str(parameter)
 
 
 def _different_values(found: Values, fix: str) -> str:

@@ -25,7 +25,9 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import struct
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -101,6 +103,12 @@ class Driver:
         self.agreed = False
         #: Whether the last step's state was committed: every rank was finite in every bucket, and nobody revoked it.
         self.committed = True
+        self._rate: float | None = None  # the learning rate that the digests name
+        #: The names of the parameters whose sparse gradients the caller exchanges beside this; the ranks must agree on them.
+        self.sparse: list[str] = []
+        #: Whether the gradients of the step under way that others exchange (sparse ones) are finite, as all ranks must say alike: else the
+        #: optimizer will skip the step, and nothing is committed.
+        self.others_finite = True
         #: How many steps were revoked: by `finish(commit=False)`, `roll_back` or `revoke`.
         self.revoked = 0
         self._keeps_before = False
@@ -175,10 +183,13 @@ class Driver:
             bucket.missing = sum(spec.name not in self._arrived for spec in bucket.specs)
 
     def _choose(self, anew: bool = False) -> None:
-        """Chooses what each tensor goes through at this step, which the digest in the headers of messages names."""
-        if self._choices.choose(self.step, self.state) or anew:
+        """Chooses what each tensor goes through at this step, which the digest in the headers of messages names; it also names the learning
+        rate, if a part uses it, and how many steps were revoked."""
+        before, self._rate = self._rate, self.read_lr() if self._by_rate else None
+        if self._choices.choose(self.step, self.state) or anew or self._rate != before:
+            rate = 0 if self._rate is None else zlib.crc32(struct.pack("<d", self._rate))
             for bucket in self.buckets:
-                bucket.digest = layout.digest(self.grace, bucket.specs, self._choices.parts) ^ (self.revoked & 1)
+                bucket.digest = layout.digest(self.grace, bucket.specs, self._choices.parts) ^ (self.revoked & 1) ^ rate
 
     def check(self, name: str, tensor: Any) -> None:
         """Raises NamesError or TensorChangedError if this tensor is not what was registered under its name."""
@@ -321,7 +332,7 @@ class Driver:
 
     def _commit(self, commit: bool, revocable: bool) -> dict[str, Any]:
         outputs = {name: output for bucket in self.buckets for name, output in bucket.outputs.items()}
-        self.committed = commit and all(bucket.finite for bucket in self.buckets)
+        self.committed = commit and self.others_finite and all(bucket.finite for bucket in self.buckets)
         if not commit:
             self.revoke()
         if self.committed:
@@ -368,6 +379,7 @@ class Driver:
         """Forgets the step under way, if there is one. The state is that of the last commit."""
         self._arrived, self._info = {}, None
         self._next = self._bytes = 0
+        self.others_finite = True
         for bucket in self.buckets:
             bucket.clear()
 
@@ -432,6 +444,8 @@ class Driver:
             "spec": str(self.grace),
             "seed": self.grace.seed,
             "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "sparse": self.sparse,
+            "rate": self._rate,
             "op": self._op,
             "buckets": [[spec.name for spec in bucket.specs] for bucket in self.buckets],
             "digests": [bucket.digest for bucket in self.buckets] if self.grace.policy else [],

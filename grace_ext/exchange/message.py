@@ -24,8 +24,8 @@ HEADER = struct.Struct("<2sBBIQQ")
 #: The flag that some gradient of the bucket was not finite; the payloads are then of zeros.
 NOT_FINITE = 1
 OTHERWISE = (
-    "was made with another spec, for other parameters, or after a discard() or undo() that not all ranks called: make every rank run the "
-    "same script"
+    "was made with another spec, for other parameters, at another learning rate (if a part uses it), or after a discard() or undo() that "
+    "not all ranks called: make every rank run the same script"
 )
 
 

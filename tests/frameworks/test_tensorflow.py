@@ -22,6 +22,11 @@ def test_wrapper(case):
     assert case in held("horovodrun", 2, "tf_job.py")
 
 
+@pytest.mark.parametrize("case", cases_of("tf_scripts_job.py"))
+def test_other_peoples_scripts(case):
+    assert case in held("horovodrun", 2, "tf_scripts_job.py")
+
+
 @pytest.mark.parametrize("case", cases_of("tf_graph_job.py"))
 def test_graph(case):
     assert case in held("horovodrun", 2, "tf_graph_job.py")

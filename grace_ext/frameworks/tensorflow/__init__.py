@@ -42,8 +42,11 @@ else:
     from . import callbacks as callbacks
     from . import elastic as elastic
     from .agreement import check_agreement as check_agreement
-    from .callbacks import broadcast_variables as broadcast_variables
+    from .loading import SyncBatchNormalization as SyncBatchNormalization
+    from .loading import load_model as load_model
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
+    from .variables import broadcast_variables as broadcast_variables
+    from .watchdog import shutdown as shutdown

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -28,7 +27,7 @@ from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from .exchanges import averages, is_alone, names_of
-from .graph import GraphExchange, HorovodTransport, compare_start, digests_of
+from .graph import GraphExchange, HorovodTransport, compare_start, digester
 from .loop import exchange_of
 
 
@@ -135,7 +134,7 @@ class BoundCompression(Measured):
         driver.register(self._specs)
         if self._check_start:
             variables = dict(zip((spec.name for spec in self._specs), self._variables, strict=True))
-            driver.starting, driver.tolerates_start = partial(digests_of, variables), True
+            driver.starting, driver.tolerates_start = digester(variables), True
         perform(driver.agree(), transport, {})
         return driver, transport
 

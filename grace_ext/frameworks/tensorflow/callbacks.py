@@ -11,23 +11,35 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ...errors import ParameterError
+from ...errors import ParameterError, UnsupportedError, warn_user
 from ...metrics.metrics import TIMES, Report, scalars
 from .agreement import check_agreement
-from .in_front import without_xla
+from .in_front import InFront, without_xla
+from .stopping import SynchronizedStop as SynchronizedStop
+from .variables import broadcast_variables, shared_variables
+from .watchdog import blocking
 
 MEASURED = ("relative_error", "residual_norm", "gradient_norm", *TIMES)
 
 
-def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
-    """Gives every rank the root's values of these tf.Variables or Keras 3 variables. options: as Horovod's."""
-    inner = [v if isinstance(v, tf.Variable) else v.value for v in variables]
-    api.broadcast_variables(inner, root_rank, process_set=process_set, **options)
+UNWRAPPED = (
+    "this model's optimizer ({}) is not wrapped, so each rank trains alone: compile the model with "
+    "hvd.DistributedOptimizer(optimizer, compression=...). (A model that was loaded, or compiled from a config, has a plain optimizer: use "
+    "hvd.load_model.)"
+)
+
+
+def mention_unwrapped(model: Any, process_set: Any) -> None:
+    """Warns if the model's training step exchanges nothing, as far as that can be seen: a step of the user's own may use a tape."""
+    own_step = type(model).train_step is not keras.Model.train_step and type(model).train_step is not keras.Sequential.train_step
+    if process_set.size() > 1 and not own_step and not isinstance(model.optimizer, InFront):
+        warn_user(UNWRAPPED.format(type(model.optimizer).__name__))
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own.
-    Turns jit_compile off, with a warning, if Keras's default 'auto' chose True."""
+    """Gives every rank the root's model and optimizer variables when training begins. Each rank's compression memory stays its own, and so
+    do the states of seed generators, which make dropout and noise: seed each rank as you want it.
+    Turns jit_compile off, with a warning, if Keras's default 'auto' chose True. Warns if the model's optimizer is not wrapped."""
 
     def __init__(self, root_rank: int = 0, device: str = "", process_set: Any = api.global_process_set):
         super().__init__()
@@ -41,10 +53,11 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     def _broadcast(self) -> None:
         self._done = True
         if self.process_set.size() > 1:
-            broadcast_variables([*self.model.variables, *self.model.optimizer.variables], self.root_rank, self.process_set)
+            broadcast_variables([*shared_variables(self.model), *self.model.optimizer.variables], self.root_rank, self.process_set)
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._done = False
+        mention_unwrapped(self.model, self.process_set)
         if self.model.built:  # before the first step: LocalSGD measures drift from there
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
@@ -56,24 +69,33 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Replaces the metrics of an epoch by their means over the ranks. Put it before callbacks that read them."""
+    """Replaces the metrics of an epoch, numbers or arrays, by their means over the ranks that have them, by name. Put it before callbacks
+    that read them. Raises ParameterError, on every rank alike, for a metric whose shapes differ."""
 
     def __init__(self, device: str = "", process_set: Any = api.global_process_set):
         super().__init__()
         self.process_set = process_set
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if not logs or self.process_set.size() == 1:
+        if logs is None or not self.process_set.included() or self.process_set.size() == 1:
             return
-        names = sorted(logs)
-        values = tf.constant(np.array([float(logs[name]) for name in names], np.float64))
-        means = api.allreduce(values, op=api.Average, name="grace/metrics", process_set=self.process_set, ignore_name_scope=True)
-        logs.update(zip(names, means.numpy().tolist(), strict=True))
+        own = {name: np.asarray(value, np.float64) for name, value in logs.items()}
+        with blocking("hvd.callbacks.MetricAverageCallback", self.process_set):
+            everyone = api.allgather_object(own, name="grace.metrics", process_set=self.process_set)
+        for name in logs:
+            values = [rank[name] for rank in everyone if name in rank]
+            if len({value.shape for value in values}) > 1:
+                raise ParameterError(f"metric {name!r} has the shapes {[v.shape for v in values]} on the ranks; their mean needs one shape")
+            mean = np.mean(values, axis=0)
+            logs[name] = mean if mean.ndim else float(mean)
 
 
 class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to initial_lr * multiplier(epoch), from start_epoch until end_epoch: at each epoch, or with staircase=False
-    at each batch. momentum_correction has no effect."""
+    at each batch, as Horovod's callback does. A number as multiplier means multiplier ** (epoch - start_epoch).
+
+    It differs from Horovod's in two things: the logs have Keras 3's key 'learning_rate', not 'lr'; and momentum_correction=True only gives
+    a warning, because Keras 3 compiles the momentum into the training step, where it cannot change."""
 
     def __init__(
         self,
@@ -82,13 +104,17 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         start_epoch: int = 0,
         end_epoch: int | None = None,
         staircase: bool = True,
-        momentum_correction: bool = True,
+        momentum_correction: bool = False,
         steps_per_epoch: int | None = None,
     ):
         super().__init__()
+        if momentum_correction:
+            warn_user("momentum_correction=True has no effect: Keras 3 compiles the momentum into the training step. Leave it out")
         self.initial_lr, self.start_epoch, self.end_epoch = initial_lr, start_epoch, end_epoch
         self.staircase, self.steps_per_epoch = staircase, steps_per_epoch
-        self.multiplier: Callable[[float], float] = multiplier if callable(multiplier) else lambda epoch: multiplier
+        self.multiplier: Callable[[float], float] = (
+            multiplier if callable(multiplier) else lambda epoch: multiplier ** (epoch - start_epoch)
+        )
         self._epoch = 0
 
     def _set(self, epoch: float) -> None:
@@ -102,10 +128,13 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if not self.staircase:
-            steps = self.steps_per_epoch or self.params.get("steps")
-            if not steps:
-                raise ValueError("staircase=False needs the number of steps per epoch, which is unknown here; pass steps_per_epoch")
-            self._set(self._epoch + batch / steps)
+            self._set(self._epoch + batch / self._steps())
+
+    def _steps(self) -> int:
+        steps = self.steps_per_epoch or self.params.get("steps")
+        if not steps:
+            raise ValueError("staircase=False needs the number of steps per epoch, which is unknown here; pass steps_per_epoch")
+        return steps
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if logs is not None:
@@ -119,16 +148,17 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         self,
         initial_lr: float,
         warmup_epochs: int = 5,
-        momentum_correction: bool = True,
+        momentum_correction: bool = False,
         steps_per_epoch: int | None = None,
         verbose: int = 0,
         process_set: Any = api.global_process_set,
     ):
         def multiplier(epoch: float) -> float:
             size = process_set.size()
+            epoch += 1 / self._steps()  # as Horovod: the last batch of an epoch has a round number
             return (epoch * (size - 1) / warmup_epochs + 1) / size
 
-        super().__init__(initial_lr, multiplier, 0, warmup_epochs, staircase=False, steps_per_epoch=steps_per_epoch)
+        super().__init__(initial_lr, multiplier, 0, warmup_epochs, False, momentum_correction, steps_per_epoch)
         self.warmup_epochs, self.verbose = warmup_epochs, verbose
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -157,6 +187,13 @@ class CompressionMetricsCallback(keras.callbacks.Callback):
         self._writer: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
+        if not hasattr(self.model.optimizer, "wire_bytes"):
+            raise UnsupportedError(
+                f"CompressionMetricsCallback reports what hvd.DistributedOptimizer sends, and this model's optimizer is a plain "
+                f"{type(self.model.optimizer).__name__}: compile the model with hvd.DistributedOptimizer(optimizer, compression=...)"
+            )
+        if self.every is not None and not hasattr(self.model.optimizer, "measure"):
+            raise UnsupportedError("LocalSGD has no metrics: leave out every=, jsonl= and tensorboard=; the logs have wire_bytes")
         if self.every is not None and not self._on:  # a second fit goes on with them
             self.model.optimizer.measure(self.every, **self.options)
             self._on = True

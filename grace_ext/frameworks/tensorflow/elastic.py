@@ -21,8 +21,9 @@ from horovod.tensorflow.elastic import TensorFlowState as TensorFlowState
 
 from ...checkpoints.elastic import carried_over, check_how
 from ...errors import GraceError
-from .callbacks import broadcast_variables
 from .optimizer import _Distributed
+from .variables import broadcast_variables, shared_variables
+from .watchdog import WATCHDOG, blocking
 
 
 class TensorFlowKerasState(ObjectState):
@@ -64,8 +65,8 @@ class TensorFlowKerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        """Gives all ranks rank 0's variables and attributes. The memory follows in `settle`."""
-        broadcast_variables(self._variables(), root_rank=0)
+        """Gives all ranks rank 0's variables and attributes, but the states of seed generators. The memory follows in `settle`."""
+        broadcast_variables([*shared_variables(self.model), *self.optimizer.variables], root_rank=0)
         super().sync()
 
     def settle(self) -> None:
@@ -74,7 +75,8 @@ class TensorFlowKerasState(ObjectState):
         if isinstance(self.optimizer, _Distributed):
             gather = functools.partial(api.allgather_object, name="grace.elastic")
             how = {"rank": api.rank(), "size": api.size(), "how": self._resize}
-            self.optimizer._grace.move(functools.partial(carried_over, gather, **how))
+            with blocking("hvd.elastic.run"):
+                self.optimizer._grace.move(functools.partial(carried_over, gather, **how))
             self.model.train_function = None
         self.save()
 
@@ -111,5 +113,7 @@ def run(function: Callable[..., Any]) -> Callable[..., Any]:
             if "Horovod" not in str(error):
                 raise
             raise HorovodInternalError(str(error)) from error
+        finally:
+            WATCHDOG.settle()
 
     return horovod_elastic.run(settled)

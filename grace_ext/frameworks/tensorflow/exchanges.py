@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import horovod.tensorflow as api
@@ -17,9 +16,11 @@ from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from ..launchers import check_alone
-from .graph import GraphExchange, HorovodTransport, digests_of
+from .graph import GraphExchange, HorovodTransport, digester, digests_of
+from .in_front import refuse_xla
 from .loop import exchange_of
 from .trackable import TrackedState
+from .watchdog import watched_operation
 
 
 def averages(op: Any) -> bool:
@@ -52,9 +53,16 @@ def names_of(variables: Sequence[Any]) -> list[str]:
     return names
 
 
+def added_up(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Returns the same gradient with each row once: rows of the same index are added up."""
+    rows, places = tf.unique(gradient.indices)
+    return tf.IndexedSlices(tf.math.unsorted_segment_sum(gradient.values, places, tf.size(rows)), rows, gradient.dense_shape)
+
+
 def exchange_sparse(gradient: tf.IndexedSlices, name: str, op: Any, process_set: Any) -> tf.IndexedSlices:
-    """Exchanges a sparse gradient exactly, uncompressed, as Horovod does."""
-    return api.allreduce(gradient, op=op, name=f"grace/sparse/{name}", process_set=process_set, ignore_name_scope=True)
+    """Exchanges a sparse gradient exactly, uncompressed, by Horovod's gather of rows. Rows are added up before and after it."""
+    options = {"op": op, "name": name, "process_set": process_set, "ignore_name_scope": True}
+    return added_up(watched_operation(name, process_set, added_up(gradient), lambda rows: api.allreduce(rows, **options)))
 
 
 class GradientExchange(Measured):
@@ -75,31 +83,55 @@ class GradientExchange(Measured):
         """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`."""
         return not self.process_set.included() or (is_alone(self.process_set) and not self.simulate)
 
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None) -> list[Any]:
-        """Returns the aggregates of the gradients; None stays None."""
-        results, dense = list(gradients), []
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None, others: Any = None) -> list[Any]:
+        """Returns the aggregates of the gradients; None stays None.
+
+        others: whether the gradients that stay this rank's own are finite on all ranks, as a tensor; None if there are none."""
+        results, dense, sparse = list(gradients), [], []
         for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
             if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
-                results[place] = exchange_sparse(gradient, name, self.op, self.process_set)
+                sparse.append((place, name, gradient))
             elif gradient is not None:
                 dense.append((place, name, tf.convert_to_tensor(gradient)))
+        if not dense and not sparse:
+            return results
+        refuse_xla()
+        specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
+        exchange = self._exchange(specs, [name for _, name, _ in sparse], {name: variables[place] for place, name, _ in dense})
+        exchange.agree()
+        finite = [] if others is None else [others]
+        for number, (place, _, gradient) in enumerate(sparse):  # by its place: names of variables may differ by rank
+            name = f"{exchange.driver.prefix}/sparse/{number}"
+            results[place] = exchange_sparse(gradient, name, self.op, self.process_set)
+            finite.append(tf.reduce_all(tf.math.is_finite(results[place].values)))
         if dense:
-            specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
-            exchange = self._exchange(specs, {name: variables[place] for place, name, _ in dense})
-            for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr), strict=True):
+            others = tf.reduce_all(tf.stack(finite)) if finite else None
+            for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr, others), strict=True):
                 results[place] = result
         return results
 
-    def _exchange(self, specs: list[TensorSpec], variables: dict[str, Any]) -> GraphExchange:
+    def finite_on_all(self, gradients: Sequence[Any]) -> tf.Tensor:
+        """Returns whether all of these gradients, which stay this rank's own, are finite on every rank."""
+        values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+        own = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values]))
+        if self.process_set.size() == 1:
+            return own
+        options = {"op": api.Min, "name": "grace.local", "process_set": self.process_set, "ignore_name_scope": True}
+        flag = tf.cast(own, tf.float32)
+        return watched_operation("grace.local", self.process_set, flag, lambda value: api.allreduce(value, **options)) > 0.5
+
+    def _exchange(self, specs: list[TensorSpec], sparse: list[str], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:
-            starting = partial(digests_of, variables) if self._check_start and self.process_set.size() > 1 else None
+            starting = digester(variables) if self._check_start and self.process_set.size() > 1 else None
             self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting)
+            self.dense.driver.sparse = sparse
             self._attach(self.dense.driver)
             if self._saved:
                 self.dense.driver.load_state_dict(self._saved)
         known = self.dense.driver.specs
-        if {spec.name: spec for spec in specs} != known:
-            differing = sorted({s.name for s in specs} ^ set(known)) or [s.name for s in specs if known[s.name] != s]
+        if {spec.name: spec for spec in specs} != known or sparse != self.dense.driver.sparse:
+            differing = sorted({*(s.name for s in specs), *sparse} ^ {*known, *self.dense.driver.sparse})
+            differing = differing or [s.name for s in specs if known.get(s.name) != s]
             raise NamesError(
                 f"the variables with gradients differ from those of the first step, whose state is kept by name: "
                 f"{', '.join(differing[:5])}; make a new optimizer for a changed model"

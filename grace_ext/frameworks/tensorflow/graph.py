@@ -12,7 +12,9 @@ The agreement of the first step is a blocking collective, made outside the graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import horovod.tensorflow as hvd
@@ -24,12 +26,13 @@ from ...composition.grace import Grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
 from ...errors import GraceError, UnsupportedError
-from ...exchange.effects import Collective, Start
-from ...exchange.perform import perform
+from ...exchange.effects import Collective, Start, Wait
+from ...exchange.perform import naming_failures, perform
 from ...exchange.transport import Carried, Transport, by_sum, cut, gathered, to_sum
 from ...parts.tensor import TensorSpec
 from ..horovod import process_set_of
 from .ops import GraphOps, graph_ops
+from .watchdog import FAILURE, WATCHDOG, Waiting, watched
 
 
 class HorovodTransport(Transport):
@@ -39,6 +42,7 @@ class HorovodTransport(Transport):
     gathers_uneven = True
     scatters_uneven = True
     splits = True
+    failure = FAILURE
 
     def __init__(self, process_set: Any):
         self.ops, self.process_set = graph_ops(), process_set
@@ -100,7 +104,8 @@ class HorovodTransport(Transport):
         return found
 
     def start(self, collective: Collective, name: str) -> Any:
-        return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)
+        with watched(name, self.rank):  # an eager operation waits for its result
+            return collective, self.apply(collective, [tf.constant(array) for array in self.arrays_of(collective)], name)
 
     def wait(self, handle: Any) -> Any:
         collective, tensors = handle
@@ -162,9 +167,10 @@ class GraphExchange:
         self._started: list[np.ndarray] = []
         self._under_way: dict[str, Collective] = {}
         self._finishing: Any = None
+        self._waiting: Waiting | None = None
 
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
-        """Returns the effects of one step, by piece: [(names put, collectives started)], then [(name waited for, collectives started)]."""
+        """Returns the effects of one step, by piece: [(names put, collectives started)], then [(the wait, collectives started)]."""
         pretended = Alone(self.transport.ops, self.transport.pair)
         driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
         driver.register(self.driver.specs.values())
@@ -189,16 +195,20 @@ class GraphExchange:
                 handles[effect.name] = effect.collective
                 pieces[-1][1].append(effect)
             else:
-                pieces.append((effect.name, []))
+                pieces.append((effect, []))
                 answer = driver.transport.wait(handles.pop(effect.name))
 
     # --- building the operations ------------------------------------------------------------------------------------
-    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
-        """Returns the aggregates, in the gradients' order, shapes and dtypes."""
-        self.driver.check_rate(None if lr is None else 1.0)  # while the graph is traced
+    def agree(self) -> None:
+        """Makes the ranks agree, outside the graph, when the first one is traced."""
         if not self.driver.agreed:
             with tf.init_scope():
                 perform(self.driver.agree(), self.transport, {})
+
+    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None, others_finite: Any = None) -> list[tf.Tensor]:
+        """Returns the aggregates, in the gradients' order, shapes and dtypes. others_finite: a tensor, see Driver; None stands for True."""
+        self.driver.check_rate(None if lr is None else 1.0)  # while the graph is traced
+        self.agree()
         specs = list(self.driver.specs.values())
         by_name = dict(zip(self.driver.specs, gradients, strict=True))
         token = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)  # the token carries the learning rate, too
@@ -206,11 +216,15 @@ class GraphExchange:
         outputs: list[tf.Tensor] = []
         for number, (what, effects) in enumerate(self._pieces):
             last = number == len(self._pieces) - 1
-            inputs = [by_name[name] for name in what] if isinstance(what, list) else in_flight.pop(what)
+            inputs = [by_name[name] for name in what] if isinstance(what, list) else in_flight.pop(what.name)
+            if last and others_finite is not None:
+                inputs = [others_finite, *inputs]
             counts = [len(self.transport.arrays_of(effect.collective)) for effect in effects]
             types = [tf.as_dtype(array.dtype) for effect in effects for array in self.transport.arrays_of(effect.collective)]
             types += [tf.as_dtype(spec.dtype) for spec in specs] if last else []
-            results = tf.numpy_function(self._piece(what, first=number == 0, last=last), [token, *inputs], [tf.float32, *types])
+            then = None if last or tf.executing_eagerly() else self._pieces[number + 1][0]
+            piece = self._piece(what, then, number == 0, last, last and others_finite is not None)
+            results = tf.numpy_function(piece, [token, *inputs], [tf.float32, *types])
             token, arrays = results[0], results[1:]
             token.set_shape([])
             outputs = arrays[sum(counts) :]
@@ -218,7 +232,8 @@ class GraphExchange:
                 mine, arrays = arrays[:count], arrays[count:]
                 for array in mine:
                     array.set_shape([None])
-                in_flight[effect.name] = self.transport.apply(effect.collective, mine, self._real_name(effect.name))
+                with self._watched_if_eager(effect):
+                    in_flight[effect.name] = self.transport.apply(effect.collective, mine, self._real_name(effect.name))
         for spec, output in zip(specs, outputs, strict=True):
             output.set_shape(spec.shape)
         return list(outputs)
@@ -226,23 +241,44 @@ class GraphExchange:
     def _real_name(self, rehearsed: str) -> str:
         return self.driver.prefix + rehearsed
 
-    def _piece(self, what: list[str] | str, first: bool, last: bool) -> Callable[..., list[np.ndarray]]:
-        """Returns what runs between two network operations, as a function of numpy arrays."""
+    @contextmanager
+    def _watched_if_eager(self, effect: Start) -> Iterator[None]:
+        """Watches a collective that waits for its result where it is made, and names it if it fails. In graphs the pieces watch."""
+        name = self._real_name(effect.name)
+        if self.transport.size == 1 or not tf.executing_eagerly():
+            yield
+            return
+        with naming_failures(self.transport, name, effect.parameters), watched(name, self.transport.rank):
+            yield
 
-        def run(token: np.ndarray, *values: np.ndarray) -> list[np.ndarray]:
+    def _piece(
+        self, what: list[str] | Wait, then: list[str] | Wait | None, first: bool, last: bool, judged: bool
+    ) -> Callable[..., list[np.ndarray]]:
+        """Returns what runs between two network operations, as a function of numpy arrays. what: the names of the gradients that it puts,
+        or what it has waited for. then: the same of the next piece, for the watchdog. judged: the first of the arrays says whether other
+        gradients are finite."""
+
+        def run(token: np.ndarray, *given: np.ndarray) -> list[np.ndarray]:
+            values = list(given)
+            self._wait_no_longer()
             if first:
                 self._begin_anew(token)
                 self.transport.ops.take_back()
+            if judged:
+                finite, *values = values
+                self.driver.others_finite = bool(finite)
             if isinstance(what, list):
                 for name, value in zip(what, values, strict=True):
                     for effect in self.driver.put(name, value):
                         self._begin(effect)
                 outputs = self._resume(None) if last else None  # it is the last only if nothing needs the network
             else:
-                name = self._real_name(what)
+                name = self._real_name(what.name)
                 outputs = self._resume(self.transport.result(self._under_way.pop(name), values))
             arrays, self._started = [*self._started, *(outputs or {}).values()], []
             self.transport.ops.lend(arrays)
+            if isinstance(then, Wait):
+                self._wait_for(self._real_name(then.name), then.parameters, self.transport)
             return [token, *arrays]
 
         return run
@@ -257,8 +293,18 @@ class GraphExchange:
         self._before_step(self.driver.step)
         self.driver.set_learning_rate(None if np.isnan(rate) else float(rate))
 
+    def _wait_for(self, name: str, parameters: Sequence[TensorSpec], among: HorovodTransport) -> None:
+        """Lets the watchdog know that this rank now waits for a collective, which the graph is about to make."""
+        if among.size > 1:
+            self._waiting = WATCHDOG.begin(name, [spec.name for spec in parameters], among.rank, in_graph=True)
+
+    def _wait_no_longer(self) -> None:
+        WATCHDOG.done(self._waiting)
+        self._waiting = None
+
     def _abandon(self) -> None:
         """Forgets a step that has begun and not ended, because of an error elsewhere in the graph."""
+        self._wait_no_longer()
         self._finishing = None
         self._started, self._under_way = [], {}
         self.driver.abandon()
@@ -288,6 +334,12 @@ def compare_start(driver: Driver, transport: HorovodTransport) -> None:
     """Compares the ranks' variables again, which differed before the first step. Raises DisagreementError."""
     assert driver.starting is not None
     perform(driver.compare(driver.starting()), transport, {})
+
+
+def digester(variables: Mapping[str, Any]) -> Callable[[], dict[str, str]]:
+    """Returns a function that returns the digests of these variables, and does not keep them alive."""
+    known = {name: weakref.ref(variable) for name, variable in variables.items()}
+    return lambda: digests_of({name: variable() for name, variable in known.items()})
 
 
 def digests_of(variables: Mapping[str, Any]) -> dict[str, str]:

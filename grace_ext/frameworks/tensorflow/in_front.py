@@ -24,6 +24,11 @@ XLA = (
     "use model.compile(..., jit_compile=False). (Keras's default 'auto' is turned off by hvd.callbacks.BroadcastGlobalVariablesCallback.)"
 )
 
+XLA_FUNCTION = (
+    "tf.function(jit_compile=True): XLA cannot run the operations of Horovod and grace_ext; leave jit_compile out for the function that "
+    "exchanges gradients (one that only computes them may have it)"
+)
+
 
 SCALING = (
     "this optimizer is inside a LossScaleOptimizer, which skips the step of a rank whose own gradients are not finite: the other ranks "
@@ -124,14 +129,17 @@ def refuse_inside_scaling(optimizer: Any) -> None:
         frame = frame.f_back
 
 
-def refuse_xla(optimizer: Any) -> None:
-    """Raises UnsupportedError if XLA would compile the training step that is being traced. The model is found on the stack, because an
-    optimizer has no reference to it. Keras's own default, jit_compile='auto', is turned off earlier by the callbacks (see without_xla)."""
+def refuse_xla(optimizer: Any = None) -> None:
+    """Raises UnsupportedError if XLA would compile the training step that is being traced: a tf.function(jit_compile=True), or the step of
+    a Keras model with this optimizer. Both are found on the stack, because an optimizer has no reference to them. Keras's own default,
+    jit_compile='auto', is turned off earlier by the callbacks (see without_xla)."""
     frame = inspect.currentframe()
     while frame is not None:
-        model = frame.f_locals.get("self")
-        if isinstance(model, keras.Model) and getattr(model, "optimizer", None) is optimizer:
-            if model.jit_compile:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, tf.types.experimental.PolymorphicFunction) and getattr(caller, "_jit_compile", None):
+            raise UnsupportedError(XLA_FUNCTION)
+        if optimizer is not None and isinstance(caller, keras.Model) and getattr(caller, "optimizer", None) is optimizer:
+            if caller.jit_compile:
                 raise UnsupportedError(XLA)
             return
         frame = frame.f_back

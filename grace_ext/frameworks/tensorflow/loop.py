@@ -24,7 +24,6 @@ import tensorflow as tf
 from ...composition.grace import Grace
 from ...errors import GraceError
 from ...exchange.effects import Collective, Start
-from ...exchange.perform import perform
 from .graph import GraphExchange, HorovodTransport
 
 #: (kind, element type) of a collective. With each group of ranks (Collective.group) each makes one branch of the switch. An all-to-all
@@ -50,15 +49,13 @@ class LoopExchange(GraphExchange):
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
         return []  # a step's collectives are found while it runs
 
-    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None) -> list[tf.Tensor]:
-        """Returns the aggregates, in the gradients' order, shapes and dtypes."""
+    def __call__(self, gradients: Sequence[tf.Tensor], lr: Any = None, others_finite: Any = None) -> list[tf.Tensor]:
+        """Returns the aggregates, in the gradients' order, shapes and dtypes. others_finite: a tensor, see Driver; None stands for True."""
         self.driver.check_rate(None if lr is None else 1.0)
-        if not self.driver.agreed:
-            with tf.init_scope():
-                perform(self.driver.agree(), self.transport, {})
+        self.agree()
         rate = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)
         types = [tf.int32, *(tf.as_dtype(name) for name in TYPES)]
-        state = tf.numpy_function(self._begin_step, [rate, *gradients], types)
+        state = tf.numpy_function(self._begin_step, [rate, others_finite is None or others_finite, *gradients], types)
         state[0].set_shape([])
         for array in state[1:]:
             array.set_shape([None])
@@ -73,7 +70,14 @@ class LoopExchange(GraphExchange):
             return after
 
         shapes = [tf.TensorShape([]), *(tf.TensorShape([None]) for _ in TYPES)]
-        state = tf.while_loop(lambda kind, *_: kind >= 0, one, state, shape_invariants=shapes, parallel_iterations=1)
+        try:
+            state = tf.while_loop(lambda kind, *_: kind >= 0, one, state, shape_invariants=shapes, parallel_iterations=1)
+        except tf.errors.OpError as error:  # in eager code; the errors of a graph come where that is called
+            waiting = self._waiting
+            if waiting is None:
+                raise
+            self._wait_no_longer()
+            raise waiting.error(str(error)) from error
         specs = list(self.driver.specs.values())
         outputs = tf.numpy_function(self._end_step, [state[0]], [tf.as_dtype(spec.dtype) for spec in specs])
         for spec, output in zip(specs, outputs, strict=True):
@@ -101,12 +105,13 @@ class LoopExchange(GraphExchange):
         return result
 
     # --- what runs between the collectives ----------------------------------------------------------------------------
-    def _begin_step(self, rate: np.ndarray, *values: np.ndarray) -> list[Any]:
+    def _begin_step(self, rate: np.ndarray, others_finite: np.ndarray, *values: np.ndarray) -> list[Any]:
         self._begin_anew(rate)
+        self.driver.others_finite = bool(others_finite)
         self._steps = self._whole_step(values)
         self._queue: deque[Start] = deque()
         self._results: dict[str, Any] = {}
-        self._waiting = ""
+        self._waits_for = ""
         self._outputs: list[np.ndarray] = []
         return self._next()
 
@@ -117,6 +122,7 @@ class LoopExchange(GraphExchange):
 
     def _go_on(self, *arrays: np.ndarray) -> list[Any]:
         """Takes the result of the collective that was made, and continues as `_next`."""
+        self._wait_no_longer()
         made = self._queue.popleft()
         collective = made.collective
         values = [arrays[_place(collective)], arrays[-1]]
@@ -133,25 +139,28 @@ class LoopExchange(GraphExchange):
         collective in the queue, or ENDED if the step is over."""
         while True:
             answer = None
-            if self._waiting:
-                if self._waiting not in self._results:
-                    return self._carried(self._queue[0].collective)
-                answer, self._waiting = self._results.pop(self._waiting), ""
+            if self._waits_for:
+                if self._waits_for not in self._results:
+                    return self._carried(self._queue[0])
+                answer, self._waits_for = self._results.pop(self._waits_for), ""
             try:
                 effect = self._steps.send(answer)
             except StopIteration:
                 return self._carried(None)
             if not isinstance(effect, Start):
-                self._waiting = effect.name
+                self._waits_for = effect.name
             elif self.transport.among(effect.collective.group) is None:
                 self._results[effect.name] = None
             else:
                 self._queue.append(effect._replace(collective=_as_gather(effect.collective)))
 
-    def _carried(self, collective: Collective | None) -> list[Any]:
+    def _carried(self, made: Start | None) -> list[Any]:
         arrays = [np.empty(0, dtype) for dtype in TYPES]
-        if collective is None:
+        if made is None:
             return [np.int32(ENDED), *arrays]
+        collective, among = made.collective, self.transport.among(made.collective.group)
+        assert among is not None  # else it was never queued
+        self._wait_for(made.name, made.parameters, among)
         place, group = _place(collective), self._groups.index(collective.group)
         arrays[place], *splits = self.transport.arrays_of(collective)
         return [np.int32(len(BRANCHES) * group + place), *arrays[:-1], *(splits or arrays[-1:])]

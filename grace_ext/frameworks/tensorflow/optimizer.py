@@ -8,6 +8,7 @@ import horovod.tensorflow as api
 import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable
+from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange
@@ -39,6 +40,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     compression: a Grace, a spec string, None or hvd.Compression.none/.fp16. (Plain Horovod 0.28 reduces nothing under Keras 3, so these
       too go through grace_ext.)
     backward_passes_per_step: gradients of that many calls are added up (averaged with average_aggregated_gradients) and exchanged once.
+      So are those of an optimizer with gradient_accumulation_steps, once per update (with a LossScaleOptimizer: at each call).
     op: Average or Sum. gradient_predivide_factor, num_groups, groups: accepted; sums are formed in float32 and gradients travel in buckets.
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
     name, device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
@@ -71,13 +73,31 @@ class _Distributed(InFront):
     _grace_passes: tuple[int, bool]
     _grace_local: tuple[set[int], bool]
     _grace_accumulators: tuple[Any, list[Any]] | None
+    _grace_present: list[Any]
+    gradient_accumulation_steps: int | None
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:
         passes, average = self._grace_passes
-        if passes == 1:
+        if self.gradient_accumulation_steps:
+            if passes > 1:
+                raise UnsupportedError(
+                    f"backward_passes_per_step={passes} and the optimizer's own gradient_accumulation_steps="
+                    f"{self.gradient_accumulation_steps} both accumulate gradients: leave one of them out"
+                )
+            present = [v for g, v in zip(grads, variables, strict=True) if g is not None]
+            object.__setattr__(self, "_grace_present", present)  # for _clip_gradients, while Keras runs
+            self._apply_wrapped(grads, variables)
+        elif passes == 1:
             self._apply_wrapped(self._exchanged(grads, variables), variables)
         else:
             self._accumulate_and_apply(grads, variables, passes, average)
+
+    @tf.autograph.experimental.do_not_convert
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        """Exchanges accumulated gradients before they are clipped: Keras calls this once per update, when it has accumulated them."""
+        if self.gradient_accumulation_steps and not self._grace.idle:
+            grads = self._exchanged(list(grads), self._grace_present)
+        return super()._clip_gradients(grads)
 
     def _exchanged(self, grads: list[Any], variables: list[Any]) -> list[Any]:
         local, scale = self._grace_local
@@ -88,7 +108,13 @@ class _Distributed(InFront):
         # A LossScaleOptimizer's gradients are compressed as if the loss were not scaled: a change of scale then leaves the memory right.
         loss_scale = getattr(self, "dynamic_scale", None)
         own = [_times(grads[i], loss_scale, -1) for i in shared]
-        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate)
+        mine = [i for i, g in enumerate(grads) if i not in shared and g is not None]
+        finite = None
+        if mine and loss_scale is not None:  # a rank that skips a step alone would drift apart
+            finite = self._grace.finite_on_all([grads[i] for i in mine])
+            for i in mine:
+                results[i] = _or_nan(results[i], finite)
+        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate, finite)
         for i, result in zip(shared, exchanged, strict=True):
             results[i] = _times(result, loss_scale, 1)
         return results
@@ -146,6 +172,14 @@ class _Distributed(InFront):
 
     def _saveable(self) -> Saveable:
         return self._grace._saveable()
+
+
+def _or_nan(gradient: Any, finite: Any) -> Any:
+    """Returns the gradient, or NaNs in its place."""
+    factor = tf.where(finite, 1.0, float("nan"))
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
 
 
 def _times(gradient: Any, scale: Any, sign: int) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import horovod.tensorflow as api
+import keras
 import tensorflow as tf
 
 from ...composition.grace import Grace
@@ -15,8 +16,9 @@ from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange
 
-# A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables.
-_exchanges: dict[tuple[Any, ...], tuple[Any, dict, GradientExchange, list[Any]]] = {}
+# A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables: an entry is
+# dropped when one of them is no longer used anywhere.
+_exchanges: dict[tuple[Any, ...], tuple[weakref.ref[Grace] | None, GradientExchange, list[Any]]] = {}
 
 ANEW = (
     "a tape for these variables got another Grace than before, of the same spec ({}): a Grace made anew at each step loses its memory. "
@@ -26,19 +28,17 @@ ANEW = (
 
 def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> GradientExchange:
     """Returns the exchange of these variables with this Grace, which is made once. Raises UnsupportedError if the Grace was made anew."""
-    key = tuple(id(v) for v in variables) + settings
     g = chosen_compression(compression, api.Compression)
+    key = (*(id(v) for v in variables), *settings, repr(g))
     known = _exchanges.get(key)
     if known is not None:
-        same_object = isinstance(compression, Grace) and known[0]() is compression
-        same_name = not isinstance(compression, Grace) and known[0] is None
-        if known[1] == g.to_config():
-            if same_object or same_name:
-                return known[2]
+        owner, exchange, _ = known
+        if (owner and owner()) is not (compression if isinstance(compression, Grace) else None):
             raise UnsupportedError(ANEW.format(g))
+        return exchange
     owner = weakref.ref(compression) if isinstance(compression, Grace) else None
     exchange = make(g)
-    _exchanges[key] = (owner, g.to_config(), exchange, list(variables))  # holds the variables, so that ids stay theirs
+    _exchanges[key] = (owner, exchange, [weakref.ref(v, lambda _: _exchanges.pop(key, None)) for v in variables])
     return exchange
 
 
@@ -54,6 +54,7 @@ class _Tape:
         self._scale, self._simulate, self._metrics = scale, simulate, metrics
         self._check_start = check_start
         self._local: set[int] = set()
+        self._calls: dict[tuple[int, ...], int] = {}  # how often `gradient` was called, by the sources
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tape, name)
@@ -65,6 +66,15 @@ class _Tape:
     def __exit__(self, *error: Any) -> None:
         self._tape.__exit__(*error)
 
+    def jacobian(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises UnsupportedError: only gradients are exchanged."""
+        raise UnsupportedError(
+            "a distributed tape exchanges gradients only, and this would be each rank's own: ask the plain tf.GradientTape for it (and "
+            "hvd.allreduce the result)"
+        )
+
+    batch_jacobian = jacobian
+
     def metrics(self) -> Report:
         """Returns this rank's latest report of the metrics that the tape was given; {} without any."""
         return self._metrics.report() if self._metrics else {}
@@ -74,25 +84,45 @@ class _Tape:
         self._local.add(id(source))
 
     @tf.autograph.experimental.do_not_convert
-    def memory(self, sources: Any) -> GradientExchange:
+    def memory(self, sources: Any, call: int = 0) -> GradientExchange:
         """Returns the exchange that all tapes with this compression and these settings share for these variables: for grace_ext.save and
-        load, and by its `trackable()` for tf.train.Checkpoint. It can be called before the first step."""
-        settings = (str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate, self._check_start)
+        load, and by its `trackable()` for tf.train.Checkpoint. It can be called before the first step.
+
+        call: which of a persistent tape's calls of `gradient` for these sources it is (the first is 0): each has a memory of its own, as
+          the gradients are of different losses."""
+        settings = (call, str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate, self._check_start)
         return _exchanges_for(
             self._compression,
             [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
             settings,
-            lambda g: GradientExchange(g, self._op, self._process_set, *settings[2:]),
+            lambda g: GradientExchange(g, self._op, self._process_set, *settings[3:]),
         )
 
     @tf.autograph.experimental.do_not_convert
-    def gradient(self, target: Any, sources: Any, output_gradients: Any = None, use_generic_names: bool = False) -> Any:
-        """Returns the tape's gradients, exchanged, in the structure of `sources` (tf.Variables or Keras 3 variables)."""
+    def gradient(
+        self,
+        target: Any,
+        sources: Any,
+        output_gradients: Any = None,
+        use_generic_names: bool = False,
+        *,
+        unconnected_gradients: tf.UnconnectedGradients = tf.UnconnectedGradients.NONE,
+    ) -> Any:
+        """Returns the tape's gradients, exchanged, in the structure of `sources` (tf.Variables or Keras 3 variables). Raises
+        UnsupportedError for sources that are watched tensors: they differ by rank, and no memory can belong to them."""
         flat = tf.nest.flatten(sources)
-        inner = [v.value if hasattr(v, "path") and hasattr(v, "value") and not isinstance(v, tf.Variable) else v for v in flat]
-        gradients = self._tape.gradient(target, inner, output_gradients)
+        watched = [v for v in flat if not isinstance(v, (tf.Variable, keras.Variable))]
+        if watched:
+            raise UnsupportedError(
+                f"{len(watched)} of the sources are no variables but {type(watched[0]).__name__}s: gradients of watched tensors are each "
+                "rank's own. Ask the plain tf.GradientTape for them"
+            )
+        inner = [v if isinstance(v, tf.Variable) else v.value for v in flat]
+        gradients = self._tape.gradient(target, inner, output_gradients, unconnected_gradients)
         shared = [i for i, v in enumerate(flat) if id(v) not in self._local]
-        exchange = self.memory(sources)
+        key = tuple(id(v) for v in flat)
+        exchange = self.memory(sources, self._calls.get(key, 0))
+        self._calls[key] = self._calls.get(key, 0) + 1
         if self._metrics is not None:
             exchange.measure_by(self._metrics)
         if not exchange.idle:

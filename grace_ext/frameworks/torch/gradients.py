@@ -161,23 +161,24 @@ class GradientExchange:
         changed = [n for n, (put, version) in self._given.items() if self.parameters[n].grad is not put or put._version != version]
         self._sparse_bytes = 0
         dense = [name for name in self.parameters if name not in self._sparse]
-        first, handles = not self.session.driver.agreed, []
         try:
-            if not first:  # at the first step the ranks may not yet agree on which gradients are sparse
-                handles = self._start_all_sparse()
-            results = self.session.finish(dense, commit=commit and not changed, revocable=revocable) if dense else {}
-            if first:
-                handles = self._start_all_sparse()
+            if dense and not self.session.driver.agreed:  # among other things, on which gradients are sparse
+                self.session.agree(dense)
+            rows = {name: handle().coalesce() for name, handle in self._start_all_sparse()}
+            # On all ranks alike: a GradScaler will skip the step if there is an Inf or NaN in any gradient.
+            finite = all(bool(torch.isfinite(sum_of.values()).all()) for sum_of in rows.values())
+            how = {"commit": commit and not changed, "revocable": revocable, "others_finite": finite}
+            results = self.session.finish(dense, **how) if dense else {}
         finally:
             self._reset()
         if changed and commit:  # only now, so that the other ranks need not wait for this one; their next exchange tells them
             raise UnsupportedError(CHANGED.format(len(changed), few(changed)))
         for name, result in results.items():
             _set_gradient(self.parameters[name], result)
-        for name, handle in handles:
+        for name, total in rows.items():
             gradient = self.parameters[name].grad
             assert gradient is not None
-            gradient.zero_().add_(handle())
+            gradient.zero_().add_(total)
         self._left = {name: (weakref.ref(p.grad), p.grad._version) for name, p in self.parameters.items() if p.grad is not None}
         self.synchronized = True
 
@@ -274,9 +275,9 @@ class GradientExchange:
             parameter.grad = torch.zeros_like(parameter).to_sparse(1)
         elif not parameter.grad.is_sparse:
             raise UnsupportedError(f"the gradient of {name!r} was sparse at first and is dense now; pass sparse_as_dense=True")
-        sent = parameter.grad.coalesce()
+        sent = parameter.grad.coalesce()  # rows of the same index are added up before they are sent
         self._sparse_bytes += sent.indices().nbytes + sent.values().nbytes
-        return api.sparse_allreduce_async(parameter.grad, name=f"grace/sparse/{name}", op=self.op, process_set=self.process_set)
+        return api.sparse_allreduce_async(sent, name=f"grace/sparse/{name}", op=self.op, process_set=self.process_set)
 
     # --- state ------------------------------------------------------------------------------------------------------
     @property

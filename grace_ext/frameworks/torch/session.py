@@ -129,24 +129,43 @@ class Session:
             self._spans.insert(at, span)
         return bool(overlapping)
 
-    def finish(self, names: Iterable[str], *, commit: bool = True, revocable: bool = False) -> dict[str, torch.Tensor]:
+    def agree(self, names: Iterable[str]) -> None:
+        """Registers the parameters of these names, and makes the ranks agree, before the first step is finished. Every rank calls it."""
+        with self._lock:
+            try:
+                self._register(names)
+                perform(self.driver.agree(), self.driver.transport, {})
+            except BaseException:
+                self._end()
+                raise
+
+    def _register(self, names: Iterable[str]) -> None:
+        if self._wrapper:
+            check_containers(self.parameters, self._wrapper)
+        self.driver.register(self._spec(name) for name in names)
+
+    def finish(
+        self, names: Iterable[str], *, commit: bool = True, revocable: bool = False, others_finite: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Ends the step for the parameters of these names (the same at every step). Returns the aggregates by name; they are written over
-        the gradients that `put` got. commit, revocable: as for Driver.finish."""
+        the gradients that `put` got. commit, revocable: as for Driver.finish. others_finite: see Driver."""
         with self._lock:
             try:
                 if not self.driver.specs:
-                    if self._wrapper:
-                        check_containers(self.parameters, self._wrapper)
-                    self.driver.register(self._spec(name) for name in names)
-                    for name, gradient in self._first.items():
-                        perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
+                    self._register(names)
+                for name, gradient in self._first.items():
+                    perform(self.driver.put(name, gradient), self.driver.transport, self._handles)
+                self.driver.others_finite = others_finite
                 results = perform(self.driver.finish(commit=commit, revocable=revocable), self.driver.transport, self._handles)
                 return {name: x.mul_(self.scale) for name, x in results.items()} if self.scale != 1 else results
             finally:
-                self._scale = None
-                self._first.clear()
-                self._spans.clear()
-                self._handles.clear()
+                self._end()
+
+    def _end(self) -> None:
+        self._scale = None
+        self._first.clear()
+        self._spans.clear()
+        self._handles.clear()
 
     def forget(self) -> None:
         """Drops the gradients of a step of which nothing was started. Every rank must call it."""

@@ -108,6 +108,55 @@ def case_one_ranks_inf_is_skipped_by_all():
                 assert_same(amp.weights(), plain.weights())
 
 
+def case_not_finite_in_sparse_gradients():
+    """An Inf or NaN in one rank's sparse gradient, in unique rows or in rows that are added up, skips the step on all ranks, at the first
+    step too: no weights and no memory change."""
+    for first in (True, False):
+        for where in ("unique", "repeated", "overflow"):
+            torch.manual_seed(0)
+            table, dense = torch.nn.Embedding(6, 4, sparse=True), torch.nn.Linear(4, 3)
+            model = torch.nn.Sequential(table, dense)
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=TOPK, scaler=scaler)
+
+            def step(bad, where=where, model=model, optimizer=optimizer, scaler=scaler, table=table):
+                optimizer.zero_grad()
+                index = torch.tensor([0, 2, 2] if where != "unique" else [0, 2, 4])
+                scaler.scale(model(index).square().sum() * (1 + hvd.rank())).backward()
+                if bad:
+                    values = table.weight.grad._values()
+                    if where == "unique":
+                        values[1, 1] = float("nan")
+                    elif where == "repeated":
+                        values[1, 0], values[2, 0] = float("inf"), float("-inf")
+                    else:
+                        values[1:, 0] = 3e38
+                optimizer.synchronize()
+                scaler.unscale_(optimizer)
+                with optimizer.skip_synchronize():
+                    scaler.step(optimizer)
+                scaler.update()
+
+            def seen(model=model, optimizer=optimizer):
+                memory = optimizer.state_dict()["grace_ext"]["state"]
+                return training.weights_of(model), {key: x.clone() for key, x in memory.items()}
+
+            if not first:
+                step(bad=False)
+            (weights, memory), scale = seen(), scaler.get_scale()
+            step(bad=hvd.rank() == 1)
+            after, memory_after = seen()
+            assert_same(after, weights)
+            assert scaler.get_scale() == scale / 2 and same_on_all_ranks(scaler.get_scale()), (first, where)
+            assert all(torch.equal(memory_after[key], value) for key, value in memory.items()), (first, where)
+            if first:
+                assert not any(value.any() for value in memory_after.values())
+            step(bad=False)
+            assert any((seen()[0][name] != weights[name]).any() for name in weights)
+            assert same_on_all_ranks({name: w.tobytes() for name, w in seen()[0].items()})
+
+
 def case_autocast():
     """With 16-bit autocast, with and without a scaler, all ranks have the same model, and the loss falls."""
     for dtype, scale in ((torch.float16, 2.0**10), (torch.bfloat16, None), (torch.bfloat16, 2.0**4)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from grace_ext.errors import DisagreementError, GraceError, PayloadError, Unsupp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
-from cases import assert_same, raises, run_cases  # noqa: E402
+from cases import assert_same, raises, run_cases, warnings_of  # noqa: E402
 
 TOPK = "topk(ratio=0.1) + residual"
 
@@ -44,13 +43,6 @@ def both_ranks(steps, make=sgd, change=lambda model: None, twin=None, loss=train
 def assert_close(one, other, tolerance=1e-6):
     for name in other:
         assert abs(one[name] - other[name]).max(initial=0) <= tolerance, (name, abs(one[name] - other[name]).max())
-
-
-def warnings_of(call):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [w for w in caught if w.category is UserWarning]
 
 
 # --- closures ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grace_ext
@@ -21,6 +21,14 @@ def raises(kind: type[Exception] | tuple[type[Exception], ...], text: str, call:
         assert text in str(error), f"{text!r} is not in {error}"
     else:
         raise AssertionError(f"no {kind}")
+
+
+def warnings_of(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
+    """Returns the warnings for users that the call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [w for w in caught if w.category is UserWarning]
 
 
 @contextlib.contextmanager
