@@ -41,6 +41,14 @@ def flat(tensor: Any) -> torch.Tensor:
     return (tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)).reshape(-1)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor's elements as flat bytes, without a copy if it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() == 1:  # contiguous whatever its stride is, which `view` does not accept
+        flat = flat.as_strided((1,), (1,))
+    return flat.view(torch.uint8)
+
+
 class HostOps(NumpyOps):
     """Operations for torch CPU tensors: the user's tensors are torch's, the arrays inside are numpy's."""
 
@@ -116,8 +124,7 @@ class TorchOps(Ops):
         return x.to(getattr(torch, dtype))
 
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        narrow = x.to(getattr(torch, dtype)) if dtype in INTEGERS else _narrowed(x, dtype)
-        return narrow.contiguous().view(torch.uint8)
+        return as_bytes(x.to(getattr(torch, dtype)) if dtype in INTEGERS else _narrowed(x, dtype))
 
     def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
         if data.storage_offset() % 8 or not data.is_contiguous():

@@ -22,7 +22,7 @@ from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
 from .guards import check_containers, check_parameters
-from .ops import HostOps, TorchOps, describe, ops_for
+from .ops import HostOps, TorchOps, as_bytes, describe, ops_for
 
 
 def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
@@ -241,7 +241,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     found = {}
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
-        found[name] = f"{data.dtype}{list(data.shape)}:" + digest_of(data.reshape(-1).view(torch.uint8).numpy())
+        found[name] = f"{data.dtype}{list(data.shape)}:" + digest_of(as_bytes(data).numpy())
     return found
 
 

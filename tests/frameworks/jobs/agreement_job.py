@@ -194,6 +194,35 @@ def case_sparse_on_all_ranks():
         hvd.check_agreement(optimizer)
 
 
+def case_one_sparse_row():
+    """Its element's stride is 0 or 4, and still it is contiguous."""
+    torch.manual_seed(0)
+    model = torch.nn.Embedding(4, 1, sparse=True)
+    optimizer = wrapped(model)
+    before = model.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.tensor([2])).sum().backward()
+        optimizer.step()
+    changed = model.weight.detach() != before
+    assert changed.flatten().tolist() == [False, False, True, False]
+    hvd.check_agreement(optimizer)
+
+
+def case_learning_rates_that_differ():
+    """Memory efsignsgd works in units of the update, so ranks must have one learning rate: told at the first step, and at later ones."""
+    g = "topk(ratio=0.1) + efsignsgd"
+    model = training.make_model()
+    optimizer = wrapped(model, g)
+    optimizer.param_groups[0]["lr"] = 0.01 * (1 + hvd.rank())
+    raises(DisagreementError, "give all ranks one rate", lambda: train(model, optimizer, range(1)))
+    model = training.make_model()
+    optimizer = wrapped(model, g)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0]["lr"] = 0.01 * (1 + hvd.rank())
+    raises(PayloadError, "learning rate", lambda: train(model, optimizer, range(2, 3)))
+
+
 def case_sparse_on_one_rank():
     """If a rank's first batch does not use the table, it cannot know that its gradient is sparse: raises, unless sparse_as_dense=True."""
 

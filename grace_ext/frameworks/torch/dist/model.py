@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..in_front import keeps_containers
+from ..ops import as_bytes
 from .channel import Piece
 from .groups import Groups, HorovodInternalError
 from .handles import start
-from .pieces import Sum, allgather_piece, as_bytes, broadcast_piece, check_root, not_dense
+from .pieces import Sum, allgather_piece, broadcast_piece, check_root, not_dense
 from .reduce import allreduce
 from .signature import TensorSignature, digest
 from .world import ProcessSet, global_process_set, rank, size

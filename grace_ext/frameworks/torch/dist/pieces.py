@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....errors import UnsupportedError
+from ..ops import as_bytes
 from .channel import Piece
 from .groups import Groups
 from .signature import TensorSignature
@@ -97,11 +98,6 @@ def _piece(
     note = f"expanded along dimension {expanded}" if expanded else ""
     signature = TensorSignature(tensor.dtype, shape, tensor.device.type, note, name)
     return Piece(signature, launch, value, torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """Returns the tensor's elements as flat bytes, without a copy if it is contiguous."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _typed(data: Tensor, like: Tensor, rows: int) -> Tensor:
