@@ -35,8 +35,8 @@ Host = TypeVar("Host", bound=NumpyOps)
 
 
 def host_ops(border: type[Host]) -> Host:
-    """Returns the operations for this border (the class for the tensors that come in and go out), compiled if kernels are enabled."""
-    if not kernels.enabled():
+    """Returns the operations for this border (the class for the tensors that come in and go out), compiled if there are kernels."""
+    if not kernels.enabled() or kernels.load() is None:
         return border()
     bases = (CompiledOps,) if border is NumpyOps else (border, CompiledOps)
     return type("Compiled" + border.__name__, bases, {})()
@@ -47,7 +47,7 @@ class CompiledOps(QuantizingOps):
     than a pass over it."""
 
     def __init__(self) -> None:
-        self.kernels = kernels.load()
+        self.kernels: Any = kernels.load()
         self._spare: dict[tuple[int, str], list[np.ndarray]] = {}
         # What `empty` returned: only that is taken back, so that no more is kept than was once in use at a time.
         self._own: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]
     """Returns int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes, end to end. Uses kernels."""
     positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
     words = np.array(keys, np.uint32).reshape(-1)
-    kernels.load().permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
+    compiled: Any = kernels.load()
+    compiled.permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
     positions.sort()  # the positions of each array are above those of all before it
     return positions
 
@@ -40,9 +42,9 @@ def _half_bits(d: int) -> int:
 
 def _permuted(key: Key, d: int, k: int) -> np.ndarray:
     half_bits = _half_bits(d)
-    if kernels.enabled():
+    if kernels.enabled() and (compiled := kernels.load()):
         out = np.empty(k, np.int64)
-        kernels.load().permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)
+        compiled.permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)
         return out
     half, mask = np.uint32(half_bits), np.uint32((1 << half_bits) - 1)
 

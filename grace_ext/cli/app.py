@@ -1,16 +1,20 @@
-"""The command line `grace-ext list | show NAME | check | bench | plan`. With --json it prints one document on stdout, and nothing else."""
+"""The command line `grace-ext list | show NAME | check | bench | plan | compile`. With --json it prints one document on stdout, and nothing
+else."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .._version import __version__
@@ -24,6 +28,8 @@ HELP = "Gradient compression for data-parallel training."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
 BENCHED = "Specs to time, a compressor without a memory with its natural one; default: every compressor."
 SHOWN = "A part's name, with knobs if you like: topk, 'topk(ratio=0.1)'; or a spec, whose parts are shown."
+#: What the system says if a file cannot be written: the device is full, broken or read-only, or a quota is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -172,6 +178,29 @@ def bench_parts(
 app.command("plan")(plan)
 
 
+@app.command("compile")
+def compile_kernels(
+    into: Annotated[Path | None, typer.Option(help="The folder that GRACE_EXT_CACHE will name; default: the user's cache.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compiles the kernels before they are needed, for example into a container's image.
+
+    They are of use on the same kind of processor only; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES name another one."""
+    from ..arrays import kernels
+    from ..arrays.kernels.cache import target
+
+    folder = into or kernels.cache_folder()
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:-1], TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+        kept = kernels.prebuild(folder, lambda done, total: progress.update(task, completed=done, total=total))
+    processor = target()[1]
+    if as_json:
+        typer.echo(json.dumps({"cache": str(folder.absolute()), "kernels": str(kept), "processor": processor}))
+        return
+    typer.echo(f"The kernels for {processor} are in {kept}. Set GRACE_EXT_CACHE={folder.absolute()} where they are used.")
+
+
 def _print_versions(console: Console, report: dict[str, Any]) -> None:
     for name, version in report["packages"].items():
         console.print(f"  {name:<16} {version or '-'}", highlight=False)
@@ -184,9 +213,20 @@ def _print_versions(console: Console, report: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a GraceError is printed as one line, without a traceback."""
+    """Runs the command line. A GraceError, or output that cannot be written, is printed as one line, without a traceback."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except GraceError as error:
         typer.echo(f"grace-ext: {error}", err=True)
         raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries to write it once more when it ends
+        where = f" to {error.filename}" if error.filename else ""
+        typer.echo(f"grace-ext: the output cannot be written{where}: {error.strerror}", err=True)
+        raise SystemExit(1) from None

@@ -259,11 +259,3 @@ def test_ranks_that_start_together_compile_once(tmp_path):
     said = [process.communicate(timeout=300)[1] for process in started]
     assert sorted("compiling kernels" in text for text in said) == [False, False, True]
     assert not any(process.returncode for process in started)
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    """If the cache folder cannot be made, because a file has its name, kernels are kept in a temporary folder for this process."""
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    done = run(GRACE_EXT_CACHE=str(blocked))
-    assert done.stdout.split()[1]

@@ -1,18 +1,24 @@
-"""Compiles a kernel for one signature, without Python's lock, into grace_ext's own cache folder, and gives kernels vector instructions."""
+"""Compiles a kernel for one signature, or loads it from grace_ext's own cache; it runs without Python's lock. Gives kernels vector
+instructions."""
 
 from __future__ import annotations
 
 import operator
+import pickle
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
-from numba import config, njit, types
+from llvmlite import ir
+from numba import njit, types
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
 from numba.core.dispatcher import Dispatcher as Kernel  # noqa: F401  (what `kernel` makes)
+from numba.core.serialize import dumps
 from numba.extending import intrinsic, models, overload, register_model
 
-from .cache import kernels_folder
+from . import cache
 
 # Types of arguments. Arrays that a kernel only reads may be read-only ones, such as those of a transport or TensorFlow.
 f32, f64, flag = types.float32, types.float64, types.boolean
@@ -33,24 +39,46 @@ def kernel(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
     """Returns a decorator that compiles a function for these argument types, or loads what was compiled before."""
 
     def compiled(function: Callable) -> Any:
-        settings: Any = config  # a module whose attributes numba sets when it is loaded
-        before, settings.CACHE_DIR = settings.CACHE_DIR, str(kernels_folder())
-        try:
-            return njit(tuple(arguments), cache=True, nogil=True, error_model="numpy", **options)(function)
-        finally:
-            settings.CACHE_DIR = before
+        made: Any = njit(nogil=True, error_model="numpy", **options)(function)
+        made._cache = _Kept(f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}")
+        made.compile(arguments)
+        made.disable_compile()
+        return made
 
     return compiled
 
 
+class _Kept(NullCache):
+    """Gives numba a kernel that was compiled before, and keeps one that it compiled. A kernel has one signature, and a name of its own."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()  # as numba's own cache does: from here on it knows the functions that kernels call
+        data = cache.kept(self._name)
+        if data is None:
+            if cache.complete().exists():
+                print(f"grace_ext: {cache.kernels_folder() / self._name} is missing or damaged: compiling it again", file=sys.stderr)
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(data))
+
+    def save_overload(self, sig: Any, cres: Any) -> None:
+        cache.keep(self._name, dumps(cres._reduce()))
+
+
 def converts_halves() -> bool:
-    """Whether this processor converts half precision in vector instructions."""
-    return platform.machine().lower() in ("arm64", "aarch64") or bool(binding.get_host_cpu_features().get("f16c"))
+    """Whether the processor that is compiled for converts half precision in vector instructions."""
+    return platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
 
 
 def compresses() -> bool:
-    """Whether this processor stores chosen elements of a vector in one instruction."""
-    return bool(binding.get_host_cpu_features().get("avx512f"))
+    """Whether the processor that is compiled for stores chosen elements of a vector in one instruction."""
+    return _has("avx512f")
+
+
+def _has(feature: str) -> bool:
+    return f"+{feature}" in cache.target()[2].split(",")
 
 
 #: Decorates small functions that kernels call.

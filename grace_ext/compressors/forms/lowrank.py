@@ -14,9 +14,9 @@ from ..base import Compressor
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:
     """Returns the columns, made orthonormal by two passes of Gram-Schmidt in float64, as float32. A column that is zero, or depends on
     those before it, becomes zero. Never divides by zero, whatever the input."""
-    if kernels.enabled():
+    if kernels.enabled() and (compiled := kernels.load()):
         flat = matrix.T.astype(np.float64).reshape(-1)
-        kernels.load().gram_schmidt(flat, matrix.shape[1])
+        compiled.gram_schmidt(flat, matrix.shape[1])
         return flat.reshape(matrix.shape[::-1]).T.astype(np.float32, order="C")
     columns = matrix.astype(np.float64)
     for j in range(columns.shape[1]):
