@@ -43,7 +43,7 @@ class Waiting:
 
     def __init__(self, name: str, parameters: Sequence[str], rank: int, in_graph: bool):
         self.name, self.parameters, self.rank = name, parameters, rank
-        self.seconds, self.reason = 0.0, ""
+        self.since, self.seconds, self.reason = time.monotonic(), 0.0, ""
         # The calls of graphs that are under way. An error elsewhere in a graph ends it, and nobody tells us; but then its call is gone.
         frames = sys._current_frames().items() if in_graph else ()
         self._inside = [(thread, frame) for thread, frame in frames if frame.f_code.co_filename.startswith(TENSORFLOW)]
@@ -88,19 +88,17 @@ class Watchdog:
             pass
 
     def _look(self) -> None:
-        before = time.monotonic()
+        now = time.monotonic()
         while True:
             time.sleep(min(TICK, patience() / 4))
-            now = time.monotonic()
-            # Time in which this process was stopped, or its machine asleep, does not count.
-            passed, before = min(now - before, 2 * TICK), now
+            before, now = now, time.monotonic()
             for waiting in list(self._waits):
-                waiting.seconds += passed
+                # Time in which this process was stopped, or its machine asleep, does not count.
+                waiting.seconds += min(now - max(before, waiting.since), 2 * TICK)
                 if waiting.is_over():
                     self.done(waiting)
                 elif waiting.seconds > patience():
                     self._give_up()
-                    before = time.monotonic()
                     break
 
     def _give_up(self) -> None:
