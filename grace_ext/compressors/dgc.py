@@ -75,8 +75,10 @@ class DGC(Selecting):
         return float(abs(sample[ops.top_k(sample, kept(self.ratio, len(sample)))]).min())
 
     def swept(self, ops, grad, feedback, spec, info, state):
-        threshold = self._suggested(ops, ops.sample(feedback, grad, self._sampled(ops, spec, info)))
-        return ops.sweep(feedback, grad, threshold)
+        sample = ops.sample(feedback, grad, self._sampled(ops, spec, info))
+        if not ops.all_finite(sample):  # it would suggest no threshold
+            return None
+        return ops.sweep(feedback, grad, self._suggested(ops, sample))
 
     def among(self, ops, values, spec, info, state):
         k, most = kept(self.ratio, spec.size), self.most(spec.size)

@@ -99,18 +99,23 @@ def check_no_view(world: World, spec: str) -> None:
 
 
 def check_one_bad_rank(world: World, spec: str, size: int = 2) -> None:
-    """Checks that with NaN on one rank all ranks return NaN and no state changes, and that the next step works as if this one had not been
-    made."""
+    """Checks that with NaN on one rank, in one element, some, half or all of them, or on all ranks, all ranks return NaN and no state
+    changes, and that the next step works as if these had not been made."""
     g = grace_ext.grace(spec)
     cluster = world.cluster(g, size)
     world.step(cluster, inputs.ranks(size, 0, shapes=SHAPES))
-    held, bad = states(cluster, world), inputs.ranks(size, 1, shapes=SHAPES)
-    bad[1]["m"][3, 4] = np.nan
-    with np.errstate(all="ignore"):
-        returned = world.everywhere(cluster, bad)
-    assert all(np.isnan(out["m"]).all() for out in returned) and (g.diverges or all(same_bits(out, returned[0]) for out in returned))
-    assert all(same_bits(a, b) for a, b in zip(held, states(cluster, world), strict=True))
-    assert np.isfinite(world.step(cluster, inputs.ranks(size, 2, shapes=SHAPES))["m"]).all()
+    held = states(cluster, world)
+    for step, (share, those) in enumerate([(0, [1]), (0.05, [1]), (0.5, [1]), (1, [1]), (0.05, range(size)), (1, range(size))], 1):
+        bad = inputs.ranks(size, step, shapes=SHAPES)
+        for rank in those:
+            bad[rank]["m"][np.random.default_rng([step, rank]).random(SHAPES["m"]) < share] = np.nan
+            bad[rank]["m"][3, 4] = np.nan
+        with np.errstate(all="ignore"):
+            returned = world.everywhere(cluster, bad)
+        assert all(np.isnan(out["m"]).all() for out in returned), (share, those)
+        assert g.diverges or all(same_bits(out, returned[0]) for out in returned), (share, those)
+        assert all(same_bits(a, b) for a, b in zip(held, states(cluster, world), strict=True)), (share, those)
+    assert np.isfinite(world.step(cluster, inputs.ranks(size, 7, shapes=SHAPES))["m"]).all()
 
 
 def check_resume(world: World, spec: str, size: int = 2, steps: int = 4, shapes: dict[str, tuple[int, ...]] = inputs.SHAPES) -> None:

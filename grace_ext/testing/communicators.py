@@ -73,7 +73,7 @@ class Everywhere:
         assert runs[0][0] == runs[1][0] and all(same_bits(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
     def test_one_bad_rank(self, world: World, spec: str):
-        """With NaN on one of three ranks all return NaN, and no state changes."""
+        """With a few or many NaN on one of three ranks, or on all, all return NaN, and no state changes."""
         check_one_bad_rank(world, spec, size=3)
 
 

@@ -198,7 +198,8 @@ class Everywhere:
             held = {k: v.astype(np.float64) for k, v in after.items()}
 
     def test_one_bad_rank(self, world: World, text: str):
-        """With NaN on one of two ranks both return NaN, and no state changes; the next step works as if this one had not been made."""
+        """With a few or many NaN on one of two ranks, or on both, both return NaN, and no state changes; the next step works as if
+        these had not been made."""
         check_one_bad_rank(world, f"{text} + residual")
 
     @settings(max_examples=12, **QUIET)

@@ -78,7 +78,8 @@ class Everywhere:
                 assert all(np.allclose(ours[n].astype("f8"), theirs[n].astype("f8"), rtol=1e-2, atol=1e-4) for n in theirs)
 
     def test_one_bad_rank(self, world: World, spec: str):
-        """With NaN on one of two ranks both return NaN, and no state changes; the next step works as if this one had not been made."""
+        """With a few or many NaN on one of two ranks, or on both, both return NaN, and no state changes; the next step works as if
+        these had not been made."""
         check_one_bad_rank(world, spec)
 
     def test_resume_is_bit_exact(self, world: World, spec: str):
