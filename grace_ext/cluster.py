@@ -70,7 +70,7 @@ class LocalCluster:
             raise ParameterError(f"step needs one mapping for each of the {self.size} ranks, got {len(gradients)}")
         names = set(self.drivers[0].specs or gradients[0])
         for rank, mapping in enumerate(gradients):
-            missing, extra = sorted(names - set(mapping)), sorted(set(mapping) - names)
+            missing, extra = sorted(names - set(mapping), key=str), sorted(set(mapping) - names, key=str)
             if missing or extra:
                 raise NamesError(f"rank {rank}: missing parameters {missing}, unknown parameters {extra}")
         first = not self.drivers[0].specs

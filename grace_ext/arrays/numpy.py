@@ -33,7 +33,7 @@ class NumpyOps(Ops):
 
     def ingest(self, tensor: Any) -> np.ndarray:
         array = np.asarray(tensor)
-        dtype = np.float64 if array.dtype == np.float64 else np.float32
+        dtype = np.float64 if array.dtype.name == "float64" else np.float32  # by name, which is the same for both byte orders
         return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
@@ -153,7 +153,7 @@ class NumpyOps(Ops):
         return np.bincount(codes, weights=x, minlength=count), np.bincount(codes, minlength=count)
 
     def copy(self, x: np.ndarray) -> np.ndarray:
-        return x.copy()
+        return x.astype(native(x.dtype), order="C")
 
     def sign(self, x: np.ndarray) -> np.ndarray:
         return np.sign(x)
@@ -222,6 +222,11 @@ class NumpyOps(Ops):
 
     def arange(self, count: int) -> np.ndarray:
         return np.arange(count)
+
+
+def native(dtype: np.dtype) -> np.dtype:
+    """Returns the same dtype in this machine's byte order. Arrays from netCDF, FITS or HDF5 files often have the other one ('>f8')."""
+    return dtype.newbyteorder("=")
 
 
 def typed(data: np.ndarray, dtype: str) -> np.ndarray:

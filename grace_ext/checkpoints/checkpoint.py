@@ -43,7 +43,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
 
     def begin() -> dict[str, Any]:
         states.extend(kept.read())
-        place.mkdir(parents=True, exist_ok=True)
+        files.make(place)
         return {"generation": files.last_generation(place), "states": [_summary(state) for state in states]}
 
     def write() -> dict[str, Any]:

@@ -21,6 +21,14 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def make(folder: Path) -> None:
+    """Makes the folder of a checkpoint, if there is none. Raises CheckpointError if something else has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise CheckpointError(f"{folder} is no folder, or lies in none: give a folder, which is made if it does not exist") from None
+
+
 def write(path: Path, data: bytes) -> None:
     """Writes all of the data or nothing; it is on the disk on return."""
     temporary = path.with_name(path.name + ".tmp")

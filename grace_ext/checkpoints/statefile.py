@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.numpy import native
 from ..errors import CheckpointError
 
 VERSION = 1
@@ -47,7 +48,7 @@ def encode(tree: dict[str, Any]) -> bytes:
         while name in arrays:  # 'a/b' + 'c' and 'a' + 'b/c' give the same name
             name += "'"
         dtype = value.dtype.name
-        plain = np.array(value, order="C")  # a contiguous copy: safetensors saves the memory as it lies
+        plain = np.array(value, native(value.dtype), order="C")  # a contiguous copy: safetensors saves the memory as it lies
         arrays[name] = plain if dtype in KNOWN else plain.reshape(-1).view(CARRIERS[plain.itemsize]).reshape(plain.shape)
         return {"tensor": name, "dtype": dtype}
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.numpy import native
 from ..errors import DisagreementError, GraceError, PayloadError, few
 from ..exchange.effects import Collective
 from ..exchange.message import VERSION, message, open_message, open_text
@@ -92,8 +93,8 @@ def _checked(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[
 
 
 def digest_of(array: np.ndarray) -> str:
-    """Returns 16 hexadecimal digits of BLAKE2b over an array's type, shape and bits."""
-    array = np.ascontiguousarray(array)
+    """Returns 16 hexadecimal digits of BLAKE2b over an array's type, shape and bits; the byte order in memory does not matter."""
+    array = np.ascontiguousarray(array, native(array.dtype))
     hashed = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=8)
     hashed.update(array.reshape(-1).view(np.uint8))
     return hashed.hexdigest()

@@ -41,10 +41,15 @@ class Bucket:
 
 
 def checked(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
-    """Returns the specs by name. Raises NamesError for a name that is given twice, UnsupportedDtypeError for gradients that are not
-    floating point."""
+    """Returns the specs by name. Raises NamesError for a name that is no string or given twice, UnsupportedDtypeError for gradients that
+    are not floating point."""
     specs = list(specs)
     names = [spec.name for spec in specs]
+    for name in names:
+        if not isinstance(name, str):
+            raise NamesError(
+                f"parameter names must be strings, got {name!r} ({type(name).__name__}): ranks compare them as text; use str(...)"
+            )
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise NamesError(f"parameter names must be unique; given more than once: {', '.join(twice)}")

@@ -97,10 +97,14 @@ def _pipeline(stages: list[ast.expr], text: str) -> Part:
 
 
 def _expression(text: str) -> ast.expr:
+    stripped = text.strip()
+    lines = len(stripped.splitlines()) > 1
     try:
-        return ast.parse(text.strip(), mode="eval").body
+        # Inside of brackets, Python takes line breaks and indents (of a YAML block, for example) for blanks.
+        return ast.parse(f"(\n{stripped}\n)" if lines else stripped, mode="eval").body
     except SyntaxError as error:
-        raise SpecSyntaxError(f"cannot read {text!r}: {error.msg} at column {error.offset}. {GRAMMAR}") from None
+        where = f"line {(error.lineno or 2) - 1}, column {error.offset}" if lines else f"column {error.offset}"
+        raise SpecSyntaxError(f"cannot read {text!r}: {error.msg} at {where}. {GRAMMAR}") from None
     except (ValueError, MemoryError, RecursionError) as error:  # null bytes; nested too deeply
         raise SpecSyntaxError(f"cannot read {text[:80]!r}: {error or 'nested too deeply'}. {GRAMMAR}") from None
 

@@ -205,3 +205,12 @@ def test_a_disk_that_takes_no_more(tmp_path):
     for ended in forked(*[("limit", limit, tmp_path) for limit in (0, 100, 2000)]):
         assert ended["signal"] == 0 and "rank 0: OSError" in ended["said"] and "too large" in ended["said"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_a_target_that_is_no_folder(tmp_path, inside):
+    """A file, or a device such as /dev/full, is no folder; the error says so."""
+    (tmp_path / "file").write_text("")
+    cluster = grace_ext.LocalCluster("topk + residual", 2)
+    with pytest.raises(CheckpointError, match="cannot save: rank 0: .*file.* is no folder, or lies in none: give a folder"):
+        grace_ext.save(cluster, tmp_path / "file" / inside)

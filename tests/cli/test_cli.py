@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -137,3 +140,13 @@ def test_bench_refuses_a_part_that_is_not_there_before_it_measures(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     outcome = CliRunner().invoke(app, ["bench", "topk", "topj"])
     assert isinstance(outcome.exception, grace_ext.errors.UnknownPartError) and "topk" in outcome.exception.nearest
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["list", "list --json", "show topk", "--help", "--version"])
+def test_output_to_a_full_device(command):
+    """It is one line and an exit status, without a traceback."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "grace_ext", *command.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "grace-ext: the output cannot be written: No space left on device"

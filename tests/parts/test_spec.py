@@ -28,6 +28,9 @@ from grace_ext.errors import (
     [
         ("topk(ratio=0.01) + residual @ allgather", "topk(ratio=0.01) + residual @ allgather"),
         ("  topk ( ratio = 1e-2 )+residual@allgather\n", "topk(ratio=0.01) + residual @ allgather"),
+        ("\n  topk(ratio=0.01)\n    + residual\n    @ allgather\n", "topk(ratio=0.01) + residual @ allgather"),
+        ("topk\r\n > qsgd(bits=4)\r\n+ residual", "topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather"),
+        ("topk(ratio=0.5)  # half\n+ residual", "topk(ratio=0.5) + residual @ allgather"),
         ("topk(0.5) + residual", "topk(ratio=0.5) + residual @ allgather"),
         ("topk(0.5, 'fp16') + residual", "topk(ratio=0.5, values='fp16') + residual @ allgather"),
         ("topk(ratio=1) + residual", "topk(ratio=1.0) + residual @ allgather"),
@@ -321,3 +324,12 @@ def test_bind_refuses_what_is_no_model():
             grace("none").bind(nothing)
     with pytest.raises(UnboundError, match="builtins.int"):
         grace("none").bind([1, 2])
+
+
+def test_errors_of_specs_with_line_breaks():
+    """They say in which line; two lines are no two specs."""
+    with pytest.raises(SpecSyntaxError, match=r"at line 2, column \d+\."):
+        grace("topk\n+ residual(beta 0.5)\n@ allgather")
+    for text in ("topk\nresidual", "topk,\nresidual", "topk)\n + (residual"):
+        with pytest.raises(SpecSyntaxError):
+            grace(text)
