@@ -1,5 +1,5 @@
-"""Causes faults on a real network: two hosts of benchmarks/netlab train, and the second has a fault. Used by a test and by
-benchmarks/reliability/faults.py."""
+"""Causes faults: of one of two hosts of benchmarks/netlab, which train over a real network; and of one of two ranks of a Keras job. Used
+by tests and by benchmarks/reliability/faults.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from grace_ext.cli.check import tool
 
-from .launch import JOBS, environment
+from .launch import JOBS, environment, launcher
 
 JOB = str(JOBS / "fault_job.py")
 ENGINES = ("torchrun", "horovodrun", "mpirun")
@@ -113,3 +113,42 @@ def strike(lab: Any, engine: str, fault: str, folder: Path, *, timeout: float, l
                     launcher.wait(20)
                 except subprocess.TimeoutExpired:
                     launcher.kill()
+
+
+def part_ways(engine: str, what: str, folder: Path, how: str = "graph", *, timeout: float) -> dict[str, Any]:
+    """Runs jobs/fault_tf_job.py, in which rank 1 does something else (`what`, `how`: its arguments). timeout: GRACE_EXT_TIMEOUT. Horovod's
+    stall check is off, which over Gloo never finds a rank unless Horovod was built by tools/build_horovod.py.
+
+    Returns the 'error' and the last words that grace_ext 'logged' on rank 0 ('' if there are none), the 'seconds' from the moment at which
+    rank 1 left (the last time that it noted) to the end of rank 0's training, 'others', the error of rank 1, the 'exit' code of the
+    launcher, and 'left', the ranks that still ran 30 s later."""
+    command = [*launcher(engine, 2), str(JOBS / "fault_tf_job.py"), what, str(folder), how]
+    variables = {**environment(), "GRACE_EXT_TIMEOUT": str(timeout), "HOROVOD_STALL_CHECK_DISABLE": "1"}
+    with (folder / "log").open("w") as log:
+        options: dict[str, Any] = {"env": variables, "stdout": log, "stderr": log, "start_new_session": True}
+        started = subprocess.Popen(command, **options)
+    try:
+        over = lambda: said(folder, 0, "ERROR") or said(folder, 0, "END")  # noqa: E731
+        pids = lambda: [int(said(folder, rank, "PID")[0]) for rank in (0, 1) if said(folder, rank, "PID")]  # noqa: E731
+        until(lambda: over() or started.poll() is not None or (len(pids()) == 2 and not runs(pids()[0])), 150 + timeout)
+        ended = time.time()
+        (folder / "over").touch()
+        until(lambda: started.poll() is not None and not any(map(runs, pids())), 30)
+        error = (said(folder, 0, "ERROR") or [""])[0].partition(" ")
+        left_at = float((said(folder, 1, "LEFT") or said(folder, 1, "ERROR") or ["nan"])[-1].split()[0])
+        return {
+            "error": error[2],
+            "others": (said(folder, 1, "ERROR") or [""])[0].partition(" ")[2],
+            "logged": (said(folder, 0, "LOG") or [""])[-1],
+            "seconds": round((float(error[0]) if error[0] else ended) - left_at, 1),
+            "exit": started.poll(),
+            "left": [rank for rank, pid in enumerate(pids()) if runs(pid)],
+        }
+    finally:
+        for rank in (0, 1):
+            for pid in map(int, said(folder, rank, "PID")):
+                if runs(pid):
+                    os.kill(pid, signal.SIGKILL)
+        if started.poll() is None:
+            started.kill()
+            started.wait(20)
