@@ -11,7 +11,7 @@ from ...errors import GraceError, NamesError
 from ...local.settings import settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
-from .mpi import MpiTransport, duplicated
+from .mpi import MpiTransport, check_by_name, duplicated
 
 
 class LocalSGD:
@@ -38,8 +38,9 @@ class LocalSGD:
         self._in_step = False
 
     def start(self, weights: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the weights before the first step, the same on all ranks, and returns copies. Collective. Raises DisagreementError if ranks
-        differ."""
+        """Takes the weights before the first step, the same on all ranks, and returns copies, in this machine's byte order. Collective.
+        Raises DisagreementError if ranks differ."""
+        check_by_name(weights, "start")
         ops = self._transport.ops
         if not self._alone:
             self._worker.begin([TensorSpec(name, *ops.describe(array)) for name, array in weights.items()], weights)
@@ -48,6 +49,7 @@ class LocalSGD:
     def gradients(self, gradients: Mapping[str, Any], lr: float | None = None) -> Mapping[str, Any]:
         """Returns the gradients that this rank applies in the step that begins: its own or, if the step exchanges gradients, their
         aggregates. `lr` is for a memory that uses it (cser)."""
+        check_by_name(gradients, "gradients")
         self._lr = lr
         if self._alone or not self._begin_step():
             return gradients
@@ -55,6 +57,7 @@ class LocalSGD:
 
     def step(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """Takes the weights after this rank's own step; returns what they become. Raises RankLeftError, TensorChangedError, NamesError."""
+        check_by_name(weights, "step")
         if self._alone:
             return weights
         if not self._in_step and self._begin_step():
@@ -70,6 +73,7 @@ class LocalSGD:
 
     def sync(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """Synchronizes now. Every rank calls it, unless asynchronous after the same number of steps."""
+        check_by_name(weights, "sync")
         new = None if self._alone else self._worker.sync(weights)
         return weights if new is None else new
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...arrays.compiled import host_ops
-from ...arrays.numpy import NumpyOps
+from ...arrays.numpy import NumpyOps, native
 from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.grace import Grace
 from ...composition.making import grace
@@ -124,6 +124,13 @@ def duplicated(comm: Any) -> Any:
     return comm.Dup()
 
 
+def check_by_name(arrays: Any, call: str) -> None:
+    """Raises ParameterError if a call got something else than arrays by name."""
+    if not isinstance(arrays, Mapping) or any(not isinstance(name, str) for name in arrays):
+        what = f"names like {next(n for n in arrays if not isinstance(n, str))!r}" if isinstance(arrays, Mapping) else type(arrays).__name__
+        raise ParameterError(f"{call} takes a dictionary of arrays whose keys are strings, such as {{'w': array}}; got {what}")
+
+
 class Exchange(Measured):
     """Exchanges compressed gradients over the ranks of an MPI communicator: `step` returns their mean (or sum).
 
@@ -165,8 +172,8 @@ class Exchange(Measured):
 
     def step(self, gradients: Mapping[str, Any], lr: float | None = None) -> dict[str, np.ndarray]:
         """Makes one exchange: takes this rank's gradients by name, and returns the aggregates by name, the same bits on all ranks, in the
-        gradients' shapes and dtypes. Arrays are numpy's or what numpy.asarray takes; new numpy arrays are returned. `lr` is for memories
-        that use it.
+        gradients' shapes and dtypes. Arrays are numpy's or what numpy.asarray takes; new numpy arrays are returned, in this machine's byte
+        order whatever that of the gradients ('>f8') is. `lr` is for memories that use it.
 
         Every rank passes the same names, at the first step in the same order, and the same shapes and dtypes at every step. If a
         gradient is NaN or Inf on any rank, all ranks get NaN for its bucket, and none changes its memory.
@@ -177,9 +184,11 @@ class Exchange(Measured):
         MPI could not tell from the right order; so later calls raise GraceError. `state_dict` then returns that of the last whole step."""
         if self._over:
             raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
+        check_by_name(gradients, "step")
         self._check(gradients)
         if self._dense:
-            return {name: np.array(gradients[name]) for name in self._driver.specs}
+            given = {name: np.asarray(gradients[name]) for name in self._driver.specs}
+            return {name: np.array(array, native(array.dtype)) for name, array in given.items()}
         self._driver.check_rate(lr)
         self._lr = lr
         handles: dict[str, Any] = {}
@@ -212,6 +221,7 @@ class Exchange(Measured):
         steps differ, or the bits of these `parameters` (arrays by name). Collective: every rank calls it, between steps."""
         if self._over:
             raise GraceError(f"this Exchange {self._over}; make a new one on every rank")
+        check_by_name({} if parameters is None else parameters, "check_agreement")
         if self._transport.size > 1:
             digests = {name: digest_of(np.asarray(array)) for name, array in (parameters or {}).items()}
             perform(self._driver.compare(digests), self._transport, {})

@@ -37,7 +37,7 @@ from .gradients import is_taken
 from .guards import check_alone, check_not_private
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer, named
-from .transports import DistTransport, SingleTransport, group_of_its_own
+from .transports import DistTransport, SingleTransport, transport_of_its_own
 
 
 def ddp_comm_hook(
@@ -222,7 +222,7 @@ class DDPState(Measured):
     def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
         if dist.get_world_size(self._group) == 1:
             return SingleTransport(ops)
-        return DistTransport(ops, group_of_its_own(self._group))
+        return transport_of_its_own(ops, self._group)
 
     def _read_lr(self) -> float | None:
         if self._optimizer is not None and not isinstance(self._optimizer, torch.optim.Optimizer):

@@ -16,7 +16,7 @@ from ...errors import UnsupportedError
 from .. import launchers
 from ..horovod import limit_waits
 from .ops import HostOps, TorchOps
-from .transports import DistTransport, HorovodTransport, SingleTransport, group_of_its_own
+from .transports import DistTransport, HorovodTransport, SingleTransport, transport_of_its_own
 
 
 def choose(environ: Any = os.environ) -> str:
@@ -54,4 +54,4 @@ def transport(ops: HostOps | TorchOps, process_set: Any) -> HorovodTransport | D
         return HorovodTransport(ops, api, process_set)
     from .dist.world import group_of
 
-    return DistTransport(ops, group_of_its_own(group_of(process_set)))
+    return transport_of_its_own(ops, group_of(process_set))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,14 +117,24 @@ class HorovodTransport(Transport):
         return self.hvd.synchronize(handle)
 
 
-def group_of_its_own(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Makes a process group of the same ranks, if these are all ranks of the job, which must all call it; else returns the group itself.
+# Process groups whose transports are gone; each has threads and sockets.
+_orphans: list[dist.ProcessGroup] = []
+
+
+def transport_of_its_own(ops: DeviceOps, group: dist.ProcessGroup | None) -> DistTransport:
+    """Returns a transport over a new process group of the same ranks, if these are all ranks of the job, which must all call it; else over
+    the group itself.
 
     Torch.distributed pairs collectives by their order in a group, so whatever else the job exchanges (metrics, barriers, another optimizer)
     must not come between those of one driver. (Torch has no way to make a group that only its members call and all name alike.)"""
     if dist.get_world_size(group) < dist.get_world_size():
-        return group
-    return dist.new_group(timeout=datetime.timedelta(seconds=timeout()))
+        return DistTransport(ops, group)
+    own = dist.new_group(timeout=datetime.timedelta(seconds=timeout()))
+    while _orphans:  # all ranks have come here, so none uses an earlier group whose optimizer is gone
+        dist.destroy_process_group(_orphans.pop())
+    transport = DistTransport(ops, own)
+    weakref.finalize(transport, _orphans.append, own)
+    return transport
 
 
 class DistTransport(Transport):

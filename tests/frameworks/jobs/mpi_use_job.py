@@ -93,6 +93,13 @@ def case_arguments():
     raises(UnsupportedError, "belongs to", lambda: gnp.Exchange(TOPK, MPI.COMM_NULL))
 
 
+def case_what_is_not_arrays_by_name():
+    e, local = exchange(TOPK), gnp.LocalSGD("none", every=2)
+    for wrong, said in ((np.ones(3, np.float32), "got ndarray"), ([np.ones(3)], "got list"), ({1: np.ones(3)}, "got names like 1")):
+        for call in (e.step, e.check_agreement, local.start, local.gradients, local.step, local.sync):
+            raises(ParameterError, said, lambda call=call, wrong=wrong: call(wrong))
+
+
 def case_resume():
     for spec in (TOPK, "randomk(ratio=0.1) + residual", "powersgd(rank=2) + residual", "qsgd"):
         with exchange(spec) as whole, exchange(spec) as first, exchange(spec) as second:
@@ -147,6 +154,30 @@ def case_closed():
     raises(GraceError, "is closed", lambda: ours.step(gradients(RANK, 0)))
     assert ours._transport.comm == MPI.COMM_NULL  # the communicator was freed
     raises(ZeroDivisionError, "", leave_by_error)
+
+
+def case_byte_order():
+    """Arrays in the other byte order, as from netCDF, FITS or HDF5 files, count by their values. Results are in this machine's order."""
+
+    def swapped(arrays):
+        return {name: x.astype(x.dtype.newbyteorder()) for name, x in arrays.items()}
+
+    for simulate in (True, False):
+        with gnp.Exchange(TOPK, simulate=simulate) as ours, gnp.Exchange(TOPK, simulate=simulate) as native:
+            for step in range(2):
+                given = gradients(RANK, step)
+                given = given if RANK == 1 else swapped(given)
+                got = ours.step(given)
+                assert_same(got, native.step(gradients(RANK, step)))
+                assert all(x.dtype.isnative for x in got.values())
+            weights = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(3, np.float32)}
+            ours.check_agreement(weights if RANK == 1 else swapped(weights))
+    with exchange("none") as ours:
+        precise = ours.step({"w": np.array([1 + 2.0**-40, 1e300], ">f8")})["w"]
+        assert precise.dtype == np.float64 and (precise == [1 + 2.0**-40, 1e300]).all()
+    local = gnp.LocalSGD(every=1, simulate=True)
+    weights = local.start({"w": np.array([1 + 2.0**-40, 1e300], ">f8")})
+    assert weights["w"].dtype == np.float64 and (weights["w"] == [1 + 2.0**-40, 1e300]).all()
 
 
 def leave_by_error():
