@@ -2,6 +2,7 @@
 # make demo-horovod   does the same with horovodrun, and trains a Keras model
 # make test           runs lint and all tests, Horovod included
 # make horovod        installs Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
+# make test-oldest    runs the tests that need no launcher with the oldest versions that setup.cfg permits, in an environment of their own
 # make lint           runs ruff and mypy
 # make clean          removes .venv and everything that was built
 
@@ -12,8 +13,11 @@ PIP := $(PY) -m pip install -q
 TORCH ?= torch==2.13.0
 TENSORFLOW ?= tensorflow-cpu==2.21.0
 DEMO_OPTIONS ?=
+OLDEST := .venv-oldest
+# Options of `uv pip install`, such as --index-url of a CPU build of torch.
+OLDEST_OPTIONS ?=
 
-.PHONY: demo demo-horovod test horovod lint clean
+.PHONY: demo demo-horovod test test-oldest horovod lint clean
 
 demo: $(VENV)/.demo-installed
 	$(PY) examples/demo.py $(DEMO_OPTIONS)
@@ -25,6 +29,10 @@ demo-horovod: horovod
 test: horovod lint
 	$(PY) -m pytest -n 2 tests --ignore tests/frameworks --ignore tests/examples
 	$(PY) -m pytest tests/frameworks tests/examples
+
+# tests/project tests this repository: its types, docs and tools, with their newest versions.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n 2 tests --ignore tests/frameworks --ignore tests/examples --ignore tests/project
 
 horovod: $(VENV)/.all-installed
 	$(PY) tools/build_horovod.py --no-check
@@ -48,5 +56,12 @@ $(VENV)/.all-installed: $(VENV)/.demo-installed
 	$(PIP) -e '.[torch,tensorflow,mpi,horovod,examples,dev]'
 	@touch $@
 
+$(OLDEST)/.installed: setup.cfg pyproject.toml
+	python3 -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q uv
+	$(OLDEST)/bin/uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct $(OLDEST_OPTIONS) \
+		-e '.[torch,tensorflow,mpi,testing]' 'pytest-xdist>=3' 'matplotlib>=3.8'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info demo .pytest_cache .ruff_cache .mypy_cache
