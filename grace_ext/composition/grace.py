@@ -10,6 +10,7 @@ from ..communicators.base import Communicator
 from ..compressors.base import Compressor
 from ..errors import IncompatiblePartsError, UnboundError, UnsupportedError
 from ..memories.base import Memory
+from ..parts.registry import communicators
 from ..parts.tensor import TensorSpec
 from .composition import Composition, Parts, Query, Route
 
@@ -68,7 +69,13 @@ class Grace:
 
     def nbytes(self, spec: TensorSpec, size: int = 2) -> int:
         """Upper bound of the bytes that one of `size` ranks hands to collectives for such a tensor at any step, bucket headers excluded."""
-        return max(leaf.nbytes(spec, size) for leaf in self.leaves_for(spec))
+        return max(self._nbytes_of(self.parts_of(leaf, spec), spec, size) for leaf in self.leaves_for(spec))
+
+    def _nbytes_of(self, parts: Parts, spec: TensorSpec, size: int) -> int:
+        compressor, memory, communicator = parts
+        if self.two_level and not communicator.two_level:  # what is flat by itself goes in two levels, too
+            communicator = communicators.get("hierarchical").create(knobs={"between": communicator})
+        return memory.sends * communicator.input_bytes(compressor, spec, size) if spec.size else 0
 
     @property
     def policies(self) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..composition.composition import Composition, Parts, Query
+from ..composition.composition import Parts, Query
 from ..composition.grace import Grace
 from ..errors import PayloadError
 from ..exchange.effects import Collective
@@ -143,8 +143,7 @@ class Choices:
     def lengths(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> dict[str, set[int]]:
         """Returns, by key, how long the arrays of such a tensor's state may be, whatever was chosen last."""
         found: dict[str, set[int]] = {}
-        leaves: list[Composition] = self.grace.leaves_for(spec)
-        for parts in {leaf.parts_for(spec) for leaf in leaves}:
+        for parts in {self.grace.parts_of(leaf, spec) for leaf in self.grace.leaves_for(spec)}:
             for key, array in initial_state(ops, spec, parts, info).items():
                 found.setdefault(key, set()).add(len(array))
         for path, policy in self._learners[spec]:

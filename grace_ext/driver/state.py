@@ -52,7 +52,10 @@ def read(ops: Ops, choices: Choices, transport: Transport, saved: Mapping[str, A
 
 
 def check(ops: Ops, choices: Choices, specs: Mapping[str, TensorSpec], info: StepInfo, states: States, *, fill: bool) -> None:
-    """Raises GraceError if the states do not fit these parameters. `fill`: adds keys that are missing, as at the first step."""
+    """Raises GraceError if the states do not fit these parameters. `fill`: adds keys that are missing, as at the first step.
+    Without parameters there is nothing that it must fit: a caller forgets them so, after an error that must not be hidden by another."""
+    if not specs:
+        return
     for name, arrays in states.items():
         if name not in specs:
             raise GraceError(f"the state has memory for {name!r}, and there is no such parameter; there are: {few(specs)}")

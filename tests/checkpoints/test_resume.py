@@ -42,6 +42,35 @@ def test_resume_is_bit_exact(world, spec):
     assert saved["ranks"][0]["step"] == 2
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "by_size(min_elements=100, large=dgc(ratio=0.1) + dgc)",
+        "by_size(min_elements=100, large=topk(ratio=0.1) + gradient_compression)",
+        "by_size(min_elements=100, large=ratio_warmup(steps=3))",
+        "by_size(min_elements=100, small=none @ allgather, large=every(n=2, then=none, otherwise=topk(ratio=0.1) + residual))",
+        "by_name({'a': none}, default=topk(ratio=0.1) + update_compression)",
+        "by_name({'a': warmup(steps=2, then=topk(ratio=0.5) + dgc)}, default=by_name({'e*': none}, default=topk(ratio=0.1) + dgc))",
+    ],
+)
+def test_tensors_that_keep_the_momentum_of_others(spec, steps):
+    """Tensors that a policy sends dense keep the momentum that the others have; such a state is loaded, too."""
+    cluster, fresh = after(NUMPY, spec, steps), NUMPY.cluster(grace_ext.grace(spec), 2)
+    fresh.load_state_dict(cluster.state_dict())
+    for step in range(steps, steps + 3):
+        gradients = inputs.ranks(2, step, shapes=SHAPES)
+        assert same_bits(NUMPY.step(cluster, gradients), NUMPY.step(fresh, gradients))
+
+
+def test_a_state_that_does_not_fit_is_told_after_the_clean_up():
+    """The first step of a cluster that loaded another model's state says what does not fit, not what came of forgetting it."""
+    cluster, fresh = after(NUMPY, "topk(ratio=0.1) + residual", 1), NUMPY.cluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
+    fresh.load_state_dict(cluster.state_dict())
+    with pytest.raises(GraceError, match="there are: other"):
+        NUMPY.step(fresh, inputs.ranks(2, 1, shapes={"other": (40,)}))
+
+
 def test_state_dicts_are_copies(world):
     """Neither a saved nor a loaded state shares memory with a running cluster."""
     cluster, same = after(world, "topk(ratio=0.1) + residual", 2), after(world, "topk(ratio=0.1) + residual", 2)

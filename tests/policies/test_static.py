@@ -173,3 +173,29 @@ def test_small_tensors_keep_a_memory_that_is_the_momentum():
         got = NUMPY.step(cluster, gradients)["out.bias"]
         total = 0.5 * total + sum(g["out.bias"].astype(np.float64) for g in gradients) / 2
     assert np.allclose(got, total, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "per_node"),
+    [
+        ("by_name({'flat': topk(ratio=0.1) + residual}, default=topk(ratio=0.1) + residual @ hierarchical)", 2),
+        ("by_size(min_elements=100, small=none, large=topk(ratio=0.1) + residual @ hierarchical)", 2),
+        ("by_size(min_elements=100, small=none @ allreduce, large=qsgd(bits=8) + none @ reduce_scatter)", 1),
+        ("by_size(min_elements=9999, small=none @ reduce_scatter, large=topk(ratio=0.1) + residual)", 1),
+        ("by_size(min_elements=9999, small=none, large=topk(ratio=0.1) + cser)", 1),
+    ],
+)
+def test_declared_bytes_bound_what_is_sent(spec, per_node):
+    """`nbytes` counts what a tensor really goes through: two levels, if others have them, and the memory that it keeps beside them."""
+    g, shapes = grace_ext.grace(spec), {"flat": (60,), "large": (40, 50)}
+    for name, shape in shapes.items():
+        assert _most_sent(g, {name: shape}, per_node) <= g.nbytes(TensorSpec(name, shape), 4) + 200, name
+
+
+def _most_sent(g, shapes, per_node):
+    cluster = grace_ext.LocalCluster(g, 4, ranks_per_node=per_node)
+    most = 0
+    for step in range(3):
+        cluster.step(inputs.ranks(4, step, shapes=shapes), lr=0.1)
+        most = max(most, *cluster.wire_bytes)
+    return most
