@@ -48,10 +48,10 @@ class DeMo(Compressor):
     x: float[d] -> k values per tile (16 bits), and their positions among all coefficients, coded. Fixed size.
     Wire: 1000 x 1000 elements are 400 tiles of 50 x 50, which send 32 values each, of 16 bits and 8.3 bits of position: 0.31 bits per
     element (0.36 with the 12-bit positions of the authors). A bias of 1000 sends 32 of every 50, which saves little.
-    A projection of each rank's own gradient: with values='fp32', contraction delta = k / (h w). Biased: pair with
-    'residual'. With beta=0.999 that is exactly DeMo's decayed momentum (m <- beta m + g - what was sent); turn off the optimizer's own
-    momentum then. A coefficient is divided by the number of its senders, not of all ranks, so the result is NOT the mean; with op=Sum it is n
-    times as large. sign=True is the paper's update: in {-1, 0, 1}, whatever the op is; set the learning rate as for sign methods.
+    A projection of each rank's own gradient: with values='fp32', contraction delta = k / (h w). Biased: pair with 'residual'. With
+    beta=0.999 that is exactly DeMo's decayed momentum (m <- beta m + g - what was sent); turn off the optimizer's own momentum then.
+    A coefficient is divided by the number of its senders, not of all ranks, so the result is NOT the mean; with op=Sum it is n times as
+    large. sign=True is the paper's update: in {-1, 0, 1}, whatever the op is; set the learning rate as for sign methods.
     A higher `topk` sends more; a larger `chunk` compresses more and costs more arithmetic. The transform is computed in float64.
     Source: Peng, Quesnelle, Kingma 2024 (decoupled momentum), whose code takes 1-D and 2-D tensors only. 'bf16' is the default for its
     range: float16 loses coefficients below 6e-8.
