@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from ..errors import NOT_FLAGGED, PayloadError
 from ..parts.fast_ops import fast
 from ..parts.field import Field
+from ..parts.ops import Zeros
 from ..parts.part import Part
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
 from .fast_path import FastPath, Payload
 
 if TYPE_CHECKING:
-    from ..parts.ops import Array, Ops, Zeros
+    from ..parts.ops import Array, Ops
 
 
 class Exchanged(NamedTuple):
@@ -172,7 +173,8 @@ class Compressor(FastPath, Part):
         the result is not a function of their sum."""
         wide = self.keeps_float64 and spec.dtype == "float64"
         compiled = fast(ops) if not wide and type(self).aggregate is Compressor.aggregate else None
-        total: Any = out
+        # These sums write every element, so that they gain nothing from knowing that all are zero.
+        total: Any = out.array if isinstance(out, Zeros) else out
         if total is None:
             total = compiled.empty(spec.size) if compiled else ops.zeros(spec.size, "float64" if wide else "float32")
         last = len(payloads) - 1

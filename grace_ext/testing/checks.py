@@ -20,6 +20,10 @@ from .worlds import LR, World, same_bits, states
 
 #: Shapes of tensors for checks that need only a vector and a matrix.
 SHAPES = {"a": (40,), "m": (24, 18)}
+#: Shapes of tensors for checks of in-place results: small ones, which are merged, and one for which kernels work in pieces.
+IN_PLACE = {"a": (40,), "b": (50,), "m": (24, 18), "large": (70, 90)}
+#: Communicators that a part may be tested with beside its natural one.
+BESIDE = ("", "@ allreduce", "@ allgather", "@ broadcast", "@ reduce_scatter", "@ sparse_allreduce", "@ hierarchical(between=allgather)")
 
 
 def suite(name: str, *classes: tuple[type, str, Iterable[Any]]) -> type:
@@ -34,15 +38,21 @@ def suite(name: str, *classes: tuple[type, str, Iterable[Any]]) -> type:
 def accepted(texts: Sequence[str], rest: str) -> list[str]:
     """Returns those of these compressors that can be composed with the rest of the spec ('+ memory', '+ none @ communicator'). Raises
     ValueError if there are none."""
-    found = []
-    for compressor in texts:
-        try:
-            grace_ext.grace(f"{compressor} {rest}")
-        except IncompatiblePartsError:
-            continue
-        found.append(compressor)
+    found = [compressor for compressor in texts if legal([f"{compressor} {rest}"])]
     if not found:
         raise ValueError(f"none of {', '.join(texts)} can be composed with {rest!r}, so this suite cannot test it")
+    return found
+
+
+def legal(specs: Iterable[str]) -> list[str]:
+    """Returns those of these specs whose parts fit."""
+    found = []
+    for spec in specs:
+        try:
+            grace_ext.grace(spec)
+        except IncompatiblePartsError:
+            continue
+        found.append(spec)
     return found
 
 
@@ -96,6 +106,26 @@ def check_no_view(world: World, spec: str) -> None:
                 tensor[...] = 555.0
         world.step(clean, expected, lr=LR)
         assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(dirty, world), strict=True))
+
+
+def check_in_place(world: World, spec: str) -> None:
+    """Checks that results that are written over the gradients, as the torch wrapper does, and the state after them are those of a cluster
+    that makes new arrays, bit for bit: also of tensors that are merged, and after NaN on one rank."""
+    g = grace_ext.grace(spec)
+    size, per_node = (4, 2) if g.two_level else (2, 1)
+    runs = []
+    for place in (lambda cluster: cluster, world.in_place):
+        cluster, outs = place(world.cluster(g, size, per_node)), []
+        for step in range(3):
+            gradients = inputs.ranks(size, step, shapes=IN_PLACE)
+            if step == 1:
+                gradients[1]["m"][3, 4] = np.nan
+            with np.errstate(all="ignore"):
+                returned = world.everywhere(cluster, gradients)
+            outs += [{name: array.copy() for name, array in out.items()} for out in returned]
+        runs.append([*outs, *states(cluster, world)])
+    for expected, got in zip(*runs, strict=True):
+        assert same_bits(expected, got), [name for name in expected if expected[name].tobytes() != got[name].tobytes()]
 
 
 def check_one_bad_rank(world: World, spec: str, size: int = 2) -> None:

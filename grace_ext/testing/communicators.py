@@ -12,7 +12,7 @@ from ..exchange.message import HEADER
 from ..parts.field import ITEMSIZE
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
-from .checks import accepted, check_no_view, check_one_bad_rank, check_registered, check_resume, check_shapes, suite
+from .checks import accepted, check_in_place, check_no_view, check_one_bad_rank, check_registered, check_resume, check_shapes, legal, suite
 from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
 
 #: A communicator is tested with those of these compressors that it accepts.
@@ -71,6 +71,11 @@ class Everywhere:
                 outs = [one.step(cluster, inputs.ranks(3, step)) for step in range(2)]
             runs.append(([(s.kind, s.label, s.buffers) for s in seen], [*outs, *states(cluster, one)]))
         assert runs[0][0] == runs[1][0] and all(same_bits(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+    def test_in_place(self, world: World, spec: str):
+        """Results that are written over the gradients are the same bits, with and without a residual."""
+        for one in legal([spec, spec.replace("+ none", "+ residual")]) if world.mutable else ():
+            check_in_place(world, one)
 
     def test_one_bad_rank(self, world: World, spec: str):
         """With a few or many NaN on one of three ranks, or on all, all return NaN, and no state changes."""

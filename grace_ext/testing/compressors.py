@@ -18,7 +18,19 @@ from ..exchange.message import HEADER
 from ..parts.field import ITEMSIZE
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
-from .checks import check_huge, check_no_view, check_one_bad_rank, check_registered, check_resume, check_shapes, check_zeros, suite
+from .checks import (
+    BESIDE,
+    check_huge,
+    check_in_place,
+    check_no_view,
+    check_one_bad_rank,
+    check_registered,
+    check_resume,
+    check_shapes,
+    check_zeros,
+    legal,
+    suite,
+)
 from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
 
 INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
@@ -131,6 +143,11 @@ class Everywhere:
     def test_no_view_of_the_gradient(self, world: World, text: str):
         """The gradient is not modified; overwriting it, or the result, after the step does not change the state."""
         check_no_view(world, f"{text} + residual")
+
+    def test_in_place(self, world: World, text: str):
+        """Results that are written over the gradients are the same bits, whatever communicator carries the payloads."""
+        for spec in legal(f"{text} + residual {rest}" for rest in (BESIDE if world is NUMPY else BESIDE[:3])) if world.mutable else ():
+            check_in_place(world, spec)
 
     def test_decompress_is_pure_and_gives_a_new_array(self, world: World, text: str):
         """Decoding twice gives the same, and writing into the first result changes neither the payload nor the second."""

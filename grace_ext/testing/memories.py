@@ -14,15 +14,18 @@ from ..parts.state import is_own
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
 from .checks import (
+    BESIDE,
     SHAPES,
     accepted,
     check_huge,
+    check_in_place,
     check_no_view,
     check_one_bad_rank,
     check_registered,
     check_resume,
     check_shapes,
     check_zeros,
+    legal,
     suite,
 )
 from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
@@ -76,6 +79,11 @@ class Everywhere:
                 assert same_bits(ours, theirs)
             else:
                 assert all(np.allclose(ours[n].astype("f8"), theirs[n].astype("f8"), rtol=1e-2, atol=1e-4) for n in theirs)
+
+    def test_in_place(self, world: World, spec: str):
+        """Results that are written over the gradients are the same bits, whatever communicator carries the payloads."""
+        for one in legal(f"{spec} {rest}" for rest in (BESIDE if world is NUMPY else BESIDE[:3])) if world.mutable else ():
+            check_in_place(world, one)
 
     def test_one_bad_rank(self, world: World, spec: str):
         """With a few or many NaN on one of two ranks, or on both, both return NaN, and no state changes; the next step works as if

@@ -33,11 +33,17 @@ class World:
     mutable: bool = True  # whether a user can write into these tensors
     native: bool = True  # whether LocalCluster(framework=...) uses these ops by itself
 
-    def cluster(self, g: Grace, size: int) -> LocalCluster:
+    def cluster(self, g: Grace, size: int, ranks_per_node: int = 1) -> LocalCluster:
         if self.native:
-            return LocalCluster(g, size, framework=self.framework)
+            return LocalCluster(g, size, ranks_per_node=ranks_per_node, framework=self.framework)
         with mock.patch.object(libraries, "ops_for_framework", lambda framework: self.ops):
-            return LocalCluster(g, size, framework=self.framework)
+            return LocalCluster(g, size, ranks_per_node=ranks_per_node, framework=self.framework)
+
+    def in_place(self, cluster: LocalCluster) -> LocalCluster:
+        """Returns the cluster, which from now on writes results over the gradients, as the torch wrapper does."""
+        for driver in cluster.drivers:
+            driver._in_place = True
+        return cluster
 
     def tensors(self, mappings: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
         return [{name: self.tensor(array) for name, array in mapping.items()} for mapping in mappings]

@@ -114,7 +114,7 @@ class AtPositions(Compressor):
 
     def combine(self, ops, payloads, spec, info, out=None):
         if not ops.kernels or type(self).aggregate is not Compressor.aggregate:
-            return super().combine(ops, payloads, spec, info, out.array if isinstance(out, Zeros) else out)
+            return super().combine(ops, payloads, spec, info, out)
         positions, values = [], []
         for rank, payload in enumerate(payloads):
             with sent_by(rank, spec.name):
