@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,51 @@ import numpy as np
 from ..parts.rng import FEISTEL_ROUNDS, Key, mix
 from . import kernels
 
+#: The most bytes of positions that are kept beside the newest array: those of one step, of several buckets at a few per cent.
+RECENT_BYTES = 64 * 2**20
+#: About what an array takes beside its positions.
+OVERHEAD = 256
 
-@lru_cache(maxsize=256)  # the encoder, and the decoder for each rank, need the same positions in the same step, of all tensors
+
+class _Recent:
+    """Holds the arrays that were used last, as many as have room in RECENT_BYTES, and the newest always."""
+
+    def __init__(self) -> None:
+        self._arrays: OrderedDict[Any, np.ndarray] = OrderedDict()  # the one that was used last comes last
+        self._lock = threading.Lock()
+        self.nbytes = 0
+
+    def get(self, key: Any) -> np.ndarray | None:
+        with self._lock:
+            if key in self._arrays:
+                self._arrays.move_to_end(key)
+            return self._arrays.get(key)
+
+    def put(self, key: Any, array: np.ndarray) -> None:
+        with self._lock:
+            if key in self._arrays:  # another thread was faster
+                return
+            self._arrays[key] = array
+            self.nbytes += array.nbytes + OVERHEAD
+            while self.nbytes > RECENT_BYTES and len(self._arrays) > 1:
+                self.nbytes -= self._arrays.popitem(last=False)[1].nbytes + OVERHEAD
+
+
+recent = _Recent()
+
+
 def sample(key: Key, d: int, k: int) -> np.ndarray:
     """Returns int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
 
     The positions are the images of 0..k-1 under a keyed permutation of [0, d): a Feistel network over the next even power of
-    two, applied again to whatever falls outside (cycle walking), which keeps it a permutation."""
-    if k >= d:
-        return np.arange(d, dtype=np.int64)
-    positions = np.sort(_permuted(key, d, k))
-    positions.flags.writeable = False  # the cache gives all callers the same array
-    return positions
+    two, applied again to whatever falls outside (cycle walking), which keeps it a permutation. The encoder, and the decoder for each rank,
+    need the same positions in the same step, of all tensors, so those of the last RECENT_BYTES are kept."""
+    found = recent.get((key, d, k))
+    if found is None:
+        found = np.arange(d, dtype=np.int64) if k >= d else np.sort(_permuted(key, d, k))
+        found.flags.writeable = False  # all callers get the same array
+        recent.put((key, d, k), found)
+    return found
 
 
 def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]) -> np.ndarray:

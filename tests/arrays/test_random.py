@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -179,3 +180,32 @@ def test_a_global_seed_changes_nothing(spec):
         np.random.seed(0)
         outs.append(NUMPY.step(cluster, [{"w": inputs.normal(0, 0, shapes={"w": (24, 50)})["w"]}])["w"].tobytes())
     assert outs[0] != outs[1]
+
+
+def test_positions_that_are_kept_are_bounded_by_bytes(monkeypatch):
+    """However large the arrays are, those of the last step are kept and older ones are dropped; one that is too large is kept alone."""
+    monkeypatch.setattr(sampling, "recent", sampling._Recent())
+    monkeypatch.setattr(sampling, "RECENT_BYTES", 100_000)
+    first = sampling.sample((0, 1), 10_000, 1000)
+    assert sampling.sample((0, 1), 10_000, 1000) is first
+    for step in range(40):
+        latest = sampling.sample((step, 2), 10_000, 1000)
+        assert sampling.recent.nbytes <= 100_000
+    assert sampling.sample((39, 2), 10_000, 1000) is latest
+    assert sampling.sample((0, 1), 10_000, 1000) is not first and np.array_equal(sampling.sample((0, 1), 10_000, 1000), first)
+    large = sampling.sample((3, 3), 100_000, 20_000)
+    assert sampling.sample((3, 3), 100_000, 20_000) is large and sampling.recent.nbytes < 170_000
+    assert sampling.sample((4, 4), 10, 1) is sampling.sample((4, 4), 10, 1) and sampling.recent.nbytes < 1000
+
+
+def test_positions_do_not_pile_up_from_step_to_step():
+    """300 steps of one large tensor hold no more memory than the bound says (arrays kept by number: hundreds of MiB)."""
+    compressor, spec = grace_ext.grace("randomk(ratio=0.1) + none").compressor, TensorSpec("w", (1_000_000,))
+    x = np.ones(spec.size, np.float32)
+    tracemalloc.start()
+    try:
+        for step in range(150):
+            compressor.compress(NUMPY.ops, x, spec, StepInfo(step=step, rank=0, size=1, divisor=1), {})
+        assert tracemalloc.get_traced_memory()[0] < sampling.RECENT_BYTES + 2**23
+    finally:
+        tracemalloc.stop()
