@@ -80,12 +80,13 @@ def _checked(ops: Ops, transport: Transport, mine: dict[str, Any]) -> Generator[
     """`share`, with the types checked that are used here. Raises PayloadError, naming the rank."""
     said = yield from share(ops, transport, mine)
     for rank, other in enumerate(said):
-        number, parameters = other.get("number", 0), other.get("parameters", [])
+        number, parameters, sparse = other.get("number", 0), other.get("parameters", []), other.get("sparse", [])
         if not (
             {"spec", "seed", "version"} & set(mine) <= set(other)
             and isinstance(number, int) and 0 <= number < 2**53
             and isinstance(other.get("node", ""), str) and isinstance(other.get("saved_on", ""), str)
             and isinstance(parameters, list) and all(isinstance(p, list) and p and isinstance(p[0], str) for p in parameters)
+            and isinstance(sparse, list) and all(isinstance(name, str) for name in sparse)
             and isinstance(other.get(DIGESTS, {}), dict)
         ):  # fmt: skip
             raise PayloadError(NONSENSE, rank)
