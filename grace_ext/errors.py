@@ -25,7 +25,7 @@ class UnknownPartError(GraceError, KeyError):
     def __init__(self, kind: str, name: str, nearest: Sequence[str], known: Sequence[str]):
         self.kind, self.name, self.nearest, self.known = kind, name, tuple(nearest), tuple(known)
         meant = f"; did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ";"
-        super().__init__(f"no {kind} named {name!r}{meant} Known: {', '.join(known)}")
+        super().__init__(f"no {kind} named {shown(name)}{meant} Known: {', '.join(known)}")
 
     def __str__(self) -> str:  # KeyError would quote the whole message
         return str(self.args[0])
@@ -146,6 +146,15 @@ def few(names: Iterable[str]) -> str:
     """Returns the first five names as text, with ', ...' if there are more."""
     shown = list(itertools.islice(names, 6))
     return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
+
+
+def shown(value: object, most: int = 200) -> str:
+    """Returns the value as an error repeats it: its repr, cut if it is long. Never raises."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of more digits than Python prints, or an object of the caller's
+        text = f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 #: The reason in a PayloadError for a payload that holds NaN or Inf without saying so.

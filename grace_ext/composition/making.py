@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning, warn_user
+from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning, few, shown, warn_user
 from ..parts.part import Part
 from ..parts.registry import communicators, compressors, memories, policies
 from ..parts.spec import parse, part_from
@@ -38,6 +38,13 @@ def grace(
     Raises UnknownPartError, ParameterError, SpecSyntaxError or IncompatiblePartsError.
     """
     given: dict[str, Any] = {"compressor": compressor, "memory": memory, "communicator": communicator, "policy": policy}
+    try:
+        return _grace(spec, given, seed)
+    except RecursionError:
+        raise ParameterError("this spec is nested too deeply to be read; a policy within a policy is about as deep as is useful") from None
+
+
+def _grace(spec: Spec | None, given: dict[str, Any], seed: int | None) -> Grace:
     if spec is not None:
         if any(value is not None for value in given.values()):
             raise SpecSyntaxError("give a spec, or the parts by keyword, not both")
@@ -63,8 +70,9 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
     if compressor is None:
         raise SpecSyntaxError("name a compressor, one of: " + ", ".join(compressors.names()))
     chosen: Any = part_from(compressors, compressor)
-    remembers: Any = part_from(memories, memory or "none")
-    carries: Any = part_from(communicators, communicator or ("allreduce" if chosen.summable else "allgather"))
+    natural = "allreduce" if chosen.summable else "allgather"
+    remembers: Any = part_from(memories, "none" if memory is None else memory)
+    carries: Any = part_from(communicators, natural if communicator is None else communicator)
     result = Composition(chosen, remembers, carries)
     result.check()
     if memory is None and chosen.wants_memory:
@@ -117,12 +125,12 @@ def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]
     if not is_spec(spec):
         raise SpecSyntaxError(
             f"a spec is a string such as 'topk(ratio=0.01) + residual', a dictionary, a compressor, a composition, a policy or what "
-            f"grace_ext.grace(...) returns, got {spec!r}"
+            f"grace_ext.grace(...) returns, got {shown(spec)}"
         )
     unknown = sorted(set(spec) - {"compressor", "memory", "communicator", "policy", "seed"}, key=str)
     if unknown:
         raise SpecSyntaxError(
-            f"unknown key {', '.join(map(repr, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed "
+            f"unknown key {few(map(shown, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed "
             "(for GRACE's own parameters: grace_ext.from_params(...))"
         )
     return {key: value for key, value in spec.items() if key != "seed"}, spec.get("seed") if seed is None else seed
@@ -130,6 +138,6 @@ def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]
 
 def _seed(seed: Any) -> int:
     seed = 0 if seed is None else seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ParameterError(f"seed must be a whole number, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed.bit_length() > 64:
+        raise ParameterError(f"seed must be a whole number of at most 64 bits, got {shown(seed)}")
     return seed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError
+from ..errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError, shown
 
 if TYPE_CHECKING:
     from .tensor import StepInfo
@@ -72,9 +72,10 @@ def _valid(field: dataclasses.Field[Any], value: Any) -> Any:
     if value is None and field.default is None:
         return None
     if rule["choices"]:
-        if value not in rule["choices"]:
+        same = [choice for choice in rule["choices"] if choice == value]
+        if not same or isinstance(value, bool):
             raise ValueError
-        return value
+        return same[0]  # 16.0 stands for 16, and numpy's strings for Python's
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError
@@ -120,7 +121,7 @@ class Part:
                 if isinstance(error, GraceError) and not isinstance(error, SpecSyntaxError):
                     raise  # from a part inside this one: its message says more than the range
                 why = f": {error}" if isinstance(error, SpecSyntaxError) else ""
-                raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {value!r}{why}") from None
+                raise ParameterError(f"{self.name}: {field.name} must be {valid_range(field)}, got {shown(value)}{why}") from None
 
     @classmethod
     def create(cls, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
@@ -128,7 +129,7 @@ class Part:
         fields = [f.name for f in dataclasses.fields(cls)]
         given = dict(zip(fields, args, strict=False))
         knobs = knobs or {}
-        unknown = sorted(set(knobs) - set(fields)) + [repr(a) for a in args[len(fields) :]]
+        unknown = [shown(k)[1:-1] for k in sorted(set(knobs) - set(fields))] + [shown(a) for a in args[len(fields) :]]
         twice = sorted(set(knobs) & set(given))
         if unknown or twice:
             has = f"its knobs are {', '.join(fields)}" if fields else "it has no knobs"

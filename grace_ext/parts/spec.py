@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from ..errors import ParameterError, SpecSyntaxError, UnknownPartError
+from ..errors import ParameterError, SpecSyntaxError, UnknownPartError, shown
 from .part import Part, made_knob
 from .registry import Registry, communicators, compressors, memories, policies
 
@@ -39,8 +39,8 @@ def parse(text: str) -> dict[str, Part]:
         last = node
     if _means_a_policy(last):
         raise SpecSyntaxError(
-            f"{ast.unparse(last)!r} in {text!r} is a policy, which is a spec by itself: give memory and communicator in its knobs, as in "
-            "'by_size(large=topk(ratio=0.01) + residual)'"
+            f"{shown(ast.unparse(last))} in {shown(text)} is a policy, which is a spec by itself: give memory and communicator in its "
+            "knobs, as in 'by_size(large=topk(ratio=0.01) + residual)'"
         )
     parts = {"compressor": _pipeline([*stages, last], text)}
     kinds = {"memory": memories, "communicator": communicators}
@@ -88,7 +88,7 @@ def _pipeline(stages: list[ast.expr], text: str) -> Part:
     if len(stages) == 1:
         return _part(compressors, stages[0], text)
     if len(stages) > 2:
-        raise SpecSyntaxError(f"{text!r} has {len(stages)} stages, but a pipeline has two: one selects, one encodes the values")
+        raise SpecSyntaxError(f"{shown(text)} has {len(stages)} stages, but a pipeline has two: one selects, one encodes the values")
     name = stages[1].func if isinstance(stages[1], ast.Call) else stages[1]
     if isinstance(name, ast.Name) and name.id == "sign":
         name.id = "efsignsgd"  # the papers' name for signs with one scale
@@ -104,9 +104,9 @@ def _expression(text: str) -> ast.expr:
         return ast.parse(f"(\n{stripped}\n)" if lines else stripped, mode="eval").body
     except SyntaxError as error:
         where = f"line {(error.lineno or 2) - 1}, column {error.offset}" if lines else f"column {error.offset}"
-        raise SpecSyntaxError(f"cannot read {text!r}: {error.msg} at {where}. {GRAMMAR}") from None
+        raise SpecSyntaxError(f"cannot read {shown(text)}: {error.msg} at {where}. {GRAMMAR}") from None
     except (ValueError, MemoryError, RecursionError) as error:  # null bytes; nested too deeply
-        raise SpecSyntaxError(f"cannot read {text[:80]!r}: {error or 'nested too deeply'}. {GRAMMAR}") from None
+        raise SpecSyntaxError(f"cannot read {shown(text)}: {error or 'nested too deeply'}. {GRAMMAR}") from None
 
 
 GRAMMAR = "Write it as 'compressor(knob=value) + memory @ communicator', e.g. 'topk(ratio=0.01) + residual @ allgather'."
@@ -127,11 +127,11 @@ def _part(registry: Registry, node: ast.expr, text: str) -> Part:
         except SpecSyntaxError:
             raise
         except (ValueError, TypeError, MemoryError, RecursionError):
-            raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: knobs take plain values. {GRAMMAR}") from None
+            raise SpecSyntaxError(f"cannot read {shown(ast.unparse(node))}: knobs take plain values. {GRAMMAR}") from None
         if len(knobs) < len(node.keywords) or any(k.arg is None for k in node.keywords):
-            raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r}: give each knob once, by its name. {GRAMMAR}")
+            raise SpecSyntaxError(f"cannot read {shown(ast.unparse(node))}: give each knob once, by its name. {GRAMMAR}")
         return _made(registry, node.func.id, args, knobs)
-    raise SpecSyntaxError(f"cannot read {ast.unparse(node)!r} in {text!r}. {GRAMMAR}")
+    raise SpecSyntaxError(f"cannot read {shown(ast.unparse(node))} in {shown(text)}. {GRAMMAR}")
 
 
 def _made(registry: Registry, name: str, args: tuple[Any, ...] = (), knobs: dict[str, Any] | None = None) -> Part:
@@ -177,7 +177,16 @@ def part_from(registry: Registry, value: Any) -> Part:
     if isinstance(value, Mapping) and isinstance(value.get("id"), str):
         knobs = {str(k): v for k, v in value.items() if k != "id"}
         return _made(registry, value["id"], (), knobs)
-    raise SpecSyntaxError(f"a {registry.kind} must be a name, an instance or a dictionary with an 'id', got {value!r}")
+    raise SpecSyntaxError(
+        f"a {registry.kind} must be a name, an instance or a dictionary with an 'id', got {shown(value)}{_no(registry, value)}"
+    )
+
+
+def _no(registry: Registry, value: Any) -> str:
+    """Says what may be meant by a value that stands for nothing, such as YAML's `no`."""
+    if not isinstance(value, (bool, int, float, list, tuple, Mapping)) or value:
+        return ""
+    return "; write 'none', or leave it out" if "none" in registry.names() else "; leave it out"
 
 
 def part_knob(default: str, help: str) -> Any:

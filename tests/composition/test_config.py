@@ -8,6 +8,7 @@ import json
 import pkgutil
 import warnings
 
+import numpy as np
 import pytest
 
 import grace_ext
@@ -16,7 +17,7 @@ from grace_ext.compressors.base import Compressor
 from grace_ext.compressors.forms.merged import Merged
 from grace_ext.compressors.forms.sparse import AtPositions, Selecting
 from grace_ext.compressors.forms.two_sided import TwoSided
-from grace_ext.errors import BiasedCompressorWarning
+from grace_ext.errors import BiasedCompressorWarning, GraceError
 from grace_ext.memories.base import Memory
 from grace_ext.policies.base import Policy
 
@@ -104,3 +105,62 @@ def test_natural_communicators():
     summed = {"none", "fp16", "bf16", "randomk", "randblock", "powersgd", "powersgd_plus", "scaled_int"}
     for name in grace_ext.compressors.names():
         assert catalog.natural(name) == ("allreduce" if name in summed else "allgather"), name
+
+
+def nested(depth):
+    found = "topk + residual"
+    for _ in range(depth):
+        found = {"id": "by_size", "large": found}
+    return {"policy": found}
+
+
+@pytest.mark.parametrize("value", [False, {}, "", 0, 0.0, [], ()], ids=repr)
+@pytest.mark.parametrize("kind", ["memory", "communicator"])
+def test_a_value_that_stands_for_nothing_is_no_part(kind, value):
+    """YAML's `no` for a memory must not compose a biased compressor without one, and without a warning."""
+    for given in ({kind: value}, {"spec": {"compressor": "topk", kind: value}}):
+        with pytest.raises(GraceError):
+            grace_ext.grace(**{"compressor": "topk"} if "spec" not in given else {}, **given)
+    with pytest.raises(GraceError, match="write 'none', or leave it out"):
+        grace_ext.grace(compressor="topk", memory=False)
+
+
+@pytest.mark.parametrize("kind", ["memory", "communicator", "policy"])
+def test_arrays_are_no_parts(kind):
+    with pytest.raises(GraceError, match=f"a {kind} must be a name"):
+        grace_ext.grace(**{"compressor": "topk"} if kind != "policy" else {}, **{kind: np.zeros(3)})
+
+
+def test_choices_become_values_of_the_parts_own():
+    """A knob with choices takes equal values of other types, and keeps the declared one."""
+    for g in (grace_ext.grace("scaled_int(width=16.0)"), grace_ext.grace({"compressor": {"id": "scaled_int", "width": np.int64(16)}})):
+        assert g == grace_ext.grace("scaled_int(width=16)") and type(g.compressor.width) is int
+        grace_ext.LocalCluster(g, 2).step([{"w": np.ones(100, np.float32)}] * 2)
+    g = grace_ext.grace({"compressor": {"id": "topk", "values": np.str_("fp16")}, "memory": "residual"})
+    assert grace_ext.grace(str(g)) == g == grace_ext.grace(json.loads(json.dumps(g.to_config())))
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"compressor": {"id": "qsgd", "bits": 10**5000}}, "bits"),
+        ({"compressor": {"id": "topk", "ratio": "x" * 9999}}, "ratio"),
+        ({"compressor": {"id": "topk", "q" * 9999: 1}}, "knob"),
+        ({"compressor": {"id": "z" * 9999}}, "compressor"),
+        ({"k" * 9999: 1, 2: 3}, "key"),
+        ("topk + " + "y" * 9999, "memory"),
+        ("topk ! " + "y" * 9999, "cannot read"),
+        ("topk(ratio=" + "9" * 4000 + ")", "ratio"),
+        ({"compressor": "topk", "seed": 10**5000}, "seed"),
+        ({"compressor": "topk", "seed": "7" * 9999}, "seed"),
+        (nested(300), "nested too deeply"),
+        (np.zeros(10_000), "a spec is"),
+        ("topk\ud800", "cannot read"),
+    ],
+    ids=range(13),
+)
+def test_errors_name_the_key_and_are_short(given, key):
+    """Whatever was given, the error is ours, says what it is about, and repeats at most 200 characters of it."""
+    with pytest.raises(GraceError, match=key) as raised:
+        grace_ext.grace(given)
+    assert len(str(raised.value)) < 650
