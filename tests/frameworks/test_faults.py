@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from grace_ext.cli.check import tool
 
 from .support.faults import part_ways, strike
 from .support.full_disk import save_on_a_full_disk
-from .support.launch import ROOT, job
+from .support.launch import JOBS, ROOT, environment, job, launcher
 from .test_jobs import cases_of, held
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "netlab"))
@@ -119,6 +121,37 @@ def test_ranks_of_keras_in_different_collectives_get_an_error(tmp_path):
     assert "CollectiveError: rank 0: collective 'hvd.broadcast_variables' failed" in seen["error"], seen
     assert "CollectiveError: rank 1: collective 'grace/agree/0' failed" in seen["others"], seen
     assert seen["seconds"] < SOON + 8 and seen["exit"] and not seen["left"], seen
+
+
+def test_an_elastic_job_of_keras_goes_on_with_a_rank_that_came_too_late(tmp_path):
+    hosts = tmp_path / "hosts.sh"
+    hosts.write_text("#!/bin/sh\necho localhost:2\n")
+    hosts.chmod(0o755)
+    horovodrun, python = launcher(GLOO, 2)[0], sys.executable
+    elastic = [
+        "--gloo",
+        "--disable-cache",
+        "--network-interfaces",
+        "lo",
+        "-np",
+        "2",
+        "--min-np",
+        "2",
+        "--max-np",
+        "2",
+        "--host-discovery-script",
+        str(hosts),
+    ]
+    log, late = tmp_path / "log", {"GRACE_EXT_TIMEOUT": "3", "HOROVOD_STALL_CHECK_DISABLE": "1"}
+    with log.open("w") as out:
+        command = [horovodrun, *elastic, python, str(JOBS / "elastic_sleep_tf_job.py")]
+        done = subprocess.run(command, env={**environment(), **late}, stdout=out, stderr=out, timeout=150)
+    text = log.read_text()
+    assert done.returncode == 0, text[-4000:]
+    assert "collective 'grace/0/0/1/gather.0'" in text and "GRACE_EXT_TIMEOUT is 3" in text, text[-4000:]
+    assert sorted(re.findall(r"BEGIN (\d+)", text)) == ["0", "0", "5", "5"], text[-4000:]
+    ends = re.findall(r"END (\w+)", text)
+    assert len(ends) == 2 and len(set(ends)) == 1, text[-4000:]
 
 
 @pytest.mark.parametrize("case", cases_of("stop_tf_job.py"))
