@@ -60,7 +60,7 @@ $(OLDEST)/.installed: setup.cfg pyproject.toml
 	python3 -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q uv
 	$(OLDEST)/bin/uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct $(OLDEST_OPTIONS) \
-		-e '.[torch,tensorflow,mpi,testing]' 'pytest-xdist>=3' 'matplotlib>=3.8'
+		-e '.[torch,tensorflow,mpi,testing]' 'pytest-xdist>=3' 'matplotlib>=3.10.8'
 	@touch $@
 
 clean:
