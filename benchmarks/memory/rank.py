@@ -89,6 +89,8 @@ def measure(spec: str, model: str, steps: int) -> dict[str, Any]:
     plain = training.optimizer()
     for _ in range(PLAIN):
         training.step(plain)
+    for parameter in training.parameters.values():  # which moved each rank's own way
+        torch.nn.init.zeros_(parameter)
     before = trimmed()
     forget_peak()
     optimizer = training.distributed(spec)
