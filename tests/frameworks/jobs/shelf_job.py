@@ -35,7 +35,8 @@ def keras_weights(spec: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
     import tf_training as problem
 
     variables = problem.keras_variables()
-    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(problem.LR), compression=grace_ext.grace(spec))
+    optimizer = keras.optimizers.SGD(problem.LR, momentum=problem.momentum_of(spec))
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=grace_ext.grace(spec))
     optimizer.build(variables)
     apply = tf.function(lambda gradients: optimizer.apply(gradients, variables))
     for step in range(3):

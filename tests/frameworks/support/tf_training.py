@@ -103,6 +103,11 @@ def train(hvd: Any, compression: Any) -> tuple[dict[str, np.ndarray], list[float
     return {v.name: v.numpy() for v in variables}, losses
 
 
+def momentum_of(spec: str) -> float:
+    """Returns the momentum that SGD must have beside this spec's memory; 0 if it needs none."""
+    return next((m.optimizer_momentum for m in grace_ext.grace(spec).memories if m.optimizer_momentum is not None), 0.0)
+
+
 def steps_in_cluster(
     spec: str, size: int, names: Sequence[str] | None = None, per_node: int = 1
 ) -> Iterator[tuple[dict[str, np.ndarray], float]]:
@@ -110,6 +115,7 @@ def steps_in_cluster(
     those of the variables in the real job; None: those of `tf_variables`."""
     names = names or [v.name for v in tf_variables()]
     cluster, weights = grace_ext.LocalCluster(grace_ext.grace(spec), size, ranks_per_node=per_node), initial()
+    velocities, momentum = [np.zeros_like(w) for w in weights], momentum_of(spec)
     for step in range(STEPS):
         by_rank, losses = [], []
         for rank in range(size):
@@ -117,7 +123,8 @@ def steps_in_cluster(
             losses.append(float(loss_of(constants, rank, step)))
             by_rank.append({name: g.numpy() for name, g in zip(names, gradients_of(constants, rank, step), strict=True)})
         mean = cluster.step(by_rank, lr=LR)
-        weights = [w - np.float32(LR) * np.asarray(mean[name]) for name, w in zip(names, weights, strict=True)]
+        velocities = [momentum * u + np.asarray(mean[name]) for name, u in zip(names, velocities, strict=True)]
+        weights = [w - np.float32(LR) * u for u, w in zip(velocities, weights, strict=True)]
         yield dict(zip(names, weights, strict=True)), sum(losses) / size
 
 
