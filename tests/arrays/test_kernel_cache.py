@@ -45,7 +45,7 @@ def run(folder: Path, script: str = SCRIPT, *, largest: int | None = None, **env
 
 @pytest.fixture(scope="module")
 def expected() -> str:
-    """What the script prints with compiled kernels, given by plain operations."""
+    """Plain operations give the numbers that the script prints with compiled kernels."""
     done = run(Path(os.devnull), GRACE_EXT_KERNELS="0")
     return done.stdout.replace("False ", "True ")
 

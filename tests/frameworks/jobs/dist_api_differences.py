@@ -135,7 +135,7 @@ def check_starting_never_waits(r):
 
 
 def check_collectives_of_the_user(r):
-    """What the script itself exchanges over torch.distributed, in whatever order, does not meet those of hvd.*"""
+    """The script's own collectives over torch.distributed, in whatever order, do not pair with those of hvd.*"""
     for kind in (hvd.allreduce_async, hvd.allgather_async):
         handle = kind(t([1.0 + r])) if r == 0 else None
         own = t([10.0 + r])

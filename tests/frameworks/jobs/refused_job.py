@@ -229,7 +229,7 @@ def case_ddp_that_takes_no_hook():
 
 
 def case_a_hook_registered_in_one_call():
-    """As on the model that Accelerate's `prepare` returns, compiled or not."""
+    """compress_ddp takes a DDP, as Accelerate's `prepare` returns it, whether the user has compiled it or not."""
     raises(ParameterError, "accelerator.prepare", lambda: hvd.compress_ddp(TOPK, used_model()))
     expected = train(other := hooked()[0], sgd(other), range(3))
     for compiled in (False, True):

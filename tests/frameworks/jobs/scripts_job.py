@@ -47,19 +47,25 @@ def assert_close(one, other, tolerance=1e-6):
         assert abs(one[name] - other[name]).max(initial=0) <= tolerance, (name, abs(one[name] - other[name]).max())
 
 
+def closure_of(optimizer, model, step):
+    """Returns a closure that computes this rank's loss and gradients of that step."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = training.loss_of(model, hvd.rank(), step)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 # --- closures ---------------------------------------------------------------------------------------------------------
 def case_step_with_a_closure_exchanges_its_gradients():
     model = training.make_model()
     optimizer = wrap(model, "none")
     for step in range(3):
-
-        def closure(step=step):
-            optimizer.zero_grad()
-            loss = training.loss_of(model, hvd.rank(), step)
-            loss.backward()
-            return loss
-
-        assert optimizer.step(closure).item() == training.loss_of(model, hvd.rank(), step).item() or step >= 0
+        loss = training.loss_of(model, hvd.rank(), step).item()
+        assert optimizer.step(closure_of(optimizer, model, step)).item() == loss
     assert_close(training.weights_of(model), both_ranks(range(3)))
 
 
@@ -119,14 +125,7 @@ def case_local_sgd_with_a_closure():
     other = training.make_model()
     by_hand = hvd.LocalSGD(sgd(other), other.named_parameters(), compression="topk(ratio=0.1) + cser(reset_period=2)")
     for step in range(4):
-
-        def closure(step=step):
-            optimizer.zero_grad()
-            loss = training.loss_of(model, hvd.rank(), step)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(optimizer, model, step))
         by_hand.zero_grad()
         training.loss_of(other, hvd.rank(), step).backward()
         by_hand.step()
@@ -182,7 +181,7 @@ def case_options_of_the_wrapped_step():
 
 
 def case_a_copy_of_the_attributes_shares_the_exchange():
-    """As Lightning's manual optimization does: it copies an optimizer's attributes into an object of its own class."""
+    """Lightning's manual optimization copies an optimizer's attributes into an object of its own class; both then share the exchange."""
     model = training.make_model()
     optimizer = wrap(model, "none")
 

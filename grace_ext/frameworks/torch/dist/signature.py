@@ -15,8 +15,8 @@ RULE = (
 
 
 class TensorSignature(NamedTuple):
-    """What the ranks compare of one tensor. `shape` has "*" for a dimension that may differ. If the value is no dense tensor, `device` is
-    '' and `dtype` says what it is."""
+    """Holds what the ranks compare of one tensor. `shape` has "*" for a dimension that may differ. If the value is no dense tensor,
+    `device` is '' and `dtype` says what it is."""
 
     dtype: Any
     shape: tuple[int | str, ...]
@@ -31,7 +31,7 @@ class TensorSignature(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What the ranks compare of a collective."""
+    """Holds what the ranks compare of a collective."""
 
     kind: str
     name: str | None
