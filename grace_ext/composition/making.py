@@ -76,7 +76,7 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
     result = Composition(chosen, remembers, carries)
     result.check()
     if memory is None and chosen.wants_memory:
-        _warn_once(
+        warn_once(
             str(chosen),
             f"{chosen} is biased and has no memory: what it drops is lost, and training may stall. Add error feedback: "
             f"'{chosen} + {chosen.natural_memory}' (or write '+ none' if you mean it)",
@@ -84,7 +84,7 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
         )
     omega = chosen.omega(4096) if chosen.unbiased and remembers.feeds_back else None
     if omega is not None and omega >= 1:
-        _warn_once(
+        warn_once(
             str(result),
             f"{chosen} is random, with a variance of up to {omega:.3g} times its input: what {remembers.name!r} remembers of it can grow "
             "without bound. Use memory 'none' or 'diana' with it, or a contraction such as 'topk > qsgd'",
@@ -93,7 +93,8 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
     return result
 
 
-def _warn_once(about: str, text: str, category: type[Warning]) -> None:
+def warn_once(about: str, text: str, category: type[Warning] = UserWarning) -> None:
+    """Warns the user, as warn_user does, the first time that it is about this."""
     if about not in warned:
         warned.add(about)
         warn_user(text, category)

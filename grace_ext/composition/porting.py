@@ -10,7 +10,7 @@ from typing import Any
 from .. import communicators, compressors, memories
 from ..errors import ParameterError, warn_user
 from .grace import Grace
-from .making import grace, warned
+from .making import grace, warn_once
 
 # GRACE's keys -> (kind, our knob), for the parts that have such a knob.
 PARAMS = {
@@ -86,8 +86,8 @@ def from_params(params: Mapping[str, Any]) -> Grace:
         for f in dataclasses.fields(cls)
         if f.name not in knobs[kind] and f.name in {ours for _, ours in PARAMS.values()}
     }
-    if defaults and str(sorted(defaults)) not in warned:
-        warned.add(str(sorted(defaults)))
-        warn_user("from_params: keys that are missing take grace_ext's defaults: " + ", ".join(sorted(defaults)))
+    if defaults:
+        listed = ", ".join(sorted(defaults))
+        warn_once(listed, f"from_params: keys that are missing take grace_ext's defaults: {listed}")
     parts = {kind: cls.create((), knobs[kind]) for kind, cls in classes.items()}
     return grace(**parts)

@@ -32,6 +32,7 @@ from ...exchange.transport import Carried, Transport, by_sum, cut, gathered, to_
 from ...parts.tensor import TensorSpec
 from ..horovod import process_set_of
 from .ops import GraphOps, graph_ops
+from .variables import variable_of
 from .watchdog import FAILURE, WATCHDOG, Waiting, watched
 
 
@@ -345,7 +346,7 @@ def digester(variables: Mapping[str, Any]) -> Callable[[], dict[str, str]]:
 def digests_of(variables: Mapping[str, Any]) -> dict[str, str]:
     """Returns a digest of each variable's bits, by name (agreement.digest_of); of none of them, while the tf.function that creates them is
     being traced."""
-    inner = {name: v if isinstance(v, tf.Variable) else v.value for name, v in variables.items()}
+    inner = {name: variable_of(v) for name, v in variables.items()}
     if not all(bool(v.is_initialized()) for v in inner.values()):
         return {f"variables that have no values yet on rank {hvd.rank()}": ""}  # differs by rank, so they are compared later
     return {name: digest_of(np.asarray(v.numpy())) for name, v in inner.items()}

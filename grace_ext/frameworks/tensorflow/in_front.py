@@ -4,7 +4,7 @@ which Keras would skip the exchange."""
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -101,13 +101,7 @@ class InFront(KerasOptimizer):
             self.built = True
         self._apply_exchanged(grads, self._trainable_variables if trainable_variables is None else list(trainable_variables))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError(NO_COPY.format(type(self).__name__))
-
-    def __copy__(self) -> Any:
-        raise UnsupportedError(NO_COPY.format(type(self).__name__))
-
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # copy, deepcopy and pickle call it
         raise UnsupportedError(NO_COPY.format(type(self).__name__))
 
     def _apply_exchanged(self, grads: list[Any], variables: list[Any]) -> None:

@@ -17,6 +17,7 @@ from ...parts.tensor import TensorSpec
 from .exchanges import is_alone, names_of
 from .graph import GraphExchange, HorovodTransport
 from .in_front import InFront, check_keras_optimizer, in_front_of
+from .variables import variable_of
 
 NOTHING, SYNCHRONIZE, REBASE = range(3)
 
@@ -208,7 +209,7 @@ def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) ->
 
 
 def _tensor(variable: Any) -> tf.Tensor:
-    return tf.convert_to_tensor(variable if isinstance(variable, tf.Variable) else variable.value)
+    return tf.convert_to_tensor(variable_of(variable))
 
 
 def _values(variables: Sequence[Any]) -> dict[str, np.ndarray]:

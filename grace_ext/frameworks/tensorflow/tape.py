@@ -15,6 +15,7 @@ from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange
+from .variables import variable_of
 
 # A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables: an entry is
 # dropped when one of them is no longer used anywhere.
@@ -117,8 +118,7 @@ class _Tape:
                 f"{len(watched)} of the sources are no variables but {type(watched[0]).__name__}s: gradients of watched tensors are each "
                 "rank's own. Ask the plain tf.GradientTape for them"
             )
-        inner = [v if isinstance(v, tf.Variable) else v.value for v in flat]
-        gradients = self._tape.gradient(target, inner, output_gradients, unconnected_gradients)
+        gradients = self._tape.gradient(target, [variable_of(v) for v in flat], output_gradients, unconnected_gradients)
         shared = [i for i, v in enumerate(flat) if id(v) not in self._local]
         key = tuple(id(v) for v in flat)
         exchange = self.memory(sources, self._calls.get(key, 0))

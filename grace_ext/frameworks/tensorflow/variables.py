@@ -15,12 +15,17 @@ SAME = "build the same model on every rank before its variables are broadcast"
 OF_HOROVOD = {"uint8", "int8", "int32", "int64", "float16", "float32", "float64", "bool"}
 
 
+def variable_of(variable: Any) -> tf.Variable:
+    """Returns the tf.Variable itself, or the one inside a Keras 3 variable."""
+    return variable if isinstance(variable, tf.Variable) else variable.value
+
+
 def broadcast_variables(variables: Any, root_rank: int, process_set: Any = api.global_process_set, **options: Any) -> None:
     """Gives every rank the root's values of these tf.Variables or Keras 3 variables, of any type. Variables belong together by their place:
     their names may differ by rank. options: Horovod's, without effect.
 
     Raises DisagreementError, on every rank alike, if the ranks' numbers of variables, their shapes or their types differ."""
-    inner = [v if isinstance(v, tf.Variable) else v.value for v in variables]
+    inner = [variable_of(v) for v in variables]
     if not process_set.included() or process_set.size() == 1:
         return
     with blocking("hvd.broadcast_variables", process_set):

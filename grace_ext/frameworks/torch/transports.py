@@ -16,10 +16,12 @@ from ...exchange.effects import Collective
 from ...exchange.transport import Transport, arriving, by_sum, cut, gathered, to_sum
 from ..horovod import failure_of, process_set_of
 from ..timeouts import patience, timeout
+from .dist.groups import backends_of
 from .dist.world import HorovodInternalError, let_go_at_exit
 from .ops import HostOps, TorchOps
 
 DeviceOps = HostOps | TorchOps
+
 
 class SingleTransport(Transport):
     """A world of one rank: every collective returns its input."""
@@ -147,8 +149,7 @@ class DistTransport(Transport):
     def __init__(self, ops: DeviceOps, group: Any = None):
         self.ops, self._group = ops, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-        self.by_gloo = backends.get(ops.device.type) == dist.Backend.GLOO
+        self.by_gloo = backends_of(group).get(ops.device.type) == dist.Backend.GLOO
         let_go_at_exit()
 
     def group(self, ranks: Sequence[int]) -> DistTransport | SingleTransport | None:

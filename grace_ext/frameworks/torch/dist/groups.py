@@ -53,7 +53,7 @@ class Groups:
         self._store: dist.Store | None = None
         self._deadlocks: DeadlockFinder | None = None
         if groups:
-            self._backends = dict(pair.split(":") for pair in dist.get_backend_config(self.data).split(","))
+            self._backends = backends_of(self.data)
             store = _job_store()
             if store is not None:
                 self._store = dist.PrefixStore(f"grace_ext/{self.control.group_name}", store)
@@ -199,6 +199,11 @@ class Groups:
                 # its peers do. So these groups are never destroyed.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
             dist.destroy_process_group(group)
+
+
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Returns a process group's backends by device type."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
 
 
 def _ended(work: dist.Work) -> bool:
