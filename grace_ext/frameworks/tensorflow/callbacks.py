@@ -82,11 +82,12 @@ class MetricAverageCallback(keras.callbacks.Callback):
         own = {name: np.asarray(value, np.float64) for name, value in logs.items()}
         with blocking("hvd.callbacks.MetricAverageCallback", self.process_set):
             everyone = api.allgather_object(own, name="grace.metrics", process_set=self.process_set)
-        for name in logs:
-            values = [rank[name] for rank in everyone if name in rank]
+        by_name = {name: [rank[name] for rank in everyone if name in rank] for name in sorted(set().union(*everyone))}
+        for name, values in by_name.items():  # also those that this rank does not have, so that all ranks raise alike
             if len({value.shape for value in values}) > 1:
                 raise ParameterError(f"metric {name!r} has the shapes {[v.shape for v in values]} on the ranks; their mean needs one shape")
-            mean = np.mean(values, axis=0)
+        for name in logs:
+            mean = np.mean(by_name[name], axis=0)
             logs[name] = mean if mean.ndim else float(mean)
 
 

@@ -53,6 +53,13 @@ def names_of(variables: Sequence[Any]) -> list[str]:
     return names
 
 
+def scaled(gradient: Any, factor: tf.Tensor) -> Any:
+    """Returns the gradient, a tensor or IndexedSlices, times a number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
 def added_up(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
     """Returns the same gradient with each row once: rows of the same index are added up."""
     rows, places = tf.unique(gradient.indices)
@@ -83,23 +90,25 @@ class GradientExchange(Measured):
         """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`."""
         return not self.process_set.included() or (is_alone(self.process_set) and not self.simulate)
 
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None, others: Any = None) -> list[Any]:
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None, beside: Sequence[Any] = ()) -> list[Any]:
         """Returns the aggregates of the gradients; None stays None.
 
-        others: whether the gradients that stay this rank's own are finite on all ranks, as a tensor; None if there are none."""
+        beside: gradients that stay this rank's own. They are returned behind the aggregates: as NaNs, and then nothing of the step is
+          committed, if one of them is not finite on any rank."""
         results, dense, sparse = list(gradients), [], []
         for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
             if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
                 sparse.append((place, name, gradient))
             elif gradient is not None:
                 dense.append((place, name, tf.convert_to_tensor(gradient)))
-        if not dense and not sparse:
+        if not dense and not sparse and not beside:
             return results
         refuse_xla()
         specs = [TensorSpec(name, tuple(variables[place].shape), tensor.dtype.name) for place, name, tensor in dense]
         exchange = self._exchange(specs, [name for _, name, _ in sparse], {name: variables[place] for place, name, _ in dense})
         exchange.agree()
-        finite = [] if others is None else [others]
+        finite = [self._finite_on_all(beside, f"{exchange.driver.prefix}/beside")] if beside else []
+        own = [scaled(gradient, tf.where(finite[0], 1.0, float("nan"))) for gradient in beside]
         for number, (place, _, gradient) in enumerate(sparse):  # by its place: names of variables may differ by rank
             name = f"{exchange.driver.prefix}/sparse/{number}"
             results[place] = exchange_sparse(gradient, name, self.op, self.process_set)
@@ -108,17 +117,17 @@ class GradientExchange(Measured):
             others = tf.reduce_all(tf.stack(finite)) if finite else None
             for (place, _, _), result in zip(dense, exchange([tensor for _, _, tensor in dense], lr, others), strict=True):
                 results[place] = result
-        return results
+        return results + own
 
-    def finite_on_all(self, gradients: Sequence[Any]) -> tf.Tensor:
-        """Returns whether all of these gradients, which stay this rank's own, are finite on every rank."""
+    def _finite_on_all(self, gradients: Sequence[Any], name: str) -> tf.Tensor:
+        """Returns whether all of these gradients are finite on every rank. name: that of the collective."""
         values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients]
         own = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in values]))
         if self.process_set.size() == 1:
             return own
-        options = {"op": api.Min, "name": "grace.local", "process_set": self.process_set, "ignore_name_scope": True}
+        options = {"op": api.Min, "name": name.replace("/", "."), "process_set": self.process_set, "ignore_name_scope": True}
         flag = tf.cast(own, tf.float32)
-        return watched_operation("grace.local", self.process_set, flag, lambda value: api.allreduce(value, **options)) > 0.5
+        return watched_operation(name, self.process_set, flag, lambda value: api.allreduce(value, **options)) > 0.5
 
     def _exchange(self, specs: list[TensorSpec], sparse: list[str], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:

@@ -11,7 +11,7 @@ from ...checkpoints.saveable import Saveable
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
-from .exchanges import GradientExchange
+from .exchanges import GradientExchange, scaled
 from .in_front import InFront, check_keras_optimizer, in_front_of
 
 
@@ -108,15 +108,13 @@ class _Distributed(InFront):
         # A LossScaleOptimizer's gradients are compressed as if the loss were not scaled: a change of scale then leaves the memory right.
         loss_scale = getattr(self, "dynamic_scale", None)
         own = [_times(grads[i], loss_scale, -1) for i in shared]
-        mine = [i for i, g in enumerate(grads) if i not in shared and g is not None]
-        finite = None
-        if mine and loss_scale is not None:  # a rank that skips a step alone would drift apart
-            finite = self._grace.finite_on_all([grads[i] for i in mine])
-            for i in mine:
-                results[i] = _or_nan(results[i], finite)
-        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate, finite)
-        for i, result in zip(shared, exchanged, strict=True):
+        # A rank that skips a step alone, because of a gradient of its own, would drift apart.
+        mine = [] if loss_scale is None else [i for i, g in enumerate(grads) if i not in shared and g is not None]
+        exchanged = self._grace(own, [variables[i] for i in shared], self.learning_rate, beside=[results[i] for i in mine])
+        for i, result in zip(shared, exchanged[: len(shared)], strict=True):
             results[i] = _times(result, loss_scale, 1)
+        for i, result in zip(mine, exchanged[len(shared) :], strict=True):
+            results[i] = result
         return results
 
     def _accumulate_and_apply(self, grads: list[Any], variables: list[Any], passes: int, average: bool) -> None:
@@ -174,19 +172,8 @@ class _Distributed(InFront):
         return self._grace._saveable()
 
 
-def _or_nan(gradient: Any, finite: Any) -> Any:
-    """Returns the gradient, or NaNs in its place."""
-    factor = tf.where(finite, 1.0, float("nan"))
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
-
-
 def _times(gradient: Any, scale: Any, sign: int) -> Any:
     """Multiplies (1) or divides (-1) the gradient by the loss scale, if there are both. For a power of two this is exact."""
     if gradient is None or scale is None:
         return gradient
-    factor = tf.convert_to_tensor(scale.value) if sign > 0 else 1.0 / tf.convert_to_tensor(scale.value)
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values * tf.cast(factor, gradient.values.dtype), gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
+    return scaled(gradient, tf.convert_to_tensor(scale.value) if sign > 0 else 1.0 / tf.convert_to_tensor(scale.value))
