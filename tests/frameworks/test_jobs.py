@@ -65,3 +65,8 @@ def test_bind_alone(case):
 @pytest.mark.parametrize("case", cases_of("policy_job.py"))
 def test_policies(case):
     assert case in held("horovodrun", 2, "policy_job.py")
+
+
+def test_hvd_can_be_shut_down_and_initialized_again():
+    """The process groups of earlier optimizers have gone with the first shutdown."""
+    assert job("torchrun", 2, "init_again_job.py").count("ok") == 3

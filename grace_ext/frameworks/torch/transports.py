@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 import weakref
@@ -133,7 +134,8 @@ def transport_of_its_own(ops: DeviceOps, group: dist.ProcessGroup | None) -> Dis
         return DistTransport(ops, group)
     own = dist.new_group(timeout=datetime.timedelta(seconds=timeout()))
     while _orphans:  # all ranks have come here, so none uses an earlier group whose optimizer is gone
-        dist.destroy_process_group(_orphans.pop())
+        with contextlib.suppress(ValueError):  # hvd.shutdown() has destroyed it, with all others
+            dist.destroy_process_group(_orphans.pop())
     transport = DistTransport(ops, own)
     weakref.finalize(transport, _orphans.append, own)
     return transport

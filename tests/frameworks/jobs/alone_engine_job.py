@@ -34,4 +34,4 @@ def use(engine: str) -> None:
 try:
     use(sys.argv[1])
 except NotImplementedError as error:
-    print("TOLD", error, flush=True)
+    sys.stdout.write(f"TOLD {error}\n")  # at once, so that the ranks' lines do not mix
