@@ -114,8 +114,10 @@ class Composition(Route):
         return memory.sends * communicator.input_bytes(compressor, spec, size) if spec.size else 0
 
     def mean_nbytes(self, spec: TensorSpec) -> float:
-        """Expected bytes per step of such a tensor's payloads."""
+        """Expected bytes per step of such a tensor's payloads. Votes that are counted by a sum are sent as counters."""
         compressor, memory, _ = self.parts_for(spec)
+        if compressor.result == "vote":
+            return self.nbytes(spec)
         return memory.sends * compressor.mean_nbytes(spec) if spec.size else 0.0
 
     def to_config(self) -> dict[str, Any]:

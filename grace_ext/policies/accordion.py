@@ -40,11 +40,12 @@ class Accordion(Policy):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = [max(leaf.nbytes(SAMPLE) for leaf in composition.leaves) for composition in (self.high, self.low)]
-        if sizes[0] < sizes[1]:
+        high = max(leaf.mean_nbytes(SAMPLE) for leaf in self.high.leaves)
+        low = max((leaf.mean_nbytes(SAMPLE) for leaf in self.low.leaves if _predictable(leaf)), default=0.0)
+        if high < low:
             raise ParameterError(
-                f"accordion: high must send at least as much as low, but for a 512 x 512 gradient {self.high} sends {sizes[0]:,} bytes and "
-                f"{self.low} {sizes[1]:,}. Swap them"
+                f"accordion: high must send at least as much as low, but for a 512 x 512 gradient {self.high} is expected to send "
+                f"{high:,.0f} bytes and {self.low} {low:,.0f}. Swap them"
             )
 
     def choose(self, query):
@@ -73,3 +74,9 @@ class Accordion(Policy):
         changed = not before or abs(before - now) >= self.threshold * before
         fallen = 0 < rate and lr <= rate * (1 - self.threshold)
         return {"sum": ops.zeros(spec.size), "regime": ops.upload(np.array([now, changed or fallen, lr], np.float32))}
+
+
+def _predictable(leaf) -> bool:
+    """Whether it is known how many bytes to expect. How many a fixed threshold or adaptive bits send, only the gradients decide."""
+    compressor = leaf.compressor
+    return compressor.fixed_size or compressor.mean_nbytes(SAMPLE) < compressor.nbytes(SAMPLE)

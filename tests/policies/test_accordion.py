@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.errors import ParameterError
 from grace_ext.testing.worlds import NUMPY
 
 POLICY = "accordion(high=topk(ratio=0.5) + residual, low=topk(ratio=0.05) + residual, interval=4, threshold={})"
@@ -83,3 +84,23 @@ def test_ranks_and_bits():
             NUMPY.step(other, [{"w": g}, {"w": g}])
             plain.append(other.wire_bytes[0])
         assert sizes[0] == plain[0] and sizes[-1] == plain[1], (sizes, norms)
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("topk(ratio=0.01) + residual", "sidco(ratio=0.001) + residual"),
+        ("dgc(ratio=0.01) + residual", "global_topk(ratio=0.001) + residual"),
+        ("topk(ratio=0.05) + residual", "atomo(rank=1) + none"),
+        ("powersgd(rank=32) + residual", "powersgd_plus(rank=2) + residual"),
+        ("topk(ratio=0.01) + residual", "threshold(threshold=100.0) + residual"),  # only the gradients decide how much
+        ("none", "inceptionn + none"),
+        ("signsgd + none @ allreduce", "qsgd(bits=2) + none"),  # a byte per element: counters, not bits
+    ],
+)
+def test_expected_bytes_are_compared(high, low):
+    """`high` must be expected to send at least as much as `low`; the worst case of a payload whose size varies says little."""
+    assert grace_ext.grace(f"accordion(high={high}, low={low})").policy.interval == 100
+    if "threshold" not in low and "inceptionn" not in low:
+        with pytest.raises(ParameterError, match="Swap them"):
+            grace_ext.grace(f"accordion(high={low}, low={high})")
