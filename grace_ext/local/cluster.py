@@ -108,7 +108,7 @@ class LocalSGDCluster:
             return list(models)
         after = self._synchronize(models, list(range(self.size)))
         for driver in self.for_gradients if self.settings.grace.memory.diverges and self.for_models[0].committed else ():
-            driver.clear_state("residual")
+            driver.clear_state(self.settings.grace.memory.unsent_key)
         return after
 
     def _synchronize(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:

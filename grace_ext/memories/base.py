@@ -35,7 +35,8 @@ class Memory(FastPath, Part):
     # --- what an author must define -----------------------------------------------------------------------------------
     @abstractmethod
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
-        """Returns the state before the first step: flat arrays by key; keys are unique among all parts ('residual', 'momentum')."""
+        """Returns the state before the first step: flat arrays by key. Parts that use the same key mean the same by it, in
+        the same unit: a policy that changes parts hands the array from one to the other."""
 
     @abstractmethod
     def before(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> Array:
@@ -60,6 +61,8 @@ class Memory(FastPath, Part):
     in_updates: ClassVar[bool] = False
     #: Whether it adds what was not sent to what is sent next: a random compressor whose variance exceeds the signal makes that grow.
     feeds_back: ClassVar[bool] = False
+    #: The key of its state under which it keeps what was not sent, if it keeps that.
+    unsent_key: ClassVar[str] = "residual"
     #: Whether its state on one rank is of use without the states of the others (a checkpoint of rank 0 alone).
     resumes_alone: ClassVar[bool] = True
     #: Whether the result differs from rank to rank: only for wrappers that average models, and for LocalCluster.

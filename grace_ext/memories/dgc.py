@@ -31,11 +31,11 @@ def masked(ops, momentum, sent):
 class DGC(Memory):
     """Accumulates each rank's own momentum before compression, and sends selected elements of the sum (momentum correction).
 
-    u <- m u + g;  p = v + u;              with nesterov:  u <- m (u + g);  p = v + u + g;
+    u <- m u + g;  p = v + u;  with nesterov  p = v + (g + m u);
     v <- p - C(p);  u <- 0 where something was sent (masking);  result mean_i C(p_i), to be applied without momentum.
     C(p) is what was really sent, so v keeps the rounding of 16-bit values. A tensor that was sent dense is not masked: then the result is
     the momentum of the mean gradient.
-    State: `momentum` (u) and `residual` (v), float[d], zero at first. Needs a compressor that picks positions, and an optimizer without
+    State: `own_momentum` (u) and `residual` (v), float[d], zero at first. Needs a compressor that picks positions, and an optimizer without
     momentum.
     m (`momentum`): as for SGD. With masking=False, momentum that was already sent continues to act (staleness).
     clipping: each rank rescales its gradient so that its norm over the WHOLE model is at most clipping / sqrt(n), n ranks. Too low slows
@@ -59,7 +59,7 @@ class DGC(Memory):
         self.needs_positions(compressor)
 
     def init(self, ops, spec, info):
-        return {"momentum": ops.zeros(spec.size), "residual": ops.zeros(spec.size)}
+        return {"own_momentum": ops.zeros(spec.size), "residual": ops.zeros(spec.size)}
 
     def exchange(self, ops, send, grad, spec, info, state):
         if self.clipping is not None:
@@ -70,13 +70,11 @@ class DGC(Memory):
         return (yield from super().exchange(ops, send, grad, spec, info, state))
 
     def absorb(self, ops, grad, spec, info, state):
-        if not self.nesterov:
-            return {"momentum": ops.cast(ops.sum_up(Feedback(state["momentum"], self.momentum), grad), "float32")}
-        return {"momentum": ops.cast((state["momentum"] + grad) * self.momentum, "float32")}
+        return {"own_momentum": ops.cast(ops.sum_up(Feedback(state["own_momentum"], self.momentum), grad), "float32")}
 
     def before(self, ops, grad, spec, info, state):
-        p = ops.sum_up(Feedback(state["residual"]), state["momentum"])
-        return p + grad if self.nesterov else p
+        step = grad + state["own_momentum"] * self.momentum if self.nesterov else state["own_momentum"]
+        return ops.sum_up(Feedback(state["residual"]), step)
 
     def after(self, ops, compensated, sent, spec, info, state):
         return {"residual": self.unsent(ops, compensated, sent), **self.marked(ops, sent, state)}
@@ -85,7 +83,7 @@ class DGC(Memory):
         return None if self.nesterov or self.clipping is not None else Feedback(state["residual"])
 
     def incoming(self, grad, state):
-        return state["momentum"]
+        return state["own_momentum"]
 
     def marked(self, ops, sent, state):
-        return {"momentum": masked(ops, state["momentum"], sent) if self.masking else state["momentum"]}
+        return {"own_momentum": masked(ops, state["own_momentum"], sent) if self.masking else state["own_momentum"]}

@@ -18,7 +18,7 @@ class DistEFBlock(Memory):
     own momentum. With compressor efsignsgd(block=...) and communicator reduce_scatter(follow_rate=True) this is the complete two-way
     algorithm: each rank is the server of its shard, adds that shard's residual times lr_before / lr, compresses the mean again, and sends
     it to all.
-    State: `residual` (e), float[d], zero at first, in units of the gradient; `residual_rate`, float[1], the rate it belongs to; `momentum`,
+    State: `rated_residual` (e), float[d], zero at first, in units of the gradient at the rate `residual_rate`, float[1]; `own_momentum` (m),
     float[d], if mu > 0. Needs the learning rate (LearningRateError). A step with lr = 0 returns zeros and leaves the state unchanged. Not
     for votes.
     Source: Zheng, Huang, Kwok 2019, algorithms 2 and 3.
@@ -27,6 +27,7 @@ class DistEFBlock(Memory):
     feeds_back: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
     shared_state: ClassVar[tuple[str, ...]] = ("residual_rate",)
+    unsent_key: ClassVar[str] = "rated_residual"
     momentum: float = knob(0.0, "fraction of the momentum that is kept per step", low=0, high=0.9999, headline=True)
     nesterov: bool = knob(False, "use Nesterov momentum, which looks one step ahead")
 
@@ -38,26 +39,26 @@ class DistEFBlock(Memory):
         self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
-        state = {"residual": ops.zeros(spec.size), "residual_rate": ops.zeros(1)}
-        return {**state, "momentum": ops.zeros(spec.size)} if self.momentum else state
+        state = {"rated_residual": ops.zeros(spec.size), "residual_rate": ops.zeros(1)}
+        return {**state, "own_momentum": ops.zeros(spec.size)} if self.momentum else state
 
     def absorb(self, ops, grad, spec, info, state):
         if not self.momentum or not self.learning_rate(info):
             return {}
-        return {"momentum": ops.cast(state["momentum"] * self.momentum + grad, "float32")}
+        return {"own_momentum": ops.cast(state["own_momentum"] * self.momentum + grad, "float32")}
 
     def before(self, ops, grad, spec, info, state):
         if not self.learning_rate(info):
             return ops.zeros(spec.size)
         if self.momentum:
-            grad = grad + state["momentum"] * self.momentum if self.nesterov else state["momentum"]
-        return grad + state["residual"] * self.rate_change(float(state["residual_rate"][0]), info)
+            grad = grad + state["own_momentum"] * self.momentum if self.nesterov else state["own_momentum"]
+        return grad + state["rated_residual"] * self.rate_change(float(state["residual_rate"][0]), info)
 
     def after(self, ops, compensated, sent, spec, info, state):
         rate = self.learning_rate(info)
         if not rate:
             return {}
-        return {"residual": self.unsent(ops, compensated, sent), "residual_rate": ops.zeros(1) + rate}
+        return {"rated_residual": self.unsent(ops, compensated, sent), "residual_rate": ops.zeros(1) + rate}
 
     def on_aggregate(self, ops, mean, spec, info, state):
         return (mean if self.learning_rate(info) else ops.zeros(spec.size)), {}

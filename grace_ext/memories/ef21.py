@@ -56,7 +56,7 @@ class EF21SGDM(_Estimates):
     v_i <- m v_i + (1 - m) g_i;  c_i = C(v_i - h_i);  h_i <- h_i + c_i;  G <- G + mean_i c_i;  result G, to be applied without momentum.
     m (`momentum`): closer to 1 averages more noise out and reacts more slowly; with m = 0 it is ef21. v starts at zero, so the first
     1 / (1 - m) steps are shorter.
-    State: `momentum` (v_i), `ef21_estimate` (h_i) and `ef21_mean` (G), float[d], zero at first. Needs a contraction, as ef21 does.
+    State: `ef21_momentum` (v_i), `ef21_estimate` (h_i) and `ef21_mean` (G), float[d], zero at first. Needs a contraction, as ef21 does.
     Source: Fatkhullin, Tyurin, Richtarik 2023, where v starts at a first gradient.
     """
 
@@ -64,10 +64,10 @@ class EF21SGDM(_Estimates):
     momentum: float = knob(0.9, "fraction of the running mean that is kept per step", low=0, high=0.9999, headline=True)
 
     def init(self, ops, spec, info):
-        return {"momentum": ops.zeros(spec.size), **super().init(ops, spec, info)}
+        return {"ef21_momentum": ops.zeros(spec.size), **super().init(ops, spec, info)}
 
     def absorb(self, ops, grad, spec, info, state):
-        return {"momentum": ops.cast(state["momentum"] * self.momentum + grad * (1 - self.momentum), "float32")}
+        return {"ef21_momentum": ops.cast(state["ef21_momentum"] * self.momentum + grad * (1 - self.momentum), "float32")}
 
     def before(self, ops, grad, spec, info, state):
-        return state["momentum"] - state["ef21_estimate"]
+        return state["ef21_momentum"] - state["ef21_estimate"]

@@ -16,7 +16,7 @@ class EFSignSGDMemory(Memory):
     It equals 'residual' while lr is constant. If lr changes, the residual keeps the size of the update that it was part of, instead of
     growing or shrinking with lr. lr is read at every step, including the first; a step with lr = 0 returns zeros and leaves the state
     unchanged.
-    State: `residual`, float[d], zero at first, in units of the update. Needs the learning rate (LearningRateError). For SGD, with or
+    State: `update_residual`, float[d], zero at first, in units of the update. Needs the learning rate (LearningRateError). For SGD, with or
     without the optimizer's momentum; not for votes. Source: Karimireddy, Rebjock, Stich, Jaggi 2019. GRACE omits lr at the first step,
     freezes it at construction, and in its torch version sums over the ranks.
     """
@@ -24,19 +24,20 @@ class EFSignSGDMemory(Memory):
     feeds_back: ClassVar[bool] = True
     in_updates: ClassVar[bool] = True
     uses_lr: ClassVar[bool] = True
+    unsent_key: ClassVar[str] = "update_residual"
 
     def check(self, compressor):
         self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
-        return {"residual": ops.zeros(spec.size)}
+        return {"update_residual": ops.zeros(spec.size)}
 
     def before(self, ops, grad, spec, info, state):
         rate = self.learning_rate(info)
-        return state["residual"] + grad * rate if rate else ops.zeros(spec.size)
+        return state["update_residual"] + grad * rate if rate else ops.zeros(spec.size)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        return {"residual": self.unsent(ops, compensated, sent)} if self.learning_rate(info) else {}
+        return {"update_residual": self.unsent(ops, compensated, sent)} if self.learning_rate(info) else {}
 
     def on_aggregate(self, ops, mean, spec, info, state):
         rate = self.learning_rate(info)

@@ -58,7 +58,7 @@ class UpdateCompression(Memory):
     nesterov=True: p_i = (g_i + beta m_i) + e_i, which SGD(nesterov=True) of torch and Keras would apply. (Heavy ball, p_i = m_i + e_i, is
     'dgc(masking=False)'.)  masking=True: m_i <- 0 where something was sent, so that momentum that was applied stops acting; it needs a
     compressor that picks positions.
-    State: `residual` (e_i) and `momentum` (m_i), this rank's own; float[d], zero at first. The momentum does not know what was applied,
+    State: `residual` (e_i) and `own_momentum` (m_i), this rank's own; float[d], zero at first. The momentum does not know what was applied,
     so it is worse for top-k than 'gradient_compression' (Sahu et al. 2021). Works with any compressor but votes. Source: Vogels et al.
     2019, algorithm 3; masking from Lin et al. 2018.
     """
@@ -75,15 +75,15 @@ class UpdateCompression(Memory):
             self.needs_positions(compressor)
 
     def init(self, ops, spec, info):
-        return {"residual": ops.zeros(spec.size), "momentum": ops.zeros(spec.size)}
+        return {"residual": ops.zeros(spec.size), "own_momentum": ops.zeros(spec.size)}
 
     def absorb(self, ops, grad, spec, info, state):
-        return {"momentum": ops.cast(state["momentum"] * self.momentum + grad, "float32")}
+        return {"own_momentum": ops.cast(state["own_momentum"] * self.momentum + grad, "float32")}
 
     def before(self, ops, grad, spec, info, state):
-        momentum = state["momentum"] * self.momentum if self.nesterov else state["momentum"]
+        momentum = state["own_momentum"] * self.momentum if self.nesterov else state["own_momentum"]
         return state["residual"] + (grad + momentum)
 
     def after(self, ops, compensated, sent, spec, info, state):
-        momentum = masked(ops, state["momentum"], sent) if self.masking else state["momentum"]
-        return {"residual": self.unsent(ops, compensated, sent), "momentum": momentum}
+        momentum = masked(ops, state["own_momentum"], sent) if self.masking else state["own_momentum"]
+        return {"residual": self.unsent(ops, compensated, sent), "own_momentum": momentum}

@@ -16,14 +16,14 @@ class MomentumCompression(Memory):
     p_i = beta m + g_i + e_i;  e_i <- p_i - C(p_i);  m' = mean_i C(p_i), the same on all ranks;  result m' - beta m;  m <- m'.
     An optimizer whose momentum is beta then holds m' itself (SGD), or (1 - beta) m' (Adam). A momentum changes less from step to step than
     a gradient, and its noise is averaged out, which suits signs. While nothing is compressed, the result is the mean gradient.
-    State: `residual` (e_i), this rank's own, and `momentum` (m), equal on all ranks; float[d], zero at first, in units of the gradient. Not
+    State: `residual` (e_i), this rank's own, and `sent_momentum` (m), equal on all ranks; float[d], zero at first, in units of the gradient. Not
     for votes. The results are a good gradient for the optimizer's momentum only, not for squares of it: an Adam must have stopped to adapt
     its variance when compression begins, as OneBitAdam does. With reduce_scatter the mean is compressed again, as in the paper.
     Source: Tang et al. 2021 (1-bit Adam).
     """
 
     feeds_back: ClassVar[bool] = True
-    shared_state: ClassVar[tuple[str, ...]] = ("momentum",)
+    shared_state: ClassVar[tuple[str, ...]] = ("sent_momentum",)
     momentum: float = momentum_knob()
 
     @property
@@ -34,10 +34,10 @@ class MomentumCompression(Memory):
         self.needs_magnitudes(compressor)
 
     def init(self, ops, spec, info):
-        return {"residual": ops.zeros(spec.size), "momentum": ops.zeros(spec.size)}
+        return {"residual": ops.zeros(spec.size), "sent_momentum": ops.zeros(spec.size)}
 
     def before(self, ops, grad, spec, info, state):
-        return state["residual"] + (state["momentum"] * self.momentum + grad)
+        return state["residual"] + (state["sent_momentum"] * self.momentum + grad)
 
     def after(self, ops, compensated, sent, spec, info, state):
         return {"residual": self.unsent(ops, compensated, sent)}
@@ -45,4 +45,4 @@ class MomentumCompression(Memory):
     def on_aggregate(self, ops, total, spec, info, state):
         ranks = info.size / info.divisor  # a sum is that many times the mean
         mean = total / ranks
-        return (mean - state["momentum"] * self.momentum) * ranks, {"momentum": ops.cast(mean, "float32")}
+        return (mean - state["sent_momentum"] * self.momentum) * ranks, {"sent_momentum": ops.cast(mean, "float32")}

@@ -172,7 +172,7 @@ class Recorder(Observer):
     def _measure(self) -> None:
         self.measured_at = self.step
         for name, watch in self.watches.items():
-            residual = self.driver.state.get(name, {}).get("residual")
+            residual = self.driver.state.get(name, {}).get(self.driver.parts[name][1].unsent_key)
             watch.residual = None if residual is None else self.driver.ops.norm(residual)
 
     # --- what it measured -----------------------------------------------------------------------------------------------

@@ -133,13 +133,13 @@ def test_cser_keeps_what_the_models_share_and_sync_makes_them_one():
     """x_i + e_i (x_i - e_i in the paper) is the same on all ranks, while the models x_i differ."""
     got, cluster = in_cluster("randblock(ratio=0.25) + cser(reset_period=4)", 3, 10, lr=lambda t: LR / (1 + t))
     e = [driver.state for driver in cluster.for_gradients]
-    shared = [{n: got[i][n] + e[i][n]["residual"].reshape(SHAPES[n]) for n in SHAPES} for i in range(3)]
+    shared = [{n: got[i][n] + e[i][n]["cser_residual"].reshape(SHAPES[n]) for n in SHAPES} for i in range(3)]
     assert distance(shared, [shared[0]] * 3) < 1e-5
     assert distance(got, [got[0]] * 3) > 1e-3
     mean = {n: sum(model[n] for model in got) / 3 for n in SHAPES}
     after = cluster.sync(got)
     assert distance(after, [mean] * 3) < 1e-12
-    assert all(not state["residual"].any() for driver in cluster.for_gradients for state in driver.state.values())
+    assert all(not state["cser_residual"].any() for driver in cluster.for_gradients for state in driver.state.values())
 
 
 def test_local_steps_send_nothing():
@@ -294,13 +294,13 @@ def test_cser_keeps_models_and_errors_where_one_is_not_finite():
         own = [{n: (w + rank + step).astype(np.float32) for n, w in m.items()} for rank, m in enumerate(models)]
         gradients = cluster.gradients(own, lr=LR)
         models = cluster.step([{n: w - LR * g[n] for n, w in m.items()} for m, g in zip(models, gradients, strict=True)])
-    errors = [{n: s["residual"].copy() for n, s in d.state.items()} for d in cluster.for_gradients]
+    errors = [{n: s["cser_residual"].copy() for n, s in d.state.items()} for d in cluster.for_gradients]
     bad = [{n: w.copy() for n, w in m.items()} for m in models]
     bad[1]["b"][0] = np.inf
     with pytest.warns(UserWarning, match="not finite at step 3: no mean is taken, and every rank keeps its own model"):
         assert_equal(cluster.sync(bad), bad)
     for driver, kept in zip(cluster.for_gradients, errors, strict=True):
-        assert all((driver.state[n]["residual"] == kept[n]).all() and kept[n].any() for n in kept)
+        assert all((driver.state[n]["cser_residual"] == kept[n]).all() and kept[n].any() for n in kept)
     assert_equal(*[[m] for m in cluster.sync(models)])  # the next sync with finite models takes the mean
 
 

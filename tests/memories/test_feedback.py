@@ -48,8 +48,8 @@ def _powersgd(memory, old, g, lr, sent):
 
 
 def _efsignsgd(memory, old, g, lr, sent):
-    p = old["residual"] + lr * g
-    return p, {"residual": p - sent.values}
+    p = old["update_residual"] + lr * g
+    return p, {"update_residual": p - sent.values}
 
 
 def _ef_star(memory, old, g, lr, sent):
@@ -67,15 +67,15 @@ def _masked(momentum, sent):
 def _dgc(memory, old, g, lr, sent):
     if memory.clipping:
         return None  # depends on the other tensors: see test_oracles_memories.py
-    u = memory.momentum * (old["momentum"] + g) if memory.nesterov else memory.momentum * old["momentum"] + g
-    p = old["residual"] + u + (g if memory.nesterov else 0)
-    return p, {"residual": p - sent.values, "momentum": _masked(u, sent) if memory.masking else u}
+    u = memory.momentum * old["own_momentum"] + g
+    p = old["residual"] + (g + memory.momentum * u if memory.nesterov else u)
+    return p, {"residual": p - sent.values, "own_momentum": _masked(u, sent) if memory.masking else u}
 
 
 def _update_compression(memory, old, g, lr, sent):
-    m = memory.momentum * old["momentum"] + g
+    m = memory.momentum * old["own_momentum"] + g
     p = old["residual"] + g + (memory.momentum * m if memory.nesterov else m)
-    return p, {"residual": p - sent.values, "momentum": _masked(m, sent) if memory.masking else m}
+    return p, {"residual": p - sent.values, "own_momentum": _masked(m, sent) if memory.masking else m}
 
 
 def _gradient_compression(memory, old, g, lr, sent):
@@ -84,8 +84,8 @@ def _gradient_compression(memory, old, g, lr, sent):
 
 
 def _momentum_compression(memory, old, g, lr, sent):
-    p = memory.momentum * old["momentum"] + g + old["residual"]
-    return p, {"residual": p - sent.values, "momentum": sent.aggregate}
+    p = memory.momentum * old["sent_momentum"] + g + old["residual"]
+    return p, {"residual": p - sent.values, "sent_momentum": sent.aggregate}
 
 
 def _ef21(memory, old, g, lr, sent):
@@ -96,8 +96,8 @@ def _ef21(memory, old, g, lr, sent):
 
 
 def _ef21_sgdm(memory, old, g, lr, sent):
-    v = memory.momentum * old["momentum"] + (1 - memory.momentum) * g
-    return v - old["ef21_estimate"], {"momentum": v, **_ef21(memory, old, g, lr, sent)[1]}
+    v = memory.momentum * old["ef21_momentum"] + (1 - memory.momentum) * g
+    return v - old["ef21_estimate"], {"ef21_momentum": v, **_ef21(memory, old, g, lr, sent)[1]}
 
 
 def _diana(memory, old, g, lr, sent):
@@ -111,17 +111,17 @@ def _diana(memory, old, g, lr, sent):
 def _cser(memory, old, g, lr, sent):
     if memory.reset_period == 1:
         return None  # the reset comes on top: see test_oracles_memories.py
-    return g, {"residual": old["residual"] + lr * (g - sent.values)}
+    return g, {"cser_residual": old["cser_residual"] + lr * (g - sent.values)}
 
 
 def _dist_ef_block(memory, old, g, lr, sent):
     before = old["residual_rate"][0]
     state = {"residual_rate": np.array([lr])}
     if memory.momentum:
-        state["momentum"] = memory.momentum * old["momentum"] + g
-        g = g + memory.momentum * state["momentum"] if memory.nesterov else state["momentum"]
-    p = g + (before / lr if before else 1.0) * old["residual"]
-    return p, {**state, "residual": p - sent.values}
+        state["own_momentum"] = memory.momentum * old["own_momentum"] + g
+        g = g + memory.momentum * state["own_momentum"] if memory.nesterov else state["own_momentum"]
+    p = g + (before / lr if before else 1.0) * old["rated_residual"]
+    return p, {**state, "rated_residual": p - sent.values}
 
 
 LAWS = {
@@ -205,8 +205,8 @@ def check_values(g, dtype: str, expected, old: Arrays, new: Arrays, grad: np.nda
         assert (np.abs(compensated - p) <= slack).all(), (sent.name, sent.rank)
         for key, wanted in state.items():
             assert (np.abs(new[key] - wanted) <= (slack if wanted.size == slack.size else 1e-12)).all(), (key, sent.name, sent.rank)
-    if "residual" in new and g.memory.name != "cser":
-        error = values + new["residual"] - compensated
+    if g.memory.unsent_key in new and g.memory.name != "cser":
+        error = values + new[g.memory.unsent_key] - compensated
         limit = 0.0 if _exact(g, dtype) else ULP * np.abs(compensated - values) + 1e-44 + product
         assert (np.abs(error) <= limit).all(), (sent.name, sent.rank)
 

@@ -366,7 +366,7 @@ def test_dgc_keeps_the_rounding_of_16_bit_values(world):
     held = states(cluster, world)[0]
     sent = out != 0
     assert np.array_equal(held["residual/v"][sent], g[0]["v"][sent] - out[sent]) and held["residual/v"][sent].any()
-    assert not held["momentum/v"][sent].any() and held["momentum/v"][~sent].all()
+    assert not held["own_momentum/v"][sent].any() and held["own_momentum/v"][~sent].all()
 
 
 # --- theory -----------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_cser_keeps_what_the_models_share(world, text, size):
         gradients = inputs.ranks(size, step, shapes={"w": (24, 18)})
         for rank, out in enumerate(cluster.step(world.tensors(gradients), lr=lr)):
             x[rank] -= lr * world.array(out["w"]).astype(np.float64)
-        shared = [x[rank] + held["residual/w"].reshape(24, 18) for rank, held in enumerate(states(cluster, world))]
+        shared = [x[rank] + held["cser_residual/w"].reshape(24, 18) for rank, held in enumerate(states(cluster, world))]
         assert all(np.allclose(one, shared[0], atol=1e-5) for one in shared)
         assert not np.allclose(x[0], x[1], atol=1e-3)
 
@@ -476,4 +476,4 @@ def test_masking_uses_what_each_rank_sent():
         NUMPY.step(cluster, given)
         for rank, held in enumerate(states(cluster, NUMPY)):
             kept = held["residual/v"] == given[rank]["v"]
-            assert np.array_equal(held["momentum/v"], np.where(kept, given[rank]["v"], 0)), text
+            assert np.array_equal(held["own_momentum/v"], np.where(kept, given[rank]["v"], 0)), text
