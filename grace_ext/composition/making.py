@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,10 +129,10 @@ def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]
             f"a spec is a string such as 'topk(ratio=0.01) + residual', a dictionary, a compressor, a composition, a policy or what "
             f"grace_ext.grace(...) returns, got {shown(spec)}"
         )
-    unknown = sorted(set(spec) - {"compressor", "memory", "communicator", "policy", "seed"}, key=str)
+    unknown = sorted(shown(key, 40) for key in set(spec) - {"compressor", "memory", "communicator", "policy", "seed"})
     if unknown:
         raise SpecSyntaxError(
-            f"unknown key {few(map(shown, unknown))}; a configuration has compressor, memory, communicator, seed, or policy, seed "
+            f"unknown key {few(unknown)}; a configuration has compressor, memory, communicator, seed, or policy, seed "
             "(for GRACE's own parameters: grace_ext.from_params(...))"
         )
     return {key: value for key, value in spec.items() if key != "seed"}, spec.get("seed") if seed is None else seed
@@ -139,6 +140,6 @@ def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]
 
 def _seed(seed: Any) -> int:
     seed = 0 if seed is None else seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed.bit_length() > 64:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or int(seed).bit_length() > 64:
         raise ParameterError(f"seed must be a whole number of at most 64 bits, got {shown(seed)}")
-    return seed
+    return int(seed)

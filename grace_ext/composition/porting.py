@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from .. import communicators, compressors, memories
-from ..errors import ParameterError, warn_user
+from ..errors import ParameterError, few, shown, warn_user
 from .grace import Grace
 from .making import grace, warn_once
 
@@ -38,7 +39,8 @@ NAMES = {
 
 def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values that are called something else here."""
-    changed: dict[str, Any] = {kind: names[str(params[kind])] for kind, names in NAMES.items() if str(params.get(kind)) in names}
+    named = {kind: value for kind, value in params.items() if kind in NAMES and isinstance(value, str)}
+    changed: dict[str, Any] = {kind: NAMES[kind][value] for kind, value in named.items() if value in NAMES[kind]}
     clipping = params.get("gradient_clipping")
     if clipping is False:
         changed["gradient_clipping"] = None
@@ -46,7 +48,9 @@ def _renamed(params: Mapping[str, Any]) -> dict[str, Any]:
         raise ParameterError("gradient_clipping: give the norm that gradients of the whole model are rescaled to (times sqrt(n)), not True")
     if "error_bound" in params:
         changed["error_bound"] = _exponent(params["error_bound"])
-    if params.get("momentum_factor") and params.get("compressor") != "signum":
+    factor = params.get("momentum_factor")
+    given = factor is not None and not (isinstance(factor, numbers.Real) and not factor)
+    if given and params.get("compressor") != "signum":
         warn_user("from_params: momentum_factor has no effect; give the momentum to the optimizer")
     return changed
 
@@ -55,19 +59,23 @@ def _exponent(bound: Any) -> int:
     """Returns E of GRACE's 'error_bound' 2e-E, which stands for 2**-E."""
     try:
         return round(-math.log10(float(bound) / 2))
-    except (TypeError, ValueError):
-        raise ParameterError(f"error_bound must be a number like 2e-10 (for 2**-10), got {bound!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ParameterError(f"error_bound must be a number like 2e-10 (for 2**-10), got {shown(bound)}") from None
 
 
 def from_params(params: Mapping[str, Any]) -> Grace:
     """Returns the Grace that GRACE's own parameter dictionary describes, e.g. {'compressor': 'topk', 'memory': 'residual', 'communicator':
     'allgather', 'compress_ratio': 0.01}. It takes the keys and names of all GRACE's helpers (torch, dist, tensorflow). A missing key takes
     the default of grace_ext, which one warning names; `lr` and `world_size` are read from the optimizer and the engine."""
+    if not isinstance(params, Mapping):
+        raise ParameterError(
+            f"GRACE parameters are a dictionary such as {{'compressor': 'topk', 'memory': 'residual'}}, got {shown(params)}"
+        )
     params = {**params, **_renamed(params)}
     known = {"compressor", "memory", "communicator", *PARAMS}
-    unknown = sorted(set(params) - known)
+    unknown = sorted(shown(key, 40) for key in set(params) - known)
     if unknown:
-        raise ParameterError(f"unknown key {', '.join(map(repr, unknown))} in GRACE parameters; known: {', '.join(sorted(known))}")
+        raise ParameterError(f"unknown key {few(unknown)} in GRACE parameters; known: {', '.join(sorted(known))}")
     kinds = {"compressor": compressors, "memory": memories, "communicator": communicators}
     classes = {kind: module.get(params[kind]) for kind, module in kinds.items() if params.get(kind) is not None}
     if "compressor" not in classes:

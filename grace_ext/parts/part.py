@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError, shown
+from ..errors import GraceError, LearningRateError, ParameterError, SpecSyntaxError, few, shown
 
 if TYPE_CHECKING:
     from .tensor import StepInfo
@@ -129,11 +129,11 @@ class Part:
         fields = [f.name for f in dataclasses.fields(cls)]
         given = dict(zip(fields, args, strict=False))
         knobs = knobs or {}
-        unknown = [shown(k)[1:-1] for k in sorted(set(knobs) - set(fields))] + [shown(a) for a in args[len(fields) :]]
+        unknown = [shown(k, 40)[1:-1] for k in sorted(set(knobs) - set(fields))] + [shown(a, 40) for a in args[len(fields) :]]
         twice = sorted(set(knobs) & set(given))
         if unknown or twice:
             has = f"its knobs are {', '.join(fields)}" if fields else "it has no knobs"
-            problem = f"unknown knob {', '.join(unknown)}" if unknown else f"knob {', '.join(twice)} given twice"
+            problem = f"unknown knob {few(unknown)}" if unknown else f"knob {', '.join(twice)} given twice"
             raise ParameterError(f"{cls.name}: {problem}; {has}")
         return cls(**given, **knobs)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from ..errors import GraceError, UnknownPartError, warn_user
+from ..errors import GraceError, UnknownPartError, shown, warn_user
 from .part import Part
 
 C = TypeVar("C", bound=type)
@@ -49,7 +49,8 @@ class Registry:
         try:
             return self._classes[name]
         except (KeyError, TypeError):  # TypeError: the name is not hashable
-            nearest = difflib.get_close_matches(str(name).lower(), self._classes, n=3, cutoff=0.6)
+            text = name if isinstance(name, str) else shown(name)
+            nearest = difflib.get_close_matches(text.lower(), self._classes, n=3, cutoff=0.6)
             raise UnknownPartError(self.kind, name, nearest, self.names()) from None
 
     def _add(self, name: str, cls: type) -> None:

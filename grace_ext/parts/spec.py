@@ -155,7 +155,9 @@ def _policy_value(node: ast.expr, text: str) -> Any:
         keys = [ast.literal_eval(key) for key in node.keys if key is not None]
         twice = [key for number, key in enumerate(keys) if key in keys[:number]]
         if twice:
-            raise SpecSyntaxError(f"{ast.unparse(node)} has {twice[0]!r} twice: give each pattern once; the first that matches wins")
+            raise SpecSyntaxError(
+                f"{shown(ast.unparse(node))} has {shown(twice[0])} twice: give each pattern once; the first that matches wins"
+            )
         return {ast.literal_eval(key or node): _policy_value(value, text) for key, value in zip(node.keys, node.values, strict=True)}
     try:
         return ast.literal_eval(node)
@@ -175,7 +177,7 @@ def part_from(registry: Registry, value: Any) -> Part:
     if isinstance(value, str):
         return _part(registry, _expression(value), value)
     if isinstance(value, Mapping) and isinstance(value.get("id"), str):
-        knobs = {str(k): v for k, v in value.items() if k != "id"}
+        knobs = {k if isinstance(k, str) else shown(k): v for k, v in value.items() if k != "id"}
         return _made(registry, value["id"], (), knobs)
     raise SpecSyntaxError(
         f"a {registry.kind} must be a name, an instance or a dictionary with an 'id', got {shown(value)}{_no(registry, value)}"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -33,10 +34,10 @@ class Specs(tuple):
 
 
 def _specs(value: Any) -> Specs:
-    if isinstance(value, str):
+    if isinstance(value, (str, Mapping)):
         raise ValueError
-    routes = [route_from(spec) for spec in (value or [text for text in CANDIDATES if text != DENSE])]
-    if any(not isinstance(route, Composition) for route in routes):
+    routes = [route_from(spec) for spec in ([text for text in CANDIDATES if text != DENSE] if value is None else value)]
+    if not routes or any(not isinstance(route, Composition) for route in routes):
         raise ValueError
     return Specs(dict.fromkeys(routes))
 

@@ -23,10 +23,12 @@ class Patterns(tuple):
 def _patterns(value: Any) -> Patterns:
     from ..composition.making import route_from
 
+    if isinstance(value, str):
+        raise ValueError
     pairs = list(value.items()) if isinstance(value, Mapping) else [tuple(pair) for pair in value]
     if any(len(pair) != 2 or not isinstance(pair[0], str) for pair in pairs) or len(dict(pairs)) < len(pairs):
         raise ValueError
-    return Patterns((pattern, route_from(route)) for pattern, route in pairs)
+    return Patterns((str(pattern), route_from(route)) for pattern, route in pairs)
 
 
 @register("by_name")

@@ -156,11 +156,50 @@ def test_choices_become_values_of_the_parts_own():
         (nested(300), "nested too deeply"),
         (np.zeros(10_000), "a spec is"),
         ("topk\ud800", "cannot read"),
+        ({10**5000: 1}, "key"),
+        ({"compressor": {"id": "topk", 10**5000: 1}}, "knob"),
+        ({"compressor": {"id": "topk", **{f"knob{i}": i for i in range(5000)}}}, "knob0"),
+        ("topk(" + "0.1, " * 5000 + ")", "knob"),
+        ("by_name({'" + "x" * 9999 + "': none, '" + "x" * 9999 + "': none})", "twice"),
+        ({"policy": {"id": "by_name", "patterns": {"x" * 9999: ["a" * 9999]}}}, "patterns"),
+        ({"policy": {"id": "by_name", "patterns": {1: "none", "a": "none", None: "none"}}}, "patterns"),
+        ({"policy": {"id": "by_name", "patterns": ""}}, "patterns"),
+        ({"policy": {"id": "auto", "candidates": []}}, "candidates"),
+        ({"policy": {"id": "auto", "candidates": {"topk + residual": 1}}}, "candidates"),
     ],
-    ids=range(13),
+    ids=range(23),
 )
 def test_errors_name_the_key_and_are_short(given, key):
     """Whatever was given, the error is ours, says what it is about, and repeats at most 200 characters of it."""
     with pytest.raises(GraceError, match=key) as raised:
         grace_ext.grace(given)
     assert len(str(raised.value)) < 650
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (False, "dictionary"),
+        ("topk", "dictionary"),
+        ({"compressor": 10**5000}, "compressor"),
+        ({"compressor": "topk", "memory": 10**5000}, "memory"),
+        ({"compressor": "topk", "memory": False}, "memory"),
+        ({"compressor": "topk", "x" * 9999: 1, 3: 4, None: 2, 10**5000: 1}, "unknown key"),
+        ({"compressor": "topk", "compress_ratio": 10**5000}, "ratio"),
+        ({"compressor": "inceptionn", "error_bound": 10**5000}, "error_bound"),
+        ({"compressor": "inceptionn", "error_bound": float("inf")}, "error_bound"),
+        ({"compressor": "inceptionn", "error_bound": "x" * 9999}, "error_bound"),
+        ({"compressor": "signum", "momentum_factor": np.zeros(3)}, "momentum"),
+    ],
+    ids=range(11),
+)
+def test_errors_about_grace_parameters_do_so_too(given, key):
+    """`from_params` keeps to the same."""
+    with pytest.raises(GraceError, match=key) as raised:
+        grace_ext.from_params(given)
+    assert len(str(raised.value)) < 650
+
+
+def test_numpys_numbers_and_strings_are_pythons():
+    g = grace_ext.grace({"policy": {"id": "by_name", "patterns": {np.str_("a"): "none"}}}, seed=np.int64(3))
+    assert type(g.seed) is int and grace_ext.grace(str(g), seed=3) == g == grace_ext.grace(json.loads(json.dumps(g.to_config())))
