@@ -1,0 +1,255 @@
+"""Draws random cases for mix_fuzz.py: specs over all registered parts, models, gradients and what happens to a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grace_ext.composition.composition import Composition, Route
+from grace_ext.composition.making import grace
+from grace_ext.errors import IncompatiblePartsError, ParameterError, SpecSyntaxError
+from grace_ext.parts.part import Part, valid_range
+from grace_ext.parts.registry import Registry, communicators, compressors, memories, policies
+from grace_ext.testing.inputs import DTYPES
+from grace_ext.testing.worlds import LR
+
+#: How composing says that parts do not fit, or that a knob's value does not.
+REFUSALS = (IncompatiblePartsError, ParameterError, SpecSyntaxError)
+NAMES = ("w", "b", "layer.0.weight", "layer.0.bias", "a/b", "a:0", "größe", "層.重み", "x y", "q[0]", "", ".", "*", "a'b\"", "n\nm",
+         "policy:s")  # fmt: skip
+PATTERNS = ("*", "*.bias", "*weight", "[a-m]*", "?", "*:0", "größe", "layer.*", "")
+SHAPES = ((), (1,), (2,), (3,), (7,), (17,), (64,), (401,), (1000,), (2049,), (0,), (0, 3), (1, 1), (1, 50), (50, 1), (7, 3), (24, 18),
+          (33, 17), (3, 2, 3, 3), (2, 1, 40))  # fmt: skip
+KINDS = ("normal", "grid", "sparse", "zeros", "constant", "tiny", "subnormal", "huge", "wide", "one rank")
+#: The largest whole number that a knob is given: what costs time and memory in proportion stays cheap.
+MOST = 300
+#: How a run is repeated; its bits must be the same. The weights are by how long each takes.
+PATHS = {"plain": 5, "in place": 4, "torch": 3, "torch in place": 3, "device": 1, "tensorflow": 2, "metrics": 2, "buckets": 2, "": 1}
+
+
+class Broken(AssertionError):
+    """Something that must be true of every mix is not. invariant: what. about: what tells one fault of that kind from another."""
+
+    def __init__(self, invariant: str, text: str, about: str = ""):
+        self.invariant, self.about = invariant, about
+        super().__init__(f"{invariant}: {text}")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter, and what its gradients are like (see `gradient`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    kind: str = "normal"
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Values that are not finite, in a share of one tensor's elements, at least in one, at one step: on one rank, or on all (-1)."""
+
+    step: int
+    tensor: int
+    share: float = 0.0
+    rank: int = -1
+    value: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. path: how it is repeated. load_at: the step before which it is saved and loaded, and how: by state_dict, by
+    grace_ext.save, or for another number of ranks ('resize'). long: a property of many steps that is checked instead."""
+
+    spec: str
+    tensors: tuple[Tensor, ...]
+    size: int = 2
+    per_node: int = 1
+    steps: int = 3
+    seed: int = 0
+    data: int = 0
+    rates: tuple[float, ...] = (LR,)
+    bad: Bad | None = None
+    path: str = ""
+    load_at: int | None = None
+    load_by: str = "state_dict"
+    long: str = ""
+
+    def rate(self, step: int) -> float:
+        return self.rates[step % len(self.rates)]
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+def gradients(case: Case, step: int) -> list[dict[str, np.ndarray]]:
+    """Returns every rank's gradients of a step, the same at every call."""
+    made = [
+        {
+            t.name: np.asarray(_values(t, np.random.default_rng([case.data, rank, step, i]), rank), DTYPES[t.dtype])
+            for i, t in enumerate(case.tensors)
+        }
+        for rank in range(case.size)
+    ]
+    bad = case.bad
+    if bad and bad.step == step and bad.tensor < len(case.tensors):
+        for rank in range(case.size) if bad.rank < 0 else [bad.rank % case.size]:
+            tensor = made[rank][case.tensors[bad.tensor].name]
+            where = np.random.default_rng([case.data, rank]).random(tensor.shape) < bad.share
+            if tensor.size:
+                tensor[where] = bad.value
+                tensor.reshape(-1)[tensor.size // 2 :][:1] = bad.value
+    return made
+
+
+def _values(tensor: Tensor, rng: np.random.Generator, rank: int) -> Any:
+    """Returns float64 values of the tensor's kind. Halves have a smaller range, so what is tiny or huge is so in them."""
+    kind, shape, half = tensor.kind, tensor.shape, tensor.dtype == "float16"
+    x = rng.standard_normal(shape)
+    if kind == "grid":  # sums are exact
+        return np.round(x * 64) / 64
+    if kind == "sparse":
+        return x * (rng.random(shape) < 0.05)
+    if kind == "zeros" or kind == "one rank" and rank:
+        return np.zeros(shape)
+    if kind == "constant":
+        return np.full(shape, -0.75)
+    if kind == "tiny":
+        return x * (1e-7 if half else 1e-38)
+    if kind == "subnormal":
+        return np.full(shape, 6e-8 if half else 1.4e-45)
+    if kind == "huge":
+        return np.sign(x) * (6e4 if half else 3e38)
+    if kind == "wide":
+        return x * 10.0 ** rng.uniform(*((-7, 4) if half else (-44, 37)), shape)
+    return x
+
+
+# --- specs ------------------------------------------------------------------------------------------------------------
+def a_number(field: dataclasses.Field[Any], rng: random.Random) -> Any:
+    """Returns a value in a numeric knob's range: often near the range's start, seldom at its ends."""
+    rule, kind = field.metadata, field.metadata.get("kind") or type(field.default)
+    low = rule["above"] if rule["low"] is None else rule["low"]
+    low, high = low or 0, rule["high"] or float("inf")
+    if kind is float:
+        if high <= 1:
+            return min(high, rng.choice([rng.uniform(low, high), 10 ** rng.uniform(-3, 0), 0.25]))
+        return min(high, max(rule["low"] or 0, 10 ** rng.uniform(-2, 1.5)))
+    most = int(min(high, MOST))
+    return rng.choice([rng.randint(low, min(most, low + 5)), rng.randint(low, min(most, low + 5)), rng.randint(low, most), most])
+
+
+def a_knob(field: dataclasses.Field[Any], rng: random.Random, depth: int, tally: Counter[str]) -> Any:
+    """Returns a value of the knob's declared range, which may still not fit the part's other knobs."""
+    rule = field.metadata
+    inside: dict[str, Callable[[], Any]] = {
+        "a compressor": lambda: a_part(compressors, rng, 0, tally),
+        "a communicator or None": lambda: a_part(communicators, rng, 0, tally),
+        "a spec": lambda: a_route(rng, depth - 1, tally),
+        "a spec without a policy": lambda: a_composition(rng, tally),
+        "a list of specs": lambda: [str(a_composition(rng, tally)) for _ in range(rng.randint(1, 2))],
+        "specs by pattern, such as {'*.bias': 'none'}": lambda: {
+            pattern: a_route(rng, depth - 1, tally) for pattern in rng.sample(PATTERNS, rng.randint(1, 2))
+        },
+    }
+    if "make" in rule:
+        return inside[valid_range(field)]()
+    if rule["choices"]:
+        return rng.choice(rule["choices"])
+    if field.default is None and rng.random() < 0.3:
+        return None
+    if (rule.get("kind") or type(field.default)) is bool:
+        return rng.random() < 0.5
+    return a_number(field, rng)
+
+
+def a_part(registry: Registry, rng: random.Random, depth: int, tally: Counter[str], name: str = "") -> Part:
+    """Returns a part with random knobs. Raises one of REFUSALS if they do not fit together."""
+    cls = registry.get(name or rng.choice(registry.names()))
+    made = {f.name: a_knob(f, rng, depth, tally) for f in dataclasses.fields(cls) if "make" in f.metadata or rng.random() < 0.4}
+    return cls.create((), made)
+
+
+def a_composition(rng: random.Random, tally: Counter[str], memories_: Sequence[str] = ("residual", "none", "", "")) -> Composition:
+    """Returns a composition whose parts fit, with one of these memories ('': any); counts those that do not fit."""
+    while True:
+        try:
+            parts: dict[str, Any] = {
+                "compressor": a_part(compressors, rng, 0, tally),
+                "memory": a_part(memories, rng, 0, tally, rng.choice(memories_)),
+                "communicator": a_part(communicators, rng, 0, tally) if rng.random() < 0.5 else None,
+            }
+            route = grace(**parts).route
+        except REFUSALS:
+            tally["refused"] += 1
+            continue
+        tally["compositions"] += 1
+        assert isinstance(route, Composition)
+        return route
+
+
+def a_route(rng: random.Random, depth: int, tally: Counter[str]) -> Route:
+    """Returns a composition, or a policy with at most `depth` policies one within the other."""
+    if depth < 1 or rng.random() < 0.5:
+        return a_composition(rng, tally)
+    return a_part(policies, rng, depth, tally)  # type: ignore[return-value]
+
+
+def a_spec(rng: random.Random, tally: Counter[str]) -> str:
+    """Returns a spec that is accepted; counts those that are refused."""
+    while True:
+        try:
+            found = str(grace(a_route(rng, 3, tally)))
+        except REFUSALS:
+            tally["refused"] += 1
+            continue
+        return found
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+def a_case(seed: int, tally: Counter[str], paths: dict[str, int] = PATHS) -> Case:
+    """Returns the case of a seed."""
+    rng = random.Random(seed)
+    if rng.random() < 0.01:
+        return _a_long_case(rng, tally)
+    spec = a_spec(rng, tally)
+    size = rng.choice([1, 2, 2, 2, 2, 3, 3, 3, 4, 5, 8]) if "@ hierarchical" not in spec else rng.choice([1, 2, 3, 4, 4, 6, 8])
+    dtype = rng.choice(["float32"] * 4 + list(DTYPES))
+    kind = "normal" if rng.random() < 0.5 else ""
+    names, count = rng.sample(NAMES, len(NAMES)), rng.choice([1, 1, 2, 3, 4, 6] if size < 5 else [1, 2, 3])
+    tensors = tuple(
+        Tensor(names[i], rng.choice(SHAPES), dtype if rng.random() < 0.9 else rng.choice(list(DTYPES)), kind or rng.choice(KINDS))
+        for i in range(count)
+    )
+    steps = rng.choice([2, 2, 3, 3, 4, 6])
+    bad = None
+    if rng.random() < 0.3:
+        share, rank = rng.choice([0.0, 0.02, 0.5, 1.0]), rng.choice([-1, rng.randrange(size)])
+        bad = Bad(rng.randrange(steps), rng.randrange(count), share, rank, rng.choice([float("nan"), float("inf"), -float("inf")]))
+    rates = rng.choice([(LR,)] * 4 + [(0.1, 0.05), (0.1, 0.0, 0.3), (1e-3,)])
+    return Case(
+        spec, tensors, size, rng.choice([1, 2, size]), steps, rng.choice([0, 0, 0, 1, 2**63]), rng.randrange(2**31), rates, bad,
+        rng.choices(list(paths), list(paths.values()))[0],
+        rng.randrange(steps) if rng.random() < 0.5 else None, rng.choices(["state_dict", "save", "resize"], [20, 1, 1])[0],
+    )  # fmt: skip
+
+
+def _a_long_case(rng: random.Random, tally: Counter[str]) -> Case:
+    """Returns a case of many steps (mix_long.py)."""
+    long = rng.choice(["unbiased", "converges", "memory"])
+    if long == "memory":
+        spec = a_spec(rng, tally)
+    else:
+        while True:
+            found = a_composition(rng, tally, ("none",) if long == "unbiased" else ("ef21", "diana"))
+            if long == "converges" or found.compressor.unbiased and found.compressor.name != "none":
+                break
+        spec = str(found)
+    shape, dtype = rng.choice([(7,), (50,), (401,), (24, 18)]), rng.choice(["float32", "float32", "float16", "bfloat16"])
+    tensor = Tensor("w", shape, "float32" if long != "memory" else dtype, rng.choice(["normal", "normal", "one rank"]))
+    size = rng.choice([1, 2, 3])
+    return Case(spec, (tensor,), size, rng.choice([1, 2]), 300, rng.choice([0, 1]), rng.randrange(2**31), long=long)

@@ -1,0 +1,169 @@
+"""Runs random mixes of parts, and checks what must be true of every mix: a fuzzer for where parts meet.
+
+    python -m benchmarks.reliability.mix_fuzz                      100,000 cases; writes benchmarks/results/reliability/mixes.json
+    python -m benchmarks.reliability.mix_fuzz --cases 2000 --seed 7  the cases of seeds 7 to 2006; writes nothing
+    python -m benchmarks.reliability.mix_fuzz --case 4711          one case again, and what it is
+
+A case is drawn from its seed (mix_draw.py): a spec over all registered parts, with policies up to three deep; a model; gradients, some of
+them not finite; 1 to 8 ranks; a save and load; and another path that must give the same bits (numpy without kernels, torch, device
+operations, TensorFlow, in place, with metrics, in small buckets). mix_check.py has what is checked. A case that fails is made smaller
+(mix_shrink.py) and printed as Python to paste. Specs that are refused when they are composed are drawn again, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
+import numpy as np  # noqa: E402
+
+from benchmarks.common import record  # noqa: E402
+from benchmarks.reliability.mix_draw import PATHS, a_case  # noqa: E402
+from benchmarks.reliability.mix_shrink import Failure, failure, shrunk  # noqa: E402
+
+#: Seconds that one case may take, and cases that a process runs before it reports.
+SECONDS, BATCH = 60, 200
+PASTE = """from math import inf, nan
+from benchmarks.reliability.mix_draw import Bad, Case, Tensor
+from benchmarks.reliability.mix_shrink import failure
+print(failure({!r}))
+"""
+
+
+class TooLong(Exception):
+    """A case takes more than SECONDS."""
+
+
+def quiet() -> None:
+    """Prepares a process: what is drawn at random warns and logs much, and a crash should say where it was."""
+    warnings.simplefilter("ignore")
+    np.seterr(all="ignore")
+    logging.getLogger("grace_ext").setLevel(logging.CRITICAL)
+    faulthandler.enable()
+
+    def ring(*_: Any) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, ring)
+
+
+def batch(seeds: range, paths: dict[str, int]) -> tuple[Counter[str], list[tuple[int, Failure]]]:
+    """Runs the cases of these seeds. Returns the counts, and the failures with their seeds."""
+    tally: Counter[str] = Counter()
+    failed = []
+    for seed in seeds:
+        signal.alarm(SECONDS)
+        try:
+            found = failure(a_case(seed, tally, paths), tally)
+        finally:
+            signal.alarm(0)
+        tally["cases"] += 1
+        if found:
+            failed.append((seed, found))
+    return tally, failed
+
+
+def batches(seeds: range, jobs: int, paths: dict[str, int]) -> Iterator[tuple[Counter[str], list[tuple[int, Failure]]]]:
+    """Runs all cases in this many processes."""
+    parts = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)]
+    if jobs == 1:
+        yield from (batch(part, paths) for part in parts)
+        return
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawned, initializer=quiet) as pool:
+        for done in as_completed([pool.submit(batch, part, paths) for part in parts]):
+            yield done.result()
+
+
+def explain(seed: int, found: Failure) -> str:
+    """Returns a failure as text: what is wrong, and Python that shows it."""
+    return f"seed {seed}: {found.text}\n{PASTE.format(found.case)}"
+
+
+def run(seeds: range, jobs: int, paths: dict[str, int]) -> tuple[Counter[str], dict[str, tuple[int, int, Failure]]]:
+    """Runs all cases with a bar. Returns the counts, and by kind of failure: how often, the first seed and its failure."""
+    tally: Counter[str] = Counter()
+    kinds: dict[str, tuple[int, int, Failure]] = {}
+    for counts, failed in batches(seeds, jobs, paths):
+        tally.update(counts)
+        for seed, found in failed:
+            often, first, earlier = kinds.get(found.kind, (0, seed, found))
+            kinds[found.kind] = (often + 1, first, earlier)
+        if sys.stderr.isatty():
+            done = tally["cases"] / len(seeds)
+            bad = sum(often for often, _, _ in kinds.values())
+            bar = f"\r  [{'#' * int(40 * done):<40}] {tally['cases']:,} of {len(seeds):,}, {bad} failed"
+            print(bar, end="", file=sys.stderr, flush=True)
+    return tally, kinds
+
+
+def written(tally: Counter[str], kinds: dict[str, tuple[int, int, Failure]], seeds: range, seconds: float) -> None:
+    """Writes the table of docs/reliability.md."""
+    refused, compositions = tally["refused"], tally["compositions"]
+    invariants = sorted(set(tally) - {"cases", "refused", "compositions"} | set(kinds))
+    record.reliability("mixes", {
+        "title": "Random mixes of parts",
+        "text": f"{tally['cases']:,} cases, seeds {seeds.start} to {seeds.stop - 1}, in {seconds / 60:.0f} minutes. Each has a random spec "
+        "over all parts, knobs, communicators and policies (up to three deep), 1 to 6 tensors of odd shapes, names and dtypes, gradients "
+        "that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or more nodes, 2 to 6 steps, a save and "
+        f"load before one of them, and one other path. {compositions:,} compositions were drawn that fit; {refused:,} compositions, knobs "
+        "and policies were refused when they were composed, which is a legal outcome, and drawn again. The table has how often each "
+        "property was checked, and in how many cases it did not hold, or an error was raised. 'path' compares results and states bit for "
+        "bit with the same run by compiled kernels; 'conservation' compares the mean of gradients and residuals with the result and the "
+        "mean of the new residuals; 'long' are cases of 300 steps.",
+        "columns": ["property", "checks", "cases that failed"],
+        "rows": [[name, tally[name], kinds[name][0] if name in kinds else 0] for name in invariants],
+        "commands": ["python -m benchmarks.reliability.mix_fuzz"],
+    })  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0, help="the first case's seed")
+    parser.add_argument("--jobs", type=int, default=record.cores())
+    parser.add_argument("--case", type=int, metavar="SEED", help="run one case and print it")
+    parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path], help="only these paths")
+    parser.add_argument("--seconds", type=float, default=30, help="time for making each kind of failure smaller; 0 does not")
+    parser.add_argument("--write", action="store_true", help="write the results, as for 100,000 cases or more")
+    options = parser.parse_args()
+    quiet()
+    paths = {path: PATHS[path] for path in options.paths} if options.paths else PATHS
+    if options.case is not None:
+        case = a_case(options.case, Counter(), paths)
+        found = failure(case)
+        print(explain(options.case, shrunk(found, options.seconds)) if found else f"holds: {case}")
+        return int(found is not None)
+    seeds = range(options.seed, options.seed + options.cases)
+    print(f"seeds {seeds.start} to {seeds.stop - 1}", file=sys.stderr)
+    begun = time.monotonic()
+    tally, kinds = run(seeds, options.jobs, paths)
+    seconds = time.monotonic() - begun
+    each = 1e3 * seconds * options.jobs / max(1, tally["cases"])
+    print(f"\n{tally['cases']:,} cases in {seconds:.0f} s, {each:.1f} ms each", file=sys.stderr)
+    for kind, count in sorted(tally.items()):
+        print(f"  {kind}: {count:,}", file=sys.stderr)
+    for kind, (often, seed, found) in sorted(kinds.items()):
+        print(f"\n--- {kind}: {often} cases, the first is", explain(seed, shrunk(found, options.seconds)), flush=True)
+    if options.write or options.cases >= 100_000:
+        written(tally, kinds, seeds, seconds)
+    return int(bool(kinds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Checks of mix_fuzz.py that need many steps: unbiased means, memories that converge to the mean, memory that stays flat."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+import grace_ext
+from grace_ext.testing.worlds import NUMPY
+
+from .mix_draw import Broken, Case, gradients
+
+
+def _cluster(case: Case) -> Any:
+    return NUMPY.cluster(grace_ext.grace(case.spec, seed=case.seed), case.size, case.per_node)
+
+
+def unbiased(case: Case, tally: Counter[str]) -> None:
+    """Checks that the mean over `steps` of an unbiased compressor's results is the mean gradient, within six standard deviations of what
+    its declared variance, omega, allows."""
+    cluster, given = _cluster(case), gradients(case, 0)
+    name = case.tensors[0].name
+    outs = [NUMPY.step(cluster, given)[name].astype(np.float64) for _ in range(case.steps)]
+    compressor, _, communicator = cluster.drivers[0].parts[name]
+    omega = compressor.omega(given[0][name].size)
+    if omega is None:
+        return
+    again = 2 if communicator.inner(compressor).name == "reduce_scatter" else 1  # compressed once more
+    norms = sum(float(np.linalg.norm(g[name].astype(np.float64))) ** 2 for g in given) / case.size
+    variance = ((1 + omega) ** again - 1) * norms / case.steps
+    off = float(np.linalg.norm(np.mean(outs, axis=0) - np.mean([g[name].astype(np.float64) for g in given], axis=0)))
+    tally["long: unbiased"] += 1
+    if off > 6 * variance**0.5 + 1e-5 * norms**0.5:
+        text = f"the mean of {case.steps} results is {off:.3g} from the mean gradient; its deviation is at most {variance**0.5:.3g}"
+        raise Broken("long: unbiased", text, compressor.name)
+
+
+def converges(case: Case, tally: Counter[str]) -> None:
+    """Checks that a memory that learns the ranks' gradients returns their mean, once it knows them, if they do not change."""
+    cluster, given = _cluster(case), gradients(case, 0)
+    name = case.tensors[0].name
+    for _ in range(case.steps):
+        out = NUMPY.step(cluster, given)[name].astype(np.float64)
+    compressor, memory, _ = cluster.drivers[0].parts[name]
+    d = given[0][name].size
+    if memory.name == "diana":
+        omega = compressor.omega(d)
+        rate = memory.alpha or (None if omega is None else 1 / (1 + omega))
+        if omega is not None and rate and rate > 1 / (1 + omega):
+            return  # more than is safe
+    else:
+        rate = compressor.delta(d)
+    mean = np.mean([g[name].astype(np.float64) for g in given], axis=0)
+    scale = max(float(np.linalg.norm(g[name].astype(np.float64))) for g in given)
+    if not rate or (left := (1 - rate) ** (case.steps / 2)) > 1e-4:
+        return
+    off = float(np.linalg.norm(out - mean))
+    tally["long: converges"] += 1
+    if off > (100 * left + 1e-4) * scale:
+        text = f"after {case.steps} steps of the same gradients the result is {off / scale:.3g} of their norm off their mean"
+        raise Broken("long: converges", text, f"{compressor.name} + {memory.name}")
+
+
+def flat(case: Case, tally: Counter[str]) -> None:
+    """Checks that memory does not grow after the first third of the steps."""
+    cluster, held = _cluster(case), []
+    given = [gradients(case, step) for step in range(4)]
+    tracemalloc.start()
+    try:
+        for step in range(case.steps):
+            NUMPY.step(cluster, given[step % 4], case.rate(step))
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    third = case.steps // 3
+    grown = max(held[-third:]) - max(held[third : 2 * third])
+    tally["long: memory"] += 1
+    if grown > 64 << 10:
+        raise Broken("long: memory", f"{grown:,} bytes more at the end than in the middle of {case.steps} steps")
+
+
+CHECKS = {"unbiased": unbiased, "converges": converges, "memory": flat}
