@@ -26,6 +26,8 @@ from ..parts.tensor import StepInfo, TensorSpec
 from ..policies.base import Policy
 
 States = dict[str, dict[str, Array]]
+#: By key: the lengths and dtypes that an array of a state may have.
+Forms = dict[str, set[tuple[int, Any]]]
 
 
 class Choices:
@@ -140,16 +142,16 @@ class Choices:
         parts = [part for leaf in self.grace.leaves for part in (leaf.memory, leaf.compressor, leaf.communicator)]
         return {key for part in parts for key in (*part.shared_state, *part.borrowed_state)}
 
-    def lengths(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> dict[str, set[int]]:
-        """Returns, by key, how long the arrays of such a tensor's state may be, whatever was chosen last."""
-        found: dict[str, set[int]] = {}
+    def forms(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> tuple[list[Forms], Forms]:
+        """Returns what the arrays of such a tensor's state may be: for each composition that it may go through, and of its policies."""
+        leaves = []
         for parts in {self.grace.parts_of(leaf, spec) for leaf in self.grace.leaves_for(spec)}:
-            for key, array in initial_state(ops, spec, parts, info).items():
-                found.setdefault(key, set()).add(len(array))
+            leaves.append({key: {(len(x), x.dtype)} for key, x in initial_state(ops, spec, parts, info).items()})
+        own = {}
         for path, policy in self._learners[spec]:
-            for key, array in as_state(path, policy.init(ops, spec)).items():
-                found[key] = {len(array), spec.size}
-        return found
+            for key, x in as_state(path, policy.init(ops, spec)).items():
+                own[key] = {(len(x), x.dtype), (spec.size, x.dtype)}
+        return leaves, own
 
 
 def _gathered(transport: Transport, report: Array, step: int, name: str) -> Generator[Any, Any, tuple[list[np.ndarray], int]]:

@@ -144,7 +144,7 @@ class Driver:
         self.buckets = [Bucket([self.specs[name] for name in names]) for names in self.packed(nbytes)]
         self._lay_out()
         try:
-            state.check(self.ops, self._choices, self.specs, self._step_info(), self.state, fill=self._foreign)
+            state.check(self.ops, self.grace, self.specs, self._step_info(), self.state, fill=self._foreign)
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
@@ -475,11 +475,12 @@ class Driver:
 
     # --- state --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Returns {'version', 'spec', 'op', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies of this rank's
-        state; with 'hierarchical' also 'node', which tells the ranks' nodes apart."""
+        """Returns {'version', 'spec', 'seed', 'op', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies of this
+        rank's state; with 'hierarchical' also 'node', which tells the ranks' nodes apart."""
         return {
-            "version": state.VERSION, "spec": str(self.grace), "op": self._op, "rank": self.transport.rank, "size": self.transport.size,
-            "step": self.step, "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
+            "version": state.VERSION, "spec": str(self.grace), "seed": self.grace.seed, "op": self._op,
+            "rank": self.transport.rank, "size": self.transport.size, "step": self.step,
+            "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
         }  # fmt: skip
 
     @property
@@ -495,23 +496,25 @@ class Driver:
         """Resumes bit for bit from what `state_dict` gave on the same rank. From another rank's state (a checkpoint of rank 0 alone) it
         takes what all ranks share; what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the
         state does not fit, or if the memory makes no sense without every rank's part (ef21, diana)."""
-        self.state, self.step = self.read_state(saved), int(saved["step"])
-        self._choices.forget()
-        self._foreign = saved["rank"] != self.transport.rank
-        self._saved_on = "" if self._foreign else saved.get("node", "")
-        if self._foreign:
+        states = self.read_state(saved)
+        if foreign := saved["rank"] != self.transport.rank:
             warn_user(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
                 "zero. Save the state of every rank to resume exactly",
                 every_rank=True,  # rank 0's own state fits
             )
+        self.state, self.step, self._foreign = states, saved["step"], foreign
+        self._before, self.committed = None, True  # nothing of the steps before can be rolled back
+        self._choices.forget()
+        self._saved_on = "" if foreign else saved.get("node", "")
 
-    def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-        """Returns the arrays of a saved state by parameter, copied and checked. Raises GraceError if it is not for this exchange."""
-        states = state.read(self.ops, self._choices, self.transport, saved)
-        if self.specs:
-            foreign = saved["rank"] != self.transport.rank
-            state.check(self.ops, self._choices, self.specs, self._step_info(), states, fill=foreign)
+    def read_state(self, saved: Mapping[str, Any], specs: Iterable[TensorSpec] = ()) -> dict[str, dict[str, Array]]:
+        """Returns the arrays of a saved state by parameter, copied and checked. Raises GraceError if it is not for this exchange. specs:
+        the parameters that will be registered, as far as they are known; what the state has of them must fit, too."""
+        states = state.read(self.ops, self.grace, self.transport, saved, self._op)
+        known, foreign = self.specs or {spec.name: spec for spec in specs}, saved["rank"] != self.transport.rank
+        info = dataclasses.replace(self._step_info(), step=saved["step"])
+        state.check(self.ops, self.grace, known, info, states, fill=foreign, partial=not self.specs)
         return states
 
     def clear_state(self, key: str) -> None:
