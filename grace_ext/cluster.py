@@ -10,7 +10,7 @@ from .checkpoints.saveable import Saveable
 from .checkpoints.statefile import mapped
 from .composition import making
 from .driver.driver import Driver
-from .errors import GraceError, NamesError, ParameterError
+from .errors import GraceError, NamesError, ParameterError, shown
 from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
@@ -91,18 +91,27 @@ class LocalCluster:
         return {"version": 1, "ranks": [driver.state_dict() for driver in self.drivers]}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes from a state. Raises GraceError if it was saved with another spec or another number of ranks."""
-        if len(saved["ranks"]) != self.size:
-            raise GraceError(f"this state is of {len(saved['ranks'])} ranks, but the cluster has {self.size}; they must be equal")
-        self._check_states(saved["ranks"])
-        for driver, state in zip(self.drivers, saved["ranks"], strict=True):
+        """Resumes from a state. Raises GraceError, naming the rank, and changes nothing, if it does not fit: if it was saved with another
+        spec or another number of ranks, for example."""
+        states = saved.get("ranks") if isinstance(saved, Mapping) else None
+        if not isinstance(states, Sequence):
+            raise GraceError(f"a cluster's state must be what its state_dict() returned, with 'ranks', got {shown(saved, 80)}")
+        self._check_states(states)
+        for driver, state in zip(self.drivers, states, strict=True):
             driver.load_state_dict(state)
 
     def _check_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for driver, state in zip(self.drivers, states, strict=True):
-            driver.read_state(state)
-            if state["rank"] != driver.transport.rank:
-                raise GraceError(f"states must be in rank order; that of rank {state['rank']} is in place {driver.transport.rank}")
+        if len(states) != self.size:
+            raise GraceError(f"this state is of {len(states)} ranks, but the cluster has {self.size}; they must be equal")
+        for rank, (driver, state) in enumerate(zip(self.drivers, states, strict=True)):
+            try:
+                driver.read_state(state)
+            except GraceError as error:
+                raise GraceError(f"rank {rank}: {error}") from None
+            if state["rank"] != rank:
+                raise GraceError(f"states must be in rank order; that of rank {state['rank']} is in place {rank}")
+        if len(steps := {state["step"] for state in states}) > 1:
+            raise GraceError(f"the states are of the steps {sorted(steps)}; they must be of one")
 
     def _saveable(self) -> Saveable:
         def read() -> list[dict[str, Any]]:
