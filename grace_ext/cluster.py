@@ -10,6 +10,7 @@ from .checkpoints.saveable import Saveable
 from .checkpoints.statefile import mapped
 from .composition import making
 from .driver.driver import Driver
+from .driver.layout import check_names
 from .errors import GraceError, NamesError, ParameterError, shown
 from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics.metrics import Metrics, Report
@@ -70,9 +71,10 @@ class LocalCluster:
             raise ParameterError(f"step needs one mapping for each of the {self.size} ranks, got {len(gradients)}")
         names = set(self.drivers[0].specs or gradients[0])
         for rank, mapping in enumerate(gradients):
-            missing, extra = sorted(names - set(mapping), key=str), sorted(set(mapping) - names, key=str)
+            check_names(mapping)
+            missing, extra = sorted(names - set(mapping)), sorted(set(mapping) - names)
             if missing or extra:
-                raise NamesError(f"rank {rank}: missing parameters {missing}, unknown parameters {extra}")
+                raise NamesError(f"rank {rank}: missing parameters {shown(missing)}, unknown parameters {shown(extra)}")
         first = not self.drivers[0].specs
         specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in gradients[0].items()] if first else []
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..composition.grace import Grace
 from ..compressors.forms.merged import SMALL
-from ..errors import NamesError, TensorChangedError, UnsupportedDtypeError, few
+from ..errors import NamesError, TensorChangedError, UnsupportedDtypeError, few, shown
 from ..parts.ops import Array
 from ..parts.tensor import DTYPES, TensorSpec
 
@@ -40,19 +41,32 @@ class Bucket:
         self.finite = True  # on every rank
 
 
-def checked(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
-    """Returns the specs by name. Raises NamesError for a name that is no string or given twice, UnsupportedDtypeError for gradients that
-    are not floating point."""
-    specs = list(specs)
-    names = [spec.name for spec in specs]
-    for name in names:
+def check_names(names: Iterable[Any]) -> None:
+    """Raises NamesError for a parameter's name that is no string or no valid text, or that is given twice."""
+    names = list(names)
+    for place, name in enumerate(names):
         if not isinstance(name, str):
             raise NamesError(
-                f"parameter names must be strings, got {name!r} ({type(name).__name__}): ranks compare them as text; use str(...)"
+                f"parameter names must be strings, got {shown(name)} ({type(name).__name__}) in place {place}: ranks compare them as "
+                "text; use str(...)"
             )
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise NamesError(f"parameter names must be unique; given more than once: {', '.join(twice)}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise NamesError(
+                f"parameter names must be valid text, got {shown(name)} in place {place}, whose character {error.start} is a lone "
+                "surrogate: names are hashed and saved as UTF-8; rename the parameter"
+            ) from None
+    if len(set(names)) < len(names):
+        twice = (shown(name, 40) for name, count in Counter(names).items() if count > 1)
+        raise NamesError(f"parameter names must be unique; given more than once: {few(twice)}")
+
+
+def checked(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
+    """Returns the specs by name. Raises NamesError as `check_names` does, UnsupportedDtypeError for gradients that are not floating
+    point."""
+    specs = list(specs)
+    check_names(spec.name for spec in specs)
     for spec in specs:
         if spec.dtype not in DTYPES:
             raise UnsupportedDtypeError(

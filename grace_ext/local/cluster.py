@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arrays import libraries
 from ..driver.driver import Driver
-from ..errors import DisagreementError, NamesError, ParameterError
+from ..errors import DisagreementError, NamesError, ParameterError, shown
 from ..exchange.lockstep import LockstepTransport, run_lockstep
 from ..exchange.transport import Transport
 from ..parts.tensor import TensorSpec
@@ -92,7 +92,9 @@ class LocalSGDCluster:
             raise ParameterError(f"a step needs one model for each of the {self.size} ranks, got {len(models)}")
         for model, values in zip(self.models, models, strict=True):
             if set(values) != set(model.specs):
-                raise NamesError(f"a model has parameters {sorted(values)}; it must have those that it started with: {sorted(model.specs)}")
+                raise NamesError(
+                    f"a model has parameters {shown(list(values))}; it must have those that it started with: {shown(list(model.specs))}"
+                )
         due = []
         for rank in ranks:
             what = self.models[rank].advance()

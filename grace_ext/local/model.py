@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..driver.layout import checked
 from ..errors import GraceError, NamesError, TensorChangedError, warn_user
 from ..parts.field import HALVES
 from ..parts.ops import Array, Ops
@@ -47,7 +48,7 @@ class LocalModel:
         """Takes the parameters, before the first local step. If a state was loaded, its master copy is kept. Raises GraceError."""
         if self.begun:
             raise GraceError("this LocalSGD has begun with other weights and keeps their master copy: make a new one to start from these")
-        by_name = {spec.name: spec for spec in specs}
+        by_name = checked(specs)
         if self.master:
             self._check({name: len(array) for name, array in self.master.items()}, by_name)
         else:

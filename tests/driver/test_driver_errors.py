@@ -99,7 +99,7 @@ def test_a_second_gradient_for_the_same_parameter_is_refused():
 def test_what_does_not_fit_is_refused_at_once():
     """`register` rejects duplicate names and wrong dtypes; `put` rejects unknown names, changed shapes and changed dtypes."""
     (driver,) = drivers("none", 1)
-    with pytest.raises(NamesError, match="more than once: a, b"):
+    with pytest.raises(NamesError, match="more than once: 'a', 'b'"):
         driver.register([*SPECS, *SPECS[:2]])
     for dtype in ("int64", "bool", "complex64", "float8_e5m2"):
         with pytest.raises(UnsupportedDtypeError, match=f"'w' is {dtype}"):

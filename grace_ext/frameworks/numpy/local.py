@@ -7,7 +7,7 @@ from typing import Any
 
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import NumpyOps
-from ...errors import GraceError, NamesError
+from ...errors import GraceError, NamesError, shown
 from ...local.settings import settings_of
 from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
@@ -67,7 +67,9 @@ class LocalSGD:
         self._in_step = False
         if set(weights) != set(self._worker.model.specs):
             names = sorted(self._worker.model.specs)
-            raise NamesError(f"the weights are {sorted(weights)}, but they started as {names}; pass the same names at every step")
+            raise NamesError(
+                f"the weights are {shown(sorted(weights))}, but they started as {shown(names)}; pass the same names at every step"
+            )
         new = self._worker.models(weights)
         return weights if new is None else new
 

@@ -24,7 +24,8 @@ from ...composition.grace import Grace
 from ...composition.making import grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
-from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError
+from ...driver.layout import check_names
+from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError, shown
 from ...exchange.effects import Collective
 from ...exchange.perform import perform
 from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
@@ -125,10 +126,10 @@ def duplicated(comm: Any) -> Any:
 
 
 def check_by_name(arrays: Any, call: str) -> None:
-    """Raises ParameterError if a call got something else than arrays by name."""
-    if not isinstance(arrays, Mapping) or any(not isinstance(name, str) for name in arrays):
-        what = f"names like {next(n for n in arrays if not isinstance(n, str))!r}" if isinstance(arrays, Mapping) else type(arrays).__name__
-        raise ParameterError(f"{call} takes a dictionary of arrays whose keys are strings, such as {{'w': array}}; got {what}")
+    """Raises ParameterError if a call got something else than arrays by name, NamesError if a name is none."""
+    if not isinstance(arrays, Mapping):
+        raise ParameterError(f"{call} takes a dictionary of arrays, such as {{'w': array}}; got {type(arrays).__name__}")
+    check_names(arrays)
 
 
 class Exchange(Measured):
@@ -212,7 +213,7 @@ class Exchange(Measured):
             driver.register([TensorSpec(name, *driver.ops.describe(tensor)) for name, tensor in gradients.items()])
         missing, extra = sorted(set(driver.specs) - set(gradients)), sorted(set(gradients) - set(driver.specs))
         if missing or extra:
-            raise NamesError(f"rank {self._transport.rank}: missing parameters {missing}, unknown parameters {extra}")
+            raise NamesError(f"rank {self._transport.rank}: missing parameters {shown(missing)}, unknown parameters {shown(extra)}")
         for name, tensor in gradients.items():
             driver.check(name, tensor)
 

@@ -21,7 +21,8 @@ from ...driver.driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics.metrics import Measured
 from ..optimizers import rate_of, require_optimizer
-from .session import Session, check_torch_optimizer, named, require_sum_or_mean
+from .guards import check_parameters
+from .session import Session, check_torch_optimizer, require_sum_or_mean
 from .transports import HorovodTransport, SingleTransport
 
 
@@ -35,7 +36,7 @@ def bind(
         raise UnsupportedError(
             "bind is for unmodified horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
         ) from error
-    parameters = named(pairs)
+    parameters = check_parameters(pairs)
     require_optimizer(g, optimizer, "bind")
     check_torch_optimizer(g, optimizer)
     if optimizer is not None:

@@ -34,9 +34,9 @@ from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of, require_optimizer
 from .dcp import refuse_dcp
 from .gradients import is_taken
-from .guards import check_alone, check_not_private
+from .guards import check_alone, check_not_private, check_parameters
 from .ops import HostOps, TorchOps, describe
-from .session import Session, check_torch_optimizer, named
+from .session import Session, check_torch_optimizer
 from .transports import DistTransport, SingleTransport, transport_of_its_own
 
 
@@ -162,7 +162,7 @@ class DDPState(Measured):
         # DDP's reducer owns this object, so a strong reference to the module would keep both for ever.
         self._ddp: Callable[[], DistributedDataParallel | None] = (lambda: None) if wrapped is None else weakref.ref(wrapped)
         module: Any = ddp if wrapped is None else wrapped.module
-        self._parameters = named(module.named_parameters())
+        self._parameters = check_parameters(module.named_parameters())
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._made: Session | None = None
         self._taken: list[_Taken] = []
@@ -202,7 +202,7 @@ class DDPState(Measured):
                 raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
             if dist.get_world_size() == 1:
                 check_alone("torch")
-            named(self._parameters.items())  # checks again: it may be on several devices now
+            check_parameters(self._parameters.items())  # checks again: it may be on several devices now
             self._made = Session(
                 self._grace,
                 self._parameters,

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ...driver.layout import check_names
 from ...errors import NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError
 from .. import launchers
 from .in_front import InFront
@@ -61,15 +62,13 @@ def check_optimizer_kind(optimizer: Any, wrapper: str) -> None:
 
 
 def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters by name. Raises NamesError, UnsupportedDtypeError or UnsupportedError if their gradients cannot be
-    exchanged."""
+    """Returns the parameters by name, which is the same whether the model was compiled or not. Raises NamesError, UnsupportedDtypeError or
+    UnsupportedError if their gradients cannot be exchanged."""
     pairs = list(pairs)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise NamesError(f"parameter names must be unique; found more than once: {', '.join(twice)}")
+    pairs = [(name.replace("_orig_mod.", "") if isinstance(name, str) else name, parameter) for name, parameter in pairs]
+    check_names(name for name, _ in pairs)
     for name, parameter in pairs:
         kind = type(parameter).__name__
         if kind == "FlatParameter" or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:

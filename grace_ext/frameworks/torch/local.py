@@ -15,10 +15,10 @@ from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from . import engine
 from .dcp import refuse_dcp
-from .guards import check_alone, check_containers, check_optimizer_kind
+from .guards import check_alone, check_containers, check_optimizer_kind, check_parameters
 from .in_front import InFront, in_front_of
 from .ops import describe, ops_for
-from .session import check_none_new, check_torch_optimizer, named
+from .session import check_none_new, check_torch_optimizer
 
 api = engine.api
 DIFFERS = "what LocalSGD trains"
@@ -87,7 +87,7 @@ def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str,
     if named_parameters is None:
         flat = [p for group in optimizer.param_groups for p in group["params"]]
         named_parameters = [(f"parameter.{i}", p) for i, p in enumerate(flat)]
-    parameters = {name: p for name, p in named(named_parameters).items() if id(p) in own}
+    parameters = {name: p for name, p in check_parameters(named_parameters).items() if id(p) in own}
     if len(parameters) < len(own):
         raise NamesError(f"named_parameters lacks {len(own) - len(parameters)} of the optimizer's {len(own)} parameters")
     return parameters

@@ -22,10 +22,10 @@ from ..optimizers import rate_of
 from . import engine
 from .dcp import called_by_dcp, leaves_out
 from .gradients import GradientExchange
-from .guards import check_optimizer_kind
+from .guards import check_optimizer_kind, check_parameters
 from .in_front import InFront, in_front_of
 from .ops import ops_for
-from .session import check_none_new, check_torch_optimizer, named, require_sum_or_mean
+from .session import check_none_new, check_torch_optimizer, require_sum_or_mean
 
 api = engine.api
 P = ParamSpec("P")
@@ -187,7 +187,7 @@ def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str,
         named_parameters = [
             (f"allreduce.noname.{i}.{j}", p) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])
         ]
-    by_name = named(named_parameters)
+    by_name = check_parameters(named_parameters)
     known, mine = {id(p) for p in by_name.values()}, {id(p) for p in own}
     unnamed = [i for i, p in enumerate(own) if id(p) not in known]
     if unnamed:

@@ -21,14 +21,8 @@ from ...exchange.perform import perform
 from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
-from .guards import check_containers, check_parameters
+from .guards import check_containers
 from .ops import HostOps, TorchOps, as_bytes, describe, ops_for
-
-
-def named(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters by name, checked, and named alike whether the model was compiled or not. Raises NamesError,
-    UnsupportedDtypeError or UnsupportedError."""
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in check_parameters(named_parameters).items()}
 
 
 def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None) -> None:

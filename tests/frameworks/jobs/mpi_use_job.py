@@ -95,9 +95,14 @@ def case_arguments():
 
 def case_what_is_not_arrays_by_name():
     e, local = exchange(TOPK), gnp.LocalSGD("none", every=2)
-    for wrong, said in ((np.ones(3, np.float32), "got ndarray"), ([np.ones(3)], "got list"), ({1: np.ones(3)}, "got names like 1")):
+    for wrong, error, said in (
+        (np.ones(3, np.float32), ParameterError, "got ndarray"),
+        ([np.ones(3)], ParameterError, "got list"),
+        ({"a": np.ones(3), 1: np.ones(3)}, NamesError, "must be strings, got 1 (int) in place 1"),
+        ({"a\ud800": np.ones(3)}, NamesError, "valid text, got 'a\\ud800' in place 0"),
+    ):
         for call in (e.step, e.check_agreement, local.start, local.gradients, local.step, local.sync):
-            raises(ParameterError, said, lambda call=call, wrong=wrong: call(wrong))
+            raises(error, said, lambda call=call, wrong=wrong: call(wrong))
 
 
 def case_resume():
