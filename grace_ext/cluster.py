@@ -123,7 +123,7 @@ class LocalCluster:
             return [mapped(state, self.ops.upload) for state in states]
 
         return Saveable(
-            range(self.size), self.size, None, read,
+            range(self.size), self.size, None, [driver.transport.node for driver in self.drivers], read,
             lambda states: self._check_states(uploaded(states)),
             lambda states: self.load_state_dict({"version": 1, "ranks": uploaded(states)}),
         )  # fmt: skip

@@ -44,7 +44,8 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
     def begin() -> dict[str, Any]:
         states.extend(kept.read())
         files.make(place)
-        return {"generation": files.last_generation(place), "states": [_summary(state) for state in states]}
+        nodes = [next(driver_states(state), {}).get("node") for state in states]
+        return {"generation": files.last_generation(place), "states": [_summary(state) for state in states], "nodes": nodes}
 
     def write() -> dict[str, Any]:
         entries = []
@@ -61,7 +62,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
             return {}
         entries = [entry for other in told_files for entry in other["files"]]
         files.check_visible(place, entries)
-        about = {"version": files.VERSION, "generation": generation, "size": kept.size, **summary, "files": entries}
+        about = {"version": files.VERSION, "generation": generation, "size": kept.size, **summary, "nodes": nodes, "files": entries}
         files.write(place / files.MANIFEST, json.dumps(about, indent=1).encode())
         return {}
 
@@ -70,6 +71,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
     said = on_all(kept, "save", begin)
     generation = 1 + max(other["generation"] for other in said)
     summary = _common([state for other in said for state in other["states"]])
+    nodes = [node for other in said for node in other["nodes"]]
     try:
         told_files = on_all(kept, "save", write)
     except CheckpointError:  # it was raised on all ranks, so no manifest will name these files
@@ -84,8 +86,8 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
     """Loads the state that `save` wrote, bit for bit if the number of ranks is the same; returns the number of steps made before the save.
     Every rank calls it, before its first step or between two steps.
 
-    resize: 'mean', 'keep' or 'reset', for another number of ranks (see grace_ext.resize). Each rank then reads the files of all ranks, and
-      the log tells the norm of what the resize changed.
+    resize: 'mean', 'keep' or 'reset', for another number of ranks, or with 'hierarchical' for ranks that share nodes otherwise (see
+      grace_ext.resize). Each rank then reads the files of all ranks, and the log tells the norm of what the resize changed.
     Raises CheckpointError, on all ranks alike and with nothing changed, if there is no checkpoint, or it is damaged, or it does not fit on
     any rank.
     """
@@ -96,26 +98,35 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
         return int(files.read_manifest(place)[1]["step"])
     found: dict[str, Any] = {}
 
+    def look() -> dict[str, Any]:
+        text, found["manifest"] = files.read_manifest(place)
+        return {"manifest": files.digest(text), "nodes": list(kept.nodes)}
+
+    said = on_all(kept, "load", look)
+    if any(other["manifest"] != said[0]["manifest"] for other in said):
+        raise CheckpointError("cannot load: the ranks see different checkpoints; give all ranks one folder, which all hosts share")
+    manifest, nodes = found["manifest"], [node for other in said for node in other["nodes"]]
+    same = manifest["size"] == kept.size and _share_nodes_alike(manifest.get("nodes", []), nodes)
+
     def read() -> dict[str, Any]:
-        text, manifest = files.read_manifest(place)
-        ranks = kept.ranks if manifest["size"] == kept.size else range(manifest["size"])
-        states = [files.read(place, manifest["files"][rank]) for rank in ranks]
-        if manifest["size"] != kept.size:
-            found["resized"], states = resized_for(states, kept, resize)
+        states = [files.read(place, manifest["files"][rank]) for rank in (kept.ranks if same else range(manifest["size"]))]
+        if not same:
+            found["resized"], states = resized_for(states, kept, resize, nodes)
         if any(exchange for state in states for exchange in driver_states(state)):
             kept.check(states)
-            found["write"] = kept.write
-        found.update(manifest=manifest, states=states)
-        return {"manifest": files.digest(text)}
+            found["write"] = lambda: kept.write(states)
+        return {}
 
-    said = on_all(kept, "load", read)
-    if any(other != said[0] for other in said):
-        raise CheckpointError("cannot load: the ranks see different checkpoints; give all ranks one folder, which all hosts share")
-    on_all(kept, "load", lambda: found["write"](found["states"]) or {} if "write" in found else {})
-    if "resized" in found and 0 in kept.ranks:
-        for sentence in found["resized"]:
-            LOG.warning(sentence)
-    return int(found["manifest"]["step"])
+    on_all(kept, "load", read)
+    on_all(kept, "load", lambda: found["write"]() or {} if "write" in found else {})
+    for sentence in found.get("resized", ()) if 0 in kept.ranks else ():
+        LOG.warning(sentence)
+    return int(manifest["step"])
+
+
+def _share_nodes_alike(before: list[str | None], now: list[str]) -> bool:
+    """Whether the ranks that shared a node when they saved (None: their exchange knows of no nodes) share one now, and no others do."""
+    return None in before or not before or [before.index(node) for node in before] == [now.index(node) for node in now]
 
 
 def saveable_of(opt: Any) -> Saveable:
@@ -163,8 +174,8 @@ def _common(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return summaries[0]
 
 
-def resized_for(states: list[dict[str, Any]], kept: Saveable, how: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Returns the sentences to log, and the resized states of this process's ranks. Raises GraceError."""
+def resized_for(states: list[dict[str, Any]], kept: Saveable, how: str, nodes: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the sentences to log, and the resized states of this process's ranks. nodes: those of all ranks. Raises GraceError."""
     said: list[str] = []
 
     def one(trees: list[Any]) -> list[Any]:
@@ -172,12 +183,14 @@ def resized_for(states: list[dict[str, Any]], kept: Saveable, how: str) -> tuple
         if isinstance(first, dict) and next(driver_states(first), None) is first:
             if len(trees) > 1 and first["size"] == 1:
                 raise GraceError("asynchronous ranks divide every message by the number of ranks, so it must not change: start anew")
-            after = resized(trees, kept.size, how)
+            after = resized(trees, kept.size, how, nodes)
             said.append(told(trees, after, how))
             return after
         if isinstance(first, dict):
             if "plan" in first and first["step"] != first["last"]:
                 raise GraceError("the ranks' models have differed since their last synchronization: call sync() on all ranks before saving")
+            if any(set(tree) != set(first) for tree in trees):
+                raise GraceError(f"the ranks' states are of different variables: {', '.join(sorted({k for t in trees for k in t}))[:200]}")
             columns = {key: one([tree[key] for tree in trees]) for key in first}
             return [{key: column[rank] for key, column in columns.items()} for rank in range(kept.size)]
         return [first] * kept.size

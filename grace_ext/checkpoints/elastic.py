@@ -12,6 +12,7 @@ from ..communicators.reduce_scatter import shards
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import ParameterError
+from ..exchange.transport import this_node
 from .resize import HOW, resized
 
 LOG = logging.getLogger("grace_ext")
@@ -39,7 +40,8 @@ def carried_over(
     how: see `resized`. The state of a rank that died is lost with it: what it had not sent counts as zero.
     """
     about = {key: value for key, value in (own or {}).items() if key != "state"}
-    heads = gather((about, list(own["state"])) if own else None)
+    said = gather((this_node(), about, list(own["state"]) if own else []))
+    nodes, heads = [node for node, _, _ in said], [(head, keys) if head else None for _, head, keys in said]
     there = [head for head in heads if head]
     if not there:
         return None
@@ -51,6 +53,7 @@ def carried_over(
     if rank == 0:
         lost = f"; the memory of {old - len(there)} ranks is lost with them" if old > len(there) else ""
         LOG.warning("%d of %d ranks continue in a world of %d: their memory is resized (%s)%s", len(there), old, size, how, lost)
+    made = resized([{**head, "state": {}} for head, _ in there], size, how, nodes)[rank]
     state: dict[str, Any] = {}
     for parameter in dict.fromkeys(key.split("/", 1)[1] for key in there[0][1]):
         mine = {key: array for key, array in own["state"].items() if key.split("/", 1)[1] == parameter} if own else None
@@ -61,8 +64,8 @@ def carried_over(
             of_all = [{key: array for key, array in part.items() if key not in mine} for part in of_all]
             state.update(mine)
         states = [{**head, "state": part} for (head, _), part in zip(there, of_all, strict=True)]
-        state.update(resized(states, size, how)[rank]["state"])
-    return {**there[0][0], "rank": rank, "size": size, "state": state}
+        state.update(resized(states, size, how, nodes)[rank]["state"])
+    return {**made, "state": state}
 
 
 def _shards(

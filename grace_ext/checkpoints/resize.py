@@ -25,6 +25,7 @@ import numpy as np
 from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..composition.making import grace
+from ..driver.state import check_form
 from ..errors import GraceError, ParameterError
 from ..parts.part import Part
 from ..parts.state import is_own
@@ -33,48 +34,58 @@ HOW = ("mean", "keep", "reset")
 State = Mapping[str, Any]
 
 
-def resized(states: Sequence[State], size: int, how: str = "mean") -> list[dict[str, Any]]:
+def resized(states: Sequence[State], size: int, how: str = "mean", nodes: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the Driver.state_dict() of each of `size` new ranks, from those of the old ranks, in rank order, with numpy arrays.
 
     how: 'mean': what was not sent keeps its effect on the aggregate, by the equations above. 'keep': new rank j takes the j-th state; the
       states of further ranks are lost, and additional new ranks start at zero. 'reset': all ranks start at zero.
+    nodes: by new rank, a name for its node. With 'hierarchical' all of the above holds for nodes in place of ranks; 'keep', and a sum, need
+      to know them.
     States that are missing (a rank died; each state holds the old number of ranks) count as zero: nothing replaces them.
     State that all ranks share (a momentum of the aggregate, powersgd's Q, policies' state, the step) is kept by all three. A key that is
     the mean over the ranks of another key (ef21's `ef21_mean`) is computed anew from that key, so that the two agree. Consecutive shards
     (reduce_scatter's `shard_residual`) are cut anew, or are zero with 'reset'.
     Raises ParameterError for another `how` or a size below 1, and GraceError if the states are not of one exchange at one step, or cannot
-    be resized: 'cser' with errors that are not in the models yet, 'keep' with 'hierarchical' or 'ef_star'.
+    be resized: 'cser' with errors that are not in the models yet, 'keep' with 'ef_star', or with 'hierarchical' without `nodes`.
     """
     if how not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ParameterError(f"the number of ranks must be a whole number, at least 1, got {size!r}")
+    if nodes is not None and len(nodes) != size:
+        raise ParameterError(f"nodes must name the node of each of the {size} ranks, got {len(nodes)} names")
     states = list(states)
     old = _Old(states)
-    old.check(how)
-    made: list[dict[str, Any]] = [{} for _ in range(size)]
+    old.check(how, nodes)
+    holders = list(dict.fromkeys(nodes)) if nodes is not None and old.grace.two_level else list(range(size))
+    made: list[dict[str, Any]] = [{} for _ in holders]
     for key in old.keys():
-        for into, array in zip(made, old.resized_key(key, size, how), strict=True):
+        for into, array in zip(made, old.resized_key(key, len(holders), how), strict=True):
             into[key] = array
     for key, source in old.derived():
-        mean = _total([state[source] for state in made]) / (size if old.mean else 1)
+        mean = _total([state[source] for state in made]) / (len(holders) if old.mean else 1)
         for state in made:
             state[key] = _rounded(mean, state[source])
-    about = {key: value for key, value in states[0].items() if key not in ("rank", "size", "state", "node")}
-    return [{**about, "rank": rank, "size": size, "state": state} for rank, state in enumerate(made)]
+    about = {key: value for key, value in states[0].items() if key not in ("rank", "size", "state", "node", "nodes")}
+    if nodes is None or not old.grace.two_level:
+        return [{**about, "rank": rank, "size": size, "state": state} for rank, state in enumerate(made)]
+    by_node = dict(zip(holders, made, strict=True))
+    copies = [{key: array.copy() for key, array in by_node[node].items()} for node in nodes]
+    return [{**about, "rank": rank, "size": size, "node": nodes[rank], "state": state} for rank, state in enumerate(copies)]
 
 
 def told(before: Sequence[State], after: Sequence[State], how: str) -> str:
     """Describes a resize for the log: the norms, in the aggregate, of what was not sent before and after it, and of the difference."""
     old, new = _Old(before), _Old(after)
+    where = f", on {old.size} and {new.size} nodes" if "node" in before[0] and "node" in after[0] else ""
     owed, due, lost = 0.0, 0.0, 0.0
     for key in old.keys():
         if old.kind(key) in ("own", "sharded"):
             was, now = old.effect(key), new.effect(key)
             owed, due, lost = owed + _square(was), due + _square(now), lost + _square(was - now)
     return (
-        f"resize={how!r} from {before[0]['size']} to {after[0]['size']} ranks: what they had not sent has norm {math.sqrt(owed):.6g} in "
-        f"the aggregate, {math.sqrt(due):.6g} after it; changed by {math.sqrt(lost):.3g}"
+        f"resize={how!r} from {before[0]['size']} to {after[0]['size']} ranks{where}: what they had not sent has norm "
+        f"{math.sqrt(owed):.6g} in the aggregate, {math.sqrt(due):.6g} after it; changed by {math.sqrt(lost):.3g}"
     )
 
 
@@ -84,13 +95,15 @@ class _Old:
     def __init__(self, states: Sequence[State]):
         if not states:
             raise GraceError("there is no state to resize; pass the states of the old ranks, in rank order")
+        for state in states:
+            check_form(state)
         first = states[0]
         for state in states[1:]:
-            odd = [key for key in ("version", "spec", "size", "step", "op") if state.get(key) != first.get(key)]
+            odd = [key for key in ("version", "spec", "seed", "size", "step", "op") if state.get(key) != first.get(key)]
             if odd or set(state["state"]) != set(first["state"]):
                 what = ", ".join(f"{key} {first.get(key)!r} and {state.get(key)!r}" for key in odd) or "other parameters or keys"
                 raise GraceError(f"the states of ranks {first['rank']} and {state['rank']} are not of one exchange at one step: {what}")
-        self.states, self.size, self.mean = states, int(first["size"]), first.get("op", "mean") == "mean"
+        self.states, self.size, self.mean = states, first["size"], first.get("op", "mean") == "mean"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the user saw the warnings when composing it
             self.grace: Grace = grace(first["spec"])
@@ -100,13 +113,15 @@ class _Old:
             self._one_a_node()
 
     def _one_a_node(self) -> None:
-        """Keeps one state per node, as all ranks of a node hold the node's state. Raises GraceError if states are missing."""
-        if len(self.states) < self.size:
+        """Keeps one state per node, as all ranks of a node hold the node's state. Raises GraceError if the states of ranks are missing, and
+        it is not known how many nodes there were."""
+        by_node = {state.get("node", state["rank"]): state for state in self.states}  # a resized state may belong to no node yet
+        nodes = len(by_node) if len(self.states) == self.size else self.states[0].get("nodes")
+        if nodes is None:
             raise GraceError(f"{self.grace} keeps a state per node, but the states of {self.size - len(self.states)} ranks are missing")
-        by_node = {state.get("node", state["rank"]): state for state in self.states}  # a resized state belongs to no node yet
-        self.states, self.size = list(by_node.values()), len(by_node)
+        self.states, self.size = list(by_node.values()), nodes
 
-    def check(self, how: str) -> None:
+    def check(self, how: str, nodes: Sequence[str] | None) -> None:
         """Raises GraceError if these states cannot be resized in this way."""
         diverging = [memory.name for memory in self.grace.memories if memory.diverges]
         if diverging and any(np.any(_host(x)) for state in self.states for key, x in state["state"].items() if self.kind(key) == "own"):
@@ -114,8 +129,9 @@ class _Old:
                 f"memory {diverging[0]!r}: the ranks' models differ by what the ranks have not sent, so another number of ranks would need "
                 "other models; call sync() on all ranks before saving"
             )
-        if self.grace.two_level and (how == "keep" or not self.mean):
-            raise GraceError(f"{self.grace} keeps a state for each node, and which ranks share a node is not known yet: use resize='mean'")
+        if self.grace.two_level and nodes is None and (how == "keep" or not self.mean):
+            what = "resize='keep'" if how == "keep" else "a sum (op=Sum)"
+            raise GraceError(f"{self.grace} keeps a state per node, so {what} needs to know the new ranks' nodes: pass nodes=, by rank")
         if how == "keep" and any(self.kind(key) == "shift" for key in self.keys()):
             raise GraceError("memory 'ef_star': its shifts sum to zero over all ranks, but not over some of them; use resize='mean'")
 
@@ -169,7 +185,8 @@ class _Old:
 def _parts(g: Grace) -> Iterator[Part]:
     for leaf in g.leaves:
         assert isinstance(leaf, Composition)
-        yield from (leaf.memory, leaf.compressor, leaf.communicator)
+        for part in (leaf.memory, leaf.compressor, leaf.communicator):
+            yield from part.nested()
 
 
 def _kinds(g: Grace) -> Iterator[tuple[str, str]]:

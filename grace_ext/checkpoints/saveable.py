@@ -23,6 +23,8 @@ class Saveable(NamedTuple):
     size: int
     #: Carries what the ranks tell each other; None if there are no other processes.
     transport: Transport | None
+    #: The names of the nodes that `ranks` are on.
+    nodes: Sequence[str]
     #: Returns the states of `ranks`.
     read: Callable[[], list[dict[str, Any]]]
     #: Raises GraceError if these states do not fit; changes nothing.
@@ -38,6 +40,7 @@ def saveable_by(transport: Transport, read: Callable[[], dict], check: Callable[
         [transport.rank],
         transport.size,
         transport,
+        [transport.node],
         lambda: [mapped(read(), ops.host)],
         lambda states: check(mapped(states[0], ops.upload)),
         lambda states: write(mapped(states[0], ops.upload)),
@@ -50,4 +53,4 @@ def nothing_saveable(alone: bool) -> Saveable:
     def left_out(states: list[dict[str, Any]]) -> None:
         LOG.warning("this rank exchanges nothing (one rank without simulate=True): the memory in the checkpoint is not loaded, and is lost")
 
-    return Saveable([0] if alone else [], 1, None, lambda: [{}], lambda states: None, left_out)
+    return Saveable([0] if alone else [], 1, None, [""] if alone else [], lambda: [{}], lambda states: None, left_out)

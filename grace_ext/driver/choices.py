@@ -140,7 +140,7 @@ class Choices:
     def shared(self) -> set[str]:
         """Returns the keys of state that are the same on all ranks, or that a rank may take over from another."""
         parts = [part for leaf in self.grace.leaves for part in (leaf.memory, leaf.compressor, leaf.communicator)]
-        return {key for part in parts for key in (*part.shared_state, *part.borrowed_state)}
+        return {key for outer in parts for part in outer.nested() for key in (*part.shared_state, *part.borrowed_state)}
 
     def forms(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> tuple[list[Forms], Forms]:
         """Returns what the arrays of such a tensor's state may be: for each composition that it may go through, and of its policies."""

@@ -476,11 +476,12 @@ class Driver:
     # --- state --------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Returns {'version', 'spec', 'seed', 'op', 'rank', 'size', 'step', 'state': {'residual/<parameter>': array}}: copies of this
-        rank's state; with 'hierarchical' also 'node', which tells the ranks' nodes apart."""
+        rank's state; with 'hierarchical' also 'node', which tells the ranks' nodes apart, and 'nodes', their number, if it is known."""
         return {
             "version": state.VERSION, "spec": str(self.grace), "seed": self.grace.seed, "op": self._op,
             "rank": self.transport.rank, "size": self.transport.size, "step": self.step,
             "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
+            **({"nodes": self._two_level.nodes} if self._two_level else {}),
         }  # fmt: skip
 
     @property

@@ -23,6 +23,11 @@ Carried = Generator[Collective, Any, Any]
 LONGEST = 2**28
 
 
+def this_node() -> str:
+    """Returns a name that the ranks on this machine share: GRACE_EXT_NODE, torchrun's number of the node, or the host's name."""
+    return os.environ.get("GRACE_EXT_NODE") or os.environ.get("GROUP_RANK") or socket.gethostname()
+
+
 class Transport(ABC):
     """The asynchronous collectives of one engine among `size` ranks, for the arrays of `ops`."""
 
@@ -41,8 +46,8 @@ class Transport(ABC):
 
     @property
     def node(self) -> str:
-        """A name that the ranks on this machine share: GRACE_EXT_NODE, torchrun's number of the node, or the host's name."""
-        return os.environ.get("GRACE_EXT_NODE") or os.environ.get("GROUP_RANK") or socket.gethostname()
+        """A name that the ranks on this machine share."""
+        return this_node()
 
     def group(self, ranks: Sequence[int]) -> Transport | None:
         """Returns a transport among these ranks, None on the others. All ranks call it alike, for each group in turn."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -156,6 +156,14 @@ class Part:
         import numpy as np
 
         return float(np.float32(before) / np.float32(self.learning_rate(info))) if before else 1.0
+
+    def nested(self) -> Iterator[Part]:
+        """Yields this part and the parts in its knobs."""
+        yield self
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Part):
+                yield from value.nested()
 
     def to_config(self) -> dict[str, Any]:
         """Returns {'id': name, every knob: its value}, made of JSON types only."""

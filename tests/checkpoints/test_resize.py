@@ -151,10 +151,27 @@ def test_a_node_counts_once():
     assert (held[0] == held[1]).all() and (held[0] != held[2]).any()
     np.testing.assert_allclose(drained(on(cluster, 4, "mean", per_node=2), 60)["a"], (held[0] + held[2]) / 2, atol=1e-5)
     assert "from 3 to 4 ranks" in told(states(cluster), resized(states(cluster), 4), "mean")
-    with pytest.raises(GraceError, match="resize='mean'"):
+    with pytest.raises(GraceError, match="nodes="):
         resized(states(cluster), 4, "keep")
+    with pytest.raises(ParameterError, match="each of the 4 ranks"):
+        resized(states(cluster), 4, "keep", nodes=["x"])
+    kept = resized(states(cluster), 4, "keep", nodes=["x", "x", "y", "z"])  # one node more, which starts at zero
+    for state, expected in zip(kept, (held[0], held[0], held[2], 0 * held[0]), strict=True):
+        np.testing.assert_array_equal(state["state"]["residual/a"], expected)
+    summed = resized([{**state, "op": "sum"} for state in states(cluster)], 4, nodes=["x", "x", "y", "z"])
+    np.testing.assert_allclose(summed[3]["state"]["residual/a"], (held[0] + held[2]) / 3, rtol=1e-6)  # three nodes have the sum of two
+
+
+def test_ranks_and_nodes_that_are_missing():
+    """A node that lost some of its ranks still has its memory; that of a node that lost all of them is lost. How many there were is known."""
+    cluster = after("topk(ratio=0.1) + residual @ hierarchical", 4, per_node=2)
+    ranks = states(cluster)
+    of_node = [np.float64(ranks[rank]["state"]["residual/a"]) for rank in (0, 2)]
+    for there, expected in (((0, 2, 3), (of_node[0] + of_node[1]) / 2), ((0, 1), of_node[0] / 2)):
+        new = resized([ranks[rank] for rank in there], 2)
+        np.testing.assert_allclose(new[1]["state"]["residual/a"], expected, rtol=1e-6)
     with pytest.raises(GraceError, match="missing"):
-        resized(states(cluster)[:2], 2)
+        resized([{key: x for key, x in state.items() if key != "nodes"} for state in ranks[:2]], 2)
 
 
 def test_the_log_says_what_was_lost():

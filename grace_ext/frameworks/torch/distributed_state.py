@@ -84,6 +84,7 @@ class DistributedState:
         if not saveable.ranks:
             return
         found: dict[str, Any] = {}
+        nodes = [node for other in on_all(saveable, "load", lambda: {"nodes": list(saveable.nodes)}) for node in other["nodes"]]
 
         def read() -> dict[str, Any]:
             data = [state_dict.get(KEY.format(rank, size)) for rank in (saveable.ranks if size == saveable.size else range(size))]
@@ -93,7 +94,7 @@ class DistributedState:
             memories = [state["memory"] for state in states]
             found["own"] = states[saveable.ranks[0] if size != saveable.size and saveable.ranks[0] < size else 0]["own"]
             if size != saveable.size:
-                found["resized"], memories = resized_for(memories, saveable, "mean")
+                found["resized"], memories = resized_for(memories, saveable, "mean", nodes)
             if any(exchange for memory in memories for exchange in driver_states(memory)):
                 saveable.check(memories)
                 found["memories"] = memories
