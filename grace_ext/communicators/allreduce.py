@@ -17,6 +17,7 @@ class Allreduce(Communicator):
 
     Only for payloads that can be added: shared positions (randomk), shared factors (powersgd), an agreed scale (scaled_int), plain casts
     (none, fp16, bf16), and votes (signsgd, signum), which are counted in the smallest of 8-, 16- and 32-bit integers that holds n of them.
+    A sum of 16-bit values is rounded to 16 bits, which no memory sees: error feedback returns what a rank's own payload lost, not that.
     Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes (ring), which is below 2 m for any number of ranks.
     """
 

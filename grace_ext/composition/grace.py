@@ -38,6 +38,32 @@ class Grace:
         #: The memories of the leaves, each once.
         self.memories = tuple(dict.fromkeys(leaf.memory for leaf in self.leaves))
         self._check_momentum()
+        self._check_divergence()
+        self._check_levels()
+        for policy in self.policies:
+            if policy.varies:
+                _check_one_momentum(policy)
+                _check_shards(policy)
+
+    def _check_divergence(self) -> None:
+        """Policies that learn decide by results that all ranks share."""
+        learner = next((policy for policy in self.policies if policy.learns), None)
+        memory = next((memory for memory in self.memories if memory.diverges), None)
+        if learner and memory:
+            raise IncompatiblePartsError(
+                f"{self.route}: policy {learner.name!r} learns from results that are the same on all ranks, but with memory "
+                f"{memory.name!r} they differ, so the ranks would choose differently; use memory 'residual', or a policy that goes by the "
+                "step or the size"
+            )
+
+    def _check_levels(self) -> None:
+        """If one spec is hierarchical, all go in two levels, so each must be able to."""
+        for leaf in self.leaves if self.two_level else ():
+            if not leaf.communicator.two_level:
+                try:
+                    communicators.get("hierarchical").create(knobs={"between": leaf.communicator}).check(leaf.compressor)
+                except IncompatiblePartsError as error:
+                    raise IncompatiblePartsError(f"{self.route} exchanges everything in two levels, '{leaf}', too: {error}") from None
 
     def _check_momentum(self) -> None:
         """If a memory is the momentum of the training, tensors that go through another memory would train without any."""
@@ -75,7 +101,7 @@ class Grace:
         compressor, memory, communicator = parts
         if self.two_level and not communicator.two_level:  # what is flat by itself goes in two levels, too
             communicator = communicators.get("hierarchical").create(knobs={"between": communicator})
-        return memory.sends * communicator.input_bytes(compressor, spec, size) if spec.size else 0
+        return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if spec.size else 0
 
     @property
     def policies(self) -> list[Any]:
@@ -159,6 +185,30 @@ class Grace:
 
     def __repr__(self) -> str:
         return f"grace({str(self)!r})" if not self.seed else f"grace({str(self)!r}, seed={self.seed})"
+
+
+def _check_one_momentum(policy: Any) -> None:
+    """A momentum sees the gradients of its own steps only, so a tensor needs the same one at every step."""
+    memories = {leaf.memory.name: leaf.memory for leaf in policy.leaves if not leaf.plain}
+    keeps = [name for name, memory in memories.items() if memory.is_momentum or memory.optimizer_momentum is not None]
+    if keeps and len(memories) > 1:
+        raise IncompatiblePartsError(
+            f"{policy}: a tensor could go through memories {' and '.join(map(repr, memories))} at different steps, and the momentum in "
+            f"{keeps[0]!r} would miss the gradients of the others' steps; use one of these memories at all steps (policies that go by size "
+            "or name may stand outside this one)"
+        )
+
+
+def _check_shards(policy: Any) -> None:
+    """What a communicator keeps of its shard is in the units of the memory, and of its own learning rate."""
+    keeps = [leaf for leaf in policy.leaves if leaf.communicator.keeps_state(leaf.compressor)]
+    units = {(leaf.memory.in_updates, leaf.communicator.uses_lr): leaf for leaf in keeps}
+    if len(units) > 1:
+        one, other, *_ = units.values()
+        raise IncompatiblePartsError(
+            f"{policy}: '{one}' and '{other}' would take turns with one residual of each rank's shard, which they keep in different units; "
+            "use memories of one unit, and follow_rate in all or none, or feedback=False"
+        )
 
 
 UNBOUND = (

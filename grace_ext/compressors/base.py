@@ -140,6 +140,11 @@ class Compressor(FastPath, Part):
         """The spec of the memory that it is meant to be used with."""
         return "residual" if self.wants_memory else "none"
 
+    @property
+    def averages(self) -> bool:
+        """Whether the result is the mean of what the ranks' payloads decode to, up to rounding."""
+        return self.result == "mean"
+
     def sends_dense(self, spec: TensorSpec) -> bool:
         """Whether such a tensor is sent uncompressed instead, because its payload would not be smaller."""
         return self.result == "mean" and self.mean_nbytes(spec) >= spec.nbytes

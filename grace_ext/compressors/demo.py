@@ -69,6 +69,10 @@ class DeMo(Compressor):
     def result(self) -> str:  # type: ignore[override]
         return "signs" if self.sign else "mean"
 
+    @property
+    def averages(self) -> bool:
+        return False
+
     def _tiles(self, spec) -> tuple[int, int, int, int]:
         """Returns (tiles down, h, tiles across, w)."""
         a = spec.shape[0] if len(spec.shape) > 1 else 1

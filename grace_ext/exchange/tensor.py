@@ -80,16 +80,16 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
 
     def send(x: Array) -> Generator[Any, Any, Exchanged]:
         nonlocal finite
-        wide = job.compressor.keeps_float64 and spec.dtype == "float64"
+        wide, carried = job.compressor.keeps_float64 and spec.dtype == "float64", memory.carried(spec)
         x = ops.cast(x, "float64" if wide else "float32")
         if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
             yield NotFinite()
             x = ops.zeros(spec.size)
-        done = yield from job.compressor.exchange(ops, x, spec, info, current, job.communicator)
+        done = yield from job.compressor.exchange(ops, x, carried, info, current, job.communicator)
         if watch:
             watch.sent(ops.norm(x), ops.norm(x - done.values()))
         finite = finite and (not learns or ops.all_finite(done.aggregate))
-        kept = job.compressor.on_aggregate(ops, done.aggregate, spec, info, {**current, **done.state})
+        kept = job.compressor.on_aggregate(ops, done.aggregate, carried, info, {**current, **done.state})
         changed = {**done.state, **kept}
         current.update(changed)
         return done._replace(state=changed, compressor=job.compressor)

@@ -116,7 +116,8 @@ class Worker:
             return None
         new = self.synchronize(values)
         if self.settings.grace.memory.diverges and self.for_models.committed:
-            self.for_gradients.clear_state(self.settings.grace.memory.unsent_key)  # CSER: the mean of the models contains everything that was not sent
+            # CSER: the mean of the models contains everything that was not sent.
+            self.for_gradients.clear_state(self.settings.grace.memory.unsent_key)
         return new
 
     def post(self, values: Mapping[str, Any], gather: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Compressor, Exchanged
 from ..errors import IncompatiblePartsError
+from ..parts.field import HALVES
 from ..parts.part import Part
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
@@ -75,6 +77,11 @@ class Memory(FastPath, Part):
     def check(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError if this memory cannot work with that compressor."""
 
+    def carried(self, spec: TensorSpec) -> TensorSpec:
+        """Returns the tensor as it is sent. If all ranks must know the mean of what they sent, 16-bit gradients travel as float32: an
+        all-reduce would round the mean to 16 bits at each step, and these errors would add up."""
+        return dataclasses.replace(spec, dtype="float32") if self.mean_state and spec.dtype in HALVES else spec
+
     # --- the exchange of one tensor -----------------------------------------------------------------------------------
     def absorb(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> State:
         """Returns what changes in the state by the gradient alone, before anything is sent: a momentum of this rank's own. `before` and
@@ -121,6 +128,19 @@ class Memory(FastPath, Part):
             raise IncompatiblePartsError(
                 f"memory {self.name!r} needs a contraction, E||C(x) - x||^2 <= (1 - delta) ||x||^2, which {compressor} does not promise; "
                 f"use a compressor that does, such as topk, randomk, efsignsgd or 'topk > qsgd', or with {compressor.name!r} {instead}"
+            )
+
+    def needs_mean(self, compressor: Compressor) -> None:
+        """Raises IncompatiblePartsError, for `check`, if the result is not the mean of what the ranks' payloads decode to."""
+        if not compressor.averages:
+            raise IncompatiblePartsError(
+                f"memory {self.name!r} keeps the mean of what all ranks have sent, and the result of {compressor} is not that mean; use "
+                "a compressor whose payloads are averaged, such as topk, randomk or qsgd, or memory 'residual'"
+            )
+        if compressor.summable and any(field.dtype in HALVES for field in compressor.fields(TensorSpec("", (64, 64)))):
+            raise IncompatiblePartsError(
+                f"memory {self.name!r} keeps the mean of what all ranks have sent, and an all-reduce rounds a sum of the 16-bit values of "
+                f"{compressor} to 16 bits, at each step once more; use values='fp32'"
             )
 
     def needs_positions(self, compressor: Compressor) -> None:

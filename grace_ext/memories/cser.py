@@ -19,8 +19,8 @@ class CSER(Memory):
     (The paper's sign convention is x_i - e_i.) With momentum this is not exact.
     The gradient is never delayed, but the models differ, so only LocalCluster, whose step returns each rank's mapping, and wrappers that
     average models accept this memory; everything else raises an error. A reset step sends the tensor twice.
-    State: `cser_residual` (e_i), float[d], zero at first, in units of the update, so lr may change. Needs lr (LearningRateError). A step with
-    lr = 0 returns zeros and leaves the state unchanged.
+    State: `cser_residual` (e_i), float[d], zero at first, in units of the update, so lr may change. Needs lr (LearningRateError). A step
+    with lr = 0 returns zeros and leaves the state unchanged.
     A longer period costs less and lets the models drift further apart. Works with any compressor but votes; with shared positions
     (randblock, randomk) both sums are all-reduces. Source: Xie et al. 2020, algorithm 2 (CSER).
     """

@@ -18,9 +18,9 @@ class DistEFBlock(Memory):
     own momentum. With compressor efsignsgd(block=...) and communicator reduce_scatter(follow_rate=True) this is the complete two-way
     algorithm: each rank is the server of its shard, adds that shard's residual times lr_before / lr, compresses the mean again, and sends
     it to all.
-    State: `rated_residual` (e), float[d], zero at first, in units of the gradient at the rate `residual_rate`, float[1]; `own_momentum` (m),
-    float[d], if mu > 0. Needs the learning rate (LearningRateError). A step with lr = 0 returns zeros and leaves the state unchanged. Not
-    for votes.
+    State: `rated_residual` (e), float[d], zero at first, in units of the gradient at the rate `residual_rate`, float[1]; `own_momentum`
+    (m), float[d], if mu > 0. Needs the learning rate (LearningRateError). A step with lr = 0 returns zeros and leaves the state unchanged.
+    Not for votes.
     Source: Zheng, Huang, Kwok 2019, algorithms 2 and 3.
     """
 

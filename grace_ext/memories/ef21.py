@@ -18,6 +18,7 @@ class _Estimates(Memory):
 
     def check(self, compressor):
         self.needs_contraction(compressor)
+        self.needs_mean(compressor)
 
     def init(self, ops, spec, info):
         return {"ef21_estimate": ops.zeros(spec.size), "ef21_mean": ops.zeros(spec.size)}

@@ -16,9 +16,10 @@ class MomentumCompression(Memory):
     p_i = beta m + g_i + e_i;  e_i <- p_i - C(p_i);  m' = mean_i C(p_i), the same on all ranks;  result m' - beta m;  m <- m'.
     An optimizer whose momentum is beta then holds m' itself (SGD), or (1 - beta) m' (Adam). A momentum changes less from step to step than
     a gradient, and its noise is averaged out, which suits signs. While nothing is compressed, the result is the mean gradient.
-    State: `residual` (e_i), this rank's own, and `sent_momentum` (m), equal on all ranks; float[d], zero at first, in units of the gradient. Not
-    for votes. The results are a good gradient for the optimizer's momentum only, not for squares of it: an Adam must have stopped to adapt
-    its variance when compression begins, as OneBitAdam does. With reduce_scatter the mean is compressed again, as in the paper.
+    State: `residual` (e_i), this rank's own, and `sent_momentum` (m), equal on all ranks; float[d], zero at first, in units of the
+    gradient. Not for votes. The results are a good gradient for the optimizer's momentum only, not for squares of it: an Adam must have
+    stopped to adapt its variance when compression begins, as OneBitAdam does. With reduce_scatter the mean is compressed again, as in the
+    paper.
     Source: Tang et al. 2021 (1-bit Adam).
     """
 

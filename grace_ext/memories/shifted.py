@@ -41,6 +41,7 @@ class Diana(Memory):
             raise IncompatiblePartsError(
                 f"memory 'diana' derives alpha from the variance omega, which {compressor} does not declare; give diana an alpha"
             )
+        self.needs_mean(compressor)
 
     def _alpha(self, compressor, spec) -> float:
         # A tensor that was sent dense has no variance, so its alpha is 1 whatever the knob says.
