@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 #: Where launchers say which rank a process is. torchrun's own comes first: srun may have started the torchrun.
 RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -140,6 +140,34 @@ def warn_user(
         return
     with warnings.catch_warnings(record=True):  # not shown, but if the user made warnings errors, all ranks must raise alike
         warnings.warn(message, category, stacklevel=level)
+
+
+class Afterwards:
+    """Calls these actions at the end of a with block, all of them in any case. An error of the block arrives as it is, with a note
+    of each action that failed; without one, the first error of an action arrives."""
+
+    def __init__(self, *actions: Callable[[], object]):
+        self._actions = actions
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, raised: BaseException | None, trace: object) -> None:
+        # These two end a block, but are not what went wrong: a note of theirs would not be seen.
+        error = None if isinstance(raised, (GeneratorExit, SystemExit)) else raised
+        failed: Exception | None = None
+        for action in self._actions:
+            try:
+                action()
+            except Exception as problem:
+                if (first := error or failed) is None:
+                    failed = problem
+                else:
+                    # As add_note does, which Python 3.10 lacks.
+                    notes = [*getattr(first, "__notes__", ()), f"while cleaning up: {type(problem).__name__}: {problem}"]
+                    first.__notes__ = notes  # type: ignore[union-attr]
+        if failed is not None:
+            raise failed
 
 
 def few(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import Afterwards, CheckpointError
 from .statefile import decode
 
 MANIFEST = "manifest.json"
@@ -40,16 +40,14 @@ def write(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with Afterwards(lambda: temporary.unlink(missing_ok=True)):
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with Afterwards(lambda: os.close(handle)):
         os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_manifest(folder: Path) -> tuple[bytes, dict[str, Any]]:

@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .._version import __version__
-from ..errors import GraceError, UnknownPartError
+from ..errors import Afterwards, GraceError, UnknownPartError
 from ..parts.spec import named_by
 from . import check
 from .catalogue import KINDS, describe
@@ -215,10 +215,8 @@ def _print_versions(console: Console, report: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the command line. A GraceError, or output that cannot be written, is printed as one line, without a traceback."""
     try:
-        try:
+        with Afterwards(lambda: sys.stdout.flush()):
             app()
-        finally:
-            sys.stdout.flush()
     except GraceError as error:
         typer.echo(f"grace-ext: {error}", err=True)
         raise SystemExit(2) from None

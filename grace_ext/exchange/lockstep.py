@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import GraceError
+from ..errors import Afterwards, GraceError
 from ..parts.field import HALVES, INTEGERS
 from ..parts.ops import Ops
 from .effects import Collective, Effects, Start, Wait
@@ -38,7 +38,7 @@ def run_lockstep(ranks: Sequence[Effects], ops: Ops, per_node: int) -> list[Any]
     """Runs the effects of all ranks side by side and returns what each rank's generator returned."""
     pending: dict[str, list[Collective]] = {}
     answers: list[Any] = [None] * len(ranks)
-    try:
+    with Afterwards(*(rank.close for rank in ranks)):
         while True:
             effects, returned = [], []
             for rank, answer in zip(ranks, answers, strict=True):
@@ -53,9 +53,6 @@ def run_lockstep(ranks: Sequence[Effects], ops: Ops, per_node: int) -> list[Any]
                 pending[effects[0].name] = [effect.collective for effect in effects]
             elif isinstance(effects[0], Wait):
                 answers = _by_group(pending.pop(effects[0].name), per_node, ops)
-    finally:
-        for rank in ranks:
-            rank.close()
 
 
 def _by_group(collectives: Sequence[Collective], per_node: int, ops: Ops) -> list[Any]:

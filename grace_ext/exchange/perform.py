@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import GraceError
+from ..errors import Afterwards, GraceError
 from ..parts.tensor import TensorSpec
 from .effects import Collective, Effects, Split, Start, Wait
 from .transport import Transport
@@ -16,7 +16,7 @@ from .transport import Transport
 def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> Any:
     """Performs the effects and returns what their generator returns. `handles`: the collectives under way, kept between calls."""
     answer = None
-    try:
+    with Afterwards(effects.close):  # so that an engine's error reaches the driver at once
         while True:
             try:
                 effect = effects.send(answer)
@@ -33,8 +33,6 @@ def perform(effects: Effects, transport: Transport, handles: dict[str, Any]) -> 
                 among, handle = handles.pop(effect.name)
                 with naming_failures(transport, effect.name, effect.parameters):
                     answer = among.wait(handle) if among else None
-    finally:
-        effects.close()  # so that an engine's error reaches the driver at once
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import UnsupportedError
+from ..errors import Afterwards, UnsupportedError
 from ..exchange.transport import Transport
 from . import launchers
 
@@ -35,10 +35,8 @@ def _torch() -> Iterator[Transport]:
     from .torch.ops import ops_for
 
     engine.api.init()
-    try:
+    with Afterwards(engine.api.shutdown):
         yield engine.transport(ops_for(torch.device("cpu")), engine.api.global_process_set)
-    finally:
-        engine.api.shutdown()
 
 
 def _tensorflow() -> Iterator[Transport]:
@@ -47,10 +45,8 @@ def _tensorflow() -> Iterator[Transport]:
     from .tensorflow.graph import HorovodTransport
 
     hvd.init()
-    try:
+    with Afterwards(hvd.shutdown):
         yield HorovodTransport(hvd.global_process_set)
-    finally:
-        hvd.shutdown()
 
 
 def _mpi() -> Iterator[Transport]:

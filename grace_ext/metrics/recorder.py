@@ -9,6 +9,7 @@ from typing import Any
 from ..driver.driver import Driver
 from ..driver.layout import Bucket
 from ..driver.observer import Observer
+from ..errors import Afterwards
 from ..exchange.bucket import BucketExchange
 from ..exchange.effects import Collective, Effects
 from ..exchange.tensor import Job, Outcome
@@ -120,7 +121,7 @@ class Recorder(Observer):
     def effects(self, effects: Effects) -> Effects:
         """Times the driver's own work between the effects, and the network's work during them."""
         answer = None
-        try:
+        with Afterwards(effects.close):
             while True:
                 begin = clock()
                 try:
@@ -138,8 +139,6 @@ class Recorder(Observer):
                 if bucket:
                     self.seconds[1] += waited
                     self._waits[bucket] = self._waits.get(bucket, 0.0) + waited
-        finally:
-            effects.close()
 
     def _bucket(self, effect: Any) -> str:
         """Returns the number of the bucket whose effect it is; '' for effects of no bucket (the agreement, a policy's survey)."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import Afterwards, ModelError
 from ..parts.tensor import TensorSpec
 from .shapes import specs_of
 
@@ -89,16 +89,11 @@ def _on_its_own() -> Iterator[None]:
     """Runs the user's code without this command's arguments. Whatever it prints goes to stderr, as stdout may be a JSON document."""
     _flush()
     kept, arguments = os.dup(1), sys.argv
-    try:
+    with Afterwards(lambda: setattr(sys, "argv", arguments), _flush, lambda: os.dup2(kept, 1), lambda: os.close(kept)):
         os.dup2(2, 1)  # for C libraries, which print without Python
         sys.argv = sys.argv[:1]
         with redirect_stdout(sys.stderr):
             yield
-    finally:
-        sys.argv = arguments
-        _flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _flush() -> None:

@@ -25,7 +25,7 @@ from ...composition.making import grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
 from ...driver.layout import check_names
-from ...errors import DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError, shown
+from ...errors import Afterwards, DisagreementError, GraceError, NamesError, ParameterError, UnsupportedError, shown
 from ...exchange.effects import Collective
 from ...exchange.perform import perform
 from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
@@ -158,10 +158,10 @@ class Exchange(Measured):
         self._over = ""  # why there can be no more steps
         said = self._transport.comm.allgather({"op": op})
         if any(other != said[0] for other in said):
-            self.close()
             ops = [other["op"] for other in said]
-            raise DisagreementError(f"ranks combine gradients differently: op by rank is {ops}; pass the same on every rank", said)
-        divisor = self._transport.size if op == "mean" else 1
+            with Afterwards(self.close):
+                raise DisagreementError(f"ranks combine gradients differently: op by rank is {ops}; pass the same on every rank", said)
+        divisor = None if op == "mean" else 1
         self._driver = Driver(self.grace, self._transport.ops, self._transport, divisor=divisor, read_lr=lambda: self._lr)
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ....errors import UnsupportedError
+from ....errors import Afterwards, UnsupportedError
 from ...timeouts import timeout
 from .channel import Channel
 from .groups import HorovodInternalError as HorovodInternalError
@@ -149,11 +149,11 @@ def init(comm: Sequence[int] | None = None, process_sets: Sequence[ProcessSet] |
     _world.sets[0] = global_process_set
     atexit.register(shutdown)
     if comm is not None and list(comm) not in ([], global_process_set.ranks):
-        shutdown()
-        raise UnsupportedError(
-            f"init(comm={comm!r}): torch.distributed has one job of all {size} ranks; "
-            "use a ProcessSet for some of them, or launch with horovodrun"
-        )
+        with Afterwards(shutdown):
+            raise UnsupportedError(
+                f"init(comm={comm!r}): torch.distributed has one job of all {size} ranks; "
+                "use a ProcessSet for some of them, or launch with horovodrun"
+            )
     for process_set in () if process_sets is None or isinstance(process_sets, str) else process_sets:
         add_process_set(process_set)
 
