@@ -3,6 +3,8 @@
     python -m benchmarks.reliability.mix_fuzz                      100,000 cases; writes benchmarks/results/reliability/mixes.json
     python -m benchmarks.reliability.mix_fuzz --cases 2000 --seed 7  the cases of seeds 7 to 2006; writes nothing
     python -m benchmarks.reliability.mix_fuzz --case 4711          one case again, and what it is
+    python -m benchmarks.reliability.mix_fuzz --real               1,000 cases on each real engine; writes mixes_real.json
+    python -m benchmarks.reliability.mix_fuzz --real ddp --cases 50  50 cases on one engine; writes nothing
 
 A case is drawn from its seed (mix_draw.py): a spec over all registered parts, with policies up to three deep; a model; gradients, some of
 them not finite; 1 to 8 ranks; a save and load; and another path that must give the same bits (numpy without kernels, torch, device
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 import numpy as np  # noqa: E402
 
 from benchmarks.common import record  # noqa: E402
+from benchmarks.reliability import mix_real  # noqa: E402
 from benchmarks.reliability.mix_draw import PATHS, a_case  # noqa: E402
 from benchmarks.reliability.mix_shrink import Failure, failure, shrunk  # noqa: E402
 
@@ -134,13 +137,14 @@ def written(tally: Counter[str], kinds: dict[str, tuple[int, int, Failure]], see
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--cases", type=int, help="100,000 by default, or 1,000 for each real engine")
     parser.add_argument("--seed", type=int, default=0, help="the first case's seed")
     parser.add_argument("--jobs", type=int, default=record.cores())
     parser.add_argument("--case", type=int, metavar="SEED", help="run one case and print it")
+    parser.add_argument("--real", nargs="*", choices=mix_real.ENGINES, metavar="ENGINE", help="cases on these engines, by default on all")
     parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path], help="only these paths")
     parser.add_argument("--seconds", type=float, default=30, help="time for making each kind of failure smaller; 0 does not")
-    parser.add_argument("--write", action="store_true", help="write the results, as for 100,000 cases or more")
+    parser.add_argument("--write", action="store_true", help="write the results, as if there were that many cases")
     options = parser.parse_args()
     quiet()
     paths = {path: PATHS[path] for path in options.paths} if options.paths else PATHS
@@ -149,7 +153,11 @@ def main() -> int:
         found = failure(case)
         print(explain(options.case, shrunk(found, options.seconds)) if found else f"holds: {case}")
         return int(found is not None)
-    seeds = range(options.seed, options.seed + options.cases)
+    many = 100_000 if options.real is None else 1_000
+    seeds = range(options.seed, options.seed + (options.cases or many))
+    write = options.write or len(seeds) >= many
+    if options.real is not None:
+        return mix_real.main(options.real or list(mix_real.ENGINES), seeds, write)
     print(f"seeds {seeds.start} to {seeds.stop - 1}", file=sys.stderr)
     begun = time.monotonic()
     tally, kinds = run(seeds, options.jobs, paths)
@@ -160,7 +168,7 @@ def main() -> int:
         print(f"  {kind}: {count:,}", file=sys.stderr)
     for kind, (often, seed, found) in sorted(kinds.items()):
         print(f"\n--- {kind}: {often} cases, the first is", explain(seed, shrunk(found, options.seconds)), flush=True)
-    if options.write or options.cases >= 100_000:
+    if write:
         written(tally, kinds, seeds, seconds)
     return int(bool(kinds))
 

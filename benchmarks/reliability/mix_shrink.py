@@ -36,10 +36,18 @@ def failure(case: Case, tally: Counter[str] | None = None) -> Failure | None:
         return Failure(f"{error.invariant}: {error.about}".removesuffix(": "), str(error), case)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = "/".join(frame.filename.split("/")[-2:])
-        name = type(error).__name__
-        return Failure(f"{name} in {where}: {frame.name}", f"{name}: {error} ({where}:{frame.lineno})", case)
+        return Failure(f"{type(error).__name__} in {_file(frame)}: {frame.name}", named(error), case)
     return None
+
+
+def named(error: BaseException) -> str:
+    """Returns an error as text: what it is, says, and where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({_file(frame)}:{frame.lineno})"
+
+
+def _file(frame: traceback.FrameSummary) -> str:
+    return "/".join(frame.filename.split("/")[-2:])
 
 
 def shrunk(found: Failure, seconds: float = 30) -> Failure:
