@@ -187,6 +187,18 @@ def test_joining_a_job(monkeypatch):
     assert NOTE in notes(raised.value)
 
 
+def test_leaving_a_job_that_was_left_already():
+    """hvd.shutdown() in a script's own clean-up, after the script has ended torch's process groups and made another: nothing is raised."""
+    code = (
+        "import torch.distributed as dist, grace_ext.frameworks.torch.dist.api as hvd\n"
+        "def join():\n    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "join()\nhvd.init()\ndist.destroy_process_group()\njoin()\n"
+        "try:\n    raise ZeroDivisionError('the real one')\nfinally:\n    hvd.shutdown()\n    assert not hvd.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: the real one"), done
+
+
 def test_ranks_that_disagree_over_mpi(monkeypatch):
     """The communicator cannot be freed after ranks passed different `op`."""
     mpi = pytest.importorskip("grace_ext.frameworks.numpy.mpi")

@@ -198,7 +198,8 @@ class Groups:
                 # The destructor of a Gloo group waits until its collectives are done, and a rank that ends by an error could not end before
                 # its peers do. So these groups are never destroyed.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-            dist.destroy_process_group(group)
+            with contextlib.suppress(ValueError):  # the user has ended all groups, and perhaps made new ones
+                dist.destroy_process_group(group)
 
 
 def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
