@@ -54,7 +54,7 @@ LOG = logging.getLogger("grace_ext")
 class Driver:
     """One rank of one exchange.
 
-    divisor: the world size for a mean (the default), 1 for a sum. read_lr: returns the current learning rate, or None.
+    divisor: None for a mean, whose divisor is the number of ranks; 1 for a sum. read_lr: returns the current learning rate, or None.
     diverging: whether the caller averages models, so that results may differ from rank to rank (memory 'cser').
     in_place: whether results are written over the gradients, if `ops.overwrite` can."""
 
@@ -85,7 +85,7 @@ class Driver:
             )
         self.grace, self.ops, self.transport = grace, ops, transport
         self._two_level: TwoLevel | None = None  # known once ranks have agreed
-        self.divisor = transport.size if divisor is None else divisor
+        self._set_divisor(divisor)
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
         self._in_place = in_place
         self._ended = time.perf_counter()  # when the last step did
@@ -457,11 +457,12 @@ class Driver:
             "judges": self.observer.judges_times,
         }
 
-    def move(self, transport: Transport, divisor: int) -> None:
+    def move(self, transport: Transport, divisor: int | None) -> None:
         """Goes on among other ranks, with an empty memory and a new agreement. Parameters must be registered again, as on a rank that has
         just joined. The step under way is forgotten: its engine has ended."""
         self.abandon()
-        self.transport, self.divisor, self._two_level = transport, divisor, None
+        self.transport, self._two_level = transport, None
+        self._set_divisor(divisor)
         self.agreed, self.prefix, self.state, self._saved_on, self.revoked = False, "", {}, "", 0
         self.register(())
 
@@ -484,20 +485,20 @@ class Driver:
             **({"nodes": self._two_level.nodes} if self._two_level else {}),
         }  # fmt: skip
 
-    @property
-    def _op(self) -> str:
-        return "sum" if self.divisor == 1 and self.transport.size > 1 else "mean"
+    def _set_divisor(self, divisor: int | None) -> None:
+        self.divisor = self.transport.size if divisor is None else divisor
+        self._op = "sum" if divisor == 1 else "mean"  # also of one rank, whose state other numbers of ranks may get
 
     @property
     def _node(self) -> str:
         """Tells nodes apart without a host's name."""
         return hashlib.blake2b(self.transport.node.encode(), digest_size=8).hexdigest()
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], specs: Iterable[TensorSpec] = ()) -> None:
         """Resumes bit for bit from what `state_dict` gave on the same rank. From another rank's state (a checkpoint of rank 0 alone) it
         takes what all ranks share; what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the
-        state does not fit, or if the memory makes no sense without every rank's part (ef21, diana)."""
-        states = self.read_state(saved)
+        state does not fit, or if the memory makes no sense without every rank's part (ef21, diana). specs: as for `read_state`."""
+        states = self.read_state(saved, specs)
         if foreign := saved["rank"] != self.transport.rank:
             warn_user(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "

@@ -18,7 +18,7 @@ from .choices import Choices
 States = dict[str, dict[str, Array]]
 VERSION = 1
 #: The entries of Driver.state_dict() that are numbers.
-NUMBERS = ("rank", "size", "step")
+COUNTS = ("rank", "size", "step")
 #: The dtypes that parts' arrays have (parts/ops.py).
 DTYPES = ("float32", "float64", "int64", "uint8")
 
@@ -32,21 +32,31 @@ def check_form(saved: Any) -> None:
     """Raises GraceError unless this has the form of Driver.state_dict(), with flat arrays of any library."""
     if not isinstance(saved, Mapping):
         raise GraceError(f"a state must be the dictionary that state_dict() returned, got {shown(saved, 80)}")
-    lacking = [key for key in ("version", "spec", *NUMBERS, "state") if key not in saved]
+    lacking = [key for key in ("version", "spec", *COUNTS, "state") if key not in saved]
     if lacking:
         raise GraceError(f"this state lacks {few(map(repr, lacking))}, so it is not what state_dict() returned; it has {_names(saved)}")
     if saved["version"] != VERSION:
         raise GraceError(f"this state has version {shown(saved['version'], 40)}, expected {VERSION}")
-    for key in NUMBERS:
-        number = saved[key]
-        if isinstance(number, bool) or not isinstance(number, int) or number < (key == "size"):
-            raise GraceError(f"this state has {key} {shown(number, 40)}, expected a whole number, at least {int(key == 'size')}")
-    if not isinstance(saved["state"], Mapping):
-        raise GraceError(f"the state's entry 'state' must map 'key/parameter' to arrays, got {shown(saved['state'], 80)}")
-    for path, array in saved["state"].items():
+    for key in COUNTS:
+        check_count(saved, key)
+    check_arrays(saved["state"])
+
+
+def check_count(saved: Mapping[str, Any], key: str) -> None:
+    """Raises GraceError unless this entry is a whole number that counts something."""
+    number, least = saved[key], int(key == "size")
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise GraceError(f"this state has {key} {shown(number, 40)}, expected a whole number, at least {least}")
+
+
+def check_arrays(arrays: Any) -> None:
+    """Raises GraceError unless this maps 'key/parameter' to flat arrays, of any library."""
+    if not isinstance(arrays, Mapping):
+        raise GraceError(f"a state's arrays must be a dictionary by 'key/parameter', got {shown(arrays, 80)}")
+    for path, array in arrays.items():
         if not isinstance(path, str) or "/" not in path:
             raise GraceError(
-                f"the state's entry 'state' has the key {shown(path, 80)}, expected 'key/parameter', as state_dict() returns it"
+                f"a state's arrays must be a dictionary by 'key/parameter', as state_dict() returns it; it has {shown(path, 80)}"
             )
         if not (hasattr(array, "shape") and hasattr(array, "dtype")):
             raise GraceError(f"{_place(path)} is a {type(array).__name__}, expected an array as state_dict() returned it: convert it")
@@ -54,26 +64,34 @@ def check_form(saved: Any) -> None:
             raise GraceError(f"{_place(path)} is {_kind(array)}, expected a flat array of {', '.join(DTYPES)}, as state_dict() returned it")
 
 
-def read(ops: Ops, grace: Grace, transport: Transport, saved: Mapping[str, Any], op: str) -> States:
-    """Returns copies of a saved state's arrays, by parameter and key. Of another rank's state, only what all ranks share is taken. Raises
-    GraceError if the state is not for this exchange, or has NaN or Inf: a step with such values is never committed. (A policy's own values,
-    sums of gradients for example, may overflow.)"""
-    check_form(saved)
-    _check_exchange(grace, transport, saved, op)
-    foreign = saved["rank"] != transport.rank
-    shared, library = Choices(grace).shared(), type(ops.zeros(0))
-    states: States = {}
-    for path, array in saved["state"].items():
+def read_arrays(ops: Ops, arrays: Any) -> dict[tuple[str, str], Array]:
+    """Returns copies of a state's arrays, by key and parameter. Raises GraceError for an array of another library, and for NaN or Inf: a
+    step with such values is never committed. (A policy's own values, sums of gradients for example, may overflow.)"""
+    check_arrays(arrays)
+    library, found = type(ops.zeros(0)), {}
+    for path, array in arrays.items():
         key, name = path.split("/", 1)
         if not isinstance(array, library):
-            found, expected = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(array), library))
-            raise GraceError(f"{_place(path)} is a {found}, but this exchange keeps {expected}: convert it")
+            has, expected = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(array), library))
+            raise GraceError(f"{_place(path)} is a {has}, but this exchange keeps {expected}: convert it")
         if not is_own(key) and _dtype(array).startswith("float") and not ops.all_finite(array):
             raise GraceError(
                 f"{_place(path)} has NaN or Inf, and no step with such values is ever kept: the state was damaged after it was saved. Load "
                 "an older one, or leave it out to start with an empty memory"
             )
-        states.setdefault(name, {}).update({key: ops.copy(array)} if not foreign or key in shared or is_own(key) else {})
+        found[key, name] = ops.copy(array)
+    return found
+
+
+def read(ops: Ops, grace: Grace, transport: Transport, saved: Mapping[str, Any], op: str) -> States:
+    """Returns copies of a saved state's arrays, by parameter and key. Of another rank's state, only what all ranks share is taken. Raises
+    GraceError if the state is not for this exchange."""
+    check_form(saved)
+    _check_exchange(grace, transport, saved, op)
+    foreign, shared = saved["rank"] != transport.rank, Choices(grace).shared()
+    states: States = {}
+    for (key, name), array in read_arrays(ops, saved["state"]).items():
+        states.setdefault(name, {}).update({key: array} if not foreign or key in shared or is_own(key) else {})
     return states
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..driver.layout import checked
-from ..errors import GraceError, NamesError, TensorChangedError, warn_user
+from ..driver.state import check_count, read_arrays
+from ..errors import GraceError, NamesError, TensorChangedError, few, shown, warn_user
 from ..parts.field import HALVES
 from ..parts.ops import Array, Ops
 from ..parts.tensor import TensorSpec
@@ -50,7 +51,7 @@ class LocalModel:
             raise GraceError("this LocalSGD has begun with other weights and keeps their master copy: make a new one to start from these")
         by_name = checked(specs)
         if self.master:
-            self._check({name: len(array) for name, array in self.master.items()}, by_name)
+            self._check({"master": self.master, "outer": self.outer}, by_name)
         else:
             self.master = {name: self.ops.copy(self.ops.ingest(values[name])) for name in by_name}
         self.specs = by_name
@@ -159,23 +160,38 @@ class LocalModel:
         not fit."""
         kept = self.read_state(saved)
         self.master, self.outer = kept["master"], kept["outer"]
-        self.step, self.last = int(saved["step"]), int(saved["last"])
+        self.step, self.last = saved["step"], saved["last"]
 
     def read_state(self, saved: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """Returns copies of a state's arrays by kind and parameter. Raises GraceError if they do not fit."""
-        if saved.get("plan") != str(self.settings):
-            raise GraceError(f"this state was saved by {saved.get('plan')}, and this is {self.settings}; they must be the same")
+        if not isinstance(saved, Mapping) or not {"plan", "step", "last", "arrays"} <= set(saved):
+            raise GraceError(f"the model's state must have 'plan', 'step', 'last' and 'arrays', got {shown(saved, 80)}")
+        if saved["plan"] != str(self.settings):
+            raise GraceError(f"this state was saved by {str(saved['plan'])[:200]}, and this is {self.settings}; they must be the same")
+        for key in ("step", "last"):
+            check_count(saved, key)
         kept: dict[str, dict[str, Array]] = {"master": {}, "outer": {}}
-        for key, array in saved["arrays"].items():
-            kind, name = key.split("/", 1)
-            kept[kind][name] = self.ops.copy(array)
+        for (kind, name), array in read_arrays(self.ops, saved["arrays"]).items():
+            if kind not in kept:
+                raise GraceError(f"the model's state has {kind!r} of {name!r}; it may have {', '.join(map(repr, kept))}")
+            kept[kind][name] = array
+        if saved["step"] and not kept["master"]:
+            raise GraceError(f"the model's state is that of step {saved['step']}, but lacks the master copy of all parameters")
         if self.specs:
-            self._check({name: len(array) for name, array in kept["master"].items()}, self.specs)
+            self._check(kept, self.specs)
         return kept
 
-    @staticmethod
-    def _check(saved: dict[str, int], specs: dict[str, TensorSpec]) -> None:
-        expected = {name: spec.size for name, spec in specs.items()}
-        if saved != expected:
-            differing = sorted(name for name in {**saved, **expected} if saved.get(name) != expected.get(name))
-            raise NamesError(f"the saved master copy is of another model: {', '.join(differing[:5])} differ in size or are missing")
+    def _check(self, kept: dict[str, dict[str, Array]], specs: dict[str, TensorSpec]) -> None:
+        """Raises NamesError if the arrays of a state are not of these parameters."""
+        expected = {name: (spec.size, "float64" if spec.dtype == "float64" else "float32") for name, spec in specs.items()}
+        saved = {kind: {name: (len(x), str(x.dtype).removeprefix("torch.")) for name, x in of.items()} for kind, of in kept.items()}
+        master, outer = saved["master"], saved["outer"]
+        differing = [name for name in {**expected, **master} if master.get(name) != expected.get(name)]
+        if differing:
+            raise NamesError(
+                f"the saved master copy is of another model: {few(differing)} differ in size or dtype, or are missing: "
+                + few(f"{name} is {master.get(name)}, expected {expected.get(name)}" for name in differing[:2])
+            )
+        if outer and outer != expected:
+            differing = [name for name in {**expected, **outer} if outer.get(name) != expected.get(name)]
+            raise NamesError(f"the saved outer momentum is of another model: {few(differing)} differ in size or dtype, or are missing")

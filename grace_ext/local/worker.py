@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints.saveable import Saveable, saveable_by
 from ..driver.agreement import agree, share
 from ..driver.driver import Driver
-from ..errors import DisagreementError, GraceError
+from ..errors import DisagreementError, GraceError, shown
 from ..exchange.perform import perform
 from ..exchange.transport import Transport
 from ..parts.ops import Ops
@@ -163,8 +163,11 @@ class Worker:
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
         """Raises GraceError if `load_state_dict` would; changes nothing."""
-        if "model" not in saved:
-            raise GraceError("this state is of a DistributedOptimizer, not of LocalSGD")
+        if not isinstance(saved, Mapping) or not {"model", "gradients", "models"} <= set(saved):
+            raise GraceError(
+                f"this state is not of LocalSGD, which saves 'model', 'gradients' and 'models', but {shown(saved, 80)} (that of a "
+                "DistributedOptimizer?); leave it out to start anew"
+            )
         self.model.read_state(saved["model"])
         self.for_gradients.read_state(saved["gradients"])
         self.for_models.read_state(saved["models"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -22,7 +22,7 @@ import tensorflow as tf
 from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.grace import Grace
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, UnboundError, UnsupportedError
+from ...errors import GraceError, NamesError, UnboundError, UnsupportedError, shown
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
@@ -54,6 +54,11 @@ def bind(
     if simulate:
         raise UnboundError(
             "simulate=True has no effect here: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape"
+        )
+    if g.acts_alone and is_alone(process_set or hvd.global_process_set):
+        raise UnboundError(
+            f"at world size 1 Horovod's tape never calls a compression object, so {g} would have no effect, and a memory that is the "
+            "momentum of the training would be missing; use grace_ext's own tape"
         )
     op = hvd.Average if op is None else op
     return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set, check_start)
@@ -169,12 +174,15 @@ class BoundCompression(Measured):
         self._settled = max((int(state["step"]) for state in saved.values()), default=0)
 
     def _check(self, saved: dict[str, Any]) -> None:
+        if not isinstance(saved, Mapping):
+            raise GraceError(f"a state must be the dictionary that state_dict() returned, got {shown(saved, 80)}")
         unknown = set(saved) - {spec.name for spec in self._specs}
         if unknown:
-            raise GraceError(f"this state has variables that are not bound: {', '.join(sorted(unknown))}; bind those that it was saved for")
+            names = ", ".join(sorted(shown(name, 40) for name in unknown))
+            raise GraceError(f"this state has variables that are not bound: {shown(names)[1:-1]}; bind those that it was saved for")
         transport = HorovodTransport(self._process_set)
         for name, state in saved.items():
-            driver = Driver(self.grace, transport.ops, transport)
+            driver = Driver(self.grace, transport.ops, transport, divisor=None if self._average else 1)
             driver.register([spec for spec in self._specs if spec.name == name])
             driver.read_state(state)
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as api
+import numpy as np
 import tensorflow as tf
 
 from ...checkpoints.saveable import Saveable, nothing_saveable, saveable_by
+from ...checkpoints.statefile import mapped
 from ...composition.grace import Grace
 from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, UnsupportedError
@@ -132,11 +134,12 @@ class GradientExchange(Measured):
     def _exchange(self, specs: list[TensorSpec], sparse: list[str], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:
             starting = digester(variables) if self._check_start and self.process_set.size() > 1 else None
-            self.dense = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting)
-            self.dense.driver.sparse = sparse
-            self._attach(self.dense.driver)
+            exchange = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting)
+            exchange.driver.sparse = sparse
             if self._saved:
-                self.dense.driver.load_state_dict(self._saved)
+                exchange.driver.load_state_dict(self._saved)
+            self._attach(exchange.driver)
+            self.dense = exchange
         known = self.dense.driver.specs
         if {spec.name: spec for spec in specs} != known or sparse != self.dense.driver.sparse:
             differing = sorted({*(s.name for s in specs), *sparse} ^ {*known, *self.dense.driver.sparse})
@@ -169,12 +172,13 @@ class GradientExchange(Measured):
         return self.dense.driver.state_dict() if self.dense else (self._saved or {})
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes from this state. Before the first step it is kept until the variables are known. Raises GraceError if it does not fit."""
+        """Resumes from this state. Before the first step it is kept until the variables are known. Raises GraceError, and changes nothing,
+        if it does not fit. What `state_dict` returned before the first step is empty."""
         if self.dense:
             self.dense.driver.load_state_dict(saved)
-        elif saved:
+        elif saved != {}:
             self._check(saved)
-        self._saved = saved
+        self._saved = mapped(saved, np.copy)
 
     def move(self, carried_over: Callable[[Any], Any]) -> None:
         """Prepares for other ranks, after they have changed: the next call exchanges among the present ones. Collective. `carried_over`
@@ -192,7 +196,7 @@ class GradientExchange(Measured):
             self.dense.driver.read_state(saved)
         else:
             transport = HorovodTransport(self.process_set)
-            Driver(self.grace, transport.ops, transport).read_state(saved)
+            Driver(self.grace, transport.ops, transport, divisor=None if self.average else 1).read_state(saved)
 
     def trackable(self) -> TrackedState:
         """Returns this memory in the form that tf.train.Checkpoint(memory=...) takes."""

@@ -160,7 +160,7 @@ class GraphExchange:
         self.transport = self.transport_type(process_set)
         divisor = self.transport.size if average else 1
         if driver is None:
-            driver = Driver(grace, self.transport.ops, self.transport, divisor=divisor)
+            driver = Driver(grace, self.transport.ops, self.transport, divisor=None if average else 1)
             driver.register(specs)
             driver.starting, driver.tolerates_start = starting, True
         self.driver = driver

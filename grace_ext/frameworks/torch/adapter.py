@@ -10,6 +10,7 @@ sparse gradient made dense, by the parameter whose hook ran last.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class BoundCompression(Measured):
         rank."""
         return self._get_session().state_dict()
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
         self._get_session().load_state_dict(saved)
 

@@ -189,7 +189,7 @@ class DDPState(Measured):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
-        self._session().load_state_dict(dict(saved))
+        self._session().load_state_dict(saved)
 
     def _saveable(self) -> Saveable:
         return self._session().saveable()

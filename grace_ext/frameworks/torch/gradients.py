@@ -289,10 +289,15 @@ class GradientExchange:
         """Returns this rank's memory and compressor state; None if nothing is exchanged."""
         return self.session.state_dict() if self.session else None
 
+    def check_state(self, saved: Mapping[str, Any] | None) -> None:
+        """Raises GraceError if `load_state_dict` would; changes nothing."""
+        if saved is not None and self.session is not None:
+            self.session.check_state(saved)
+
     def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
         """Loads what `state_dict` returned. With None the memory stays as it is. The step under way is forgotten."""
         if saved is not None and self.session is not None:
-            self.session.load_state_dict(dict(saved))
+            self.session.load_state_dict(saved)
         self._reset()
         self.synchronized, self.should_synchronize = False, True
 

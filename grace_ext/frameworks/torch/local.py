@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...checkpoints.saveable import Saveable, nothing_saveable
+from ...checkpoints.statefile import mapped
 from ...errors import GraceError, NamesError, UnsupportedError
 from ...local.settings import Settings, settings_of
 from ...local.worker import Worker
@@ -117,6 +118,14 @@ class _Local:
     def check_containers(self) -> None:
         check_containers(self.parameters, "LocalSGD", self._ranks)
 
+    def converted(self, saved: Any) -> Any:
+        """Returns a worker's state, saved as tensors, with arrays of this exchange's library and device."""
+        device = next(iter(self.parameters.values())).device
+        try:
+            return mapped(saved, lambda array: self.ops.from_torch(torch.as_tensor(array).detach().to(device)))
+        except (TypeError, RuntimeError) as error:
+            raise GraceError(f"this state has an array that is none of torch's or numpy's: {error}") from None
+
     def begin_anew(self) -> None:
         """Makes a worker that has made no step."""
         self.worker = Worker(self._settings, self.ops, self._transport, self._read_lr)
@@ -205,30 +214,19 @@ class LocalOptimizer(InFront):
         saved = super().state_dict()
         if self._local.worker is None:
             return saved
-        return {**saved, "grace_ext": _mapped(self._local.worker.state_dict(), self._local.ops.as_torch)}
+        return {**saved, "grace_ext": mapped(self._local.worker.state_dict(), self._local.ops.as_torch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned. Without a 'grace_ext' entry local training starts anew, from the model at the next step."""
         local, own = self._local, state_dict.get("grace_ext")
+        if local.worker is not None and own is not None:
+            own = local.converted(own)
+            local.worker.check_state(own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
         if local.worker is not None and own is None:
             local.begin_anew()
         elif local.worker is not None and own is not None:
-            if "model" not in own:
-                raise GraceError(
-                    "this state was saved by a DistributedOptimizer, not by LocalSGD; leave out its 'grace_ext' entry to start anew"
-                )
-            device = next(iter(local.parameters.values())).device
-            local.worker.load_state_dict(_mapped(own, lambda tensor: local.ops.from_torch(tensor.to(device))))
+            local.worker.load_state_dict(own)
 
     def _saveable(self) -> Saveable:
         return self._local.worker.saveable() if self._local.worker else nothing_saveable(self._local.takes_part)
-
-
-def _mapped(saved: Mapping[str, Any], convert: Any) -> dict[str, Any]:
-    """Returns a worker's state with its arrays converted. They are saved as tensors, which `torch.load` reads without pickle."""
-
-    def one(of: Mapping[str, Any], key: str) -> dict[str, Any]:
-        return {**of, key: {name: convert(array) for name, array in of[key].items()}}
-
-    return {"model": one(saved["model"], "arrays"), "gradients": one(saved["gradients"], "state"), "models": one(saved["models"], "state")}

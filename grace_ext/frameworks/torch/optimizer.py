@@ -314,7 +314,9 @@ class CompressedOptimizer(Measured, InFront):
         return saved if own is None else {**saved, "grace_ext": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the wrapped optimizer's state, and this rank's memory from 'grace_ext'. Without that entry the memory stays as it is."""
+        """Loads the wrapped optimizer's state, and this rank's memory from 'grace_ext'. Without that entry the memory stays as it is.
+        Raises GraceError, and changes nothing, if the memory does not fit."""
+        self._exchange.check_state(state_dict.get("grace_ext"))
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "grace_ext"})
         self._exchange.load_state_dict(state_dict.get("grace_ext"))
 

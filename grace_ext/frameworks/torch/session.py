@@ -16,6 +16,7 @@ from ...checkpoints.saveable import Saveable, saveable_by
 from ...composition.grace import Grace
 from ...driver.agreement import digest_of
 from ...driver.driver import Driver
+from ...driver.state import check_form
 from ...errors import GraceError, UnsupportedError
 from ...exchange.perform import perform
 from ...exchange.transport import Transport
@@ -66,7 +67,7 @@ class Session:
         self.parameters, self._wrapper = parameters, wrapper
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
-        self.driver = Driver(grace, self.ops, transport, divisor=transport.size if average else 1, read_lr=read_lr, in_place=True)
+        self.driver = Driver(grace, self.ops, transport, divisor=None if average else 1, read_lr=read_lr, in_place=True)
         if check_start:
             self.driver.starting = lambda: digests_of(self.parameters)
         self._scaler = scaler
@@ -199,7 +200,7 @@ class Session:
         self._spans.clear()
         self._handles.clear()
         transport = make_transport(self.ops)
-        driver.move(transport, transport.size if average else 1)
+        driver.move(transport, None if average else 1)
         if moved is not None:
             driver.load_state_dict({**moved, "state": {key: self.ops.upload(array) for key, array in moved["state"].items()}})
 
@@ -208,16 +209,30 @@ class Session:
         saved = self.driver.state_dict()
         return {**saved, "state": {key: self.ops.as_torch(array) for key, array in saved["state"].items()}}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resumes bit for bit from what `state_dict` returned. Raises GraceError, and changes nothing, if the state does not fit."""
+        self.driver.load_state_dict(self._own_arrays(saved), self._specs())
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Raises GraceError if `load_state_dict` would; changes nothing."""
+        self.driver.read_state(self._own_arrays(saved), self._specs())
+
+    def _own_arrays(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the state with arrays of this exchange's library and device, made from tensors or numpy arrays."""
+        check_form(saved)
         device = next(iter(self.parameters.values())).device
-        state = {key: self.ops.from_torch(torch.as_tensor(array).to(device)) for key, array in saved["state"].items()}
-        self.driver.load_state_dict({**saved, "state": state})
+        arrays = {key: torch.as_tensor(array).detach().to(device) for key, array in saved["state"].items()}
+        return {**saved, "state": {key: self.ops.from_torch(array) for key, array in arrays.items()}}
+
+    def _specs(self) -> list[TensorSpec]:
+        return [self._spec(name) for name in self.parameters]
 
     def saveable(self) -> Saveable:
         """Returns what grace_ext.save and load need."""
         driver = self.driver
-        return saveable_by(driver.transport, driver.state_dict, driver.read_state, driver.load_state_dict)
+        return saveable_by(
+            driver.transport, driver.state_dict, lambda saved: driver.read_state(saved, self._specs()), driver.load_state_dict
+        )
 
 
 def _is_compact(tensor: torch.Tensor) -> bool:
