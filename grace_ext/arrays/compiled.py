@@ -114,8 +114,10 @@ class CompiledOps(QuantizingOps):
         if not _float32(x) or not x.size:
             return super().block_norms(x, block, order)
         norms = np.empty(-(-x.size // block))
-        kernel = {1: self.kernels.block_sums, 2: self.kernels.block_squares, np.inf: self.kernels.block_largest}[order]
-        kernel(x, block, norms)
+        if order == np.inf:
+            self.kernels.block_largest(x, block, norms)
+            return norms
+        self.kernels.block_sums(x, min(block, x.size), order == 2, norms)
         return np.sqrt(norms) if order == 2 else norms
 
     # --- selection --------------------------------------------------------------------------------------------------
@@ -255,8 +257,9 @@ class CompiledOps(QuantizingOps):
         return (total, p) if finite else None
 
     def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        out = self.empty(len(a) * b.shape[1])
-        np.matmul(a, b, out=out.reshape(len(a), -1))
+        out = self.empty(len(a) * b.shape[1], a.dtype.name)
+        compute = self.kernels.product if a.dtype == np.float32 else self.kernels.product_wide
+        compute(*(np.ascontiguousarray(factor, a.dtype).reshape(-1) for factor in (a, b)), *a.shape, out)
         return out
 
     def project(self, a: np.ndarray, x: np.ndarray) -> np.ndarray:

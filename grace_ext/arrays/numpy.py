@@ -11,9 +11,12 @@ from ..parts import rng
 from ..parts.field import INTEGERS
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
+from . import sums
 
 # Bit matrices take `width` bytes per code while they are built; in pieces they stay in the cache. A multiple of 8 codes.
 BITS_PIECE = 1 << 15
+# Elements of a product that are computed at a time; they stay in the cache while products are added to them.
+PRODUCT_PIECE = 1 << 15
 # The largest finite value of each dtype, exact in float32 (and in float64).
 LARGEST: dict[Any, float] = {
     "float16": 65504.0,
@@ -101,9 +104,10 @@ class NumpyOps(Ops):
             return np.zeros(0)
         if order == np.inf:
             return np.maximum.reduceat(np.abs(x), np.arange(0, x.size, block)).astype(np.float64)
-        magnitudes = np.abs(x, dtype=np.float64) if order == 1 else np.square(x, dtype=np.float64)
-        sums = np.add.reduceat(magnitudes, np.arange(0, x.size, block))
-        return sums if order == 1 else np.sqrt(sums)
+        rows = sums.in_blocks(self, x, min(block, x.size))
+        (np.abs if order == 1 else np.square)(rows, out=rows)
+        found = sums.row_sums(rows)
+        return found if order == 1 else np.sqrt(found)
 
     def top_k(self, x: np.ndarray, k: int) -> np.ndarray:
         if k >= x.size:
@@ -126,7 +130,7 @@ class NumpyOps(Ops):
         return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
 
     def total(self, x: np.ndarray) -> float:
-        return float(np.sum(x, dtype=np.float64))
+        return float(sums.row_sums(sums.in_blocks(self, x, x.size))[0]) if x.size else 0.0
 
     def largest(self, x: np.ndarray) -> float:
         return float(np.abs(x).max()) if x.size else 0.0
@@ -184,6 +188,12 @@ class NumpyOps(Ops):
         draw = (rng.words(key, x.size) >> np.uint32(8)).astype(np.float32)
         codes = low.astype(np.int64) + (draw < (scaled - low) * np.float32(2**24))
         return np.minimum(codes, levels)
+
+    def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        step, pieces = max(1, PRODUCT_PIECE // b.shape[1]), []
+        for i in range(0, len(a), step):
+            pieces.append(super().product(a[i : i + step], b))
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def pack(self, codes: np.ndarray, width: int) -> np.ndarray:
         if width in (8, 16, 32):

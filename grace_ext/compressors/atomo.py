@@ -83,5 +83,5 @@ class Atomo(Compressor):
             raise PayloadError(f"has factors of {len(left)} and {len(right)} elements for a matrix of {a} x {b}")
         if not (ops.all_finite(left) and ops.all_finite(right)):
             raise PayloadError("has a factor that is not finite")
-        whole = (left.reshape(count, a).T @ right.reshape(count, b)).reshape(-1)
+        whole = ops.product(left.reshape(count, a).T, right.reshape(count, b))
         return ops.from_bytes(ops.to_bytes(whole, "float32"), "float32")  # too large for float32: saturates

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 from functools import lru_cache
 from typing import ClassVar
 
@@ -14,6 +15,8 @@ from .base import Compressor, sent_by
 from .forms.positions import decode_indices, encode_indices
 from .forms.sparse import VALUES, index_field, index_knob
 
+PI = Decimal("3.14159265358979323846264338327950288")
+
 
 @lru_cache(maxsize=64)
 def tile(n: int, chunk: int) -> int:
@@ -25,11 +28,28 @@ def tile(n: int, chunk: int) -> int:
     return divisor if 2 * divisor >= chunk else -(-n // -(-n // chunk))
 
 
+def _cosine(m: int, n: int) -> float:
+    """Returns cos(pi m / 2n), 0 <= m <= n, by its series in decimal arithmetic: the functions of C libraries differ in the last bit."""
+    if m == n:
+        return 0.0
+    with localcontext(Context(prec=30)):
+        square, k = (PI * m / (2 * n)) ** 2, 0
+        total = term = Decimal(1)
+        while abs(term) > Decimal("1e-28"):
+            k += 2
+            term = -term * square / (k * (k - 1))
+            total += term
+        return float(total)
+
+
 @lru_cache(maxsize=64)
 def cosines(n: int) -> np.ndarray:
     """Returns the orthonormal DCT-II, float64[n, n]; row i holds the i-th cosine."""
     i, j = np.arange(n)[:, None], np.arange(n)[None]
-    matrix = np.sqrt(2 / n) * np.cos(np.pi * (2 * j + 1) * i / (2 * n))
+    quarter = [_cosine(m, n) for m in range(n + 1)]  # cos(pi m / 2n)
+    around = np.array([*quarter, *(-value for value in quarter[-2::-1])])  # m = 0 .. 2n
+    turn = (2 * j + 1) * i % (4 * n)
+    matrix = np.sqrt(2 / n) * around[np.minimum(turn, 4 * n - turn)]
     matrix[0] /= np.sqrt(2)
     matrix.flags.writeable = False  # the cache shares it among all callers
     return matrix
@@ -102,11 +122,13 @@ class DeMo(Compressor):
         return _float32(ops, (ops.upload(cosines(h)) @ tiles @ ops.upload(cosines(w)).T).reshape(-1))
 
     def _restore(self, ops, coefficients, spec):
-        """Returns float32[d], the inverse transform of coefficients in float64."""
+        """Returns float32[d], the inverse transform of coefficients in float64; the same bits on every rank."""
         down, h, across, w = self._tiles(spec)
         a = spec.shape[0] if len(spec.shape) > 1 else 1
-        tiles = ops.upload(cosines(h)).T @ coefficients.reshape(down, across, h, w) @ ops.upload(cosines(w))
-        padded = ops.transpose(tiles, (0, 2, 1, 3)).reshape(down * h, across * w)
+        wide = ops.product(coefficients.reshape(-1, w), ops.upload(cosines(w))).reshape(down, across, h, w)
+        turned = ops.transpose(wide, (0, 1, 3, 2)).reshape(-1, h)
+        tiles = ops.product(turned, ops.upload(cosines(h))).reshape(down, across, w, h)
+        padded = ops.transpose(tiles, (0, 3, 1, 2)).reshape(down * h, across * w)
         return _float32(ops, padded[:a, : spec.size // a].reshape(-1))
 
     def compress(self, ops, x, spec, info, state):

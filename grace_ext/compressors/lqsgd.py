@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -15,6 +17,18 @@ from .base import Exchanged, sent_by
 from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
 
 LARGEST = float(np.finfo(np.float32).max)
+
+
+@lru_cache(maxsize=16)
+def values(alpha: float, levels: int) -> np.ndarray:
+    """Returns float64[2 levels + 1]: what the codes decode to, for a scale of 1. Computed in decimal arithmetic, because the functions of C
+    libraries differ in the last bit, and all ranks must decode alike."""
+    with localcontext(Context(prec=30)):
+        growth = (1 + Decimal(alpha)).ln() / levels
+        above = [float(((growth * level).exp() - 1) / Decimal(alpha)) for level in range(1, levels + 1)]
+    table = np.array([*(-value for value in reversed(above)), 0.0, *above])
+    table.flags.writeable = False  # the cache shares it among all callers
+    return table
 
 
 @register("lqsgd")
@@ -76,8 +90,7 @@ class LQSGD(_LowRank):
         codes = ops.host(ops.unpack(payload[1], self.bits, count))
         if int(codes.max()) > 2 * self.levels:
             raise PayloadError(f"has a code above {2 * self.levels}")
-        level = (codes - self.levels) / self.levels
-        return np.copysign(np.expm1(np.abs(level) * math.log1p(self.alpha)) / self.alpha, level) * scale
+        return values(self.alpha, self.levels)[codes] * scale
 
     def _gather(self, ops, name: str, factor, spec, communicator):
         """Makes one factor's round. Returns (this rank's factor, decoded; the sum of all ranks' decoded factors), float64 on the host."""
@@ -117,7 +130,7 @@ class LQSGD(_LowRank):
     def decompress(self, ops, payload, spec, info):
         a, b, r = self._shape(spec)
         p = orthonormalize(self._decode(ops, payload[:2], a * r).reshape(a, r))
-        return (ops.upload(p) @ _float32(ops, self._decode(ops, payload[2:], b * r).reshape(r, b))).reshape(-1)
+        return ops.product(ops.upload(p), _float32(ops, self._decode(ops, payload[2:], b * r).reshape(r, b)))
 
 
 def _float32(ops, x: np.ndarray):

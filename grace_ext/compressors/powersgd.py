@@ -82,7 +82,7 @@ class _TwoSums(_LowRank):
     def decompress(self, ops, payload, spec, info):
         a, b, r = self._shape(spec)
         p, q = (ops.from_bytes(piece, "float32") for piece in payload)
-        return (p.reshape(a, r) @ q.reshape(r, b)).reshape(-1)
+        return ops.product(p.reshape(a, r), q.reshape(r, b))
 
 
 def outcome(ops, spec, factors: Factors | None) -> Exchanged:

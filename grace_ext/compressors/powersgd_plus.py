@@ -5,12 +5,16 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..arrays.sums import in_blocks, row_sums
 from ..parts import rng
 from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
 from .forms.lowrank import kept_subspace, orthonormalize
 from .powersgd import _TwoSums, feedback_knob, outcome
+
+#: Elements of a matrix that are multiplied at a time.
+EXACT_PIECE = 1 << 20
 
 
 def top_subspace(matrix: np.ndarray, r: int) -> np.ndarray:
@@ -34,6 +38,17 @@ def power_subspace(matrix: np.ndarray, start: np.ndarray, iterations: int) -> np
     for _ in range(iterations):
         right = m.T @ orthonormalize(m @ right)
     return orthonormalize(right).T
+
+
+def exact_product(ops, matrix, rows: np.ndarray) -> np.ndarray:
+    """Returns float64[r, a]: each of r rows times the matrix float[a, b], transposed; on the host. It has the same bits on every rank:
+    products of float32 are exact in float64, and they are added in the order of arrays/sums.py. BLAS adds in the processor's own order."""
+    (a, b), step, found = matrix.shape, max(1, EXACT_PIECE // matrix.shape[1]), []
+    for at in range(0, a, step):
+        piece = ops.cast(matrix[at : at + step].reshape(-1), "float64").reshape(-1, b)
+        products = [(piece * ops.cast(ops.upload(row), "float64")).reshape(-1) for row in rows]
+        found.append([row_sums(in_blocks(ops, each, b), ops.host) for each in products])
+    return np.concatenate(found, axis=1)
 
 
 @register("powersgd_plus")
@@ -104,9 +119,9 @@ class PowerSGDPlus(_TwoSums):
         if info.rank == 0:
             own = self._subspace(ops.host(mean), spec, info) * np.float32(info.divisor)
         v = (yield AllReduce(ops.upload(own.reshape(-1)), "float32")).reshape(r, b)
-        p_host = orthonormalize(ops.host(mean @ v.T))
-        p = ops.upload(p_host)
-        q, q_own = ops.project(p, mean.reshape(-1)), ops.project(p, x)
+        p_host = orthonormalize(exact_product(ops, mean, ops.host(v)).T)
+        p, q_own = ops.upload(p_host), ops.project(ops.upload(p_host), x)
+        q = ops.upload(exact_product(ops, ops.transpose(mean, (1, 0)), p_host.T).astype(np.float32))
         if overflowed or not ops.all_finite(q):
             return None, start
         if not ops.all_finite(q_own):

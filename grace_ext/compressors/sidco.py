@@ -81,7 +81,7 @@ class SIDCo(Selecting):
         magnitudes = abs(x[x != 0])
         found = ops.positions(x != 0)
         if len(found) > k:
-            found = ops.at_least(x, self._threshold(ops, magnitudes, k / len(found), int(control[0])))
+            found = ops.at_least(x, self._threshold(ops, x, magnitudes, k / len(found), int(control[0])))
         return found, {"sidco_stages": ops.upload(self._adapted(control, len(found) / k))}
 
     def swept(self, ops, grad, feedback, spec, info, state):
@@ -111,22 +111,25 @@ class SIDCo(Selecting):
         several = stages > 1 and ratio < self.first_ratio
         return [self.first_ratio, *[(ratio / self.first_ratio) ** (1 / (stages - 1))] * (stages - 1)] if several else [ratio]
 
-    def _threshold(self, ops, magnitudes, ratio, stages) -> float:
+    def _threshold(self, ops, x, magnitudes, ratio, stages) -> float:
         shares, largest = self._shares(ratio, stages), ops.largest(magnitudes)
-        threshold = float(np.float32(min(self._tail(ops, magnitudes, shares[0], first=True), largest)))
+        # Summed with the zeros, which change nothing but the order: the kernel of `swept` does not leave them out.
+        total = float(ops.block_norms(x, len(x), 1)[0])
+        threshold = float(np.float32(min(self._tail(ops, magnitudes, total, shares[0], first=True), largest)))
         return self._later(ops, magnitudes[magnitudes >= threshold], shares[1:], threshold, largest)
 
     def _later(self, ops, rest, shares, threshold, largest) -> float:
         """Returns the threshold after the later stages, given the magnitudes that the first one left."""
         for share in shares:
-            threshold = float(np.float32(min(threshold + self._tail(ops, rest - rest.min(), share, first=False), largest)))
+            excess = rest - rest.min()
+            threshold = float(np.float32(min(threshold + self._tail(ops, excess, ops.total(excess), share, first=False), largest)))
             rest = rest[rest >= threshold]
         return threshold
 
-    def _tail(self, ops, excess, ratio, *, first) -> float:
-        """Returns a value that about a fraction `ratio` of the excess exceeds."""
+    def _tail(self, ops, excess, total: float, ratio, *, first) -> float:
+        """Returns a value that about a fraction `ratio` of the excess exceeds. total: its sum."""
         count = len(excess)
-        mean = ops.total(excess) / count
+        mean = total / count
         if not mean:
             return 0.0
         if self.distribution == "exponential":

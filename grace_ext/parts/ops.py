@@ -133,7 +133,8 @@ class Ops(ABC):
 
     @abstractmethod
     def block_norms(self, x: Array, block: int, order: float) -> np.ndarray:
-        """Returns float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64."""
+        """Returns float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64,
+        summed in the order of arrays/sums.py."""
 
     @abstractmethod
     def top_k(self, x: Array, k: int) -> Array:
@@ -150,7 +151,7 @@ class Ops(ABC):
 
     @abstractmethod
     def total(self, x: Array) -> float:
-        """Returns the sum, in float64."""
+        """Returns the sum, in float64, in the order of arrays/sums.py."""
 
     @abstractmethod
     def largest(self, x: Array) -> float:
@@ -220,11 +221,16 @@ class Ops(ABC):
         The draw for element j is (word j of the stream) >> 8, compared with the fraction times 2**24."""
 
     def product(self, a: Array, b: Array) -> Array:
-        """Returns the elements of the matrix a @ b."""
-        return (a @ b).reshape(-1)
+        """Returns the elements of the matrix a @ b, the same bits in every library and on every processor: 0, plus the first column of a
+        times the first row of b, plus the second, and so on; products and sums are rounded. For what all ranks compute alike."""
+        total = self.zeros(len(a) * b.shape[1], "float64" if a.itemsize == 8 else "float32").reshape(len(a), -1)
+        for r in range(len(b)):
+            total += a[:, r : r + 1] * b[r]
+        return total.reshape(-1)
 
     def project(self, a: Array, x: Array) -> Array:
-        """Returns a^T M: float[columns of a, columns of M]. M is the elements x as a matrix with as many rows as a."""
+        """Returns a^T M: float[columns of a, columns of M]. M is the elements x as a matrix with as many rows as a. Libraries add in their
+        own order: for what a rank computes of its own gradient."""
         return a.T @ x.reshape(len(a), -1)
 
     def subtract_product(self, x: Array, a: Array, b: Array) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compile import LANES, add_either, f32, f64, i64, inlined, kernel, lowest_one, read, signs, u8, write
-from .elementwise import INFINITY, block_sums, compensate, most, side_sums
+from .elementwise import INFINITY, compensate, magnitude_sum, most, side_sums
 from .sizes import L1_PIECE
 
 
@@ -154,17 +154,16 @@ def pack_signs_and_most(x, out):
 def compensate_signs(residual, grad, beta, gamma, total, bits, sums):
     """Does compensate and pack_signs in one pass. Adds to `sums`, if it has one element, the sum of all |total_j|; if it has three, what
     side_sums finds. Returns whether all of total is finite; stops early if not."""
-    here = np.empty(1)
+    room, width = np.empty(L1_PIECE), min(len(total), L1_PIECE)
     for start in range(0, len(total), L1_PIECE):
         x = total[start : start + L1_PIECE]
         if not compensate(residual[start : start + L1_PIECE], grad[start : start + L1_PIECE], beta, gamma, x):
             return False
         pack_signs(x, bits[start // 8 :])
         if len(sums) == 3:
-            side_sums(x, sums)
+            side_sums(x, width, room, sums)
         else:
-            block_sums(x, len(x), here)
-            sums[0] += here[0]
+            sums[0] += magnitude_sum(x, width, room)
     return True
 
 

@@ -94,6 +94,7 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
     `left` has elements, it is the same array as x: it first becomes p = beta residual + gamma grad, and in the end what is not sent.
     Returns whether all of x is finite."""
     room, sign = np.empty(L1_PIECE, np.int32), np.int32(1 << (width - 1))
+    terms, at_once = np.empty(L1_PIECE), min(block, L1_PIECE)
     for b in range(len(norms)):
         first, last = b * block, min((b + 1) * block, len(x))
         total = 0.0
@@ -101,7 +102,7 @@ def quantize(residual, grad, beta, gamma, x, left, block, width, largest, smalle
             end = min(at + L1_PIECE, last)
             if len(left):
                 compensate(residual[at:end], grad[at:end], beta, gamma, left[at:end])
-            total += squares(x[at:end])
+            total += squares(x[at:end], at_once, terms)
         if not np.isfinite(total):
             return False
         norm = np.float32(min(np.sqrt(total), largest))

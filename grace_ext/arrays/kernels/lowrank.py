@@ -1,16 +1,24 @@
-"""Multiplies a matrix by a few columns, in one pass over the matrix. BLAS, made for larger factors, takes a pass per column."""
+"""Multiplies a matrix by a few columns, in one pass over the matrix. BLAS, made for larger factors, takes a pass per column.
+
+What a rank computes of its own gradient (compensate_product, project) is added in whatever order is fast. What all ranks compute alike, the
+product P Q^T and an orthonormal P, has the same bits on all processors, and in the plain forms: each product and each sum is rounded, in
+one order.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .compile import LANES, every, f32, f64, i64, inlined, kernel, larger, largest, load, read, store, sum_of, write
-from .elementwise import INFINITY, magnitude
+from .elementwise import INFINITY, fold, magnitude
 from .sizes import L1_PIECE, L2_PIECE
+
+#: Columns of a product that are computed at a time: so many elements of a few rows stay in the first-level cache.
+PIECE = 1024
 
 
 @kernel(read(f32), read(f32), fastmath={"reassoc", "contract"})
-def dot(a, b):
+def quick_dot(a, b):
     total = np.float32(0)
     for j in range(len(a)):
         total += a[j] * b[j]
@@ -21,12 +29,6 @@ def dot(a, b):
 def others(rank, columns):
     """Returns where the second to fourth row of Q begin: four are processed at once. If there are fewer, the last one repeats, unused."""
     return min(1, rank - 1) * columns, min(2, rank - 1) * columns, min(3, rank - 1) * columns
-
-
-@inlined
-def factor(a, i, r, rank):
-    """Returns a vector of the element in row i and column r of the matrix a, zeros if there is no such column."""
-    return every(a[i * rank + r] if r < rank else np.float32(0))
 
 
 @inlined
@@ -57,7 +59,7 @@ def compensate_product(residual, grad, beta, gamma, q, rows, rank, x, p):
             most = max(most, magnitude(x[j]))
         for r in range(rank):
             done = whole if r < 4 else 0
-            p[i * rank + r] += dot(x[at + done : end], q[r * columns + done : (r + 1) * columns])
+            p[i * rank + r] += quick_dot(x[at + done : end], q[r * columns + done : (r + 1) * columns])
         for r in range(min(rank, 4)):
             p[i * rank + r] += sums[r]
     return most < INFINITY
@@ -102,63 +104,132 @@ def project(x, p, rows, rank, q):
             add_multiple(q[r * columns + done : (r + 1) * columns], p[i * rank + r], x[i * columns + done : (i + 1) * columns])
 
 
+@inlined
+def add_rows(a, b, columns, start, out):
+    """Adds to `out`, from column `start` on, the first of a times the first row of b, then the second times the second row, and so on. It
+    takes four rows at a time, in this order."""
+    end, fours = start + len(out), len(a) // 4 * 4
+    for r in range(0, fours, 4):
+        f, g, h, k, at = a[r], a[r + 1], a[r + 2], a[r + 3], r * columns
+        one, two = b[at + start : at + end], b[at + columns + start : at + columns + end]
+        three, four = b[at + 2 * columns + start : at + 2 * columns + end], b[at + 3 * columns + start : at + 3 * columns + end]
+        for j in range(len(out)):
+            out[j] = (((out[j] + f * one[j]) + g * two[j]) + h * three[j]) + k * four[j]
+    for r in range(fours, len(a)):
+        f, row = a[r], b[r * columns + start : r * columns + end]
+        for j in range(len(out)):
+            out[j] += f * row[j]
+
+
+@inlined
+def multiply(a, b, rows, inner, out):
+    """Computes the elements of a @ b in the order of Ops.product, for a: float[rows, inner] and b: float[inner, columns], in pieces of
+    columns that stay in the cache."""
+    columns = len(out) // rows
+    for start in range(0, columns, PIECE):
+        for i in range(rows):
+            piece = out[i * columns + start : i * columns + min(start + PIECE, columns)]
+            piece[:] = 0
+            add_rows(a[i * inner : (i + 1) * inner], b, columns, start, piece)
+
+
+@kernel(read(f32), read(f32), i64, i64, write(f32))
+def product(a, b, rows, inner, out):
+    """Computes the elements of a @ b; see multiply."""
+    multiply(a, b, rows, inner, out)
+
+
+@kernel(read(f64), read(f64), i64, i64, write(f64))
+def product_wide(a, b, rows, inner, out):
+    """Does product in float64."""
+    multiply(a, b, rows, inner, out)
+
+
 @kernel(write(f32), read(f32), read(f32), i64, i64)
 def subtract_product(x, a, b, rows, rank):
-    """Computes x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns], in pieces of a row that stay in the
-    cache."""
-    columns = len(x) // rows
-    for i in range(rows):
-        for start in range(0, columns, L1_PIECE):
-            piece = x[i * columns + start : min(i * columns + start + L1_PIECE, (i + 1) * columns)]
-            for r in range(rank):
-                add_multiple(piece, -a[i * rank + r], b[r * columns + start : r * columns + start + len(piece)])
+    """Computes x -= the elements of a @ b, for a: float[rows, rank] and b: float[rank, columns]."""
+    columns, room = len(x) // rows, np.empty(PIECE, np.float32)
+    for start in range(0, columns, PIECE):
+        for i in range(rows):
+            piece = x[i * columns + start : i * columns + min(start + PIECE, columns)]
+            own = room[: len(piece)]
+            own[:] = 0
+            add_rows(a[i * rank : (i + 1) * rank], b, columns, start, own)
+            for j in range(len(piece)):
+                piece[j] -= own[j]
+
+
+@inlined
+def first_four(a, i, rank):
+    """Returns vectors of the first four elements in row i of the matrix a; zeros in place of those that it does not have."""
+    at, zero = i * rank, np.float32(0)
+    second, third, fourth = a[at + 1] if rank > 1 else zero, a[at + 2] if rank > 2 else zero, a[at + 3] if rank > 3 else zero
+    return every(a[at]), every(second), every(third), every(fourth)
 
 
 @kernel(read(f32), read(f32), read(f32), read(f32), i64, i64, write(f32), write(f32))
 def products(x, a, b, sent, rows, rank, unsent, out):
-    """Computes unsent = x less the elements of a @ sent, and out = those of a @ b, in one pass over all. One of them may be the memory of
-    x."""
-    columns = len(x) // rows
-    whole = columns // LANES * LANES
-    one, two, three = others(rank, columns)
-    for i in range(rows):
-        at, end = i * columns, (i + 1) * columns
-        f, g, h, k = factor(a, i, 0, rank), factor(a, i, 1, rank), factor(a, i, 2, rank), factor(a, i, 3, rank)
+    """Computes unsent = x less the elements of a @ sent, and out = those of a @ b, in one pass over all; each product in the order of
+    Ops.product. One of them may be the memory of x. Takes two rows at a time; if the last is alone, it is both of them."""
+    columns, zero = len(x) // rows, every(np.float32(0))
+    whole, (one, two, three) = columns // LANES * LANES, others(rank, columns)
+    for i in range(0, rows, 2):
+        below = min(i + 1, rows - 1)
+        at, next_at, last = i * columns, below * columns, (below - i) * rank
+        f0, f1, f2, f3 = first_four(a, i, rank)
+        g0, g1, g2, g3 = first_four(a, below, rank)
         for j in range(0, whole, LANES):
-            own = (f * load(sent, j) + g * load(sent, one + j)) + (h * load(sent, two + j) + k * load(sent, three + j))
-            store(unsent, at + j, load(x, at + j) - own)
-            store(out, at + j, (f * load(b, j) + g * load(b, one + j)) + (h * load(b, two + j) + k * load(b, three + j)))
-        for j in range(at + whole, end):
-            unsent[j], out[j] = x[j], 0
-        for r in range(rank):
-            done, here = whole if r < 4 else 0, a[i * rank + r]
-            add_multiple(unsent[at + done : end], -here, sent[r * columns + done : (r + 1) * columns])
-            add_multiple(out[at + done : end], here, b[r * columns + done : (r + 1) * columns])
+            s0, s1, s2, s3 = load(sent, j), load(sent, one + j), load(sent, two + j), load(sent, three + j)
+            b0, b1, b2, b3 = load(b, j), load(b, one + j), load(b, two + j), load(b, three + j)
+            own, next_own = (((zero + f0 * s0) + f1 * s1) + f2 * s2) + f3 * s3, (((zero + g0 * s0) + g1 * s1) + g2 * s2) + g3 * s3
+            mean, next_mean = (((zero + f0 * b0) + f1 * b1) + f2 * b2) + f3 * b3, (((zero + g0 * b0) + g1 * b1) + g2 * b2) + g3 * b3
+            for r in range(4, rank):
+                f, g, row = every(a[i * rank + r]), every(a[i * rank + last + r]), r * columns + j
+                s, q = load(sent, row), load(b, row)
+                own, next_own = own + f * s, next_own + g * s
+                mean, next_mean = mean + f * q, next_mean + g * q
+            here, next_here = load(x, at + j), load(x, next_at + j)
+            store(unsent, at + j, here - own)
+            store(unsent, next_at + j, next_here - next_own)
+            store(out, at + j, mean)
+            store(out, next_at + j, next_mean)
+    for i in range(rows):
+        for j in range(whole, columns):
+            own, mean, at = np.float32(0), np.float32(0), i * columns + j
+            for r in range(rank):
+                own += a[i * rank + r] * sent[r * columns + j]
+                mean += a[i * rank + r] * b[r * columns + j]
+            unsent[at], out[at] = x[at] - own, mean
 
 
-@kernel(read(f64), read(f64), fastmath={"reassoc", "contract"})
-def dot64(a, b):
-    total = 0.0
-    for j in range(len(a)):
-        total += a[j] * b[j]
+@kernel(read(f64), read(f64), write(f64))
+def dot(a, b, room):
+    """Returns the sum of the products of elements, in the order of arrays/sums.py."""
+    width, total = min(len(a), L1_PIECE), 0.0
+    for start in range(0, len(a), L1_PIECE):
+        one, other = a[start : start + L1_PIECE], b[start : start + L1_PIECE]
+        for j in range(len(one)):
+            room[j] = one[j] * other[j]
+        room[len(one) : width] = 0
+        total += fold(room, width)
     return total
 
 
 @kernel(write(f64), i64)
 def gram_schmidt(columns, rank):
     """Makes `rank` columns, one after the other in memory, orthonormal; see compressors/forms/lowrank.orthonormalize."""
-    rows, factors = len(columns) // rank, np.empty(rank)
+    rows, factors, room = len(columns) // rank, np.empty(rank), np.empty(L1_PIECE)
     for j in range(rank):
         column = columns[j * rows : (j + 1) * rows]
-        before = np.sqrt(dot64(column, column))
+        before = np.sqrt(dot(column, column, room))
         for _ in range(2):
             for i in range(j):
-                factors[i] = dot64(columns[i * rows : (i + 1) * rows], column)
+                factors[i] = dot(columns[i * rows : (i + 1) * rows], column, room)
             for i in range(j):
                 other = columns[i * rows : (i + 1) * rows]
                 for k in range(len(column)):
                     column[k] -= factors[i] * other[k]
-        norm = np.sqrt(dot64(column, column))
+        norm = np.sqrt(dot(column, column, room))
         scale = 1 / norm if norm > 1e-7 * before else 0.0
         for k in range(len(column)):
             column[k] *= scale

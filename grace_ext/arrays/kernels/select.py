@@ -6,7 +6,7 @@ import numpy as np
 
 from .bits import bit_positions
 from .compile import LANES, compresses, f32, flag, i32, i64, inlined, keep_abs, keep_at, kernel, lowest_one, reach, read, u8, u32, write
-from .elementwise import INFINITY, compensate, magnitude
+from .elementwise import INFINITY, compensate, fold, magnitude
 from .sizes import L1_PIECE
 
 ONE = np.uint64(1)
@@ -95,12 +95,16 @@ def gather_above(x, threshold, out):
     return found, len(x), least
 
 
-@kernel(read(f32), f32, fastmath={"reassoc"})
+@kernel(read(f32), f32)
 def total_above(x, least):
     """Returns the sum, in float64, of x_j - least, each in float32."""
-    total = 0.0
-    for j in range(len(x)):
-        total += np.float64(x[j] - least)
+    room, width, total = np.empty(L1_PIECE), min(len(x), L1_PIECE), 0.0
+    for start in range(0, len(x), L1_PIECE):
+        piece = x[start : start + L1_PIECE]
+        room[len(piece) : width] = 0
+        for j in range(len(piece)):
+            room[j] = np.float64(piece[j] - least)
+        total += fold(room, width)
     return total
 
 

@@ -7,26 +7,26 @@ from typing import ClassVar
 import numpy as np
 
 from ...arrays import kernels
+from ...arrays.sums import dots
 from ...parts import rng
 from ..base import Compressor
 
 
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:
-    """Returns the columns, made orthonormal by two passes of Gram-Schmidt in float64, as float32. A column that is zero, or depends on
-    those before it, becomes zero. Never divides by zero, whatever the input."""
+    """Returns the columns, made orthonormal by two passes of Gram-Schmidt in float64, as float32: the same bits on every processor, with
+    kernels and without. A column that is zero, or depends on those before it, becomes zero. Never divides by zero, whatever the input."""
+    columns = np.array(matrix.T, np.float64, order="C")
     if kernels.enabled() and (compiled := kernels.load()):
-        flat = matrix.T.astype(np.float64).reshape(-1)
-        compiled.gram_schmidt(flat, matrix.shape[1])
-        return flat.reshape(matrix.shape[::-1]).T.astype(np.float32, order="C")
-    columns = matrix.astype(np.float64)
-    for j in range(columns.shape[1]):
-        column = columns[:, j].copy()
-        before = np.linalg.norm(column)
+        compiled.gram_schmidt(columns.reshape(-1), len(columns))
+        return columns.T.astype(np.float32, order="C")
+    for j, column in enumerate(columns):
+        before = np.sqrt(dots(column[None], column)[0])
         for _ in range(2):
-            column -= columns[:, :j] @ (columns[:, :j].T @ column)
-        norm = np.linalg.norm(column)
-        columns[:, j] = column / norm if norm > 1e-7 * before else 0.0
-    return columns.astype(np.float32)
+            for other, factor in zip(columns[:j], dots(columns[:j], column), strict=True):
+                column -= factor * other
+        norm = np.sqrt(dots(column[None], column)[0])
+        column *= 1 / norm if norm > 1e-7 * before else 0.0
+    return columns.T.astype(np.float32, order="C")
 
 
 class _LowRank(Compressor):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...arrays import sums
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
@@ -152,12 +153,11 @@ class TorchOps(Ops):
     def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
         if not len(x):
             return np.zeros(0)
-        block = min(block, len(x))
-        padded = torch.nn.functional.pad(x.to(torch.float64), (0, -len(x) % block)).reshape(-1, block)
+        rows = sums.in_blocks(self, x, min(block, len(x)))
         if order == np.inf:
-            return padded.abs().amax(dim=1).cpu().numpy()
-        sums = padded.abs().sum(dim=1) if order == 1 else padded.square().sum(dim=1).sqrt()
-        return sums.cpu().numpy()
+            return rows.abs().amax(dim=1).cpu().numpy()
+        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), self.host)
+        return found if order == 1 else np.sqrt(found)
 
     def top_k(self, x: torch.Tensor, k: int) -> torch.Tensor:
         if k >= len(x):
@@ -180,7 +180,7 @@ class TorchOps(Ops):
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
     def total(self, x: torch.Tensor) -> float:
-        return float(x.sum(dtype=torch.float64))
+        return float(sums.row_sums(sums.in_blocks(self, x, len(x)), self.host)[0]) if len(x) else 0.0
 
     def largest(self, x: torch.Tensor) -> float:
         return float(x.abs().max()) if len(x) else 0.0
@@ -204,8 +204,8 @@ class TorchOps(Ops):
         return torch.searchsorted(ascending, x, right=True)
 
     def sums_by_code(self, codes: torch.Tensor, x: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        sums = torch.bincount(codes, weights=x.to(torch.float64), minlength=count)
-        return sums.cpu().numpy(), torch.bincount(codes, minlength=count).cpu().numpy()
+        # On the host: other devices add in any order, which differs from call to call.
+        return NumpyOps().sums_by_code(self.host(codes), self.host(x), count)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         return x.clone() if isinstance(x, torch.Tensor) else self.upload(np.array(x))
