@@ -1,8 +1,8 @@
 """Adds up floats in one order, which all libraries and kernels share: a sum has the same bits everywhere, at a tie between two floats, too.
 
-Float64 elements of a block are cut into pieces of PIECE, the last one filled up with zeros; a shorter block is one piece. In each piece
-the upper half is added to the lower half, and so on until one number is left (`fold`); a middle element waits for the next turn. The pieces'
-sums are added one after the other. If a tensor's last block is shorter than the others, it is filled up with zeros first.
+Float64 elements of a block are cut into pieces of PIECE, the last one filled up with zeros; a shorter block is one piece. In each piece the
+upper half is added to the lower half, and so on until one number is left (`fold`); a middle element waits for the next turn. The sums of
+the pieces are added one after the other. If a tensor's last block is shorter than the others, it is filled up with zeros first.
 """
 
 from __future__ import annotations
