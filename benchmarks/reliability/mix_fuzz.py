@@ -15,14 +15,11 @@ operations, TensorFlow, in place, with metrics, in small buckets). mix_check.py 
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,17 +29,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
-import numpy as np  # noqa: E402
-
 from benchmarks.common import record  # noqa: E402
 from benchmarks.reliability import mix_real  # noqa: E402
+from benchmarks.reliability.mix_case import quiet  # noqa: E402
 from benchmarks.reliability.mix_draw import PATHS, a_case  # noqa: E402
 from benchmarks.reliability.mix_shrink import Failure, failure, shrunk  # noqa: E402
 
 #: Seconds that one case may take, and cases that a process runs before it reports.
 SECONDS, BATCH = 60, 200
 PASTE = """from math import inf, nan
-from benchmarks.reliability.mix_draw import Bad, Case, Tensor
+from benchmarks.reliability.mix_case import Bad, Case, Tensor
 from benchmarks.reliability.mix_shrink import failure
 print(failure({!r}))
 """
@@ -52,12 +48,9 @@ class TooLong(Exception):
     """A case takes more than SECONDS."""
 
 
-def quiet() -> None:
-    """Prepares a process: what is drawn at random warns and logs much, and a crash should say where it was."""
-    warnings.simplefilter("ignore")
-    np.seterr(all="ignore")
-    logging.getLogger("grace_ext").setLevel(logging.CRITICAL)
-    faulthandler.enable()
+def prepare() -> None:
+    """Prepares a process, which may spend SECONDS on a case."""
+    quiet()
 
     def ring(*_: Any) -> None:
         raise TooLong
@@ -88,7 +81,7 @@ def batches(seeds: range, jobs: int, paths: dict[str, int]) -> Iterator[tuple[Co
         yield from (batch(part, paths) for part in parts)
         return
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawned, initializer=quiet) as pool:
+    with ProcessPoolExecutor(jobs, spawned, initializer=prepare) as pool:
         for done in as_completed([pool.submit(batch, part, paths) for part in parts]):
             yield done.result()
 
@@ -146,7 +139,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30, help="time for making each kind of failure smaller; 0 does not")
     parser.add_argument("--write", action="store_true", help="write the results, as if there were that many cases")
     options = parser.parse_args()
-    quiet()
+    prepare()
     paths = {path: PATHS[path] for path in options.paths} if options.paths else PATHS
     if options.case is not None:
         case = a_case(options.case, Counter(), paths)

@@ -11,7 +11,7 @@ import numpy as np
 import grace_ext
 from grace_ext.testing.worlds import NUMPY
 
-from .mix_draw import Broken, Case, gradients
+from .mix_case import Broken, Case, gradients
 
 
 def _cluster(case: Case) -> Any:

@@ -20,10 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 import numpy as np
 
 import grace_ext
-from benchmarks.reliability.mix_draw import Case, Tensor, a_case, gradients
-from benchmarks.reliability.mix_fuzz import quiet
-from benchmarks.reliability.mix_shrink import named
-from grace_ext.composition.composition import Composition
+from benchmarks.reliability.mix_case import Case, Tensor, gradients, named, quiet
+from benchmarks.reliability.mix_draw import a_case
 from grace_ext.composition.grace import Grace
 from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, UnsupportedError
 from grace_ext.testing.inputs import DTYPES
@@ -37,7 +35,7 @@ REFUSALS = (UnsupportedError, IncompatiblePartsError, ParameterError, LearningRa
 def case_of(seed: int, engine: str) -> Case | None:
     """Returns the seed's case for two ranks; None if its results depend on times."""
     case = a_case(seed, Counter())
-    if "auto(" in case.spec or case.long:
+    if engine != "local_sgd" and "auto(" in case.spec or case.long:
         return None
     tensors = [t if t.shape else replace(t, shape=(1,)) for t in case.tensors if np.prod(t.shape, dtype=int)]
     dtypes = {"tensorflow": ("float32",), "ddp": ("float32",)}.get(engine, tuple(DTYPES))
@@ -46,17 +44,39 @@ def case_of(seed: int, engine: str) -> Case | None:
         tensors = [replace(t, name=f"p{i}") for i, t in enumerate(tensors)]
     if engine == "ddp" and case.bad:
         tensors = tensors[:1]  # DDP makes buckets of its own, and values that are not finite concern their bucket alone
-    shorter = {"size": SIZE, "per_node": min(case.per_node, SIZE), "steps": min(case.steps, 3), "load_at": None, "path": ""}
+    per_node = 1 if engine == "local_sgd" else min(case.per_node, SIZE)  # LocalSGDCluster has no nodes
+    if engine == "local_sgd":  # which takes no policy
+        case = replace(case, spec=str(grace_ext.grace(case.spec).leaves[-1]))
+    shorter = {"size": SIZE, "per_node": per_node, "steps": min(case.steps, 3), "load_at": None, "path": ""}
     return replace(case, tensors=tuple(tensors), **shorter)
 
 
 def expected(case: Case, g: Grace, framework: str) -> list[State]:
     """Returns the results of each step in a LocalCluster."""
-    from grace_ext.testing.worlds import WORLDS
+    cluster, found = grace_ext.LocalCluster(g, SIZE, framework, case.per_node), []
+    for step in range(case.steps):
+        given: Any = gradients(case, step)
+        if framework == "torch":
+            given = [{name: tensor(array) for name, array in mapping.items()} for mapping in given]
+        result = cluster.step(given, lr=case.rate(step))
+        found.append({name: array(x) for name, x in result.items()})
+    return found
 
-    world = next(world for world in WORLDS if world.framework == framework and world.native)
-    cluster = world.cluster(g, SIZE, case.per_node)
-    return [world.step(cluster, gradients(case, step), case.rate(step)) for step in range(case.steps)]
+
+def tensor(array: np.ndarray) -> Any:
+    """Returns a torch tensor of the same dtype and values."""
+    import torch
+
+    wide = array.astype(np.float32) if array.dtype.itemsize == 2 else array
+    return torch.from_numpy(wide.copy()).to(getattr(torch, array.dtype.name))
+
+
+def array(tensor: Any) -> np.ndarray:
+    """Returns a numpy array of the same dtype and values as a tensor of any library."""
+    if type(tensor).__module__.startswith("torch"):
+        wide = tensor.detach().float() if tensor.dtype.itemsize == 2 else tensor.detach()
+        return wide.numpy().astype(DTYPES[str(tensor.dtype).removeprefix("torch.")])
+    return np.array(tensor)
 
 
 # --- engines: each yields this rank's results by step ------------------------------------------------------------------
@@ -65,10 +85,7 @@ def by_torch(case: Case, g: Grace, wrap: Callable[[Any, Any], Any], rank: int) -
     and gradients, so its gradients are these."""
     import torch
 
-    from grace_ext.testing.worlds import WORLDS
-
-    world = next(world for world in WORLDS if world.name == "torch-host")
-    named_parameters = [(t.name, torch.nn.Parameter(world.tensor(np.zeros(t.shape, DTYPES[t.dtype])))) for t in case.tensors]
+    named_parameters = [(t.name, torch.nn.Parameter(tensor(np.zeros(t.shape, DTYPES[t.dtype])))) for t in case.tensors]
     momentum = next((m.optimizer_momentum for m in g.memories if m.optimizer_momentum is not None), 0.0)
     optimizer = torch.optim.SGD([p for _, p in named_parameters], lr=case.rate(0), momentum=momentum)
     wrapped = wrap(optimizer, named_parameters)
@@ -76,13 +93,13 @@ def by_torch(case: Case, g: Grace, wrap: Callable[[Any, Any], Any], rank: int) -
         wrapped.zero_grad()
         for group in wrapped.param_groups:
             group["lr"] = case.rate(step)
-        backward(named_parameters, world.tensors([gradients(case, step)[rank]])[0])
+        backward(named_parameters, gradients(case, step)[rank])
         wrapped.step()
-        yield {name: world.array(p.grad).copy() for name, p in named_parameters}
+        yield {name: array(p.grad) for name, p in named_parameters}
 
 
-def backward(named_parameters: list[tuple[str, Any]], mine: dict[str, Any]) -> None:
-    sum((p * mine[name]).sum().double() for name, p in named_parameters).backward()
+def backward(named_parameters: list[tuple[str, Any]], mine: State) -> None:
+    sum((p * tensor(mine[name])).sum().double() for name, p in named_parameters).backward()
 
 
 def by_ddp(case: Case, g: Grace, hvd: Any) -> Iterator[State]:
@@ -106,7 +123,7 @@ def by_ddp(case: Case, g: Grace, hvd: Any) -> Iterator[State]:
         optimizer.zero_grad()
         optimizer.param_groups[0]["lr"] = case.rate(step)
         model({name: torch.from_numpy(a) for name, a in gradients(case, step)[hvd.rank()].items()}).backward()
-        yield {name: p.grad.numpy().copy() for name, p in model.module.named_parameters()}
+        yield {name: array(p.grad) for name, p in model.module.named_parameters()}
 
 
 def by_tensorflow(case: Case, g: Grace, hvd: Any) -> Iterator[State]:
@@ -144,16 +161,13 @@ def by_local_sgd(case: Case, make: Any, g: Grace, rank: int) -> Iterator[State]:
     """Runs LocalSGD. Yields the models after each step."""
     import torch
 
-    from grace_ext.testing.worlds import WORLDS
-
-    world = next(world for world in WORLDS if world.name == "torch-host")
-    named_parameters = [(t.name, torch.nn.Parameter(world.tensor(np.ones(t.shape, DTYPES[t.dtype])))) for t in case.tensors]
+    named_parameters = [(t.name, torch.nn.Parameter(tensor(np.ones(t.shape, DTYPES[t.dtype])))) for t in case.tensors]
     optimizer = make(torch.optim.SGD([p for _, p in named_parameters], lr=0.125), named_parameters, compression=g, **local_options(case))
     for step in range(case.steps):
         optimizer.zero_grad()
-        backward(named_parameters, world.tensors([gradients(case, step)[rank]])[0])
+        backward(named_parameters, gradients(case, step)[rank])
         optimizer.step()
-        yield {name: world.array(p.detach()).copy() for name, p in named_parameters}
+        yield {name: array(p) for name, p in named_parameters}
 
 
 def local_cluster(case: Case, g: Grace, rank: int) -> list[State]:
@@ -161,20 +175,19 @@ def local_cluster(case: Case, g: Grace, rank: int) -> list[State]:
     import torch
 
     from grace_ext.local import LocalSGDCluster
-    from grace_ext.testing.worlds import WORLDS
 
-    world = next(world for world in WORLDS if world.name == "torch-host")
     cluster = LocalSGDCluster(g, SIZE, framework="torch", **local_options(case))
-    models = world.tensors([{t.name: np.ones(t.shape, DTYPES[t.dtype]) for t in case.tensors}] * SIZE)
+    models = [{t.name: tensor(np.ones(t.shape, DTYPES[t.dtype])) for t in case.tensors} for _ in range(SIZE)]
     cluster.start(models)
     found = []
     for step in range(case.steps):
-        applied = cluster.gradients(world.tensors(gradients(case, step)), lr=0.125)
+        given = [{name: tensor(x) for name, x in mapping.items()} for mapping in gradients(case, step)]
+        applied = cluster.gradients(given, lr=0.125)
         models = [
             {name: torch.add(p, x[name], alpha=-0.125) for name, p in model.items()} for model, x in zip(models, applied, strict=True)
         ]
         models = [dict(model) for model in cluster.step(models)]
-        found.append({name: world.array(p).copy() for name, p in models[rank].items()})
+        found.append({name: array(p) for name, p in models[rank].items()})
     return found
 
 
@@ -222,8 +235,6 @@ class Engine:
     def compare(self, case: Case) -> str:
         """Returns what this rank found: 'held', 'refused' or what is wrong."""
         g = grace_ext.grace(case.spec, seed=case.seed)
-        if self.name == "local_sgd" and not isinstance(g.route, Composition):
-            return "refused"
         os.environ["GRACE_EXT_NODE"] = str(self.rank // case.per_node)
         got: list[State] = []
         try:

@@ -14,10 +14,9 @@ from grace_ext.composition.composition import Composition, Route
 from grace_ext.composition.making import compose, grace
 from grace_ext.errors import GraceError
 from grace_ext.parts.part import Part
-from grace_ext.testing.worlds import LR
 
+from .mix_case import LR, Broken, Case, Tensor, file_of, named
 from .mix_check import check
-from .mix_draw import Broken, Case, Tensor
 
 
 class Failure(NamedTuple):
@@ -36,18 +35,8 @@ def failure(case: Case, tally: Counter[str] | None = None) -> Failure | None:
         return Failure(f"{error.invariant}: {error.about}".removesuffix(": "), str(error), case)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return Failure(f"{type(error).__name__} in {_file(frame)}: {frame.name}", named(error), case)
+        return Failure(f"{type(error).__name__} in {file_of(frame)}: {frame.name}", named(error), case)
     return None
-
-
-def named(error: BaseException) -> str:
-    """Returns an error as text: what it is, says, and where it was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({_file(frame)}:{frame.lineno})"
-
-
-def _file(frame: traceback.FrameSummary) -> str:
-    return "/".join(frame.filename.split("/")[-2:])
 
 
 def shrunk(found: Failure, seconds: float = 30) -> Failure:
