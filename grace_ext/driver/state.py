@@ -137,6 +137,8 @@ def check(
         arrays = states.get(name, {})
         leaves, own = choices.forms(ops, spec, info) if spec.size else ([], {})
         for key, array in arrays.items():
+            if not spec.size and not len(array):
+                continue  # of an empty tensor there is nothing to keep
             allowed = {form for forms in (*leaves, own) for form in forms.get(key, ())}
             if not allowed:
                 raise GraceError(
