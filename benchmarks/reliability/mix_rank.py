@@ -38,7 +38,10 @@ def case_of(seed: int, engine: str) -> Case | None:
     if engine != "local_sgd" and "auto(" in case.spec or case.long:
         return None
     tensors = [t if t.shape else replace(t, shape=(1,)) for t in case.tensors if np.prod(t.shape, dtype=int)]
-    dtypes = {"tensorflow": ("float32",), "ddp": ("float32",)}.get(engine, tuple(DTYPES))
+    # A loss is one dtype in TensorFlow and DDP. Horovod itself takes no bfloat16, and products of TensorFlow have no subnormal numbers.
+    dtypes = {"tensorflow": ("float32",), "ddp": ("float32",), "bind": ("float32", "float64", "float16")}.get(engine, tuple(DTYPES))
+    small = ("tiny", "subnormal", "wide") if engine == "tensorflow" else ()
+    tensors = [replace(t, kind="normal" if t.kind in small else t.kind) for t in tensors]
     tensors = [replace(t, dtype=t.dtype if t.dtype in dtypes else dtypes[0]) for t in tensors] or [Tensor("w", (17,))]
     if engine not in ("mpirun", "torchrun", "horovodrun"):  # names of their own; TensorFlow and plain Horovod do not take all
         tensors = [replace(t, name=f"p{i}") for i, t in enumerate(tensors)]
