@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from grace_ext.communicators import shards
 from grace_ext.testing.worlds import WORLDS, World
 
 
@@ -11,3 +14,12 @@ from grace_ext.testing.worlds import WORLDS, World
 def world(request) -> World:
     """Each installed tensor library in turn."""
     return request.param
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> Iterator[None]:
+    """Lets small tensors be cut among the ranks, as large ones are."""
+    monkeypatch.setattr(shards, "FEWEST", 1)
+    shards.shards.cache_clear()
+    yield
+    shards.shards.cache_clear()

@@ -26,10 +26,10 @@ class Sharded(Communicator):
         (field,) = compressor.fields(spec)
         values, dtype = ops.from_bytes(payload[0], field.dtype), field.dtype
         bounds = [len(values) * rank // info.size for rank in range(info.size + 1)]
-        shards = [values[a:b] for a, b in pairwise(bounds)]
-        kinds = [(Field("shard", dtype, len(shard)),) for shard in shards]
+        shards = {rank: values[a:b] for rank, (a, b) in enumerate(pairwise(bounds))}
+        kinds = {rank: (Field("shard", dtype, len(shard)),) for rank, shard in shards.items()}
 
-        received = yield Scatter(kinds, [(ops.to_bytes(shard, dtype),) for shard in shards])
+        received = yield Scatter(kinds, {rank: (ops.to_bytes(shard, dtype),) for rank, shard in shards.items()})
         total = sum(ops.from_bytes(piece, dtype) for (piece,) in received) / info.divisor
         sums = yield Gather(kinds[info.rank], (ops.to_bytes(total, dtype),), by_rank=kinds)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..communicators.reduce_scatter import shards
+from ..communicators.shards import shard_of
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import ParameterError
@@ -60,7 +60,7 @@ def carried_over(
         of_all = [part for part in gather(mine) if part is not None]
         if len(there) < old:
             ranks = [head["rank"] for head, _ in there]
-            mine = _shards(grace(there[0][0]["spec"]), ranks, of_all, sizes[parameter], (old, size), rank, how)
+            mine = _shards(grace(there[0][0]["spec"]), ranks, of_all, (parameter, sizes[parameter]), (old, size), rank, how)
             of_all = [{key: array for key, array in part.items() if key not in mine} for part in of_all]
             state.update(mine)
         states = [{**head, "state": part} for (head, _), part in zip(there, of_all, strict=True)]
@@ -69,17 +69,18 @@ def carried_over(
 
 
 def _shards(
-    g: Grace, ranks: Sequence[int], of_all: Sequence[dict[str, Any]], elements: int, sizes: tuple[int, int], rank: int, how: str
-) -> dict[str, Any]:
-    """Returns the new rank's shards of those arrays of a parameter of which each rank holds one shard (reduce_scatter's), made from the
-    shards of these old `ranks`. The shards of ranks that died are zero."""
-    old, new = sizes
+    g: Grace, ranks: Sequence[int], of_all: Sequence[dict[str, Any]], parameter: tuple[str, int], sizes: tuple[int, int], rank: int,
+    how: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the new rank's shards of those arrays of a parameter, given by name and elements, of which ranks hold shards
+    (reduce_scatter's), made from the shards of these old `ranks`. The shards of ranks that died are zero."""
+    (name, elements), (old, new) = parameter, sizes
     sharded = {key for leaf in g.leaves for key in leaf.communicator.sharded_state}
     mine = {}
     for key in [key for key in of_all[0] if key.split("/", 1)[0] in sharded]:
         whole = np.zeros(elements, of_all[0][key].dtype)
         for its_rank, arrays in zip(ranks, of_all, strict=True):
-            whole[shards(elements, old)[its_rank]] = arrays[key]
-        piece = whole[shards(elements, new)[rank]]
+            whole[shard_of(name, elements, old, its_rank)] = arrays[key]
+        piece = whole[shard_of(name, elements, new, rank)]
         mine[key] = np.zeros_like(piece) if how == "reset" else piece.copy()
     return mine

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..communicators.shards import shard_of
 from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..composition.making import grace
@@ -159,8 +160,7 @@ class _Old:
             return [arrays[rank % len(arrays)].copy() for rank in range(size)]
         if kind == "sharded":
             whole = self._whole(key, arrays)
-            bounds = [len(whole) * rank // size for rank in range(size + 1)]
-            pieces = [whole[start:end].copy() for start, end in zip(bounds, bounds[1:], strict=False)]
+            pieces = [whole[shard_of(key.split("/", 1)[1], len(whole), size, rank)].copy() for rank in range(size)]
             return [np.zeros_like(piece) for piece in pieces] if how == "reset" else pieces
         if how == "mean":
             part = _rounded(self.effect(key) / (1 if self.mean else size), arrays[0])
@@ -169,7 +169,7 @@ class _Old:
         return kept + [np.zeros_like(arrays[0]) for _ in range(size - len(kept))]
 
     def _whole(self, key: str, arrays: list[np.ndarray]) -> np.ndarray:
-        """Joins the shards of all ranks. Shard i of n, of d elements, ends at d (i + 1) // n. Raises GraceError if a shard is missing."""
+        """Joins the shards of all ranks, which follow one another in rank order. Raises GraceError if a shard is missing."""
         if len(arrays) < self.size:
             raise GraceError(f"{key}: the shards of {self.size - len(arrays)} ranks are missing, and their places are not known")
         return np.concatenate(arrays)

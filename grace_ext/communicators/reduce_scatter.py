@@ -10,24 +10,22 @@ from ..parts.requests import Gather, Scatter
 from ..parts.tensor import TensorSpec
 from . import register
 from .base import Communicator
-
-
-def shards(d: int, n: int) -> list[slice]:
-    """Splits d elements into n consecutive ranges, one per rank. Their sizes differ by at most one element, and may be 0."""
-    bounds = [d * rank // n for rank in range(n + 1)]
-    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+from .shards import shard_of, shards
 
 
 @register("reduce_scatter")
 @dataclass(frozen=True)
 class ReduceScatter(Communicator):
-    """Averages one shard of the tensor on each rank, compresses the mean again and gathers the shards: an all-reduce of compressed data.
+    """Averages shards of the tensors, each on one rank, compresses the means again and gathers them: an all-reduce of compressed data.
 
-    The tensor is cut into n shards, each compressed separately. Shard j of every rank goes to rank j (all-to-all), which decodes and
-    averages the n payloads, adds its shard's residual of earlier steps, compresses the sum, and sends it to all (all-gather). Votes are
-    counted per shard, and their result, in {-1, 0, 1}, needs no second error feedback.
-    Sent per rank: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m with allgather, for two compressions; equal at n = 2.
-    State: `shard_residual`, float32, of this rank's shard; with follow_rate also `shard_rate`, float[1], the learning rate it belongs to.
+    A tensor is cut into n shards, or into as many as have 16,384 elements; a smaller tensor is one shard. Each is compressed separately.
+    Every rank sends a shard to its owner (all-to-all), which decodes and averages the n payloads, adds the shard's residual of earlier
+    steps, compresses the sum, and sends it to all (all-gather). The owners of a tensor's shards follow from its name, size and n alone.
+    Votes are counted per shard, and their result, in {-1, 0, 1}, needs no second error feedback.
+    Sent per rank, on average: 2 (n-1)/n m bytes for a payload of m bytes, against (n-1) m with allgather, for two compressions; equal at
+    n = 2.
+    State: `shard_residual`, float32, of this rank's shard, empty if it has none; with follow_rate also `shard_rate`, float[1], the learning
+    rate it belongs to.
     For compressors of fixed size without rounds or whole-tensor state.
     `feedback`: whether it keeps what the second compression loses. By default only if the compressor is biased; True is an error for an
     unbiased one, because error feedback of a random compressor of high variance grows without bound. follow_rate multiplies the second
@@ -96,47 +94,52 @@ class ReduceScatter(Communicator):
     def init(self, ops, compressor, spec, info):
         if not self.keeps_state(compressor):
             return {}
-        mine = shards(spec.size, info.size)[info.rank]
+        mine = shard_of(spec.name, spec.size, info.size, info.rank)
         state = {"shard_residual": ops.zeros(mine.stop - mine.start)}
         return {**state, "shard_rate": ops.zeros(1)} if self.follow_rate else state
 
     def exchange(self, ops, compressor, x, spec, info, state):
-        ranges = shards(spec.size, info.size)
-        specs = [TensorSpec(f"{spec.name}[{rank}]", (r.stop - r.start,), _wire(spec)) for rank, r in enumerate(ranges)]
-        payloads = [compressor.compress(ops, x[r], s, info, {})[0] if s.size else () for r, s in zip(ranges, specs, strict=True)]
-        received = yield Scatter([compressor.fields(s) if s.size else () for s in specs], payloads)
+        ranges = shards(spec.name, spec.size, info.size)
+        specs = {rank: _shard(spec, f"{spec.name}[{rank}]", r) for rank, r in ranges.items()}
+        payloads = {rank: compressor.compress(ops, x[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
+        received = yield Scatter({rank: compressor.fields(s) for rank, s in specs.items()}, payloads)
         second = compressor.recompressor()
-        means = [TensorSpec(f"{spec.name}[{rank}] mean", s.shape, s.dtype) for rank, s in enumerate(specs)]
-        mine, changed = means[info.rank], {}
-        payload = ()
-        finite = True
-        if mine.size:
+        means = {rank: _shard(spec, f"{spec.name}[{rank}] mean", r) for rank, r in ranges.items()}
+        payload, finite, changed = (), True, {}
+        if info.rank in ranges:
             try:
                 mean = compressor.combine(ops, received, specs[info.rank], info)
             except PayloadError as error:  # it names the shard, not the parameter
                 raise error.at(error.rank, spec.name) from None
-            if self.keeps_state(compressor):
-                mean = ops.cast(mean + self._residual(state, info), "float32")
-            if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
-                mean = ops.zeros(mine.size)
-            payload, _ = second.compress(ops, mean, mine, info, {})
-            if self.keeps_state(compressor) and not self._idle(info):
-                changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, mine, info), "float32")
+            payload, finite, changed = self._sent_again(ops, compressor, mean, means[info.rank], info, state)
         if self.follow_rate and self.keeps_state(compressor) and not self._idle(info):
             changed["shard_rate"] = ops.zeros(1) + self.learning_rate(info)
-        by_rank = [second.fields(s) if s.size else () for s in means]
-        gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)
-        shares = enumerate(zip(gathered, means, strict=True))
-        result = ops.concat([_opened(ops, second, p, s, info, rank, spec.name) for rank, (p, s) in shares if s.size])
+        fields = {rank: second.fields(s) for rank, s in means.items()}
+        gathered = yield Gather(fields.get(info.rank, ()), payload, by_rank=fields, finite=finite)
+        shares = zip(means.items(), gathered, strict=True)
+        result = _joined(ops, [_opened(ops, second, p, s, info, rank, spec.name) for (rank, s), p in shares])
 
         def values():
-            return ops.concat([compressor.decompress(ops, p, s, info) for p, s in zip(payloads, specs, strict=True) if s.size])
+            return _joined(ops, [compressor.decompress(ops, payloads[rank], s, info) for rank, s in specs.items()])
 
         def positions():
-            found = [(compressor.positions(ops, p, s, info), r.start) for p, s, r in zip(payloads, specs, ranges, strict=True) if s.size]
+            found = [(compressor.positions(ops, payloads[rank], s, info), ranges[rank].start) for rank, s in specs.items()]
             return None if any(p is None for p, _ in found) else ops.concat([p + start for p, start in found])
 
         return Exchanged(result, values, changed, positions)
+
+    def _sent_again(self, ops, compressor, mean, spec, info, state):
+        """Compresses the mean of this rank's shard. Returns (payload, whether the mean is finite, what changes in the state)."""
+        second, feedback = compressor.recompressor(), self.keeps_state(compressor)
+        if feedback:
+            mean = ops.cast(mean + self._residual(state, info), "float32")
+        if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
+            mean = ops.zeros(spec.size)
+        payload, _ = second.compress(ops, mean, spec, info, {})
+        changed = {}
+        if feedback and not self._idle(info):
+            changed["shard_residual"] = ops.cast(mean - second.decompress(ops, payload, spec, info), "float32")
+        return payload, finite, changed
 
     def _residual(self, state, info):
         residual = state["shard_residual"]
@@ -149,16 +152,15 @@ class ReduceScatter(Communicator):
         return self.follow_rate and not self.learning_rate(info)
 
     def input_bytes(self, compressor, spec, n):
-        specs = [TensorSpec(spec.name, (r.stop - r.start,), _wire(spec)) for r in shards(spec.size, n)]
+        specs = [_shard(spec, spec.name, r) for r in shards(spec.name, spec.size, n).values()]
         second = compressor.recompressor()
-        up, down = ([part.nbytes(s) for s in specs if s.size] for part in (compressor, second))
-        return sum(up) + max(down)
+        return sum(compressor.nbytes(s) for s in specs) + max(second.nbytes(s) for s in specs)
 
     def collectives(self, n, payload, dense):
         return [("alltoall", payload), ("allgather", payload / n)]
 
     def decodes(self, n):
-        return 2  # n shards, each an n-th of a payload, and the result
+        return 2  # on average n shards, each an n-th of a payload, and the result
 
 
 def _opened(ops, compressor, payload, shard, info, rank, parameter):
@@ -170,6 +172,10 @@ def _opened(ops, compressor, payload, shard, info, rank, parameter):
     return values
 
 
-def _wire(spec: TensorSpec) -> str:
-    """Returns the dtype of a tensor's shards: that of the gradient, because compressor `none` sends it unchanged."""
-    return spec.dtype
+def _shard(spec: TensorSpec, name: str, shard: slice) -> TensorSpec:
+    """Describes a shard of the tensor. It has the gradient's dtype, because compressor `none` sends it unchanged."""
+    return TensorSpec(name, (shard.stop - shard.start,), spec.dtype)
+
+
+def _joined(ops, pieces):
+    return pieces[0] if len(pieces) == 1 else ops.concat(pieces)

@@ -10,7 +10,7 @@ from ..parts.requests import Gather, Scatter
 from ..parts.tensor import TensorSpec
 from . import register
 from .base import Communicator
-from .reduce_scatter import shards
+from .shards import shards
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class _NonZeros(Selecting):
 @register("sparse_allreduce")
 @dataclass(frozen=True)
 class SparseAllreduce(Communicator):
-    """Sums sparse payloads by region: each rank sums one region of the tensor, and all ranks gather the sums.
+    """Sums sparse payloads by region: one rank sums each region of a tensor, and all ranks gather the sums.
 
-    What a rank selected is cut into n regions by position. Region j goes to rank j (all-to-all of variable sizes), which sums the n
-    contributions; then all ranks gather the regions' nonzero sums. The result is that of allgather, up to the rounding of the division.
-    Sent per rank: k (n-1)/n elements, and (n-1)/n u of the union of all selections, against (n-1) k with allgather. It pays if the ranks
-    select similar positions, or if n is large; u is at most min(d, n k). Every rank decodes the union once, not n payloads.
+    What a rank selected is cut into n regions by position, or into as many as have 16,384 elements; a smaller tensor is one region. Every
+    rank sends a region to its owner (all-to-all of variable sizes), which sums the n contributions; then all ranks gather the regions'
+    nonzero sums. The result is that of allgather, up to the rounding of the division.
+    Sent per rank, on average: k (n-1)/n elements, and (n-1)/n u of the union of all selections, against (n-1) k with allgather. It pays if
+    the ranks select similar positions, or if n is large; u is at most min(d, n k). Every rank decodes the union once, not n payloads.
     For compressors that pick positions and send plain values (topk, threshold, dgc, sidco, ...). Source: the region-wise
     reduction of Ok-Topk (Li and Hoefler 2022), exact here.
     """
@@ -50,21 +51,20 @@ class SparseAllreduce(Communicator):
         own = compressor.payload(ops, x, positions, spec)  # the values as they are sent, rounding included
         values = compressor.decompress(ops, own, spec, info)
         parts = _NonZeros(values=compressor.values)
-        ranges = shards(spec.size, info.size)
-        specs = [TensorSpec(spec.name, (r.stop - r.start,)) for r in ranges]
-        pieces = [parts.compress(ops, values[r], s, info, {})[0] if s.size else () for r, s in zip(ranges, specs, strict=True)]
-        received = yield Scatter([parts.fields(s) if s.size else () for s in specs], pieces)
-        mine, payload, whole = specs[info.rank], (), _NonZeros()
-        finite = True
-        if mine.size:
+        ranges = shards(spec.name, spec.size, info.size)
+        specs = {rank: TensorSpec(spec.name, (r.stop - r.start,)) for rank, r in ranges.items()}
+        pieces = {rank: parts.compress(ops, values[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
+        received = yield Scatter({rank: parts.fields(s) for rank, s in specs.items()}, pieces)
+        payload, whole, finite = (), _NonZeros(), True
+        if mine := specs.get(info.rank):
             mean = parts.combine(ops, received, mine, info)
             if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
                 mean = ops.zeros(mine.size)
             payload, _ = whole.compress(ops, mean, mine, info, {})
-        by_rank = [whole.fields(s) if s.size else () for s in specs]
-        gathered = yield Gather(by_rank[info.rank], payload, by_rank=by_rank, finite=finite)
-        regions = enumerate(zip(gathered, specs, strict=True))
-        result = ops.concat([self._open(ops, whole, p, s, info, rank) for rank, (p, s) in regions if s.size])
+        fields = {rank: whole.fields(s) for rank, s in specs.items()}
+        gathered = yield Gather(fields.get(info.rank, ()), payload, by_rank=fields, finite=finite)
+        regions = zip(specs.items(), gathered, strict=True)
+        result = ops.concat([self._open(ops, whole, p, s, info, rank) for (rank, s), p in regions])
         return Exchanged(result, lambda: values, state, lambda: compressor.positions(ops, own, spec, info))
 
     def _open(self, ops, whole, payload, spec, info, rank):
@@ -72,12 +72,12 @@ class SparseAllreduce(Communicator):
             return whole.decompress(ops, payload, spec, info)
 
     def input_bytes(self, compressor, spec, n):
-        sizes = [TensorSpec("", (r.stop - r.start,)) for r in shards(spec.size, n)]
-        bounds = [_NonZeros().nbytes(s) for s in sizes if s.size]
+        sizes = [TensorSpec("", (r.stop - r.start,)) for r in shards(spec.name, spec.size, n).values()]
+        bounds = [_NonZeros().nbytes(s) for s in sizes]
         return sum(bounds) + max(bounds)
 
     def collectives(self, n, payload, dense):
         return [("alltoall", payload), ("allgather", min(dense, n * payload) / n)]
 
     def decodes(self, n):
-        return 2  # n regions, each an n-th of a payload, and the result
+        return 2  # on average n regions, each an n-th of a payload, and the result

@@ -20,6 +20,8 @@ from .message import HEADER, OTHERWISE, message, open_message
 Carry = Callable[[Collective], Generator[Collective, Any, Any]]
 #: Requests of one kind, each with the place of its tensor in the bucket.
 Group = Sequence[tuple[int, Any]]
+#: What a message holds: fields, each with the place of its tensor in the bucket.
+Wanted = list[tuple[int, Sequence[Field]]]
 #: (the answer to each request, by the place of its tensor; whether every rank was finite)
 Answers = tuple[dict[int, Any], bool]
 
@@ -94,13 +96,15 @@ def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, An
 
 def _scatter(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:
     """Sends each rank one message, with its shares of all tensors."""
-    ops, info, data = step.ops, step.info, []
-    for rank in range(info.size):
-        pieces = [piece for _, request in group for piece in pack(ops, request.fields[rank], request.payloads[rank])]
-        data.append(message(ops, pieces, digest=step.digest, step=info.step, finite=step.finite))
+    ops, info = step.ops, step.info
+    pieces: list[list[Array]] = [[] for _ in range(info.size)]
+    for _, request in group:
+        for rank, fields in request.fields.items():
+            pieces[rank] += pack(ops, fields, request.payloads[rank])
+    data = [message(ops, its, digest=step.digest, step=info.step, finite=step.finite) for its in pieces]
     sizes = tuple(len(piece) for piece in data)
-    variable = any(field.variable for _, request in group for fields in request.fields for field in fields)
-    mine = [request.fields[info.rank] for _, request in group]
+    variable = any(field.variable for _, request in group for fields in request.fields.values() for field in fields)
+    mine = [(index, request.fields[info.rank]) for index, request in group if info.rank in request.fields]
     limits = (_longest(mine),) * info.size
     collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None, limits=limits)
     received = yield from step.carry(collective)
@@ -113,26 +117,39 @@ def _gather(step: BucketStep, kind: str, group: Group, label: str) -> Generator[
     pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
     finite = step.finite and all(request.finite for _, request in group)
     data = message(ops, pieces, digest=step.digest, step=info.step, finite=finite)
-    by_rank = [[request.by_rank[rank] if request.by_rank else request.fields for _, request in group] for rank in range(info.size)]
+    by_rank = _by_rank(group, info.size)
     limits = tuple(_longest(one) for one in by_rank)
-    sizes = None if any(field.variable for one in by_rank for fields in one for field in fields) else limits
+    sizes = None if any(field.variable for one in by_rank for _, fields in one for field in fields) else limits
     collective = "broadcast" if kind == "broadcast" else "allgather"
     received = yield from step.carry(Collective(collective, data, label, sizes=sizes, limits=limits))
     return _opened(step, group, by_rank, received)
 
 
-def _longest(fields_of_all: Sequence[Sequence[Field]]) -> int:
-    """Returns the bytes of the longest message with these fields."""
-    return HEADER.size + sum(field.max_bytes for fields in fields_of_all for field in fields)
+def _by_rank(group: Group, size: int) -> list[Wanted]:
+    """Returns, for each rank, what its message holds."""
+    if not any(request.by_rank for _, request in group):
+        return [[(index, request.fields) for index, request in group]] * size
+    by_rank: list[Wanted] = [[] for _ in range(size)]
+    for index, request in group:
+        its = dict.fromkeys(range(size), request.fields) if request.by_rank is None else request.by_rank
+        for rank, fields in its.items():
+            by_rank[rank].append((index, fields))
+    return by_rank
 
 
-def _opened(step: BucketStep, group: Group, fields_by_rank: Sequence[Sequence[Sequence[Field]]], received: Sequence[Array]) -> Answers:
-    """Reads the ranks' messages, given the fields of each of the group's requests: the answer to each is its payloads, by rank."""
-    finite, by_rank = True, []
-    for rank, (its_data, its_fields) in enumerate(zip(received, fields_by_rank, strict=True)):
+def _longest(wanted: Wanted) -> int:
+    """Returns the bytes of the longest message that holds this."""
+    return HEADER.size + sum(field.max_bytes for _, fields in wanted for field in fields)
+
+
+def _opened(step: BucketStep, group: Group, by_rank: Sequence[Wanted], received: Sequence[Array]) -> Answers:
+    """Reads the ranks' messages, given what each of them holds: the answer to each request is its payloads, by rank."""
+    finite = True
+    answers: dict[int, list[Any]] = {index: [] for index, _ in group}
+    for rank, (its_data, wanted) in enumerate(zip(received, by_rank, strict=True)):
         body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank)
-        tensors = [(step.specs[index].name, fields) for (index, _), fields in zip(group, its_fields, strict=True)]
-        by_rank.append(list(unpack(step.ops, body, tensors, rank)))
+        payloads = unpack(step.ops, body, [(step.specs[index].name, fields) for index, fields in wanted], rank)
+        for (index, _), payload in zip(wanted, payloads, strict=True):
+            answers[index].append(payload)
         finite = finite and its_finite
-    answers = {index: [payloads[place] for payloads in by_rank] for place, (index, _) in enumerate(group)}
     return answers, finite

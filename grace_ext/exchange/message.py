@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import PayloadError
 from ..parts.ops import Array, Ops
 
-MAGIC, VERSION = b"GX", 2
+MAGIC, VERSION = b"GX", 3
 HEADER = struct.Struct("<2sBBIQQ")
 #: The flag that some gradient of the bucket was not finite; the payloads are then of zeros.
 NOT_FINITE = 1

@@ -191,6 +191,6 @@ def _payload_bytes(request: Any) -> int:
     if isinstance(request, Gather):
         return sum(map(len, request.payload)) + 4 * sum(field.variable for field in request.fields)
     if isinstance(request, Scatter):
-        counts = 4 * sum(field.variable for fields in request.fields for field in fields)
-        return counts + sum(len(array) for payload in request.payloads for array in payload)
+        counts = 4 * sum(field.variable for fields in request.fields.values() for field in fields)
+        return counts + sum(len(array) for payload in request.payloads.values() for array in payload)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .field import Field
@@ -20,22 +20,23 @@ class AllReduce(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """Asks for every rank's payload: the result is a list of payloads in rank order. `by_rank`: the fields of each rank's payload, if they
-    differ. `finite`: False if what the payload should represent was not finite; then no rank commits the step."""
+    """Asks for every rank's payload: the result is a list of payloads in rank order. `by_rank`: the fields of the payloads, by rank and in
+    rank order, if they differ; ranks that it lacks send none, and the result has none of theirs. `finite`: False if what the payload should
+    represent was not finite; then no rank commits the step."""
 
     fields: Sequence[Field]
     payload: Sequence[Array]
     by_broadcast: bool = False
-    by_rank: Sequence[Sequence[Field]] | None = None
+    by_rank: Mapping[int, Sequence[Field]] | None = None
     finite: bool = True
 
 
 class Scatter(NamedTuple):
-    """Sends one payload to each rank; payloads and their fields are in rank order. The result is a list, in rank order, of the payloads
-    that the ranks made for this one."""
+    """Sends a payload to some ranks, which are the same on every rank. Payloads and their fields are given by rank. The result is a list,
+    in rank order, of the payloads that all ranks made for this one; it is empty if this is not one of those ranks."""
 
-    fields: Sequence[Sequence[Field]]
-    payloads: Sequence[Sequence[Array]]
+    fields: Mapping[int, Sequence[Field]]
+    payloads: Mapping[int, Sequence[Array]]
 
 
 class Together(NamedTuple):

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..arrays import kernels
 from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
+from ..communicators.shards import shards
 from ..composition.grace import Grace
 from ..exchange.tensor import Job, exchange_tensor, initial_state, replaced
 from ..parts.field import HALVES
@@ -117,6 +118,7 @@ class _Run:
     def __init__(self, g: Grace, ops: Any, spec: TensorSpec):
         self.ops, self.spec = ops, spec
         self.state: dict[str, Any] = {}
+        self.rank = min(shards(spec.name, spec.size, RANKS))  # it has a shard of the tensor, if shards are exchanged
         compressor, memory, communicator = g.parts_for(spec)
         self.parts = self._decoding_timed(compressor), memory, communicator
         self.nbytes, self.decoding, self.result = 0, 0.0, np.empty(0)
@@ -142,7 +144,7 @@ class _Run:
 
     def step(self, gradient: np.ndarray, number: int) -> tuple[float, float]:
         """Makes one step; returns the seconds of encoding, and those of decoding per rank."""
-        info = StepInfo(number, 0, RANKS, RANKS)
+        info = StepInfo(number, self.rank, RANKS, RANKS)
         self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
         running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info)
         spent, answer, self.nbytes, self.decoding = 0.0, None, 0, 0.0
@@ -167,7 +169,7 @@ class _Run:
             return request.array.copy()
         if isinstance(request, Gather):
             self.nbytes += sum(piece.nbytes for piece in request.payload)
-            return [request.payload] * RANKS
+            return [request.payload] * (RANKS if request.by_rank is None else len(request.by_rank))
         assert isinstance(request, Scatter)
-        self.nbytes += sum(piece.nbytes for payload in request.payloads for piece in payload)
-        return [request.payloads[0]] * RANKS
+        self.nbytes += sum(piece.nbytes for payload in request.payloads.values() for piece in payload)
+        return [request.payloads[self.rank]] * RANKS

@@ -38,7 +38,8 @@ def _load(file: Path) -> Trace | None:
     try:
         saved = json.loads(file.read_text())
         alone, pair = (tuple(Event(**event) for event in saved[which]) for which in ("alone", "pair"))
-        return Trace(alone, pair, saved["dense"], saved["two_level"], saved["piece"], Taken(**saved["taken"]))
+        taken, shards = Taken(**saved["taken"]), tuple(saved["shards"])
+        return Trace(alone, pair, saved["dense"], saved["two_level"], saved["piece"], taken, shards)
     except (OSError, ValueError, KeyError, TypeError):  # no such file, or a damaged one
         return None
 

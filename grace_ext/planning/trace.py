@@ -8,9 +8,10 @@ every stretch of work between two of the driver's effects. `Trace.on(n)` extrapo
     all-to-all               n pieces, each 1/n of a payload   the work stays the same, except for the calls for one more piece
     the gather after that    n shares, each 1/n of the result  likewise; and the result itself may grow: the union of sparse_allreduce
 
-The calls for one more piece hardly depend on its size, so they are timed on tensors of at most FEW elements, where nothing hides them. In
-two levels, the ranks of a trace are nodes. `replay` computes the time line: one thread works, while one network carries the collectives
-in the order in which they were started.
+The calls for one more piece hardly depend on its size, so they are timed on tensors of few elements, where nothing hides them: FEW, or as
+many as are cut into four shards (communicators/shards.py). Shares are means over the ranks; if tensors are too small to be cut among all
+of them, some ranks have more. In two levels, the ranks of a trace are nodes. `replay` computes the time line: one thread works, while one
+network carries the collectives in the order in which they were started.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 
 from ..arrays.compiled import host_ops
 from ..arrays.numpy import NumpyOps
+from ..communicators import shards
 from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..driver.driver import Driver
@@ -44,7 +46,7 @@ CPU: Clock = time.thread_time if time.get_clock_info("thread_time").resolution <
 GATHERS = ("allgather", "broadcast")
 #: If the first step takes more than this many seconds, one more is timed, instead of `steps`.
 PATIENCE = 3.0
-#: The calls for one more piece of an all-to-all are timed with these numbers of ranks, on tensors of at most FEW elements.
+#: The calls for one more piece of an all-to-all are timed with these numbers of ranks, on tensors of FEW elements unless they are cut.
 FEW, PIECES = 1024, (2, 4)
 #: Above this spread of its steps, or this load, a machine is busy (see Taken).
 WIDE, FULL = 0.5, 1.0
@@ -89,8 +91,8 @@ class Taken:
 @dataclass(frozen=True)
 class Trace:
     """Holds the events of one rank's step in a world of one rank (`alone`) and of two (`pair`). dense: bytes of the gradients, as nodes sum
-    them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first; piece: seconds that each further rank
-    adds: those of the calls for one more piece of every all-to-all."""
+    them; two_level: whether the ranks stand for nodes, whose own ranks sum their gradients first; piece: seconds of the calls for one more
+    piece of an all-to-all; shards: the most shards of each tensor that is cut into shards."""
 
     alone: tuple[Event, ...]
     pair: tuple[Event, ...]
@@ -98,6 +100,7 @@ class Trace:
     two_level: bool = False
     piece: float = 0.0
     taken: Taken = Taken()
+    shards: tuple[int, ...] = ()
 
     def on(self, n: int) -> list[Event]:
         """Returns the events of one of n ranks."""
@@ -111,7 +114,7 @@ class Trace:
             if place in decoding:
                 two = replace(two, work=two.work * (1 + growth[decoding[place] == 1] * _sum(decoding[place], 1, n - 1)))
             if place in cutting:
-                two = replace(two, work=two.work + (n - 2) * self.piece / len(cutting))
+                two = replace(two, work=two.work + more_pieces(self.shards, n) * self.piece / len(cutting))
             events.append(two)
         return events
 
@@ -139,6 +142,11 @@ class Trace:
     def work(self, n: int) -> float:
         """Returns the seconds in which one of n ranks encodes and decodes."""
         return sum(event.work for event in self.on(n) if event.what == "work")
+
+
+def more_pieces(shards: Sequence[int], n: int) -> int:
+    """Returns how many pieces n ranks handle more than two do: a message per rank, and the shards."""
+    return n - 2 + sum(min(n, most) - min(2, most) for most in shards)
 
 
 def _nbytes(one: Event, two: Event, new: float, n: int) -> float:
@@ -227,15 +235,19 @@ def record(
         between = Grace(Composition(g.compressor, g.memory, g.communicator.inner(g.compressor)), g.seed)
     load, at = _load(), time.time()
     (alone, _), (pair, spread) = (timed(between, shapes, n, steps, lr, like, clock) for n in (1, 2))
-    piece = 0.0
+    piece, cut = 0.0, any(event.name.rpartition("/")[2].startswith("scatter.") for event in pair)
+    sizes = [spec.size for spec in specs_of(shapes)] if cut else []
     if _cutting(pair):
-        few = {spec.name: replace(spec, shape=(min(spec.size, FEW),)) for spec in specs_of(shapes)}
+        limit = max(FEW, PIECES[1] * shards.FEWEST) if cut else FEW
+        few = {spec.name: replace(spec, shape=(min(spec.size, limit),)) for spec in specs_of(shapes)}
         fewer, more = (timed(between, few, n, steps, lr, like, clock)[0] for n in PIECES)
         each = [sum(events[place].work for place in _cutting(events)) for events in (fewer, more)]
-        piece = max(0.0, each[1] - each[0]) / (PIECES[1] - PIECES[0])
+        added = more_pieces([shards.most(min(size, limit)) for size in sizes], PIECES[1])
+        piece = max(0.0, each[1] - each[0]) / added
     # Nodes sum float64 as it is, all other dtypes in float32 (exchange/hierarchy.py).
     dense = sum(spec.size * (8 if spec.dtype == "float64" else 4) for spec in specs_of(shapes))
-    return Trace(alone, pair, dense, g.two_level, piece, Taken(at, spread, load))
+    most = tuple(shards.most(size) for size in sizes)
+    return Trace(alone, pair, dense, g.two_level, piece, Taken(at, spread, load), most)
 
 
 def _load() -> float | None:
@@ -246,7 +258,8 @@ def _load() -> float | None:
 def timed(
     g: Grace, shapes: Shapes, n: int, steps: int, lr: float | None = 0.1, like: Transport | None = None, clock: Clock = time.perf_counter
 ) -> tuple[tuple[Event, ...], float | None]:
-    """Returns the events of rank 0 of n simulated ranks, and the spread of its steps (see Taken)."""
+    """Returns the events of rank 0 of n simulated ranks, and the spread of its steps (see Taken). Its work, and the bytes that it gathers,
+    are means over the ranks, because they may have uneven shares."""
     ops = host_ops(_Overwriting)
     drivers = [
         Driver(g, ops, _PretendedTransport(rank, n, ops, like), read_lr=lambda: lr, diverging=True, in_place=True) for rank in range(n)
@@ -278,28 +291,30 @@ def timed(
 
 
 def _step(drivers: Sequence[Driver], given: Sequence[Mapping[str, np.ndarray]], ops: Ops, clock: Clock) -> list[Event]:
-    """Makes one step of all ranks side by side; returns the events of rank 0."""
+    """Makes one step of all ranks side by side; returns the events, as `timed` does."""
     running = [_effects(driver, mine) for driver, mine in zip(drivers, given, strict=True)]
     answers: list[Any] = [None] * len(running)
     pending: dict[str, list[Collective]] = {}
     events: list[Event] = []
     while True:
         effects: list[Any] = []
-        for rank, (generator, answer) in enumerate(zip(running, answers, strict=True)):
+        work = 0.0
+        for generator, answer in zip(running, answers, strict=True):
             begin = clock()
             try:
                 effects.append(generator.send(answer))
             except StopIteration:
                 pass
-            if rank == 0:
-                events.append(Event("work", clock() - begin))
+            work += clock() - begin
+        events.append(Event("work", work / len(running)))
         if not effects:
             return events
         first, answers = effects[0], [None] * len(running)
         if first is None:
             events.append(Event("gradient"))
         elif isinstance(first, Start):
-            events.append(Event("start", name=first.name, kind=first.collective.kind, nbytes=first.collective.nbytes))
+            nbytes, kind = [effect.collective.nbytes for effect in effects], first.collective.kind
+            events.append(Event("start", name=first.name, kind=kind, nbytes=sum(nbytes) / len(nbytes) if kind in GATHERS else nbytes[0]))
             pending[first.name] = [effect.collective for effect in effects]
         else:
             events.append(Event("wait", name=first.name))

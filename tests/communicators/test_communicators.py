@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.communicators.shards import FEWEST, shard_of, shards
 from grace_ext.errors import IncompatiblePartsError
 from grace_ext.parts.requests import Gather, Scatter
 from grace_ext.parts.tensor import StepInfo, TensorSpec
@@ -27,8 +28,12 @@ SHAPES = {"two": (2,), "three": (3,), "seven": (7,), "vector": (193,), "matrix":
 RATES = (0.1, 0.1, 0.05, 0.025, 0.2)
 
 
-def cuts(d: int, n: int) -> list[slice]:
-    return [slice(d * j // n, d * (j + 1) // n) for j in range(n)]
+@pytest.fixture(params=["whole", "cut"])
+def cut(request):
+    """Runs a test twice: with small tensors whole, as they are, and cut as large ones are."""
+    if request.param == "cut":
+        request.getfixturevalue("small_shards")
+    return request.param
 
 
 # --- compressors of one vector, in float64 -----------------------------------------------------------------------------
@@ -59,16 +64,14 @@ ONES = {
 class TwoWay:
     """Computes per shard: the mean of the ranks' compressed shards, plus the shard's own residual, compressed again."""
 
-    def __init__(self, compress, d, n, feedback, follow_rate=False):
-        self.compress, self.shards = compress, cuts(d, n)
+    def __init__(self, compress, name, d, n, feedback, follow_rate=False):
+        self.compress, self.shards = compress, shards(name, d, n)
         self.lost, self.before = np.zeros(d), None
         self.feedback, self.follow_rate = feedback, follow_rate
 
     def __call__(self, p, lr):
         sent, result = [np.zeros_like(x) for x in p], np.zeros_like(p[0])
-        for shard in self.shards:
-            if shard.stop == shard.start:
-                continue
+        for shard in self.shards.values():
             for x, s in zip(p, sent, strict=True):
                 s[shard] = self.compress(x[shard])
             whole = sum(s[shard] for s in sent) / len(p)
@@ -86,7 +89,7 @@ class TwoWay:
 @pytest.mark.parametrize("memory", ["none", "residual"])
 @pytest.mark.parametrize("knobs", ["", "(feedback=False)", "(follow_rate=True)"])
 @pytest.mark.parametrize("text", ONES)
-def test_reduce_scatter(world, text, knobs, memory, size):
+def test_reduce_scatter(world, text, knobs, memory, size, cut):
     """reduce_scatter matches the equations for every element, even with fewer elements than ranks. The second stage has its own residual;
     a knob sets its units. In GRACE (bug 14), the all-to-all pads the last shard with uninitialised memory, which enters the second stage's
     scale, and drops the second stage's error."""
@@ -95,7 +98,8 @@ def test_reduce_scatter(world, text, knobs, memory, size):
     dense = {name: g.parts_for(TensorSpec(name, SHAPES[name]))[0].name == "none" for name in SHAPES}
     feedback, follow = "False" not in knobs and text != "none", "follow" in knobs
     runs = {
-        name: TwoWay(ONES["none" if dense[name] else text], d, size, feedback and not dense[name], follow) for name, d in sizes.items()
+        name: TwoWay(ONES["none" if dense[name] else text], name, d, size, feedback and not dense[name], follow)
+        for name, d in sizes.items()
     }
     residuals = {name: [np.zeros(d)] * size for name, d in sizes.items()}
     for step, lr in enumerate(RATES):
@@ -116,13 +120,13 @@ def test_reduce_scatter(world, text, knobs, memory, size):
             for name, run in runs.items():
                 if run.feedback:
                     own = held[f"shard_residual/{name}"]
-                    assert np.allclose(own, run.lost[run.shards[rank]], atol=1e-4), (name, rank)
+                    assert np.allclose(own, run.lost[shard_of(name, sizes[name], size, rank)], atol=1e-4), (name, rank)
 
 
 @EVERY
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
+def test_dist_ef_block_both_ways(world, size, momentum, nesterov, cut):
     """dist-EF-blockSGD with one server per shard matches its equations on models: workers send C(u + lr_before/lr e), servers
     C(mean + lr_before/lr E)."""
     spec = f"efsignsgd(block=20) + dist_ef_block(momentum={momentum}, nesterov={nesterov}) @ reduce_scatter(follow_rate=True)"
@@ -136,7 +140,7 @@ def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
         m = momentum * m + g
         p = (g + momentum * m if nesterov else m) + ratio * e
         update = np.zeros(d)
-        for shard in cuts(d, size):
+        for shard in shards("w", d, size).values():
             sent = np.array([compress(row[shard]) for row in p])
             e[:, shard] = p[:, shard] - sent
             whole = sent.mean(axis=0) + ratio * server[shard]
@@ -153,7 +157,7 @@ def test_dist_ef_block_both_ways(world, size, momentum, nesterov):
 @pytest.mark.parametrize("text", ["signsgd", "signsgd(ties='plus')", "signum", "signum(momentum=0.5, ties='plus')"])
 @pytest.mark.parametrize("communicator", ["reduce_scatter", "allreduce", "broadcast"])
 @pytest.mark.parametrize("memory", ["none", "residual"])
-def test_votes_are_the_same_however_they_are_counted(world, text, communicator, memory, size):
+def test_votes_are_the_same_however_they_are_counted(world, text, communicator, memory, size, cut):
     """Votes counted per shard, by integer sums or by broadcasts equal those of allgather bit for bit, with ties, abstentions and state. In
     GRACE (bug 6), all-reduce adds up bytes of signs, and gives 2 count - 1."""
     reference, other = (world.cluster(grace_ext.grace(f"{text} + {memory} @ {c}"), size) for c in ("allgather", communicator))
@@ -176,7 +180,7 @@ SPARSE = ("topk(ratio=0.1)", "topk(ratio=0.1, values='fp16')", "threshold(thresh
 @RUNS
 @pytest.mark.parametrize("memory", ["none", "residual", "dgc"])
 @pytest.mark.parametrize("text", SPARSE)
-def test_sparse_allreduce_equals_allgather(world, text, memory, size):
+def test_sparse_allreduce_equals_allgather(world, text, memory, size, cut):
     """Results are equal up to the rounding of one division, and states are equal; also if d < n, and if nothing or all is sent."""
     gathered, reduced = (world.cluster(grace_ext.grace(f"{text} + {memory} @ {c}"), size) for c in ("allgather", "sparse_allreduce"))
     for step in range(3):
@@ -309,13 +313,44 @@ def test_signum_keeps_a_copy(world, communicator):
         assert all(same_bits(a, b) for a, b in zip(states(clean, world), states(used, world), strict=True))
 
 
-def test_shards_that_are_empty_send_nothing():
-    """With more ranks than elements, requests have empty payloads for empty shards, and expect no fields from them."""
+def test_ranks_without_a_shard_are_sent_nothing(cut):
+    """Of a tensor that is not cut, or has fewer elements than there are ranks, requests have no payloads for ranks without a shard, and
+    expect none from them."""
     g = grace_ext.grace("efsignsgd + none @ reduce_scatter")
-    info, spec = StepInfo(step=0, rank=1, size=5, divisor=5), TensorSpec("w", (3,))
-    assert g.communicator.input_bytes(g.compressor, spec, 5) == 3 * 5 + 5
-    run = g.communicator.exchange(NUMPY.ops, g.compressor, np.ones(3, np.float32), spec, info, {"shard_residual": np.zeros(1)})
+    spec = TensorSpec("w", (3,))
+    owners = {"whole": [4], "cut": [1, 3, 4]}[cut]
+    info = StepInfo(step=0, rank=4, size=5, divisor=5)
+    assert g.communicator.input_bytes(g.compressor, spec, 5) == len(owners) * 5 + 5
+    state = g.communicator.init(NUMPY.ops, g.compressor, spec, info)
+    run = g.communicator.exchange(NUMPY.ops, g.compressor, np.ones(3, np.float32), spec, info, state)
     request = next(run)
-    assert isinstance(request, Scatter) and [len(p) for p in request.payloads] == [0, 2, 0, 2, 2]
-    request = run.send([request.payloads[1]] * 5)
-    assert isinstance(request, Gather) and [len(f) for f in request.by_rank] == [0, 2, 0, 2, 2]
+    assert isinstance(request, Scatter) and list(request.payloads) == list(request.fields) == owners
+    request = run.send([request.payloads[4]] * 5)
+    assert isinstance(request, Gather) and list(request.by_rank) == owners
+
+
+# --- shards ------------------------------------------------------------------------------------------------------------
+def test_shards():
+    """Shards follow one another in rank order, are of one size, and have at least FEWEST elements; a smaller tensor is one shard."""
+    for d in (1, 5, FEWEST - 1, FEWEST, 2 * FEWEST - 1, 3 * FEWEST + 1, 40 * FEWEST + 7):
+        for n in (1, 2, 3, 5, 32, 1000):
+            for name in ("w", "layer.0.bias", "\N{GREEK SMALL LETTER GAMMA}"):
+                found = shards(name, d, n)
+                assert list(found) == sorted(found) and 0 <= min(found) and max(found) < n
+                assert len(found) == max(1, min(n, d // FEWEST))
+                ends = [shard.stop for shard in found.values()]
+                assert [shard.start for shard in found.values()] == [0, *ends[:-1]] and ends[-1] == d
+                assert max(np.diff([0, *ends])) - min(np.diff([0, *ends])) <= 1
+                assert shard_of(name, d, n, -1) == slice(0, 0)
+
+
+@pytest.mark.parametrize("name", ["p{}", "layers.{}.weight", "encoder/layer_{}/kernel:0"])
+@pytest.mark.parametrize("d", [100, 3 * FEWEST])
+def test_all_ranks_own_about_as_much(name, d):
+    """Of many tensors with usual names, every rank owns about its part."""
+    for n in (2, 8, 32):
+        owned = np.zeros(n)
+        for i in range(2000):
+            for rank, shard in shards(name.format(i), d, n).items():
+                owned[rank] += shard.stop - shard.start
+        assert 0.5 < owned.min() / owned.mean() and owned.max() / owned.mean() < 1.75, (n, owned)

@@ -134,7 +134,7 @@ def test_qsgd_levels(world):
 
 
 @pytest.mark.parametrize("spec", ["topk(ratio=0.1) + residual", "fp16 + none", "efsignsgd + residual", "onebit + none"])
-def test_shards_there_and_back(world, spec):
+def test_shards_there_and_back(world, spec, small_shards):
     """In both directions of reduce_scatter, a bad shard is found and its parameter named; no NaN passes without a flag."""
 
     def all_ones(data):  # overwrites the bodies of all messages that this rank sends

@@ -42,7 +42,7 @@ def _elements(value: Any) -> int:
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch, small_shards):
     """The clock that shows the work done so far, by all ranks."""
     ops = Counting()
     monkeypatch.setattr(trace, "host_ops", lambda border: ops)
