@@ -169,7 +169,7 @@ def test_a_node_counts_once():
 
 
 def test_ranks_and_nodes_that_are_missing():
-    """A node that lost some of its ranks still has its memory; that of a node that lost all of them is lost. How many there were is known."""
+    """A node that lost some of its ranks still has its memory; that of a node that lost all of them is lost."""
     cluster = after("topk(ratio=0.1) + residual @ hierarchical", 4, per_node=2)
     ranks = states(cluster)
     of_node = [np.float64(ranks[rank]["state"]["residual/a"]) for rank in (0, 2)]
