@@ -21,6 +21,12 @@ from ..parts.tensor import TensorSpec
 Parts = tuple[Compressor, Memory, Communicator]
 
 
+def uncompressed(parts: Parts) -> Parts:
+    """Returns these parts without compression, for ranks that need not send anything. Votes and signs stay what they are."""
+    compressor, memory, _ = parts
+    return parts if compressor.result != "mean" else (compressors.get("none").create(), memory, communicators.get("allreduce").create())
+
+
 class Query(NamedTuple):
     """A question to a route: which composition does this tensor go through at this step?
 

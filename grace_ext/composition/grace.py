@@ -117,6 +117,12 @@ class Grace:
         return any(memory.diverges for memory in self.memories)
 
     @property
+    def acts_alone(self) -> bool:
+        """Whether a rank's result differs from its gradient even if nothing needs to be sent: a memory is the momentum of the training, or
+        the result is a vote or the signs of a mean."""
+        return any(leaf.memory.is_momentum or leaf.compressor.result != "mean" for leaf in self.leaves)
+
+    @property
     def two_level(self) -> bool:
         """Whether everything is exchanged in two levels, inside the nodes and between them, because some tensor is."""
         return any(leaf.communicator.two_level for leaf in self.leaves)

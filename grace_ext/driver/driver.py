@@ -32,13 +32,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from ..composition.composition import Parts
+from ..composition.composition import Parts, uncompressed
 from ..composition.grace import Grace
 from ..errors import GraceError, NamesError, UnsupportedError, warn_user
 from ..exchange.bucket import exchange_bucket
 from ..exchange.effects import Effects, Split, Start, Wait
 from ..exchange.hierarchy import TwoLevel
-from ..exchange.tensor import Job, Outcome, replaced
+from ..exchange.tensor import Job, Outcome, initial_state, replaced
 from ..exchange.transport import Transport
 from ..parts.ops import Array, Ops
 from ..parts.tensor import StepInfo, TensorSpec
@@ -56,7 +56,8 @@ class Driver:
 
     divisor: None for a mean, whose divisor is the number of ranks; 1 for a sum. read_lr: returns the current learning rate, or None.
     diverging: whether the caller averages models, so that results may differ from rank to rank (memory 'cser').
-    in_place: whether results are written over the gradients, if `ops.overwrite` can."""
+    in_place: whether results are written over the gradients, if `ops.overwrite` can.
+    compressing: False for a rank alone, which need not send anything: then only memories act, and votes."""
 
     _next_number = 0  # free for the names of a driver's collectives, in this process
 
@@ -71,6 +72,7 @@ class Driver:
         bucket_bytes: int = BUCKET_BYTES,
         diverging: bool = False,
         in_place: bool = False,
+        compressing: bool = True,
     ):
         diverges = [memory.name for memory in grace.memories if memory.diverges]
         if diverges and not diverging:
@@ -87,7 +89,7 @@ class Driver:
         self._two_level: TwoLevel | None = None  # known once ranks have agreed
         self._set_divisor(divisor)
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
-        self._in_place = in_place
+        self._in_place, self.compressing = in_place, compressing
         self._ended = time.perf_counter()  # when the last step did
         self._compute = float("inf")  # seconds from there to the end of a backward pass: the fewest, as some have a pause in them
         self.prefix = ""  # of the names of collectives; agreed on at the first step
@@ -391,7 +393,11 @@ class Driver:
         tensor = self._arrived.get(spec.name)
         grad = self.ops.zeros(spec.size) if tensor is None else self.ops.ingest(tensor)
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
-        compressor, memory, communicator = self._choices.parts[spec.name]
+        parts = self._choices.parts[spec.name]
+        if not self.compressing:
+            before = before or (initial_state(self.ops, spec, parts, info) if spec.size else {})  # complete, for other numbers of nodes
+            parts = uncompressed(parts)
+        compressor, memory, communicator = parts
         before = self._choices.measure(self.ops, spec, grad, before, info)
         return Job(spec, compressor, memory, communicator.inner(compressor), grad, before, out, self.observer.watch(spec.name))
 
@@ -416,6 +422,7 @@ class Driver:
                     "errors, counts ranks; use as many ranks on every node, or a flat communicator"
                 )
             yield Split(self._two_level.groups)
+            self.compressing = self._two_level.nodes > 1
         self._log(self._choices.notices())
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
@@ -461,7 +468,7 @@ class Driver:
         """Goes on among other ranks, with an empty memory and a new agreement. Parameters must be registered again, as on a rank that has
         just joined. The step under way is forgotten: its engine has ended."""
         self.abandon()
-        self.transport, self._two_level = transport, None
+        self.transport, self._two_level, self.compressing = transport, None, True
         self._set_divisor(divisor)
         self.agreed, self.prefix, self.state, self._saved_on, self.revoked = False, "", {}, "", 0
         self.register(())

@@ -16,7 +16,8 @@ from ..parts.tensor import StepInfo
 from .bucket import BucketExchange, exchange_bucket
 from .effects import Collective
 from .fusing import Carry
-from .tensor import Job, Outcome
+from .lockstep import execute
+from .tensor import Job
 from .transport import Carried, Transport, arriving, cut
 
 
@@ -43,11 +44,8 @@ class TwoLevel:
         divisor = self.nodes if info.divisor != 1 else 1
         summed = yield from self._inside(jobs, info.divisor / divisor)
         own = [job._replace(grad=grad) for job, grad in zip(jobs, summed, strict=True)]
-        if self.nodes == 1:
-            finite = all(self.ops.all_finite(job.grad) for job in own)
-            return [Outcome(job.grad, job.state) for job in own], finite
         info = dataclasses.replace(info, rank=self.node, size=self.nodes, divisor=divisor)
-        return (yield from exchange_bucket(self.ops, own, info, digest, self.carry))
+        return (yield from exchange_bucket(self.ops, own, info, digest, self.carry if self.nodes > 1 else self._answer))
 
     def _inside(self, jobs: Sequence[Job], ranks: float) -> Generator[list[Collective], list[Any], list[Array]]:
         """Sums the jobs' gradients inside the node and divides by `ranks`, the mean number of ranks per node. One collective for each
@@ -78,6 +76,11 @@ class TwoLevel:
             else:
                 result = yield basic._replace(group="idle", array=basic.array[:0])
             answer = yield from self._shared(basic, result)
+
+    def _answer(self, collective: Collective) -> Carried:
+        """Answers a collective of a single node, which asks nobody."""
+        return execute([collective], self.ops)[0]
+        yield
 
     def _shared(self, basic: Collective, result: Any) -> Carried:
         """Broadcasts what the node's first rank got to all ranks of the node."""

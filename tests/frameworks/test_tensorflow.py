@@ -88,6 +88,10 @@ def test_plain_python_is_one_rank_and_compresses_only_when_asked():
         "    o = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=g, simulate=simulate)\n"
         "    o.apply([np.array([1, 2], np.float32)], [v])\n"
         "    assert np.asarray(v.numpy()).tolist() == expected, (simulate, v.numpy())\n"
+        "v = keras.Variable(np.zeros(2, np.float32))\n"
+        "o = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression='topk(ratio=0.5) + dgc(momentum=0.5)')\n"
+        "for _ in range(2): o.apply([np.array([1, 2], np.float32)], [v])\n"
+        "assert np.asarray(v.numpy()).tolist() == [-2.5, -5], v.numpy()\n"
         "print('ALONE OK')\n"
     )
     done = python(code)

@@ -154,7 +154,8 @@ class Exchange(Measured):
         self.grace, self._mpi = grace(g), load_mpi()
         self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
-        self._dense = self._transport.size == 1 and not simulate
+        compressing = simulate or self._transport.size > 1
+        self._dense = not compressing and not self.grace.acts_alone
         self._over = ""  # why there can be no more steps
         said = self._transport.comm.allgather({"op": op})
         if any(other != said[0] for other in said):
@@ -162,7 +163,14 @@ class Exchange(Measured):
             with Afterwards(self.close):
                 raise DisagreementError(f"ranks combine gradients differently: op by rank is {ops}; pass the same on every rank", said)
         divisor = None if op == "mean" else 1
-        self._driver = Driver(self.grace, self._transport.ops, self._transport, divisor=divisor, read_lr=lambda: self._lr)
+        self._driver = Driver(
+            self.grace,
+            self._transport.ops,
+            self._transport,
+            divisor=divisor,
+            read_lr=lambda: self._lr,
+            compressing=compressing,
+        )
 
     @property
     def wire_bytes(self) -> int:

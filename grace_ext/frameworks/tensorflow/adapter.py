@@ -55,6 +55,11 @@ def bind(
         raise UnboundError(
             "simulate=True has no effect here: at world size 1 Horovod's tape never calls a compression object; use grace_ext's own tape"
         )
+    if g.acts_alone and is_alone(process_set or hvd.global_process_set):
+        raise UnboundError(
+            f"at world size 1 Horovod's tape never calls a compression object, so {g} would have no effect, and a memory that is the "
+            "momentum of the training would be missing; use grace_ext's own tape"
+        )
     op = hvd.Average if op is None else op
     return BoundCompression(g, variables, averages(op), process_set or hvd.global_process_set, check_start)
 

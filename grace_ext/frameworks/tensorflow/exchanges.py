@@ -89,8 +89,9 @@ class GradientExchange(Measured):
 
     @property
     def idle(self) -> bool:
-        """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`."""
-        return not self.process_set.included() or (is_alone(self.process_set) and not self.simulate)
+        """Whether this rank exchanges nothing: it is outside the process set, or its only rank, without `simulate`, and nothing acts
+        there."""
+        return not self.process_set.included() or (is_alone(self.process_set) and not self.simulate and not self.grace.acts_alone)
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], lr: Any = None, beside: Sequence[Any] = ()) -> list[Any]:
         """Returns the aggregates of the gradients; None stays None.
@@ -134,7 +135,8 @@ class GradientExchange(Measured):
     def _exchange(self, specs: list[TensorSpec], sparse: list[str], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:
             starting = digester(variables) if self._check_start and self.process_set.size() > 1 else None
-            exchange = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting)
+            compressing = self.simulate or self.process_set.size() > 1
+            exchange = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting, compressing=compressing)
             exchange.driver.sparse = sparse
             if self._saved:
                 exchange.driver.load_state_dict(self._saved)

@@ -135,7 +135,7 @@ class GraphExchange:
     starting: returns digests of the variables (see `digests_of`), which the ranks compare at the first step. If they differ there, they
       are compared again at the second, because Horovod's users may broadcast after the first. None: not compared.
     driver: one that has registered these specs already, in place of a new one.
-    rehearsed: the step whose collectives all steps of this object have."""
+    rehearsed: the step whose collectives all steps of this object have. compressing: as for the driver."""
 
     transport_type: ClassVar[type[HorovodTransport]] = HorovodTransport
     #: Whether it can make collectives among some of the ranks.
@@ -152,6 +152,7 @@ class GraphExchange:
         starting: Callable[[], dict[str, str]] | None = None,
         driver: Driver | None = None,
         rehearsed: int = 0,
+        compressing: bool = True,
     ):
         if grace.two_level and not self.two_levels:
             raise UnsupportedError(f"{grace}: TensorFlow's LocalSGD has no 'hierarchical'; use its `between` communicator alone")
@@ -160,7 +161,8 @@ class GraphExchange:
         self.transport = self.transport_type(process_set)
         divisor = self.transport.size if average else 1
         if driver is None:
-            driver = Driver(grace, self.transport.ops, self.transport, divisor=None if average else 1)
+            own = None if average else 1
+            driver = Driver(grace, self.transport.ops, self.transport, divisor=own, compressing=compressing)
             driver.register(specs)
             driver.starting, driver.tolerates_start = starting, True
         self.driver = driver
@@ -173,7 +175,15 @@ class GraphExchange:
     def _rehearse(self, divisor: int, step: int) -> list[Any]:
         """Returns the effects of one step, by piece: [(names put, collectives started)], then [(the wait, collectives started)]."""
         pretended = Alone(self.transport.ops, self.transport.pair)
-        driver = Driver(self.driver.grace, self.driver.ops, pretended, divisor=divisor, read_lr=lambda: 1.0, diverging=True)
+        driver = Driver(
+            self.driver.grace,
+            self.driver.ops,
+            pretended,
+            divisor=divisor,
+            read_lr=lambda: 1.0,
+            diverging=True,
+            compressing=self.driver.compressing,
+        )
         driver.register(self.driver.specs.values())
         driver.skip_agreement(step)
         pieces: list[Any] = []

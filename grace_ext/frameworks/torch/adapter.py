@@ -68,8 +68,9 @@ class BoundCompression(Measured):
         self._order = list(parameters)
         self._last_hooked: str | None = None
         self._hooks = [p.register_post_accumulate_grad_hook(self._remember(name)) for name, p in parameters.items()]
-        if simulate:
-            self._hooks.append(_simulate_alone(self))
+        self._simulate = simulate
+        if simulate or (g.acts_alone and optimizer is not None):
+            self._hooks.append(_exchange_alone(self))
 
     @property
     def wire_bytes(self) -> int:
@@ -121,6 +122,7 @@ class BoundCompression(Measured):
                 read_lr=lambda: rate_of(self._optimizer.param_groups) if self._optimizer is not None else None,
                 scaler=self._scaler,
                 check_start=self._check_start,
+                compressing=self._simulate or not alone,
             )
             self._attach(self._session.driver)
         return self._session
@@ -135,8 +137,16 @@ class BoundCompression(Measured):
         def hook(_: torch.Tensor) -> None:
             if (own := this()) is not None:
                 own._last_hooked = name
+                own._check_alone()
 
         return hook
+
+    def _check_alone(self) -> None:
+        if self.grace.acts_alone and self._optimizer is None and self._process_set.size() == 1:
+            raise UnboundError(
+                f"at world size 1 Horovod never calls a compression object, so {self.grace} would have no effect, and its results are no "
+                "gradients; use bind(..., optimizer=...), or train one rank without compression"
+            )
 
     def _name_of(self, tensor: torch.Tensor) -> str:
         # The order of the last step is the best guess, and saves a search over all parameters for each gradient.
@@ -167,19 +177,26 @@ class BoundCompression(Measured):
         )
 
 
-def _simulate_alone(bound: BoundCompression) -> Any:
-    """Registers a hook that, at world size 1, compresses the gradients just before an optimizer of the bound parameters makes its step.
+def _exchange_alone(bound: BoundCompression) -> Any:
+    """Registers a hook that, at world size 1, exchanges the gradients just before an optimizer of the bound parameters makes its step.
     Returns the hook's handle."""
     mine = {id(p) for p in bound._parameters.values()}
+    left: dict[str, tuple[torch.Tensor, int]] = {}  # by name: the gradients that the last exchange has left, and their versions
+
+    def is_left(name: str, gradient: torch.Tensor) -> bool:
+        return name in left and left[name][0] is gradient and left[name][1] == gradient._version
 
     def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if bound._process_set.size() != 1 or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             return
+        gradients = {name: p.grad for name, p in bound._parameters.items() if p.grad is not None}
+        if gradients and all(is_left(name, gradient) for name, gradient in gradients.items()):
+            return  # torch calls this for Horovod's `step`, and again for the `step` of the class that it has wrapped
         session = bound._get_session()
-        for name, parameter in bound._parameters.items():
-            if parameter.grad is not None:
-                session.put(name, parameter.grad)
+        for name, gradient in gradients.items():
+            session.put(name, gradient)
         for name, result in session.finish(bound._parameters).items():
             bound._parameters[name].grad = result
+            left[name] = result, result._version
 
     return register_optimizer_step_pre_hook(before_step)

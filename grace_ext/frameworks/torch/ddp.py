@@ -212,6 +212,7 @@ class DDPState(Measured):
                 read_lr=self._read_lr,
                 scaler=self._scaler,
                 check_start=self._check_start,
+                compressing=self._simulate or dist.get_world_size(self._group) > 1,
             )
             self._attach(self._made.driver)
         return self._made
@@ -235,7 +236,7 @@ class DDPState(Measured):
         """The hook: takes one bucket. With the last bucket the step ends, and all futures get their results."""
         buffer = bucket.buffer()
         future: Future[torch.Tensor] = Future() if buffer.device.type == "cpu" else Future(devices=[buffer.device])
-        if dist.get_world_size(self._group) == 1 and not self._simulate:
+        if dist.get_world_size(self._group) == 1 and not self._simulate and not self._grace.acts_alone:
             future.set_result(buffer)
             return future
         if buffer.is_sparse:

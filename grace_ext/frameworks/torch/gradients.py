@@ -79,7 +79,7 @@ class GradientExchange:
         if self.process_set.size() == 1:
             if self.process_set is api.global_process_set:
                 check_alone(engine.ENGINE)
-            if not self._simulate:
+            if not self._simulate and not self.grace.acts_alone:
                 return
         check_containers(self.parameters, "DistributedOptimizer")
         self.session = Session(
@@ -91,6 +91,7 @@ class GradientExchange:
             read_lr=self._read_lr,
             scaler=self.scaler,
             check_start=self._check_start,
+            compressing=self._simulate or self.process_set.size() > 1,
         )
         for name, parameter in self.parameters.items():
             take_over(parameter, self, name, parameter.register_post_accumulate_grad_hook(self._make_hook(name)))

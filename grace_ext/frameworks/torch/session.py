@@ -47,7 +47,7 @@ class Session:
     """One model's exchange. Parameters are registered at the first `finish`, when it is known which have dense gradients.
 
     wrapper: the name of the public function that exchanges these parameters, which no DDP may exchange, too; None if it is DDP that does.
-    check_start: compares the ranks' parameters at the first step.
+    check_start: compares the ranks' parameters at the first step. compressing: as for the driver.
     scaler: the GradScaler by whose scale the gradients are multiplied, or None. They are divided by the scale before they are compressed,
     and the results are multiplied by it again: the memory is in units of the gradient, however the scale changes. Both are exact if the
     scale is a power of two."""
@@ -63,11 +63,13 @@ class Session:
         read_lr: Callable[[], float | None],
         scaler: Any = None,
         check_start: bool = True,
+        compressing: bool = True,
     ):
         self.parameters, self._wrapper = parameters, wrapper
         self.ops = ops_for(next(iter(parameters.values())).device)
         transport = make_transport(self.ops)
-        self.driver = Driver(grace, self.ops, transport, divisor=None if average else 1, read_lr=read_lr, in_place=True)
+        divisor = None if average else 1
+        self.driver = Driver(grace, self.ops, transport, divisor=divisor, read_lr=read_lr, in_place=True, compressing=compressing)
         if check_start:
             self.driver.starting = lambda: digests_of(self.parameters)
         self._scaler = scaler

@@ -198,13 +198,17 @@ def case_ranks_with_different_bucket_sizes():
 
 
 def alone():
-    """One rank does not compress unless simulate=True."""
-    weights = {}
-    for simulate in (False, True):
-        ddp, state, _ = wrap(Layers(), "signsgd + none", simulate=simulate)
-        weights[simulate] = train(ddp, layers_loss, range(3))
-        assert (state.wire_bytes > 0) == simulate
-    for simulate, cluster_spec in ((False, "none"), (True, "signsgd + none")):
+    """One rank does not compress unless simulate=True; but a momentum and a vote stay."""
+    dgc, whole = "topk(ratio=0.1) + dgc(masking=False)", "topk(ratio=1) + dgc(masking=False)"
+    for simulate, spec, cluster_spec in (
+        (False, TOPK, "none"), (True, TOPK, TOPK), (False, "signsgd", "signsgd"), (False, dgc, whole), (True, dgc, dgc),
+    ):  # fmt: skip
+        ddp = DistributedDataParallel(Layers())
+        optimizer = sgd(ddp.module)
+        state, hook = hvd.ddp_comm_hook(spec, ddp, simulate=simulate, optimizer=optimizer)
+        ddp.register_comm_hook(state, hook)
+        weights = train(ddp, layers_loss, range(3), optimizer)
+        assert (state.wire_bytes > 0) == (simulate or spec != TOPK)
         cluster, model = grace_ext.LocalCluster(grace_ext.grace(cluster_spec), 1, framework="torch"), Layers()
         optimizer = sgd(model)
         for step in range(3):
@@ -213,7 +217,7 @@ def alone():
             for name, mean in cluster.step([{n: p.grad for n, p in model.named_parameters()}]).items():
                 dict(model.named_parameters())[name].grad = mean
             optimizer.step()
-        assert_same(weights[simulate], weights_of(model))
+        assert_same(weights, weights_of(model))
     print("ALONE ok")
 
 
