@@ -299,7 +299,7 @@ def check_path(run: Run, tally: Counter[str]) -> None:
     case = run.case
     if PATHS[case.path] not in WORLD or not repeatable(run.grace, case.path.removeprefix("torch ")):
         return
-    if case.path == "buckets" and (case.bad or _large(case)) or case.path == "device" and any(t.dtype == "float64" for t in case.tensors):
+    if case.path == "buckets" and (case.bad or _large(case)):
         return  # values that are not finite concern their bucket alone
     other = Run(case, run.grace, case.path)
     for step in range(case.steps):

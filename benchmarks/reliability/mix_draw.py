@@ -76,13 +76,15 @@ def a_part(registry: Registry, rng: random.Random, depth: int, tally: Counter[st
     return cls.create((), made)
 
 
-def a_composition(rng: random.Random, tally: Counter[str], memories_: Sequence[str] = ("residual", "none", "", "")) -> Composition:
-    """Returns a composition whose parts fit, with one of these memories ('': any); counts those that do not fit."""
+def a_composition(
+    rng: random.Random, tally: Counter[str], kept: Sequence[str] = ("residual", "none", "", ""), compressor: str = ""
+) -> Composition:
+    """Returns a composition whose parts fit, with one of these memories and this compressor ('': any); counts those that do not fit."""
     while True:
         try:
             parts: dict[str, Any] = {
-                "compressor": a_part(compressors, rng, 0, tally),
-                "memory": a_part(memories, rng, 0, tally, rng.choice(memories_)),
+                "compressor": a_part(compressors, rng, 0, tally, compressor),
+                "memory": a_part(memories, rng, 0, tally, rng.choice(kept)),
                 "communicator": a_part(communicators, rng, 0, tally) if rng.random() < 0.5 else None,
             }
             route = grace(**parts).route
@@ -132,7 +134,7 @@ def a_case(seed: int, tally: Counter[str], paths: dict[str, int] = PATHS) -> Cas
     if rng.random() < 0.3:
         share, rank = rng.choice([0.0, 0.02, 0.5, 1.0]), rng.choice([-1, rng.randrange(size)])
         bad = Bad(rng.randrange(steps), rng.randrange(count), share, rank, rng.choice([float("nan"), float("inf"), -float("inf")]))
-    rates = rng.choice([(LR,)] * 4 + [(0.1, 0.05), (0.1, 0.0, 0.3), (1e-3,)])
+    rates = rng.choice([(LR,)] * 4 + [(0.1, 0.05), (0.1, 0.0, 0.3), (1e-3,), (0.1, 1e-40)])
     return Case(
         spec, tensors, size, rng.choice([1, 2, size]), steps, rng.choice([0, 0, 0, 1, 2**63]), rng.randrange(2**31), rates, bad,
         rng.choices(list(paths), list(paths.values()))[0],
@@ -141,17 +143,23 @@ def a_case(seed: int, tally: Counter[str], paths: dict[str, int] = PATHS) -> Cas
 
 
 def _a_long_case(rng: random.Random, tally: Counter[str]) -> Case:
-    """Returns a case of many steps (mix_long.py)."""
-    long = rng.choice(["unbiased", "converges", "memory"])
+    """Returns a case of mix_long.py."""
+    long = rng.choice(["unbiased", "converges", "dense", "dense", "memory"])
     if long == "memory":
         spec = a_spec(rng, tally)
     else:
-        while True:
-            found = a_composition(rng, tally, ("none",) if long == "unbiased" else ("ef21", "diana"))
-            if long == "converges" or found.compressor.unbiased and found.compressor.name != "none":
-                break
+        kept = {"unbiased": ("none",), "converges": ("ef21", "diana"), "dense": ("",)}[long]
+        fits: dict[str, Callable[[Composition], bool]] = {
+            "unbiased": lambda found: found.compressor.unbiased and found.compressor.name != "none",
+            "converges": lambda found: True,
+            "dense": lambda found: not found.memory.diverges and not found.memory.whole_model,
+        }
+        compressor = "none" if long == "dense" else ""
+        while not fits[long](found := a_composition(rng, tally, kept, compressor)):
+            pass
         spec = str(found)
-    shape, dtype = rng.choice([(7,), (50,), (401,), (24, 18)]), rng.choice(["float32", "float32", "float16", "bfloat16"])
-    tensor = Tensor("w", shape, "float32" if long != "memory" else dtype, rng.choice(["normal", "normal", "one rank"]))
-    size = rng.choice([1, 2, 3])
-    return Case(spec, (tensor,), size, rng.choice([1, 2]), 300, rng.choice([0, 1]), rng.randrange(2**31), long=long)
+    shape, kind = rng.choice([(7,), (50,), (401,), (24, 18)]), rng.choice(["normal", "normal", "one rank"])
+    dtype = rng.choice(["float32", "float16", "bfloat16"]) if long == "memory" else "float32"
+    size, steps = rng.choice([1, 2, 3, 4]), 10 if long == "dense" else 300
+    data = rng.randrange(2**31)
+    return Case(spec, (Tensor("w", shape, dtype, kind),), size, rng.choice([1, 2, size]), steps, rng.choice([0, 1]), data, long=long)

@@ -1,10 +1,10 @@
 """Runs random mixes of parts, and checks what must be true of every mix: a fuzzer for where parts meet.
 
-    python -m benchmarks.reliability.mix_fuzz                      100,000 cases; writes benchmarks/results/reliability/mixes.json
-    python -m benchmarks.reliability.mix_fuzz --cases 2000 --seed 7  the cases of seeds 7 to 2006; writes nothing
-    python -m benchmarks.reliability.mix_fuzz --case 4711          one case again, and what it is
-    python -m benchmarks.reliability.mix_fuzz --real               1,000 cases on each real engine; writes mixes_real.json
-    python -m benchmarks.reliability.mix_fuzz --real ddp --cases 50  50 cases on one engine; writes nothing
+    python benchmarks/reliability/mix_fuzz.py                          100,000 cases; writes benchmarks/results/reliability/mixes.json
+    python benchmarks/reliability/mix_fuzz.py --cases 2000 --seed 7    the cases of seeds 7 to 2006; writes nothing
+    python benchmarks/reliability/mix_fuzz.py --case 4711              one case again, and what it is
+    python benchmarks/reliability/mix_fuzz.py --real                   1,000 cases on each real engine; writes mixes_real.json
+    python benchmarks/reliability/mix_fuzz.py --real ddp --cases 50    50 cases on one engine; writes nothing
 
 A case is drawn from its seed (mix_draw.py): a spec over all registered parts, with policies up to three deep; a model; gradients, some of
 them not finite; 1 to 8 ranks; a save and load; and another path that must give the same bits (numpy without kernels, torch, device
@@ -124,7 +124,7 @@ def written(tally: Counter[str], kinds: dict[str, tuple[int, int, Failure]], see
         "mean of the new residuals; 'long' are cases of 300 steps.",
         "columns": ["property", "checks", "cases that failed"],
         "rows": [[name, tally[name], kinds[name][0] if name in kinds else 0] for name in invariants],
-        "commands": ["python -m benchmarks.reliability.mix_fuzz"],
+        "commands": ["python benchmarks/reliability/mix_fuzz.py"],
     })  # fmt: skip
 
 

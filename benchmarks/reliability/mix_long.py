@@ -1,4 +1,5 @@
-"""Checks of mix_fuzz.py that need many steps: unbiased means, memories that converge to the mean, memory that stays flat."""
+"""Checks of mix_fuzz.py that need specs of their own, or many steps: unbiased means, memories that converge to the mean, memories without
+compression, memory that stays flat."""
 
 from __future__ import annotations
 
@@ -64,6 +65,25 @@ def converges(case: Case, tally: Counter[str]) -> None:
         raise Broken("long: converges", text, f"{compressor.name} + {memory.name}")
 
 
+def dense(case: Case, tally: Counter[str]) -> None:
+    """Checks that a memory does the same to what is not compressed, however many ranks and nodes there are: as on two ranks that both have
+    the mean gradient."""
+    cluster, name = _cluster(case), case.tensors[0].name
+    reference = NUMPY.cluster(grace_ext.grace(f"none + {cluster.grace.memory} @ allreduce"), 2)
+    scale = 0.0
+    for step in range(case.steps):
+        given = gradients(case, step)
+        mean = np.mean([g[name].astype(np.float64) for g in given], axis=0)
+        out = NUMPY.step(cluster, given, case.rate(step))[name].astype(np.float64)
+        want = NUMPY.step(reference, [{name: mean.astype(np.float32)}] * 2, case.rate(step))[name].astype(np.float64)
+        scale = max(scale, *(float(np.abs(x).max(initial=0)) for x in (want, *(g[name] for g in given))))
+        off = float(np.abs(out - want).max(initial=0))
+        tally["long: dense"] += 1
+        if off > 1e-4 * scale:
+            text = f"step {step}: {off / scale:.3g} of the largest value off what two ranks with the mean gradient get"
+            raise Broken("long: dense", text, cluster.grace.memory.name)
+
+
 def flat(case: Case, tally: Counter[str]) -> None:
     """Checks that memory does not grow after the first third of the steps."""
     cluster, held = _cluster(case), []
@@ -82,4 +102,4 @@ def flat(case: Case, tally: Counter[str]) -> None:
         raise Broken("long: memory", f"{grown:,} bytes more at the end than in the middle of {case.steps} steps")
 
 
-CHECKS = {"unbiased": unbiased, "converges": converges, "memory": flat}
+CHECKS = {"unbiased": unbiased, "converges": converges, "dense": dense, "memory": flat}

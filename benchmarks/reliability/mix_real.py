@@ -98,5 +98,5 @@ def written(rows: list[list[Any]]) -> None:
         "'refused' are specs that the engine or wrapper refuses, alike on both ranks and before anything is exchanged (for example, a "
         "tape has no learning rate, and LocalSGD takes no policy), and those whose results depend on times (policy auto).",
         "columns": ["engine", "what takes the gradients", "seeds", "held", "refused", "failed", "seconds"],
-        "rows": rows, "commands": ["python -m benchmarks.reliability.mix_fuzz --real"],
+        "rows": rows, "commands": ["python benchmarks/reliability/mix_fuzz.py --real"],
     })  # fmt: skip

@@ -67,7 +67,7 @@ def smaller(case: Case) -> Iterator[Case]:
     for name, value in plain.items():
         if getattr(case, name) != value:
             yield replace(case, **{name: value})
-    for name, low in (("size", 1), ("steps", 1)):
+    for name, low in (("size", 1), ("steps", case.steps if case.long and case.long != "dense" else 1)):
         for value in {low, getattr(case, name) // 2, getattr(case, name) - 1}:
             if low <= value < getattr(case, name):
                 yield replace(case, **{name: value})
