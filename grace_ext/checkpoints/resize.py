@@ -72,6 +72,7 @@ def resized(states: Sequence[State], size: int, how: str = "mean", nodes: Sequen
         return [{**about, "rank": rank, "size": size, "state": state} for rank, state in enumerate(made)]
     by_node = dict(zip(holders, made, strict=True))
     copies = [{key: array.copy() for key, array in by_node[node].items()} for node in nodes]
+    about["nodes"] = len(holders)
     return [{**about, "rank": rank, "size": size, "node": nodes[rank], "state": state} for rank, state in enumerate(copies)]
 
 

@@ -101,6 +101,7 @@ class Driver:
         self.state: dict[str, dict[str, Array]] = {}
         self._foreign = False  # whether the state is another rank's, and lacks what was that rank's own
         self._saved_on = ""  # the node that the state was this rank's on, if it is exchanged in two levels
+        self._nodes = 0  # the number of nodes that the state is of, if that is known
         self.step = 0
         self.agreed = False
         #: Whether the last step's state was committed: every rank was finite in every bucket, and nobody revoked it.
@@ -415,6 +416,7 @@ class Driver:
         if self.grace.two_level:
             self._two_level = TwoLevel(self.transport.rank, [other["node"] for other in said], self.ops)
             check_nodes(said)
+            self._nodes = self._two_level.nodes
             counts = [len(members) for members in self._two_level.members]
             if self.grace.diverges and len(set(counts)) > 1:
                 raise UnsupportedError(
@@ -470,7 +472,7 @@ class Driver:
         self.abandon()
         self.transport, self._two_level, self.compressing = transport, None, True
         self._set_divisor(divisor)
-        self.agreed, self.prefix, self.state, self._saved_on, self.revoked = False, "", {}, "", 0
+        self.agreed, self.prefix, self.state, self._saved_on, self._nodes, self.revoked = False, "", {}, "", 0, 0
         self.register(())
 
     def join_agreement(self, prefix: str) -> None:
@@ -489,7 +491,7 @@ class Driver:
             "version": state.VERSION, "spec": str(self.grace), "seed": self.grace.seed, "op": self._op,
             "rank": self.transport.rank, "size": self.transport.size, "step": self.step,
             "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
-            **({"nodes": self._two_level.nodes} if self._two_level else {}),
+            **({"nodes": self._nodes} if self._nodes else {}),
         }  # fmt: skip
 
     def _set_divisor(self, divisor: int | None) -> None:
@@ -515,7 +517,7 @@ class Driver:
         self.state, self.step, self._foreign = states, saved["step"], foreign
         self._before, self.committed = None, True  # nothing of the steps before can be rolled back
         self._choices.forget()
-        self._saved_on = "" if foreign else saved.get("node", "")
+        self._saved_on, self._nodes = "" if foreign else saved.get("node", ""), saved.get("nodes", 0)
 
     def read_state(self, saved: Mapping[str, Any], specs: Iterable[TensorSpec] = ()) -> dict[str, dict[str, Array]]:
         """Returns the arrays of a saved state by parameter, copied and checked. Raises GraceError if it is not for this exchange. specs:
