@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..parts import rng
-from ..parts.field import INTEGERS
+from ..parts.field import HALVES, INTEGERS
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
 from . import sums
@@ -40,12 +40,9 @@ class NumpyOps(Ops):
         return np.ascontiguousarray(array, dtype=dtype).reshape(-1)
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
-        array = saturated(array, spec.dtype)
-        if spec.dtype == "bfloat16":
-            import ml_dtypes  # the numpy dtype that the user's own array has
-
-            return array.astype(ml_dtypes.bfloat16).reshape(spec.shape)
-        return array.astype(spec.dtype, copy=False).reshape(spec.shape)
+        if spec.dtype in HALVES:
+            return self.to_bytes(array, spec.dtype).view(numpy_dtype(spec.dtype)).reshape(spec.shape)
+        return saturated(array, spec.dtype).astype(spec.dtype, copy=False).reshape(spec.shape)
 
     def zeros(self, size: int, dtype: str = "float32") -> np.ndarray:
         return np.zeros(size, dtype)
@@ -72,8 +69,10 @@ class NumpyOps(Ops):
         if dtype == "float64" or dtype in INTEGERS:
             return np.ascontiguousarray(x, dtype).view(np.uint8)
         x = saturated(x, dtype)
+        if dtype in HALVES and x.dtype == np.float64:
+            x = self.to_odd(x)
         if dtype == "bfloat16":
-            return _bfloat16_bits(x.astype(np.float32, copy=False)).view(np.uint8)
+            return _bfloat16_bits(x).view(np.uint8)
         return np.ascontiguousarray(x, dtype).view(np.uint8)
 
     def from_bytes(self, data: np.ndarray, dtype: str) -> np.ndarray:
@@ -237,6 +236,15 @@ class NumpyOps(Ops):
 def native(dtype: np.dtype) -> np.dtype:
     """Returns the same dtype in this machine's byte order. Arrays from netCDF, FITS or HDF5 files often have the other one ('>f8')."""
     return dtype.newbyteorder("=")
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the dtype of a user's own arrays: for bfloat16 that of ml_dtypes."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def typed(data: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,13 +10,14 @@ import numpy as np
 from ..arrays import sampling
 from ..parts import rng
 from ..parts.field import Field
+from ..parts.ops import Zeros
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
 from .base import Compressor
 from .fast_path import Fused
 from .forms.merged import fields_of
-from .forms.sparse import VALUES, add_up, keep_rest, kept, ratio_knob, scatter, values_knob
+from .forms.sparse import VALUES, keep_rest, kept, ratio_knob, scatter, values_knob
 
 
 class _SharedPositions(Compressor):
@@ -87,7 +88,12 @@ class _SharedPositions(Compressor):
     def decompress_into(self, ops, payload, spec, info, out):
         if out is None or not ops.kernels:
             return self.decompress(ops, payload, spec, info)
-        return add_up(ops, out, [self.positions(ops, payload, spec, info)], [ops.from_bytes(payload[0], VALUES[self.values])], 1)
+        dense = out.array if isinstance(out, Zeros) else out
+        if dense is out:
+            dense[:] = 0
+        # Set, not added to the zeros, of which a negative zero would become a positive one.
+        ops.kernels.put_at(dense, self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values]))
+        return dense
 
     def decompress(self, ops, payload, spec, info):
         return scatter(ops, self.positions(ops, payload, spec, info), ops.from_bytes(payload[0], VALUES[self.values]), spec.size)

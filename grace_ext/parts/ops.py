@@ -97,8 +97,8 @@ class Ops(ABC):
 
     @abstractmethod
     def to_bytes(self, x: Array, dtype: str) -> Array:
-        """Returns a uint8 array, little-endian, of floats rounded to nearest even to `dtype`; float16 saturates at +-65504, bfloat16 and
-        float32 at their largest finite value. NaN stays NaN. Integer dtypes take int64 in their range."""
+        """Returns a uint8 array, little-endian, of floats rounded once, to nearest even, to `dtype`; float16 saturates at +-65504, bfloat16
+        and float32 at their largest finite value. NaN stays NaN. Integer dtypes take int64 in their range."""
 
     @abstractmethod
     def from_bytes(self, data: Array, dtype: str) -> Array:
@@ -115,6 +115,14 @@ class Ops(ABC):
     @abstractmethod
     def as_int(self, x: Array) -> Array:
         """Returns int64 of floats that are whole numbers, or of booleans."""
+
+    def to_odd(self, x: Array) -> Array:
+        """Returns float32, of finite float64 in its range: what lies between two float32 becomes the one whose last bit is 1. If that is
+        rounded to 16 bits, the result is that of one rounding; from the nearest float32, a tie could be made of what is none."""
+        nearest = self.cast(x, "float32")
+        bits, back = self.float_bits(nearest), self.cast(nearest, "float64")
+        away = self.as_int(abs(x) > abs(back)) * 2 - 1
+        return self.bits_float(self.where((back != x) & (bits % 2 == 0), bits + away, bits))
 
     def mean_of_wire(self, pieces: Sequence[Array], dtype: str, divisor: int) -> Array:
         """Returns uint8: the wire form of the mean of floats in wire form, added in this order in float32 (or wider), divided, and rounded

@@ -161,6 +161,13 @@ def put_back(total, positions, values, which):
     return kept
 
 
+@kernel(write(f32), read(i64), read(f32))
+def put_at(total, positions, values):
+    """Sets total[p_j] = values_j, for positions in range."""
+    for j in range(len(positions)):
+        total[positions[j]] = values[j]
+
+
 @kernel(write(f32), read(i64), read(f32), f32)
 def add_at(total, positions, values, factor):
     """Adds factor values_j to total[p_j], for positions that are distinct and in range."""

@@ -31,7 +31,7 @@ from ...exchange.perform import naming_failures, perform
 from ...exchange.transport import Carried, Transport, by_sum, cut, gathered, to_sum
 from ...parts.tensor import TensorSpec
 from ..horovod import process_set_of
-from .ops import GraphOps, graph_ops
+from .ops import GraphOps, graph_ops, numpy_function
 from .variables import variable_of
 from .watchdog import FAILURE, WATCHDOG, Waiting, watched
 
@@ -235,7 +235,7 @@ class GraphExchange:
             types += [tf.as_dtype(spec.dtype) for spec in specs] if last else []
             then = None if last or tf.executing_eagerly() else self._pieces[number + 1][0]
             piece = self._piece(what, then, number == 0, last, last and others_finite is not None)
-            results = tf.numpy_function(piece, [token, *inputs], [tf.float32, *types])
+            results = numpy_function(piece, [token, *inputs], [tf.float32, *types])
             token, arrays = results[0], results[1:]
             token.set_shape([])
             outputs = arrays[sum(counts) :]

@@ -17,6 +17,7 @@ from ...parts.tensor import TensorSpec
 from .exchanges import is_alone, names_of
 from .graph import GraphExchange, HorovodTransport
 from .in_front import InFront, check_keras_optimizer, in_front_of
+from .ops import numpy_function
 from .variables import variable_of
 
 NOTHING, SYNCHRONIZE, REBASE = range(3)
@@ -203,8 +204,8 @@ class _LocalSGD(InFront):
 
 
 def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:
-    """Calls tf.numpy_function, and returns a list: in eager code TensorFlow returns a single result without one."""
-    results = tf.numpy_function(function, inputs, types)
+    """Calls numpy_function, and returns a list: in eager code TensorFlow returns a single result without one."""
+    results = numpy_function(function, inputs, types)
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
 

@@ -25,6 +25,7 @@ from ...composition.grace import Grace
 from ...errors import GraceError
 from ...exchange.effects import Collective, Start
 from .graph import GraphExchange, HorovodTransport
+from .ops import numpy_function
 
 #: (kind, element type) of a collective. With each group of ranks (Collective.group) each makes one branch of the switch. An all-to-all
 #: also carries its splits.
@@ -55,7 +56,7 @@ class LoopExchange(GraphExchange):
         self.agree()
         rate = tf.cast(float("nan") if lr is None else tf.convert_to_tensor(lr), tf.float32)
         types = [tf.int32, *(tf.as_dtype(name) for name in TYPES)]
-        state = tf.numpy_function(self._begin_step, [rate, others_finite is None or others_finite, *gradients], types)
+        state = numpy_function(self._begin_step, [rate, others_finite is None or others_finite, *gradients], types)
         state[0].set_shape([])
         for array in state[1:]:
             array.set_shape([None])
@@ -63,7 +64,7 @@ class LoopExchange(GraphExchange):
         def one(kind: tf.Tensor, *arrays: tf.Tensor) -> list[tf.Tensor]:
             branches = [(group, place) for group in self._groups for place in range(len(BRANCHES))]
             results = tf.switch_case(kind, [lambda group=group, at=at: self._collective(group, at, arrays) for group, at in branches])
-            after = tf.numpy_function(self._go_on, results, types)
+            after = numpy_function(self._go_on, results, types)
             after[0].set_shape([])
             for array in after[1:]:
                 array.set_shape([None])
@@ -79,7 +80,7 @@ class LoopExchange(GraphExchange):
             self._wait_no_longer()
             raise waiting.error(str(error)) from error
         specs = list(self.driver.specs.values())
-        outputs = tf.numpy_function(self._end_step, [state[0]], [tf.as_dtype(spec.dtype) for spec in specs])
+        outputs = numpy_function(self._end_step, [state[0]], [tf.as_dtype(spec.dtype) for spec in specs])
         for spec, output in zip(specs, outputs, strict=True):
             output.set_shape(spec.shape)
         return list(outputs)

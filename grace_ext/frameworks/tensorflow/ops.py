@@ -6,7 +6,10 @@ TensorFlow memory: they are only read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import tensorflow as tf
 
 from ...arrays import kernels
 from ...arrays.compiled import CompiledOps
-from ...arrays.numpy import NumpyOps, saturated
+from ...arrays.numpy import NumpyOps
 from ...errors import UnsupportedError
 from ...parts.tensor import TensorSpec
 
@@ -22,6 +25,43 @@ from ...parts.tensor import TensorSpec
 ALIGNMENT = 64
 #: In bytes. To copy a smaller array costs less than to avoid the copy.
 SMALL = 1 << 14
+
+
+def _libm() -> Any:
+    return ctypes.CDLL("libm.so.6" if sys.platform == "linux" else None)
+
+
+def _float_environment() -> Any:
+    """Returns this thread's settings of floating-point arithmetic."""
+    settings = ctypes.create_string_buffer(64)  # fenv_t has 32 bytes at most
+    _libm().fegetenv(settings)
+    return settings
+
+
+#: The settings of threads that are not TensorFlow's.
+USUAL = _float_environment()
+
+
+@contextmanager
+def subnormals_kept() -> Iterator[None]:
+    """Lets this thread compute with subnormal numbers. TensorFlow's threads take them for zeros, and code in a graph would give other bits
+    than the same code elsewhere."""
+    before = _float_environment()
+    _libm().fesetenv(USUAL)
+    try:
+        yield
+    finally:
+        _libm().fesetenv(before)
+
+
+def numpy_function(function: Callable[..., Any], inputs: Sequence[Any], types: Any) -> Any:
+    """Calls tf.numpy_function, for a function that computes; see `subnormals_kept`."""
+
+    def run(*arrays: np.ndarray) -> Any:
+        with subnormals_kept():
+            return function(*arrays)
+
+    return tf.numpy_function(run, inputs, types)
 
 
 class TensorFlowOps(NumpyOps):
@@ -40,8 +80,8 @@ class TensorFlowOps(NumpyOps):
         return super().ingest(tensor.numpy() if hasattr(tensor, "numpy") else tensor)
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> Any:
-        # TensorFlow converts it, and thereby copies it: simulated ranks may share the array.
-        return tf.cast(tf.reshape(tf.constant(saturated(array, spec.dtype)), spec.shape), spec.dtype)
+        # TensorFlow copies it: simulated ranks may share the array. It is converted here, because tf.cast loses subnormal numbers.
+        return tf.constant(super().emit(array, spec))
 
 
 class GraphOps(NumpyOps):

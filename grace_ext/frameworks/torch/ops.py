@@ -15,7 +15,7 @@ from ...arrays import sums
 from ...arrays.compiled import host_ops
 from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
-from ...parts.field import INTEGERS
+from ...parts.field import HALVES, INTEGERS
 from ...parts.ops import Ops
 from ...parts.tensor import TensorSpec
 
@@ -62,6 +62,8 @@ class HostOps(NumpyOps):
         return flat(tensor).numpy()
 
     def emit(self, array: np.ndarray, spec: TensorSpec) -> torch.Tensor:
+        if spec.dtype in HALVES:
+            return torch.from_numpy(self.to_bytes(array, spec.dtype)).view(getattr(torch, spec.dtype)).reshape(spec.shape)
         # Received data may be a read-only or shared view; the user always gets memory of their own that is writable.
         array = saturated(array, spec.dtype)
         owned = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
@@ -94,7 +96,7 @@ class TorchOps(Ops):
         return flat(tensor).to(self.device)
 
     def emit(self, array: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        return _narrowed(array, spec.dtype).reshape(spec.shape)
+        return self._narrowed(array, spec.dtype).reshape(spec.shape)
 
     def overwrite(self, tensor: torch.Tensor, array: torch.Tensor, spec: TensorSpec) -> bool:
         tensor.detach().copy_(self.emit(array, spec))
@@ -125,7 +127,16 @@ class TorchOps(Ops):
         return x.to(getattr(torch, dtype))
 
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
-        return as_bytes(x.to(getattr(torch, dtype)) if dtype in INTEGERS else _narrowed(x, dtype))
+        return as_bytes(x.to(getattr(torch, dtype)) if dtype in INTEGERS else self._narrowed(x, dtype))
+
+    def _narrowed(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
+        """Returns x in this dtype, rounded once to nearest even. Finite values saturate; Inf and NaN stay."""
+        largest = LARGEST[dtype]
+        if largest < LARGEST[str(x.dtype).removeprefix("torch.")]:
+            x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
+        if dtype in HALVES and x.dtype == torch.float64:
+            x = self.to_odd(x)  # torch rounds to float32 first
+        return x.to(getattr(torch, dtype))
 
     def from_bytes(self, data: torch.Tensor, dtype: str) -> torch.Tensor:
         if data.storage_offset() % 8 or not data.is_contiguous():
@@ -283,11 +294,3 @@ class TorchOps(Ops):
 
     def arange(self, count: int) -> torch.Tensor:
         return torch.arange(count, device=self.device)
-
-
-def _narrowed(x: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Returns x in this dtype, rounded to nearest even. Finite values saturate; Inf and NaN stay."""
-    largest = LARGEST[dtype]
-    if largest < LARGEST[str(x.dtype).removeprefix("torch.")]:
-        x = torch.where(x.isfinite(), x.clamp(-largest, largest), x)
-    return x.to(getattr(torch, dtype))
