@@ -73,7 +73,9 @@ class BoundCompression(Measured):
         self._exchanges: dict[str, GraphExchange] = {}
         self._places: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
         self._settled = 0
-        self._variables, self._check_start = list(variables), check_start
+        # Horovod keeps this object for ever, in a cache by `compression`, and TensorFlow its graphs. So it must not keep the variables, and
+        # once they are gone, it drops what it has.
+        self._variables, self._check_start = [weakref.ref(v, self._drop) for v in variables], check_start
         self._agreement: tuple[Driver, HorovodTransport] | None = None
         self._lock = threading.Lock()
         self._saved: dict[str, Any] = {}
@@ -138,10 +140,18 @@ class BoundCompression(Measured):
         driver = Driver(self.grace, transport.ops, transport)
         driver.register(self._specs)
         if self._check_start:
-            variables = dict(zip((spec.name for spec in self._specs), self._variables, strict=True))
-            driver.starting, driver.tolerates_start = digester(variables), True
+            named = zip((spec.name for spec in self._specs), self._variables, strict=True)
+            driver.starting, driver.tolerates_start = digester({name: variable() for name, variable in named}), True
         perform(driver.agree(), transport, {})
         return driver, transport
+
+    def _drop(self, _: Any) -> None:
+        """Forgets everything, once no variable is left."""
+        if any(variable() is not None for variable in self._variables):
+            return
+        for exchange in self._exchanges.values():
+            vars(exchange).clear()
+        self._exchanges, self._saved, self._agreement = {}, {}, None
 
     def _settle(self, step: int) -> None:
         """Rolls the last step back, for all variables, if any rank had a non-finite gradient in it. Called with the number of the step that

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import sys
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -519,27 +517,6 @@ def case_steps_of_two_wrappers_in_another_order():
 
 
 # --- the same start ---------------------------------------------------------------------------------------------------
-def case_optimizers_are_given_back():
-    """A search over models ends flat: models, memories, and the threads of process groups go with their optimizers."""
-
-    def use(wrapper):
-        model = training.make_model()
-        train(model, wrapper(model), range(2))
-        return weakref.ref(model)
-
-    def threads():
-        return len(list(Path("/proc/self/task").iterdir()))
-
-    for wrapper in (wrap, lambda m: hvd.LocalSGD(sgd(m), m.named_parameters(), compression=TOPK, every=2)):
-        models = [use(wrapper) for _ in range(2)]
-        before = threads()
-        models += [use(wrapper) for _ in range(12)]
-        gc.collect()
-        assert not any(model() for model in models)
-        use(wrapper)  # when all ranks make the next group, those of the past are destroyed
-        assert threads() <= before + 3, (before, threads())
-
-
 def case_ranks_that_start_differently_are_told():
     def differing(**options):
         model = training.make_model()
