@@ -62,6 +62,13 @@ def scaled(gradient: Any, factor: tf.Tensor) -> Any:
     return gradient * tf.cast(factor, gradient.dtype)
 
 
+def divided(gradient: Any, number: int) -> Any:
+    """Returns the gradient, a tensor or IndexedSlices, divided by a number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / number, gradient.indices, gradient.dense_shape)
+    return gradient / number
+
+
 def added_up(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
     """Returns the same gradient with each row once: rows of the same index are added up."""
     rows, places = tf.unique(gradient.indices)

@@ -11,7 +11,7 @@ from ...checkpoints.saveable import Saveable
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
-from .exchanges import GradientExchange, scaled
+from .exchanges import GradientExchange, divided, scaled
 from .in_front import InFront, check_keras_optimizer, in_front_of
 
 
@@ -104,7 +104,8 @@ class _Distributed(InFront):
         shared = [i for i, v in enumerate(variables) if id(v) not in local]
         results = list(grads)
         if scale and len(shared) < len(grads):
-            results = [g if g is None or i in shared else g / self._grace.process_set.size() for i, g in enumerate(grads)]
+            size = self._grace.process_set.size()
+            results = [g if g is None or i in shared else divided(g, size) for i, g in enumerate(grads)]
         # A LossScaleOptimizer's gradients are compressed as if the loss were not scaled: a change of scale then leaves the memory right.
         loss_scale = getattr(self, "dynamic_scale", None)
         own = [_times(grads[i], loss_scale, -1) for i in shared]

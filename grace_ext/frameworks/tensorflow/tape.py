@@ -14,7 +14,7 @@ from ...composition.grace import Grace
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
 from ..horovod import chosen_compression
-from .exchanges import GradientExchange
+from .exchanges import GradientExchange, divided
 from .variables import variable_of
 
 # A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables: an entry is
@@ -128,7 +128,7 @@ class _Tape:
         if not exchange.idle:
             if self._scale:
                 size = self._process_set.size()
-                gradients = [g if g is None or i in shared else g / size for i, g in enumerate(gradients)]
+                gradients = [g if g is None or i in shared else divided(g, size) for i, g in enumerate(gradients)]
             for i, result in zip(shared, exchange([gradients[i] for i in shared], [flat[i] for i in shared]), strict=True):
                 gradients[i] = result
         return tf.nest.pack_sequence_as(sources, gradients)

@@ -239,6 +239,27 @@ def case_sparse_rows_are_added_up():
     assert table.numpy().reshape(-1).tolist() == [-3.0, 0.0, 0.0, -7.5, 0.0]
 
 
+def case_sparse_local_gradients():
+    """A local variable's gradient is divided by the number of ranks, also if it is sparse; with scale_local_gradients=False it is not."""
+    rows = tf.IndexedSlices(tf.constant([[3.0], [2.0]]) * (1 + hvd.rank()), tf.constant([3, 0]), tf.constant([5, 1]))
+    expected = np.array([[-2.0], [0], [0], [-3.0], [0]], np.float32) * (1 + hvd.rank())
+    for scale in (True, False):
+        own, shared = keras.Variable(np.zeros((5, 1), np.float32)), keras.Variable(np.zeros(3, np.float32))
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression="none", scale_local_gradients=scale)
+        optimizer.register_local_var(own)
+        optimizer.apply([rows, tf.ones(3)], [own, shared])
+        assert (own.numpy() == expected / (2 if scale else 1)).all(), own.numpy()
+
+        table = tf.Variable(tf.zeros((5, 1)))
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.gather(table, [3, 0]) * -rows.values)
+        tape = hvd.DistributedGradientTape(tape, compression=TOPK, scale_local_gradients=scale)
+        tape.register_local_source(table)
+        gradient = tape.gradient(loss, [table])[0]
+        assert isinstance(gradient, tf.IndexedSlices)
+        assert (tf.convert_to_tensor(gradient).numpy() == expected / (2 if scale else 1)).all()
+
+
 def case_not_finite_beside_the_dense_gradients():
     """Under a loss scale, an Inf in a sparse (unique or repeated rows) or a local gradient of one rank skips the step on all ranks, with
     no change of weights or memory, as an Inf in a dense gradient does."""
