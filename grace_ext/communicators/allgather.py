@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from ..parts.requests import Gather
 from . import register
-from .base import Communicator, exchanged
+from .base import Communicator, exchanged, fields_of
 
 
 class _EveryPayload(Communicator):
@@ -20,7 +20,7 @@ class _EveryPayload(Communicator):
         return (yield from self.send(ops, compressor, payload, spec, info, state))
 
     def send(self, ops, compressor, payload, spec, info, state, out=None):
-        payloads = yield Gather(compressor.fields(spec), payload, by_broadcast=self.by_broadcast)
+        payloads = yield Gather(fields_of(compressor, spec), payload, by_broadcast=self.by_broadcast)
         return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info, out), spec, info, state)
 
     def collectives(self, n, payload, dense):

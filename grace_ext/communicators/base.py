@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Compressor, Exchanged
 from ..compressors.fast_path import Payload
 from ..errors import IncompatiblePartsError
 from ..memories.base import Memory
+from ..parts.field import Field
 from ..parts.part import Part
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
@@ -84,6 +86,17 @@ class Communicator(Part):
         """Bytes that one of n ranks sends to the network, by the algorithms of planning/cost.py."""
         shares = {"allreduce": 2 * (n - 1) / n, "alltoall": (n - 1) / n, "allgather": n - 1, "broadcast": n - 1}
         return sum(shares[kind] * nbytes for kind, nbytes in self.collectives(n, payload, dense))
+
+
+@lru_cache(maxsize=4096)  # asked for each tensor at every step, and by each of them kept until the payloads have arrived
+def fields_of(compressor: Compressor, spec: TensorSpec) -> Sequence[Field]:
+    """Returns `compressor.fields(spec)`, the same objects at every step."""
+    return compressor.fields(spec)
+
+
+def fields_by_rank(compressor: Compressor, specs: Mapping[int, TensorSpec]) -> dict[int, Sequence[Field]]:
+    """Returns the fields of the payloads of shards, which are given by rank."""
+    return {rank: fields_of(compressor, spec) for rank, spec in specs.items()}
 
 
 def exchanged(

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from ..compressors.base import Exchanged, sent_by
+from ..compressors.base import Compressor, Exchanged, sent_by
+from ..compressors.fast_path import Payload
 from ..errors import NOT_FLAGGED, IncompatiblePartsError, ParameterError, PayloadError
 from ..parts.part import knob
 from ..parts.requests import Gather, Scatter
-from ..parts.tensor import TensorSpec
+from ..parts.tensor import StepInfo, TensorSpec
 from . import register
-from .base import Communicator
+from .base import Communicator, fields_by_rank
 from .shards import shard_of, shards
 
 
@@ -99,34 +100,22 @@ class ReduceScatter(Communicator):
         return {**state, "shard_rate": ops.zeros(1)} if self.follow_rate else state
 
     def exchange(self, ops, compressor, x, spec, info, state):
-        ranges = shards(spec.name, spec.size, info.size)
-        specs = {rank: _shard(spec, f"{spec.name}[{rank}]", r) for rank, r in ranges.items()}
-        payloads = {rank: compressor.compress(ops, x[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
-        received = yield Scatter({rank: compressor.fields(s) for rank, s in specs.items()}, payloads)
-        second = compressor.recompressor()
-        means = {rank: _shard(spec, f"{spec.name}[{rank}] mean", r) for rank, r in ranges.items()}
+        second, sent = compressor.recompressor(), _compressed(ops, compressor, x, spec, info)
+        received = yield Scatter(fields_by_rank(compressor, sent.specs), sent.payloads)
+        means = {rank: TensorSpec(f"{s.name} mean", s.shape, s.dtype) for rank, s in sent.specs.items()}
         payload, finite, changed = (), True, {}
-        if info.rank in ranges:
+        if info.rank in means:
             try:
-                mean = compressor.combine(ops, received, specs[info.rank], info)
+                mean = compressor.combine(ops, received, sent.specs[info.rank], info)
             except PayloadError as error:  # it names the shard, not the parameter
                 raise error.at(error.rank, spec.name) from None
             payload, finite, changed = self._sent_again(ops, compressor, mean, means[info.rank], info, state)
         if self.follow_rate and self.keeps_state(compressor) and not self._idle(info):
             changed["shard_rate"] = ops.zeros(1) + self.learning_rate(info)
-        fields = {rank: second.fields(s) for rank, s in means.items()}
+        fields = fields_by_rank(second, means)
         gathered = yield Gather(fields.get(info.rank, ()), payload, by_rank=fields, finite=finite)
-        shares = zip(means.items(), gathered, strict=True)
-        result = _joined(ops, [_opened(ops, second, p, s, info, rank, spec.name) for (rank, s), p in shares])
-
-        def values():
-            return _joined(ops, [compressor.decompress(ops, payloads[rank], s, info) for rank, s in specs.items()])
-
-        def positions():
-            found = [(compressor.positions(ops, payloads[rank], s, info), ranges[rank].start) for rank, s in specs.items()]
-            return None if any(p is None for p, _ in found) else ops.concat([p + start for p, start in found])
-
-        return Exchanged(result, values, changed, positions)
+        result = _joined(ops, list(_opened(ops, second, gathered, means, info, spec.name)))
+        return Exchanged(result, sent.values, changed, sent.positions)
 
     def _sent_again(self, ops, compressor, mean, spec, info, state):
         """Compresses the mean of this rank's shard. Returns (payload, whether the mean is finite, what changes in the state)."""
@@ -163,13 +152,48 @@ class ReduceScatter(Communicator):
         return 2  # on average n shards, each an n-th of a payload, and the result
 
 
-def _opened(ops, compressor, payload, shard, info, rank, parameter):
-    """Decodes one rank's shard of the result. Raises PayloadError, which names the rank and the parameter."""
-    with sent_by(rank, parameter):
-        values = compressor.decompress(ops, payload, shard, info)
-        if not ops.all_finite(values):
-            raise PayloadError(NOT_FLAGGED)
-    return values
+class _Sent(NamedTuple):
+    """Holds the payloads of one tensor's shards, by the ranks that they were sent to."""
+
+    ops: Any
+    compressor: Compressor
+    info: StepInfo
+    ranges: dict[int, slice]
+    specs: dict[int, TensorSpec]
+    payloads: dict[int, Payload]
+
+    def values(self):
+        return _joined(
+            self.ops, [self.compressor.decompress(self.ops, self.payloads[rank], s, self.info) for rank, s in self.specs.items()]
+        )
+
+    def positions(self):
+        found = []
+        for rank, shard in self.ranges.items():
+            positions = self.compressor.positions(self.ops, self.payloads[rank], self.specs[rank], self.info)
+            if positions is None:
+                return None
+            found.append(positions + shard.start)
+        return self.ops.concat(found)
+
+
+# The exchanges of all tensors wait for the network together, so they keep little: comprehensions are in functions of their own, because a
+# generator would keep a cell for every name that they use.
+def _compressed(ops, compressor, x, spec, info) -> _Sent:
+    ranges = shards(spec.name, spec.size, info.size)
+    specs = {rank: _shard(spec, f"{spec.name}[{rank}]", r) for rank, r in ranges.items()}
+    payloads = {rank: compressor.compress(ops, x[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
+    return _Sent(ops, compressor, info, ranges, specs, payloads)
+
+
+def _opened(ops, compressor, payloads, specs, info, parameter):
+    """Decodes the shards of the result. Raises PayloadError, which names the rank and the parameter."""
+    for (rank, spec), payload in zip(specs.items(), payloads, strict=True):
+        with sent_by(rank, parameter):
+            values = compressor.decompress(ops, payload, spec, info)
+            if not ops.all_finite(values):
+                raise PayloadError(NOT_FLAGGED)
+        yield values
 
 
 def _shard(spec: TensorSpec, name: str, shard: slice) -> TensorSpec:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import ClassVar
 
 from ..compressors.base import Exchanged, sent_by
@@ -9,7 +10,7 @@ from ..errors import IncompatiblePartsError
 from ..parts.requests import Gather, Scatter
 from ..parts.tensor import TensorSpec
 from . import register
-from .base import Communicator
+from .base import Communicator, fields_by_rank
 from .shards import shards
 
 
@@ -22,6 +23,11 @@ class _NonZeros(Selecting):
 
     def select(self, ops, x, spec, info, state):
         return ops.positions(x != 0), state
+
+
+@lru_cache
+def _nonzeros(values: str) -> _NonZeros:
+    return _NonZeros(values=values)
 
 
 @register("sparse_allreduce")
@@ -50,30 +56,23 @@ class SparseAllreduce(Communicator):
         positions, state = compressor.select(ops, x, spec, info, state)
         own = compressor.payload(ops, x, positions, spec)  # the values as they are sent, rounding included
         values = compressor.decompress(ops, own, spec, info)
-        parts = _NonZeros(values=compressor.values)
-        ranges = shards(spec.name, spec.size, info.size)
-        specs = {rank: TensorSpec(spec.name, (r.stop - r.start,)) for rank, r in ranges.items()}
-        pieces = {rank: parts.compress(ops, values[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
-        received = yield Scatter({rank: parts.fields(s) for rank, s in specs.items()}, pieces)
-        payload, whole, finite = (), _NonZeros(), True
+        parts, whole = _nonzeros(compressor.values), _nonzeros("fp32")
+        specs, pieces = _cut(ops, parts, values, spec, info)
+        received = yield Scatter(fields_by_rank(parts, specs), pieces)
+        payload, finite = (), True
         if mine := specs.get(info.rank):
             mean = parts.combine(ops, received, mine, info)
             if not (finite := ops.all_finite(mean)):  # the sum is out of float32's range: every rank skips the step
                 mean = ops.zeros(mine.size)
             payload, _ = whole.compress(ops, mean, mine, info, {})
-        fields = {rank: whole.fields(s) for rank, s in specs.items()}
+        fields = fields_by_rank(whole, specs)
         gathered = yield Gather(fields.get(info.rank, ()), payload, by_rank=fields, finite=finite)
-        regions = zip(specs.items(), gathered, strict=True)
-        result = ops.concat([self._open(ops, whole, p, s, info, rank) for (rank, s), p in regions])
-        return Exchanged(result, lambda: values, state, lambda: compressor.positions(ops, own, spec, info))
-
-    def _open(self, ops, whole, payload, spec, info, rank):
-        with sent_by(rank, spec.name):
-            return whole.decompress(ops, payload, spec, info)
+        result = ops.concat(list(_opened(ops, whole, gathered, specs, info)))
+        return Exchanged(result, partial(_itself, values), state, partial(compressor.positions, ops, own, spec, info))
 
     def input_bytes(self, compressor, spec, n):
         sizes = [TensorSpec("", (r.stop - r.start,)) for r in shards(spec.name, spec.size, n).values()]
-        bounds = [_NonZeros().nbytes(s) for s in sizes]
+        bounds = [_nonzeros("fp32").nbytes(s) for s in sizes]
         return sum(bounds) + max(bounds)
 
     def collectives(self, n, payload, dense):
@@ -81,3 +80,22 @@ class SparseAllreduce(Communicator):
 
     def decodes(self, n):
         return 2  # on average n regions, each an n-th of a payload, and the result
+
+
+def _cut(ops, parts, values, spec, info):
+    """Returns (specs, payloads) of the regions, by rank."""
+    ranges = shards(spec.name, spec.size, info.size)
+    specs = {rank: TensorSpec(spec.name, (r.stop - r.start,)) for rank, r in ranges.items()}
+    return specs, {rank: parts.compress(ops, values[r], specs[rank], info, {})[0] for rank, r in ranges.items()}
+
+
+def _opened(ops, whole, payloads, specs, info):
+    """Decodes the regions of the result. Raises PayloadError, which names the rank and the parameter."""
+    for (rank, spec), payload in zip(specs.items(), payloads, strict=True):
+        with sent_by(rank, spec.name):
+            values = whole.decompress(ops, payload, spec, info)
+        yield values
+
+
+def _itself(values):
+    return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from ..parts.ops import Ops
@@ -21,16 +22,19 @@ Requests = list[tuple[int, Any]]
 
 def exchange_bucket(ops: Ops, jobs: Sequence[Job], info: StepInfo, digest: int, carry: Carry) -> BucketExchange:
     """Exchanges all tensors of a bucket. If some rank was not finite, the outcomes mean nothing."""
-    units = list(_units(ops, jobs, info))
-    step = BucketStep(ops, info, digest, carry, [spec for spec, _ in units])
-    tensors = side_by_side([exchange for _, exchange in units])
+    specs, exchanges = [], []
+    for spec, exchange in _units(ops, jobs, info):
+        specs.append(spec)
+        exchanges.append(exchange)
+    step = BucketStep(ops, info, digest, carry, specs)
+    tensors = side_by_side(exchanges)
     answers: Any = None
     all_finite, turn = True, 0
     while True:
         try:
             requests = _next_requests(step, tensors, answers)
         except StopIteration as stop:
-            found = [outcome for outcomes in stop.value for outcome in outcomes]
+            found = [outcome for done in stop.value for outcome in ([done] if isinstance(done, Outcome) else done)]
             return found, all_finite and all(outcome.finite for outcome in found)
         running = side_by_side([fused(step, kind, group, turn) for kind, group in by_kind(requests).items()])
         replies: Any = None
@@ -67,7 +71,7 @@ def side_by_side(generators: Sequence[Generator[Any, Any, Any]]) -> Generator[Re
     return results
 
 
-def _units(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> Iterator[tuple[TensorSpec, Generator[Any, Any, list[Outcome]]]]:
+def _units(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> Iterator[tuple[TensorSpec, Generator[Any, Any, Outcome | list[Outcome]]]]:
     """Yields what is exchanged as one, in order: runs of small neighbours that go through the same parts, and every other tensor."""
     for key, group in groupby(jobs, lambda job: merge_key(ops, job)):
         for run in runs(list(group)) if key else ([job] for job in group):
@@ -75,28 +79,26 @@ def _units(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> Iterator[tuple[Tens
             if merged:
                 yield merged
             else:
-                yield from ((job.spec, _alone(ops, job, info)) for job in run)
-
-
-def _alone(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, list[Outcome]]:
-    exchange = exchange_tensor(ops, job, info)
-    return [(yield from exchange if job.watch is None else job.watch.through(ops, job, exchange))]
+                for job in run:
+                    exchange = exchange_tensor(ops, job, info)
+                    yield job.spec, exchange if job.watch is None else job.watch.through(ops, job, exchange)
 
 
 def _next_requests(step: BucketStep, tensors: Generator[Requests, dict[int, Any], list[Any]], answers: Any) -> Requests:
     """Returns the tensors' next requests to the network, once all that they ask of the bucket itself (NotFinite, Together) is answered."""
-    waiting: dict[int, Any] = {}
+    waiting: Requests = []
     together: dict[Any, dict[int, Any]] = {}
     while True:
         told: dict[int, None] = {}
-        for index, request in tensors.send(answers):
+        for asked in tensors.send(answers):
+            index, request = asked
             if isinstance(request, NotFinite):
                 told[index] = None
                 step.finite = False
             elif isinstance(request, Together):
                 together.setdefault(request.combine, {})[index] = request.value
             else:
-                waiting[index] = request
+                waiting.append(asked)
         if told:  # what these tensors ask next belongs to the same round
             answers = told
         elif together:
@@ -106,4 +108,4 @@ def _next_requests(step: BucketStep, tensors: Generator[Requests, dict[int, Any]
                 answers.update(zip(values, combine(list(values.values())), strict=True))
             together = {}
         else:
-            return sorted(waiting.items())
+            return sorted(waiting, key=itemgetter(0))

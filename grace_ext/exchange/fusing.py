@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import PayloadError
 from ..parts.field import HALVES, INTEGERS, ITEMSIZE, Field
@@ -20,10 +20,15 @@ from .message import HEADER, OTHERWISE, message, open_message
 Carry = Callable[[Collective], Generator[Collective, Any, Any]]
 #: Requests of one kind, each with the place of its tensor in the bucket.
 Group = Sequence[tuple[int, Any]]
-#: What a message holds: fields, each with the place of its tensor in the bucket.
-Wanted = list[tuple[int, Sequence[Field]]]
 #: (the answer to each request, by the place of its tensor; whether every rank was finite)
 Answers = tuple[dict[int, Any], bool]
+
+
+class Contents(NamedTuple):
+    """What a message holds: the places of tensors in the bucket, and the fields of each."""
+
+    places: list[int]
+    fields: list[Sequence[Field]]
 
 
 @dataclass
@@ -42,14 +47,15 @@ class BucketStep:
 def by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, Group]:
     """Groups requests that one collective can carry together, in an order that all ranks share."""
     groups: dict[str, list[tuple[int, Any]]] = {}
-    for index, request in requests:
+    for asked in requests:
+        request = asked[1]
         if isinstance(request, AllReduce):
             kind = "sum-integers" if request.dtype in INTEGERS else "sum-" + request.dtype
         elif isinstance(request, Scatter):
             kind = "scatter"
         else:
             kind = "broadcast" if request.by_broadcast else "gather"
-        groups.setdefault(kind, []).append((index, request))
+        groups.setdefault(kind, []).append(asked)
     return dict(sorted(groups.items()))
 
 
@@ -104,7 +110,8 @@ def _scatter(step: BucketStep, group: Group, label: str) -> Generator[Collective
     data = [message(ops, its, digest=step.digest, step=info.step, finite=step.finite) for its in pieces]
     sizes = tuple(len(piece) for piece in data)
     variable = any(field.variable for _, request in group for fields in request.fields.values() for field in fields)
-    mine = [(index, request.fields[info.rank]) for index, request in group if info.rank in request.fields]
+    places = [index for index, request in group if info.rank in request.fields]
+    mine = Contents(places, [request.fields[info.rank] for _, request in group if info.rank in request.fields])
     limits = (_longest(mine),) * info.size
     collective = Collective("alltoall", ops.concat(data), label, sizes=sizes, received=() if variable else None, limits=limits)
     received = yield from step.carry(collective)
@@ -119,37 +126,38 @@ def _gather(step: BucketStep, kind: str, group: Group, label: str) -> Generator[
     data = message(ops, pieces, digest=step.digest, step=info.step, finite=finite)
     by_rank = _by_rank(group, info.size)
     limits = tuple(_longest(one) for one in by_rank)
-    sizes = None if any(field.variable for one in by_rank for _, fields in one for field in fields) else limits
+    sizes = None if any(field.variable for one in by_rank for fields in one.fields for field in fields) else limits
     collective = "broadcast" if kind == "broadcast" else "allgather"
     received = yield from step.carry(Collective(collective, data, label, sizes=sizes, limits=limits))
     return _opened(step, group, by_rank, received)
 
 
-def _by_rank(group: Group, size: int) -> list[Wanted]:
+def _by_rank(group: Group, size: int) -> list[Contents]:
     """Returns, for each rank, what its message holds."""
     if not any(request.by_rank for _, request in group):
-        return [[(index, request.fields) for index, request in group]] * size
-    by_rank: list[Wanted] = [[] for _ in range(size)]
+        return [Contents([index for index, _ in group], [request.fields for _, request in group])] * size
+    by_rank = [Contents([], []) for _ in range(size)]
     for index, request in group:
         its = dict.fromkeys(range(size), request.fields) if request.by_rank is None else request.by_rank
         for rank, fields in its.items():
-            by_rank[rank].append((index, fields))
+            by_rank[rank].places.append(index)
+            by_rank[rank].fields.append(fields)
     return by_rank
 
 
-def _longest(wanted: Wanted) -> int:
+def _longest(contents: Contents) -> int:
     """Returns the bytes of the longest message that holds this."""
-    return HEADER.size + sum(field.max_bytes for _, fields in wanted for field in fields)
+    return HEADER.size + sum(field.max_bytes for fields in contents.fields for field in fields)
 
 
-def _opened(step: BucketStep, group: Group, by_rank: Sequence[Wanted], received: Sequence[Array]) -> Answers:
+def _opened(step: BucketStep, group: Group, by_rank: Sequence[Contents], received: Sequence[Array]) -> Answers:
     """Reads the ranks' messages, given what each of them holds: the answer to each request is its payloads, by rank."""
     finite = True
     answers: dict[int, list[Any]] = {index: [] for index, _ in group}
-    for rank, (its_data, wanted) in enumerate(zip(received, by_rank, strict=True)):
+    for rank, (its_data, (places, fields)) in enumerate(zip(received, by_rank, strict=True)):
         body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank)
-        payloads = unpack(step.ops, body, [(step.specs[index].name, fields) for index, fields in wanted], rank)
-        for (index, _), payload in zip(wanted, payloads, strict=True):
-            answers[index].append(payload)
+        names = (step.specs[place].name for place in places)
+        for place, payload in zip(places, unpack(step.ops, body, zip(names, fields, strict=True), rank), strict=True):
+            answers[place].append(payload)
         finite = finite and its_finite
     return answers, finite

@@ -68,34 +68,43 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)
-    watch = job.watch if job.watch is not None and job.watch.closely else None
     compiled_ops = fast(ops)
     running = compiled(compiled_ops, job, info, state) if compiled_ops else None
     if running:
         return (yield from running)
-    current = dict(state)  # a memory may send twice: the second time finds what the first left behind
-    finite = True
-    # What a memory keeps of an aggregate that overflowed would never be finite again.
-    learns = bool(memory.shared_state or memory.mean_state) or type(memory).on_aggregate is not Memory.on_aggregate
+    send = _Sender(ops, job, info, state)
+    output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
+    return Outcome(output, _updated(state, *changes), send.finite)
 
-    def send(x: Array) -> Generator[Any, Any, Exchanged]:
-        nonlocal finite
-        wide, carried = job.compressor.keeps_float64 and spec.dtype == "float64", memory.carried(spec)
+
+class _Sender:
+    """Sends arrays of one tensor for its memory, which may call it twice in a step: the second time it finds the state that the first left
+    behind. finite: whether all results have been finite, if the memory learns from them.
+
+    It is a class because all tensors of a bucket wait for the network together, and the cells of a closure would be ten objects each."""
+
+    __slots__ = ("finite", "info", "job", "ops", "state")
+
+    def __init__(self, ops: Ops, job: Job, info: StepInfo, state: State):
+        self.ops, self.job, self.info, self.state, self.finite = ops, job, info, dict(state), True
+
+    def __call__(self, x: Array) -> Generator[Any, Any, Exchanged]:
+        ops, info, (spec, compressor, memory, communicator, *_) = self.ops, self.info, self.job
+        wide, carried = compressor.keeps_float64 and spec.dtype == "float64", memory.carried(spec)
         x = ops.cast(x, "float64" if wide else "float32")
         if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
             yield NotFinite()
             x = ops.zeros(spec.size)
-        done = yield from job.compressor.exchange(ops, x, carried, info, current, job.communicator)
-        if watch:
-            watch.sent(ops.norm(x), ops.norm(x - done.values()))
-        finite = finite and (not learns or ops.all_finite(done.aggregate))
-        kept = job.compressor.on_aggregate(ops, done.aggregate, carried, info, {**current, **done.state})
+        done = yield from compressor.exchange(ops, x, carried, info, self.state, communicator)
+        if self.job.watch is not None and self.job.watch.closely:
+            self.job.watch.sent(ops.norm(x), ops.norm(x - done.values()))
+        # What a memory keeps of an aggregate that overflowed would never be finite again.
+        learns = memory.shared_state or memory.mean_state or type(memory).on_aggregate is not Memory.on_aggregate
+        self.finite = self.finite and (not learns or ops.all_finite(done.aggregate))
+        kept = compressor.on_aggregate(ops, done.aggregate, carried, info, {**self.state, **done.state})
         changed = {**done.state, **kept}
-        current.update(changed)
-        return done._replace(state=changed, compressor=job.compressor)
-
-    output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
-    return Outcome(output, _updated(state, *changes), finite)
+        self.state.update(changed)
+        return done._replace(state=changed, compressor=compressor)
 
 
 def compiled(ops: FastOps, job: Job, info: StepInfo, state: State) -> Generator[Any, Any, Outcome] | None:

@@ -11,7 +11,7 @@ bytes are read. All sizes are checked here; what the bytes mean (ranges of indic
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -34,7 +34,7 @@ def pack(ops: Ops, fields: Sequence[Field], arrays: Sequence[Array]) -> list[Arr
     return pieces
 
 
-def unpack(ops: Ops, body: Array, tensors: Sequence[tuple[str, Sequence[Field]]], rank: int) -> Iterator[list[Array]]:
+def unpack(ops: Ops, body: Array, tensors: Iterable[tuple[str, Sequence[Field]]], rank: int) -> Iterator[list[Array]]:
     """Yields the payload of each (name, fields), one uint8 array per field. Raises PayloadError, which names the rank and the tensor."""
     at = 0
     for name, fields in tensors:
