@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
+
+import torch.distributed as dist
 
 from ...driver.driver import Driver
 from ...errors import UnsupportedError
@@ -54,6 +57,23 @@ def leaves_out(optimizer: Any) -> bool:
             if driver.transport.rank == 0:
                 LOG.warning(LOST, where)
     return where is not None
+
+
+class OfOneRank(dict[str, Any]):
+    """The state of one rank, as a script gets it from `state_dict()`. It refuses to be read by DCP in a job of several ranks: DCP would mix
+    the ranks' states. Saved by torch.save, or copied, it is a plain ordered dictionary."""
+
+    def items(self) -> Any:
+        where = called_by_dcp() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+        if where is not None:
+            raise UnsupportedError(
+                f"{where}: {DCP} gives one rank's state to all, and this one, which state_dict() returned to the script, differs by rank: "
+                "leave it out, and pass memory = hvd.DistributedState(optimizer) in its place"
+            )
+        return super().items()
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(dict.items(self))  # a class that torch.load takes with weights_only=True
 
 
 def refuse_dcp(what: str, instead: str) -> None:

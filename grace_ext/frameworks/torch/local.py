@@ -15,7 +15,7 @@ from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from . import engine
-from .dcp import refuse_dcp
+from .dcp import OfOneRank, refuse_dcp
 from .guards import check_alone, check_containers, check_optimizer_kind, check_parameters
 from .in_front import InFront, in_front_of
 from .ops import describe, ops_for
@@ -214,7 +214,7 @@ class LocalOptimizer(InFront):
         saved = super().state_dict()
         if self._local.worker is None:
             return saved
-        return {**saved, "grace_ext": mapped(self._local.worker.state_dict(), self._local.ops.as_torch)}
+        return {**saved, "grace_ext": OfOneRank(mapped(self._local.worker.state_dict(), self._local.ops.as_torch))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned. Without a 'grace_ext' entry local training starts anew, from the model at the next step."""

@@ -22,6 +22,7 @@ from ...exchange.perform import perform
 from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
+from .dcp import OfOneRank
 from .guards import check_containers
 from .ops import HostOps, TorchOps, as_bytes, describe, ops_for
 
@@ -209,7 +210,7 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Returns the driver's state, with torch tensors (so that `torch.load` reads them without pickle)."""
         saved = self.driver.state_dict()
-        return {**saved, "state": {key: self.ops.as_torch(array) for key, array in saved["state"].items()}}
+        return OfOneRank({**saved, "state": {key: self.ops.as_torch(array) for key, array in saved["state"].items()}})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resumes bit for bit from what `state_dict` returned. Raises GraceError, and changes nothing, if the state does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -261,6 +263,28 @@ def case_what_would_be_lost_is_refused():
         raises(UnsupportedError, "instead of the optimizer", lambda: get_state_dict(trained.model, optimizer))
     assert optimizer.state_dict()["grace_ext"]["model"]["step"] == 0
     assert hook.kept.state_dict()["step"] == 2
+
+
+def case_a_state_that_the_script_takes_itself_is_refused():
+    """DCP would mix the ranks' memories; a file of one rank keeps its own."""
+    trained, hook = Trained(steps=2), InDDP(steps=2)
+    for state in (trained.optimizer.state_dict(), hook.kept.state_dict(), local(Trained().model).state_dict()):
+        with folder() as there:
+            save(there, anything={"of": torch.ones(2)})
+            for call in (save, load):
+                with pytest.raises((UnsupportedError, CheckpointException), match=r"leave it out, and pass memory = hvd.Distrib") as raised:
+                    call(there, anything={"deep": state})
+                assert f"{__file__}:" in str(raised.value), raised.value
+        for copied in (io_copy(state), copy.deepcopy(state), dict(state)):
+            assert list(copied) == list(state)
+    file = io.BytesIO()
+    torch.save(trained.optimizer.state_dict(), file)
+    file.seek(0)
+    trained.train(2, 4)
+    again = Trained()
+    again.model.load_state_dict(trained.model.state_dict())
+    again.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    assert again.memory()["step"] == 2 and type(torch.load(io.BytesIO(file.getvalue()))["grace_ext"]).__name__ == "OrderedDict"
 
 
 def local(model, momentum=0.0, **options):
