@@ -36,7 +36,7 @@ from benchmarks.reliability.mix_draw import PATHS, a_case  # noqa: E402
 from benchmarks.reliability.mix_shrink import Failure, failure, shrunk  # noqa: E402
 
 #: Seconds that one case may take, and cases that a process runs before it reports.
-SECONDS, BATCH = 60, 200
+SECONDS, BATCH = 60, 100
 PASTE = """from math import inf, nan
 from benchmarks.reliability.mix_case import Bad, Case, Tensor
 from benchmarks.reliability.mix_shrink import failure
@@ -58,11 +58,13 @@ def prepare() -> None:
     signal.signal(signal.SIGALRM, ring)
 
 
-def batch(seeds: range, paths: dict[str, int]) -> tuple[Counter[str], list[tuple[int, Failure]]]:
-    """Runs the cases of these seeds. Returns the counts, and the failures with their seeds."""
+def batch(seeds: range, paths: dict[str, int], until: float) -> tuple[Counter[str], list[tuple[int, Failure]]]:
+    """Runs the cases of these seeds, and starts none after the time `until`. Returns the counts, and the failures with their seeds."""
     tally: Counter[str] = Counter()
     failed = []
     for seed in seeds:
+        if time.time() > until:
+            break
         signal.alarm(SECONDS)
         try:
             found = failure(a_case(seed, tally, paths), tally)
@@ -74,15 +76,15 @@ def batch(seeds: range, paths: dict[str, int]) -> tuple[Counter[str], list[tuple
     return tally, failed
 
 
-def batches(seeds: range, jobs: int, paths: dict[str, int]) -> Iterator[tuple[Counter[str], list[tuple[int, Failure]]]]:
+def batches(seeds: range, jobs: int, paths: dict[str, int], until: float) -> Iterator[tuple[Counter[str], list[tuple[int, Failure]]]]:
     """Runs all cases in this many processes."""
     parts = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)]
     if jobs == 1:
-        yield from (batch(part, paths) for part in parts)
+        yield from (batch(part, paths, until) for part in parts)
         return
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawned, initializer=prepare) as pool:
-        for done in as_completed([pool.submit(batch, part, paths) for part in parts]):
+        for done in as_completed([pool.submit(batch, part, paths, until) for part in parts]):
             yield done.result()
 
 
@@ -91,11 +93,13 @@ def explain(seed: int, found: Failure) -> str:
     return f"seed {seed}: {found.text}\n{PASTE.format(found.case)}"
 
 
-def run(seeds: range, jobs: int, paths: dict[str, int]) -> tuple[Counter[str], dict[str, tuple[int, int, Failure]]]:
-    """Runs all cases with a bar. Returns the counts, and by kind of failure: how often, the first seed and its failure."""
+def run(
+    seeds: range, jobs: int, paths: dict[str, int], until: float = float("inf")
+) -> tuple[Counter[str], dict[str, tuple[int, int, Failure]]]:
+    """Runs the cases with a bar, until this time. Returns the counts, and by kind of failure: how often, the first seed and its failure."""
     tally: Counter[str] = Counter()
     kinds: dict[str, tuple[int, int, Failure]] = {}
-    for counts, failed in batches(seeds, jobs, paths):
+    for counts, failed in batches(seeds, jobs, paths, until):
         tally.update(counts)
         for seed, found in failed:
             often, first, earlier = kinds.get(found.kind, (0, seed, found))
@@ -137,6 +141,7 @@ def main() -> int:
     parser.add_argument("--real", nargs="*", choices=mix_real.ENGINES, metavar="ENGINE", help="cases on these engines, by default on all")
     parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path], help="only these paths")
     parser.add_argument("--seconds", type=float, default=30, help="time for making each kind of failure smaller; 0 does not")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time")
     parser.add_argument("--write", action="store_true", help="write the results, as if there were that many cases")
     options = parser.parse_args()
     prepare()
@@ -153,7 +158,7 @@ def main() -> int:
         return mix_real.main(options.real or list(mix_real.ENGINES), seeds, write)
     print(f"seeds {seeds.start} to {seeds.stop - 1}", file=sys.stderr)
     begun = time.monotonic()
-    tally, kinds = run(seeds, options.jobs, paths)
+    tally, kinds = run(seeds, options.jobs, paths, time.time() + 60 * options.minutes)
     seconds = time.monotonic() - begun
     each = 1e3 * seconds * options.jobs / max(1, tally["cases"])
     print(f"\n{tally['cases']:,} cases in {seconds:.0f} s, {each:.1f} ms each", file=sys.stderr)
@@ -161,7 +166,7 @@ def main() -> int:
         print(f"  {kind}: {count:,}", file=sys.stderr)
     for kind, (often, seed, found) in sorted(kinds.items()):
         print(f"\n--- {kind}: {often} cases, the first is", explain(seed, shrunk(found, options.seconds)), flush=True)
-    if write:
+    if write and tally["cases"] == len(seeds):
         written(tally, kinds, seeds, seconds)
     return int(bool(kinds))
 
