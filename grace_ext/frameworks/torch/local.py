@@ -121,10 +121,14 @@ class _Local:
     def converted(self, saved: Any) -> Any:
         """Returns a worker's state, saved as tensors, with arrays of this exchange's library and device."""
         device = next(iter(self.parameters.values())).device
-        try:
-            return mapped(saved, lambda array: self.ops.from_torch(torch.as_tensor(array).detach().to(device)))
-        except (TypeError, RuntimeError) as error:
-            raise GraceError(f"this state has an array that is none of torch's or numpy's: {error}") from None
+
+        def own(array: Any) -> Any:
+            try:
+                return self.ops.from_torch(torch.as_tensor(array).detach().to(device))
+            except (TypeError, ValueError, RuntimeError):  # Worker.check_state says by name what is wrong with it
+                return array
+
+        return mapped(saved, own)
 
     def begin_anew(self) -> None:
         """Makes a worker that has made no step."""
