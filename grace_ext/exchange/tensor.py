@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from ..communicators.base import Communicator
 from ..compressors.base import Compressor, Exchanged
 from ..compressors.fast_path import Fused, Payload, RoundsDone
@@ -19,6 +21,7 @@ from ..parts.ops import Array, Feedback, Ops, Zeros
 from ..parts.tensor import StepInfo, TensorSpec
 
 State = dict[str, Array]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class NotFinite(NamedTuple):
@@ -74,12 +77,14 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
         return (yield from running)
     send = _Sender(ops, job, info, state)
     output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
-    return Outcome(output, _updated(state, *changes), send.finite)
+    # What a memory keeps of a result that overflowed would never be finite again. All ranks see the same.
+    finite = send.finite and (not _learns(memory) or ops.all_finite(ops.cast(output, "float32")))
+    return Outcome(output, _updated(state, *changes), finite)
 
 
 class _Sender:
     """Sends arrays of one tensor for its memory, which may call it twice in a step: the second time it finds the state that the first left
-    behind. finite: whether all results have been finite, if the memory learns from them.
+    behind. finite: False if an aggregate is out of the range of what the memory keeps of it.
 
     It is a class because all tensors of a bucket wait for the network together, and the cells of a closure would be ten objects each."""
 
@@ -92,19 +97,29 @@ class _Sender:
         ops, info, (spec, compressor, memory, communicator, *_) = self.ops, self.info, self.job
         wide, carried = compressor.keeps_float64 and spec.dtype == "float64", memory.carried(spec)
         x = ops.cast(x, "float64" if wide else "float32")
-        if not ops.all_finite(x):  # a float64 that float32 cannot hold counts, too
+        if not _in_range(ops, compressor, x):  # a float64 that float32 cannot hold counts, too
             yield NotFinite()
             x = ops.zeros(spec.size)
         done = yield from compressor.exchange(ops, x, carried, info, self.state, communicator)
         if self.job.watch is not None and self.job.watch.closely:
             self.job.watch.sent(ops.norm(x), ops.norm(x - done.values()))
-        # What a memory keeps of an aggregate that overflowed would never be finite again.
-        learns = memory.shared_state or memory.mean_state or type(memory).on_aggregate is not Memory.on_aggregate
-        self.finite = self.finite and (not learns or ops.all_finite(done.aggregate))
+        if wide and _learns(memory):  # it keeps float32
+            self.finite = self.finite and ops.all_finite(ops.cast(done.aggregate, "float32"))
         kept = compressor.on_aggregate(ops, done.aggregate, carried, info, {**self.state, **done.state})
         changed = {**done.state, **kept}
         self.state.update(changed)
         return done._replace(state=changed, compressor=compressor)
+
+
+def _learns(memory: Memory) -> bool:
+    """Whether the memory keeps something of the result."""
+    return bool(memory.shared_state or memory.mean_state) or type(memory).on_aggregate is not Memory.on_aggregate
+
+
+def _in_range(ops: Ops, compressor: Compressor, x: Array) -> bool:
+    """Whether x is finite, and so is whatever it decodes to, and what that leaves of x. Transforms and products of matrices may be larger
+    than every element, but not than the norm."""
+    return ops.all_finite(x) if compressor.deterministic_bytes else ops.norm(x) <= FLOAT32_MAX
 
 
 def compiled(ops: FastOps, job: Job, info: StepInfo, state: State) -> Generator[Any, Any, Outcome] | None:

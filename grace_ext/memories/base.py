@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from ..compressors.base import Compressor, Exchanged
 from ..errors import IncompatiblePartsError
 from ..parts.field import HALVES
@@ -103,14 +105,18 @@ class Memory(FastPath, Part):
 
     # --- helpers for subclasses ---------------------------------------------------------------------------------------
     def unsent(self, ops: Ops, compensated: Array, sent: Exchanged) -> Array:
-        """float32: what the payload lost of what was compressed, the residual of error feedback. May be written over `compensated`."""
+        """float32: what the payload lost of what was compressed, the residual of error feedback. Differences that float32 cannot hold
+        become the largest that it can. May be written over `compensated`."""
         if ops.cast(compensated, "float32") is not compensated:
-            return ops.cast(compensated - sent.values(), "float32")
-        if sent.remove:
+            compensated = ops.cast(compensated - sent.values(), "float32")
+        elif sent.remove:
             sent.remove(compensated)  # it is this memory's own
         else:
             compensated -= sent.values()
-        return compensated
+        if ops.all_finite(compensated):
+            return compensated
+        most = float(np.finfo(np.float32).max)
+        return ops.cast(ops.where(compensated > most, most, ops.where(compensated < -most, -most, compensated)), "float32")
 
     def needs_magnitudes(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError, for `check`, if the compressor's result is a vote, which has no size."""

@@ -93,6 +93,10 @@ def _valid(field: dataclasses.Field[Any], value: Any) -> Any:
     return value
 
 
+#: Gradients times a lower learning rate, and their quotients, leave the range of float32.
+LOWEST_RATE = 1e-30
+
+
 @dataclass(frozen=True)
 class Part:
     """Every part inherits from this class. Subclasses are frozen dataclasses whose fields are made by `knob`."""
@@ -138,7 +142,8 @@ class Part:
         return cls(**given, **knobs)
 
     def learning_rate(self, info: StepInfo) -> float:
-        """Returns the current learning rate. Raises LearningRateError if there is none."""
+        """Returns the current learning rate; rates below LOWEST_RATE count as 0. Raises LearningRateError if there is none, or none that
+        can be used."""
         if info.lr is None:
             raise LearningRateError(
                 f"{self.kind} {self.name!r} needs the learning rate: pass the optimizer (bind(..., optimizer=opt), ddp_comm_hook(..., "
@@ -149,7 +154,12 @@ class Part:
                 f"{self.kind} {self.name!r} works with one learning rate, but the optimizer's parameter groups have different ones; give "
                 "all groups the same rate, or use memory 'residual', which needs none"
             )
-        return info.lr
+        if not 0 <= info.lr < math.inf:
+            raise LearningRateError(
+                f"{self.kind} {self.name!r} needs a learning rate that is finite and not negative, got {info.lr}; correct the schedule, or "
+                "use memory 'residual', which needs none"
+            )
+        return info.lr if info.lr >= LOWEST_RATE else 0.0
 
     def rate_change(self, before: float, info: StepInfo) -> float:
         """Returns lr_before / lr in float32, or 1 if there was no rate before. lr must not be 0."""

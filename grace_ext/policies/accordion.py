@@ -65,11 +65,13 @@ class Accordion(Policy):
 
     def observe(self, ops, aggregate, spec, info, state):
         total = ops.cast(state["sum"] + aggregate, "float32")
+        if not ops.all_finite(total):  # out of float32's range
+            total = state["sum"]
         if (info.step + 1) % self.interval:
             return {"sum": total}
         before, _, rate = (float(v) for v in ops.host(state["regime"]))
         # Rounded to float32, so that the decision does not depend on the order in which a library sums.
-        now = float(np.float32(ops.block_norms(total, spec.size, 2)[0]))
+        now = float(np.float32(min(float(ops.block_norms(total, spec.size, 2)[0]), np.finfo(np.float32).max)))
         lr = float(np.float32(info.lr or 0))
         changed = not before or abs(before - now) >= self.threshold * before
         fallen = 0 < rate and lr <= rate * (1 - self.threshold)

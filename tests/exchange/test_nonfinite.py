@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import grace_ext
+from grace_ext.errors import LearningRateError
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, states
 
@@ -89,3 +90,77 @@ def test_an_empty_tensor_cannot_be_bad(world):
     cluster = world.cluster(grace_ext.grace("topk + residual"), 2)
     out = world.step(cluster, spoiled(inputs.ranks(2, 0, "float32", SHAPES), 1, "m", np.nan))
     assert out["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "value"),
+    [
+        ("none + gradient_compression", "f4", 3e38),
+        ("none + momentum_compression", "f8", 3e38),
+        ("none + gradient_compression", "f8", 1e300),
+        ("demo(topk=32) + residual", "f4", 3e38),
+        ("accordion(high=none, low=none, interval=100)", "f4", 1.5e38),
+        ("none + ef21 @ allgather", "f4", -3e38),
+        ("topk(ratio=0.5) + efsignsgd", "f4", 3e38),
+        ("vqsgd(repeats=1) + residual", "f4", 1e37),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_leaves_the_range_is_not_kept(spec, dtype, value):
+    """Finite gradients whose momentum, mean or transform float32 cannot hold are a step that is skipped; the state stays finite."""
+    cluster, draw = grace_ext.LocalCluster(grace_ext.grace(spec), 2), np.random.default_rng(0)
+    for step in range(4):
+        before = states(cluster, NUMPY)
+        signs = draw.choice([-1.0, 1.0], (24, 18)) if "demo" in spec else np.ones((24, 18))
+        out = cluster.step([{"w": (value * signs).astype(dtype)}] * 2, lr=0.5)["w"]
+        held = states(cluster, NUMPY)
+        assert all(np.isfinite(x).all() for rank in held for x in rank.values()), step
+        assert np.isfinite(out).all() or (np.isnan(out).all() and (not step or _same(before, held))), step
+    out = cluster.step([{"w": np.ones((24, 18), dtype)}] * 2, lr=0.5)["w"]
+    assert np.isfinite(out).all()
+
+
+def _same(one, other) -> bool:
+    return all(a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a) for a, b in zip(one, other, strict=True))
+
+
+#: Memories and communicators that use the learning rate.
+BY_RATE = ["topk(ratio=0.25) + efsignsgd", "topk(ratio=0.25) + cser", "efsignsgd + dist_ef_block(momentum=0.5)",
+           "efsignsgd + dist_ef_block @ reduce_scatter(follow_rate=True)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", BY_RATE)
+@pytest.mark.parametrize("rate", [0.0, 1e-40, 1e-31])
+def test_a_rate_of_nothing_sends_nothing(spec, rate):
+    """A step whose learning rate is 0, or so low that float32 cannot hold its products, returns zeros and keeps the state."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 2)
+    cluster.step(inputs.ranks(2, 0), lr=0.1)
+    before = states(cluster, NUMPY)
+    for out in NUMPY.everywhere(cluster, inputs.ranks(2, 1), lr=rate):
+        assert not any(array.any() for array in out.values())
+    assert _same(before, states(cluster, NUMPY))
+    assert all(np.isfinite(x).all() for x in NUMPY.step(cluster, inputs.ranks(2, 2), lr=0.1).values())
+
+
+@pytest.mark.parametrize("spec", BY_RATE)
+@pytest.mark.parametrize("rate", [float("inf"), -0.1])
+def test_a_rate_that_cannot_be_is_an_error(spec, rate):
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 2)
+    cluster.step(inputs.ranks(2, 0), lr=0.1)
+    before = states(cluster, NUMPY)
+    with pytest.raises(LearningRateError, match=f"finite and not negative, got {rate}"):
+        cluster.step(inputs.ranks(2, 1), lr=rate)
+    assert _same(before, states(cluster, NUMPY))
+
+
+@pytest.mark.parametrize("spec", BY_RATE)
+def test_a_rate_that_falls_by_thirty_powers_of_ten(spec):
+    """What was kept at a high rate is large at a low one; the results are finite, or the step is skipped."""
+    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 2)
+    for step, rate in enumerate((1e6, 1e-29, 1e-29, 0.1)):
+        before = states(cluster, NUMPY)
+        outs = NUMPY.everywhere(cluster, inputs.ranks(2, step), lr=rate)
+        held = states(cluster, NUMPY)
+        assert all(np.isfinite(x).all() for rank in held for x in rank.values())
+        if not all(np.isfinite(x).all() for out in outs for x in out.values()):
+            assert _same(before, held)
