@@ -24,10 +24,11 @@ class Hierarchical(Communicator):
     same and hold the same memory, that of the node's gradient: one rank's copy can be saved for all, and a lost one restored from another.
     Sent per rank: inside a node, 2 (g-1)/g S for g ranks and gradients of S bytes, plus what the node received; to other nodes, once per
     node, what `between` sends for N ranks: (N-1) m with allgather, while a flat ring of all ranks sends (n-1) m across every node's link.
-    With one rank per node it equals `between`; with a single node nothing is compressed. A node is named by its host name, or by the
-    environment variable GRACE_EXT_NODE. In a policy, if one spec is hierarchical, all are exchanged in two levels. Works with Horovod (not
-    with TensorFlow's LocalSGD or its unmodified tape), torch.distributed, MPI and LocalCluster(ranks_per_node=...), over all ranks of the
-    job. `between`: by default the compressor's natural communicator; not one that keeps state.
+    With one rank per node it equals `between`; with a single node nothing is compressed, but memories go on, and votes stay votes. A node
+    is named by its host name, or by the environment variable GRACE_EXT_NODE. In a policy, if one spec is hierarchical, all are exchanged in
+    two levels. Works with Horovod (not with TensorFlow's LocalSGD or its unmodified tape), torch.distributed, MPI and
+    LocalCluster(ranks_per_node=...), over all ranks of the job. `between`: by default the compressor's natural communicator; not one that
+    keeps state.
     Source: the usual two-level all-reduce (Horovod's hierarchical one), compressed between the nodes.
     """
 

@@ -143,7 +143,8 @@ class Exchange(Measured):
     comm: an mpi4py intra-communicator, by default COMM_WORLD. It is duplicated, so that nothing here mixes with the caller's messages:
       making an Exchange, and `close`, are collective; every rank of comm takes part.
     op: 'mean' or 'sum'.
-    simulate: compress at world size 1 too; otherwise a single rank gets copies of its gradients.
+    simulate: compress at world size 1 too; otherwise a single rank gets copies of its gradients, or what a momentum or a vote makes of
+      them.
     Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator, a launcher whose ranks MPI does not connect), and
     DisagreementError if ranks pass different `op`.
     """

@@ -43,7 +43,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
       So are those of an optimizer with gradient_accumulation_steps, once per update (with a LossScaleOptimizer: at each call).
     op: Average or Sum. gradient_predivide_factor, num_groups, groups: accepted; sums are formed in float32 and gradients travel in buckets.
     sparse_as_dense: IndexedSlices are compressed as dense gradients; otherwise exchanged exactly, uncompressed.
-    name, device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too.
+    name, device_dense, device_sparse, use_locking: have no effect. simulate: compress at world size 1 too; without
+      it a single rank sends nothing, but a memory that is the training's momentum keeps it, and votes stay votes.
     check_start: compares the bits of all ranks' variables at the first step and, if they differ there, again at the second; raises
       DisagreementError if they still do (usually because BroadcastGlobalVariablesCallback is missing).
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes`,

@@ -58,7 +58,8 @@ def ddp_comm_hook(
     ddp: the DistributedDataParallel; or, for libraries that wrap the model later (Lightning), the module that will be wrapped.
     optimizer: the one that applies the gradients, or a function that returns it (for libraries that make it later). It gives the learning
       rate, and is checked against memories that are the momentum; with parts that need either, leaving it out raises UnsupportedError.
-    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster.
+    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster. Without it a single rank sends
+      nothing, but a memory that is the training's momentum keeps it, and votes stay votes.
     process_group: for a module that is not wrapped yet, the group that its DDP will have; None is the default group.
     scaler: the torch.amp.GradScaler that scales the loss, so that the memory is in units of the gradient and not of its scale. The step is
       torch's own: scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update().

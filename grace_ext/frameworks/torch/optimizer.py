@@ -87,7 +87,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     num_groups, groups: checked as Horovod does, without effect: compressed gradients travel in buckets of about 25 MB, not in groups.
     sparse_as_dense: True compresses sparse gradients as dense ones; False exchanges them exactly, uncompressed, as Horovod does.
     process_set: the ranks that take part.
-    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster.
+    simulate: True compresses at world size 1 too, to see the effect of compression without a cluster. Without it a single rank sends
+      nothing, but a memory that is the training's momentum keeps it, and votes stay votes.
     scaler: the torch.amp.GradScaler that scales the loss. Gradients are divided by the scale before they are compressed, and multiplied
       by it afterwards, so that what the memory holds does not depend on the scale. `step()` by itself then raises UnsupportedError; use
       Horovod's recipe:
