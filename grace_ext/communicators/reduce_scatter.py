@@ -53,6 +53,11 @@ class ReduceScatter(Communicator):
                 f"memory {memory.name!r} works in units of the update already, and follow_rate=True would rescale the second residual "
                 "once more; use reduce_scatter without follow_rate"
             )
+        if memory.mean_state:
+            raise IncompatiblePartsError(
+                f"memory {memory.name!r} keeps the mean of what all ranks have sent, and 'reduce_scatter' compresses that mean once "
+                "more, so that errors would stay in it; use communicator 'allgather' or 'allreduce'"
+            )
         if memory.sends > 1:
             raise IncompatiblePartsError(
                 f"memory {memory.name!r} sends two arrays in different units at some steps, and 'reduce_scatter' has only one residual for "
