@@ -28,7 +28,7 @@ class LocalCluster:
     def __init__(self, grace: making.Spec, size: int, framework: str = "numpy", ranks_per_node: int = 1):
         for name, value in (("size", size), ("ranks_per_node", ranks_per_node)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} must be a whole number, at least 1, got {value!r}")
+                raise ParameterError(f"{name} must be a whole number, at least 1, got {shown(value)}")
         self.grace, self.size, self.framework, self._per_node = making.grace(grace), size, framework, ranks_per_node
         self.ops = libraries.ops_for_framework(framework)
         self.drivers = [

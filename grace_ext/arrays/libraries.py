@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 from ..parts.ops import Ops
 from .compiled import host_ops
 
@@ -21,7 +21,7 @@ CLASSES = {
 
 def ops_for_framework(framework: str) -> Ops:
     """Returns the operations for tensors of this framework on the host. Raises ParameterError for an unknown framework."""
-    if framework not in CLASSES:
-        raise ParameterError(f"framework must be 'numpy', 'torch' or 'tensorflow', got {framework!r}")
+    if not isinstance(framework, str) or framework not in CLASSES:
+        raise ParameterError(f"framework must be 'numpy', 'torch' or 'tensorflow', got {shown(framework)}")
     module, name = CLASSES[framework]
     return host_ops(getattr(importlib.import_module(module), name))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..driver.agreement import share
-from ..errors import CheckpointError, GraceError, ParameterError
+from ..errors import CheckpointError, GraceError, ParameterError, shown
 from ..exchange.perform import perform
 from . import files
 from .resize import HOW, resized, told
@@ -92,7 +92,7 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
     any rank.
     """
     if resize not in HOW:
-        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {resize!r}")
+        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {shown(resize)}")
     kept, place = saveable_of(opt), Path(folder)
     if not kept.ranks:
         return int(files.read_manifest(place)[1]["step"])

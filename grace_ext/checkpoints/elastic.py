@@ -11,7 +11,7 @@ import numpy as np
 from ..communicators.shards import shard_of
 from ..composition.grace import Grace
 from ..composition.making import grace
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 from ..exchange.transport import this_node
 from .resize import HOW, resized
 
@@ -25,7 +25,7 @@ STALE = (
 def check_how(how: str) -> str:
     """Returns `how`. Raises ParameterError if `resized` does not know it."""
     if how not in HOW:
-        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
+        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {shown(how)}")
     return how
 
 

@@ -27,7 +27,7 @@ from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..driver.state import check_form
-from ..errors import GraceError, ParameterError
+from ..errors import GraceError, ParameterError, shown
 from ..parts.part import Part
 from ..parts.state import is_own
 
@@ -50,9 +50,9 @@ def resized(states: Sequence[State], size: int, how: str = "mean", nodes: Sequen
     be resized: 'cser' with errors that are not in the models yet, 'keep' with 'ef_star', or with 'hierarchical' without `nodes`.
     """
     if how not in HOW:
-        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {how!r}")
+        raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {shown(how)}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ParameterError(f"the number of ranks must be a whole number, at least 1, got {size!r}")
+        raise ParameterError(f"the number of ranks must be a whole number, at least 1, got {shown(size)}")
     if nodes is not None and len(nodes) != size:
         raise ParameterError(f"nodes must name the node of each of the {size} ranks, got {len(nodes)} names")
     states = list(states)

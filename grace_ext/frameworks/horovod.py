@@ -9,7 +9,7 @@ from typing import Any
 
 from ..composition.grace import Grace
 from ..composition.making import grace, is_spec
-from ..errors import CollectiveError, ParameterError, UnsupportedError
+from ..errors import CollectiveError, ParameterError, UnsupportedError, shown
 from .timeouts import NAME, timeout
 
 _known: dict[tuple[int, ...], Any] = {}
@@ -64,5 +64,5 @@ def chosen_compression(compression: Any, theirs: Any) -> Grace:
         return grace(compression)
     raise ParameterError(
         "compression must be None, hvd.Compression.none or .fp16, or what grace_ext.grace(...) takes or returns, such as "
-        f"'topk(ratio=0.01) + residual', got {compression!r}"
+        f"'topk(ratio=0.01) + residual', got {shown(compression)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 
 NAME, DEFAULT = "GRACE_EXT_TIMEOUT", 1800.0
 #: The most seconds by which grace_ext itself ends a wait later than GRACE_EXT_TIMEOUT.
@@ -20,7 +20,7 @@ def timeout(environ: MutableMapping[str, str] = os.environ) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e9:
-        raise ParameterError(f"{NAME} must be a number of seconds above 0: how long a rank waits for the others; got {said!r}")
+        raise ParameterError(f"{NAME} must be a number of seconds above 0: how long a rank waits for the others; got {shown(said)}")
     return seconds
 
 

@@ -41,7 +41,7 @@ class LocalSGDCluster:
         **options: Any,
     ):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ParameterError(f"size must be a whole number, at least 1, got {size!r}")
+            raise ParameterError(f"size must be a whole number, at least 1, got {shown(size)}")
         if not asynchronous and isinstance(every, (list, tuple)):
             raise ParameterError("every= by rank needs asynchronous=True; synchronous ranks have one schedule")
         self.size, self.ops = size, libraries.ops_for_framework(framework)

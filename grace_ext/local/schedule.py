@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 
 At = Callable[[int], Any]
 
@@ -70,9 +70,11 @@ def _of_sequence(steps: Sequence[int], max_gap: int | None) -> Schedule:
     try:
         chosen = [whole("a step of the schedule", step, 1) for step in steps]
     except TypeError:
-        raise ParameterError(f"schedule= must be a sequence of steps, a function of the step, or post_local(...), got {steps!r}") from None
+        raise ParameterError(
+            f"schedule= must be a sequence of steps, a function of the step, or post_local(...), got {shown(steps)}"
+        ) from None
     if not chosen or any(b <= a for a, b in itertools.pairwise(chosen)):
-        raise ParameterError(f"a schedule of steps must increase and have at least one step, got {chosen[:8]}")
+        raise ParameterError(f"a schedule of steps must increase and have at least one step, got {shown(chosen[:8])}")
     largest = max(b - a for a, b in itertools.pairwise([0, *chosen]))
     if max_gap is not None and largest > whole("max_gap", max_gap, 1):
         raise ParameterError(f"the schedule has a gap of {largest} steps, max_gap is {max_gap}; give more steps or a larger max_gap")
@@ -81,7 +83,7 @@ def _of_sequence(steps: Sequence[int], max_gap: int | None) -> Schedule:
 
 
 def whole(what: str, value: Any, low: int) -> int:
-    """Returns the value. Raises ParameterError unless it is a whole number, at least `low`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < low:
-        raise ParameterError(f"{what} must be a whole number, at least {low}, got {value!r}")
+    """Returns the value. Raises ParameterError unless it is a whole number, at least `low`, of at most 64 bits."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value.__index__() < 1 << 63:
+        raise ParameterError(f"{what} must be a whole number, at least {low} and below 2**63, got {shown(value)}")
     return value.__index__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..composition.composition import Composition
 from ..composition.grace import Grace
 from ..composition.making import grace
 from ..compressors.base import Compressor
-from ..errors import IncompatiblePartsError, ParameterError, UnsupportedError
+from ..errors import IncompatiblePartsError, ParameterError, UnsupportedError, shown
 from ..memories.base import Memory
 from ..memories.cser import CSER
 from .schedule import Schedule, schedule_of, whole
@@ -86,15 +85,22 @@ def settings_of(
     chosen = grace("none" if compression is None else compression)
     if chosen.policy is not None:
         raise UnsupportedError(f"{chosen} chooses by tensor or step, but LocalSGD sends all drifts through one composition: name that")
+    if chosen.privacy is not None:
+        raise UnsupportedError(
+            f"{chosen} makes each step's gradient private, but LocalSGD makes steps with gradients that are not and sends what they add up "
+            "to: use DistributedOptimizer(privacy=...), or Exchange, which exchange every step"
+        )
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:
             raise ParameterError(f"memory {chosen.memory} sets the schedule by its reset_period: leave out every= and schedule=")
     when = schedule_of(every, schedule, max_gap)
-    _number("outer_lr", outer_lr, 0.0, math.inf, above=True)
+    _number("outer_lr", outer_lr, 0.0, 1e308, above=True)
     _number("outer_momentum", outer_momentum, 0.0, 1.0)
-    _number("timeout", timeout, 0.0, math.inf, above=True)
-    settings = Settings(chosen, when, outer_lr, outer_momentum, bool(asynchronous), whole("max_ahead", max_ahead, 0), timeout)
+    _number("timeout", timeout, 0.0, 1e9, above=True)  # sockets take no more than some centuries
+    if not isinstance(asynchronous, bool):
+        raise ParameterError(f"asynchronous must be True or False, got {shown(asynchronous)}")
+    settings = Settings(chosen, when, outer_lr, outer_momentum, asynchronous, whole("max_ahead", max_ahead, 0), timeout)
     _check(settings)
     return settings
 
@@ -102,7 +108,7 @@ def settings_of(
 def _number(what: str, value: Any, low: float, high: float, above: bool = False) -> None:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high and not (above and value == low)
     if not valid:
-        raise ParameterError(f"{what} must be a number {'above' if above else 'from'} {low:g}, below {high:g}, got {value!r}")
+        raise ParameterError(f"{what} must be a number {'above' if above else 'from'} {low:g}, below {high:g}, got {shown(value)}")
 
 
 def _check(settings: Settings) -> None:

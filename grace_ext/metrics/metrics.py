@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..driver.driver import Driver
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 from .advice import Adviser
 from .recorder import Recorder, TensorWatch
 
@@ -50,7 +50,7 @@ class Metrics:
     ):
         for name, value in (("every", every), ("dead_after", dead_after)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"metrics: {name} must be a whole number of steps, at least 1, got {value!r}")
+                raise ParameterError(f"metrics: {name} must be a whole number of steps, at least 1, got {shown(value)}")
         self.every, self.jsonl, self.sinks, self.dead_after = every, jsonl, tuple(sinks), dead_after
         self._recorders: list[Recorder] = []
 

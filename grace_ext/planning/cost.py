@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..communicators.base import Communicator
-from ..errors import ParameterError
+from ..errors import ParameterError, shown
 
 PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 #: A number, a prefix, b or bit(s) or B or byte(s), and perhaps 'per second'.
@@ -46,7 +46,7 @@ class Link:
 
     def __post_init__(self) -> None:
         if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise ParameterError(f"a link's rate must be a positive number of bits per second, got {self.rate!r}")
+            raise ParameterError(f"a link's rate must be a positive number of bits per second, got {shown(self.rate)}")
         if not (0 <= self.latency < math.inf and 0 <= self.overhead < math.inf and 0 < self.goodput <= 1):
             raise ParameterError(f"latency and overhead must be finite, at least 0 seconds, and goodput in (0, 1], got {self}")
 

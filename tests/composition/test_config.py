@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import types
 import warnings
 
 import numpy as np
@@ -18,6 +19,7 @@ from grace_ext.compressors.forms.merged import Merged
 from grace_ext.compressors.forms.sparse import AtPositions, Selecting
 from grace_ext.compressors.forms.two_sided import TwoSided
 from grace_ext.errors import BiasedCompressorWarning, GraceError
+from grace_ext.frameworks.horovod import chosen_compression
 from grace_ext.memories.base import Memory
 from grace_ext.policies.base import Policy
 
@@ -203,3 +205,13 @@ def test_errors_about_grace_parameters_do_so_too(given, key):
 def test_numpys_numbers_and_strings_are_pythons():
     g = grace_ext.grace({"policy": {"id": "by_name", "patterns": {np.str_("a"): "none"}}}, seed=np.int64(3))
     assert type(g.seed) is int and grace_ext.grace(str(g), seed=3) == g == grace_ext.grace(json.loads(json.dumps(g.to_config())))
+
+
+@pytest.mark.parametrize("value", [False, True, 0, [], (), 10**5000, "x" * 9999, np.zeros(3), object()], ids=range(9))
+def test_compression_and_framework(value):
+    """Every wrapper reads `compression=` in the same way."""
+    theirs = types.SimpleNamespace(none=None, fp16=object())
+    for call in (lambda: chosen_compression(value, theirs), lambda: grace_ext.LocalCluster("none", 2, framework=value)):
+        with pytest.raises(GraceError) as raised:
+            call()
+        assert len(str(raised.value)) < 650

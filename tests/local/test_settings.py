@@ -42,7 +42,7 @@ def test_when(given, expected):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"every": 0}, "every must be a whole number, at least 1, got 0"),
+        ({"every": 0}, "every must be a whole number, at least 1 and below 2\\*\\*63, got 0"),
         ({"every": 2.5}, "every"),
         ({"every": True}, "every"),
         ({"every": 4, "schedule": [1]}, "not both"),
@@ -50,7 +50,7 @@ def test_when(given, expected):
         ({"schedule": lambda step: True}, "give max_gap="),
         ({"schedule": []}, "at least one"),
         ({"schedule": [3, 3]}, "must increase"),
-        ({"schedule": [0, 3]}, "at least 1, got 0"),
+        ({"schedule": [0, 3]}, "at least 1 and below 2\\*\\*63, got 0"),
         ({"schedule": [3, 9], "max_gap": 5}, "gap of 6 steps, max_gap is 5"),
         ({"schedule": 3}, "a sequence of steps"),
         ({"outer_lr": 0}, "outer_lr must be a number above 0"),
@@ -66,6 +66,18 @@ def test_bad_values(given, match):
         settings_of(**{"compression": "none", **given})
     with pytest.raises(ParameterError, match="start"):
         post_local(-1)
+
+
+@pytest.mark.parametrize("option", ["every", "schedule", "max_gap", "max_ahead", "outer_lr", "outer_momentum", "timeout", "asynchronous"])
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), "x" * 9999, [10**5000], {}, "no", 1e300, object()], ids=range(8))
+def test_errors_name_the_option_and_are_short(option, value):
+    """Whatever was given, the error is ours, says what it is about, and repeats at most 200 characters of it."""
+    if option == "outer_lr" and value == 1e300:
+        return
+    options = {"schedule": lambda step: True, "max_gap": value} if option == "max_gap" else {option: value}
+    with pytest.raises(ParameterError, match=option) as raised:
+        settings_of("topk + residual", **options)
+    assert len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def duplicated(comm: Any) -> Any:
         if comm.Get_size() == 1:
             check_alone("MPI", "Start with mpirun -np N python -m mpi4py train.py")
     if not isinstance(comm, mpi.Comm):
-        raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {comm!r}")
+        raise ParameterError(f"comm must be an mpi4py communicator such as MPI.COMM_WORLD, got {shown(comm)}")
     if comm == mpi.COMM_NULL or not isinstance(comm, mpi.Intracomm):
         raise UnsupportedError("comm must be an intra-communicator that this rank belongs to; ranks outside of it make no Exchange")
     return comm.Dup()
@@ -151,7 +151,7 @@ class Exchange(Measured):
 
     def __init__(self, g: Grace | str | Mapping[str, Any], comm: Any = None, *, op: str = "mean", simulate: bool = False):
         if op not in ("mean", "sum"):
-            raise ParameterError(f"op must be 'mean' or 'sum', got {op!r}")
+            raise ParameterError(f"op must be 'mean' or 'sum', got {shown(op)}")
         self.grace, self._mpi = grace(g), load_mpi()
         self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ...checkpoints.checkpoint import on_all, resized_for, saveable_of
 from ...checkpoints.saveable import LOG, Saveable
 from ...checkpoints.statefile import decode, driver_states, encode
-from ...errors import GraceError, ParameterError, UnsupportedError
+from ...errors import GraceError, ParameterError, UnsupportedError, shown
 from .dcp import DCP, keep
 from .local import LocalOptimizer
 
@@ -54,7 +54,7 @@ class DistributedState:
 
     def __init__(self, kept: Any, ranks: int | None = None):
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
-            raise ParameterError(f"ranks must be the number of ranks that saved the checkpoint, at least 1, got {ranks!r}")
+            raise ParameterError(f"ranks must be the number of ranks that saved the checkpoint, at least 1, got {shown(ranks)}")
         self._of, self._ranks = kept, ranks
         self._saveable()
         if hasattr(kept, "_drivers"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...composition.grace import Grace
 from ...driver.agreement import agree
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, ParameterError, UnsupportedError
+from ...errors import GraceError, NamesError, ParameterError, UnsupportedError, shown
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ..horovod import chosen_compression
@@ -128,8 +129,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     check_torch_optimizer(chosen, optimizer)
     _check_groups(groups)
     for name, norm in (("clip_before", clip_before), ("clip_after", clip_after)):
-        if norm is not None and not norm > 0:
-            raise ParameterError(f"{name} is the largest norm of the gradients, a number above 0, or None; got {norm!r}")
+        if norm is not None and not (isinstance(norm, (numbers.Real, torch.Tensor)) and norm > 0):
+            raise ParameterError(f"{name} is the largest norm of the gradients, a number above 0, or None; got {shown(norm)}")
     parameters = _named(optimizer, named_parameters)
     average = require_sum_or_mean(op, api)
     wrapped = in_front_of(optimizer, CompressedOptimizer)
