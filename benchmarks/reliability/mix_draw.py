@@ -124,12 +124,12 @@ def a_case(seed: int, tally: Counter[str], paths: dict[str, int] = PATHS) -> Cas
     size = rng.choice([1, 2, 2, 2, 2, 3, 3, 3, 4, 5, 8]) if "@ hierarchical" not in spec else rng.choice([1, 2, 3, 4, 4, 6, 8])
     dtype = rng.choice(["float32"] * 4 + list(DTYPES))
     kind = "normal" if rng.random() < 0.5 else ""
-    names, count = rng.sample(NAMES, len(NAMES)), rng.choice([1, 1, 2, 3, 4, 6] if size < 5 else [1, 2, 3])
+    names, count = rng.sample(NAMES, len(NAMES)), rng.choice([1, 1, 2, 2, 3, 5] if size < 5 else [1, 1, 2])
     tensors = tuple(
         Tensor(names[i], rng.choice(SHAPES), dtype if rng.random() < 0.9 else rng.choice(list(DTYPES)), kind or rng.choice(KINDS))
         for i in range(count)
     )
-    steps = rng.choice([2, 2, 3, 3, 4, 6])
+    steps = rng.choice([2, 2, 3, 3, 4])
     bad = None
     if rng.random() < 0.3:
         share, rank = rng.choice([0.0, 0.02, 0.5, 1.0]), rng.choice([-1, rng.randrange(size)])
