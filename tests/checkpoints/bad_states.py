@@ -74,14 +74,19 @@ WHOLE: dict[str, tuple[Change, str]] = {"a key too few": (lambda state, key: sta
 NOTHING: tuple[Any, ...] = (None, {}, [], "state", 3, {"state": {}}, {"ranks": []}, [{}])
 
 
+def _keys(state: dict[str, Any]) -> list[str]:
+    """Returns the keys of arrays that are no policy's, and that can be cut."""
+    return [key for key, array in state["state"].items() if ":" not in key and len(array) > 3]
+
+
 def of(tree: dict[str, Any], changes: dict[str, tuple[Change, str]], prefer: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yields (name, bad state, text of the error) for each change of a good state, the state of a driver or a tree that contains some.
     prefer: the parameter whose array is changed, if it has one."""
-    place = next(i for i, state in enumerate(driver_states(tree)) if state["state"])
+    place = next(i for i, state in enumerate(driver_states(tree)) if _keys(state))
     for name, (change, text) in changes.items():
         bad = mapped(tree, lambda x: np.array(x))
         state = list(driver_states(bad))[place]
-        keys = [key for key in state["state"] if ":" not in key and state["state"][key].size > 3]
+        keys = _keys(state)
         key = next((key for key in keys if key.split("/", 1)[1] == prefer), keys[0])
         change(state, key)
         yield name, bad, text.replace("{key}", key.split("/", 1)[0]).replace("{name}", key.split("/", 1)[1])
