@@ -10,10 +10,14 @@ from .support.resume_cases import MPI, TENSORFLOW, TORCH, Case
 #: A selection: every API once, and both an increase and a decrease of the number of ranks.
 CASES = (
     Case("one rank more", "torchrun", TORCH, 2, (2, 3), ("wrapper:topk", "wrapper:ef21", "wrapper:shards", "ddp:topk", "local:topk")),
-    Case("bits", "horovodrun", TORCH, 2, (2,), ("wrapper:policy", "bind:topk")),
-    Case("bits", "horovodrun", TENSORFLOW, 2, (2,), ("keras:powersgd", "checkpoint:topk", "tape:topk", "local:topk")),
+    Case("bits", "horovodrun", TORCH, 2, (2,), ("wrapper:policy", "wrapper:pipeline", "bind:topk", "local:topk")),
+    Case("bits", "horovodrun", TENSORFLOW, 2, (2,), ("keras:powersgd", "checkpoint:topk", "tape:topk", "local:topk", "keras:bf16")),
     Case("one rank more", "horovodrun", TENSORFLOW, 2, (2, 3), ("bind:topk",)),
-    Case("one rank fewer", "mpirun", MPI, 3, (3, 2), ("mpi:topk", "mpi:ef21", "mpi:shards")),
+    Case("one rank fewer", "mpirun", MPI, 3, (3, 2), ("mpi:topk", "mpi:ef21", "mpi:shards", "mpi:pipeline", "mpi:bf16")),
+    Case("a node fewer", "torchrun", TORCH, 4, (4, 2), ("wrapper:levels", "ddp:levels", "wrapper:nested", "wrapper:bf16")),
+    Case("a node fewer", "horovodrun", TORCH, 4, (2,), ("wrapper:levels",)),
+    Case("a node fewer", "horovodrun", TENSORFLOW, 4, (2,), ("keras:levels", "keras:nested")),
+    Case("a node fewer", "mpirun", MPI, 4, (4, 2), ("mpi:levels", "mpi:nested")),
 )  # fmt: skip
 
 
@@ -23,7 +27,7 @@ def no_prefix(monkeypatch):
     monkeypatch.delenv("OPAL_PREFIX", raising=False)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.engine}-{case.script[7:-7]}" for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.engine}-{case.script[7:-7]}-{case.title}" for case in CASES])
 def test_a_job_goes_on_in_new_processes(case, tmp_path):
     outcomes = resume_cases.outcomes(case, tmp_path)
     assert len(outcomes) == len(case.kinds) * len(case.then)

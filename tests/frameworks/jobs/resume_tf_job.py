@@ -21,13 +21,17 @@ tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 class Job:
+    knows_parameters = False
+
     def __init__(self, kind: str):
         self.api, name = kind.split(":")
+        self.knows_parameters = self.api == "bind"
+        self.dtype = "bfloat16" if name == "bf16" else "float32"
         self.g = grace_ext.grace(steps.SPECS[name])
         if self.api in ("tape", "bind"):
             self.variables = problem.tf_variables()
         else:
-            self.variables = problem.keras_variables()
+            self.variables = [keras.Variable(w, name=n, dtype=self.dtype) for n, w in zip(problem.SHAPES, problem.initial(), strict=True)]
         if self.api == "tape":
             self.holder = hvd.DistributedGradientTape(tf.GradientTape(), compression=self.g).memory(self.variables)
         elif self.api == "bind":
@@ -46,7 +50,8 @@ class Job:
         if self.api in ("tape", "bind"):
             self._step_by_tape(i)
         else:
-            self.apply(*problem.gradients_of([v.value for v in self.variables], hvd.rank(), i))
+            gradients = problem.gradients_of([tf.cast(v.value, tf.float32) for v in self.variables], hvd.rank(), i)
+            self.apply(*[tf.cast(gradient, self.dtype) for gradient in gradients])
 
     def _step_by_tape(self, i: int) -> None:
         import horovod.tensorflow as plain
@@ -60,6 +65,15 @@ class Job:
 
     def arrays(self):
         return {name: np.asarray(v.numpy()) for name, v in zip(problem.SHAPES, self.variables, strict=True)}
+
+    def memory(self):
+        return self.holder.state_dict() if self.api in ("tape", "bind") else self.optimizer.grace_state_dict()
+
+    def take(self, state):
+        if self.api in ("tape", "bind"):
+            self.holder.load_state_dict(state)
+        else:
+            self.optimizer.load_grace_state_dict(state)
 
     def _checkpoint(self) -> tf.train.Checkpoint:
         variables = [v if isinstance(v, tf.Variable) else v.value for v in self.variables]

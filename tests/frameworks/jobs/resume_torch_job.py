@@ -22,7 +22,10 @@ class Job:
     def __init__(self, kind: str):
         api, name = kind.split(":")
         g = grace_ext.grace(steps.SPECS[name])
+        self.api, self.knows_parameters, self.bf16 = api, api != "local", name == "bf16"
         self.model = self.forward = training.make_model()
+        if self.bf16:
+            self.model.to(torch.bfloat16)
         if api in self.without_unused:
             del self.model._parameters["unused"]
         if api == "ddp":
@@ -47,11 +50,22 @@ class Job:
 
     def step(self, i: int) -> None:
         self.optimizer.zero_grad()
-        training.loss_of(self.forward, hvd.rank(), i).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):  # it converts the data
+            loss = training.loss_of(self.forward, hvd.rank(), i)
+        loss.backward()
         self.optimizer.step()
 
     def arrays(self):
-        return training.weights_of(self.model)
+        return {name: p.detach().float().numpy() for name, p in self.model.named_parameters()}
+
+    def memory(self):
+        return self.optimizer.state_dict()["grace_ext"] if self.api in ("wrapper", "local") else self.holder.state_dict()
+
+    def take(self, state):
+        if self.api in ("wrapper", "local"):
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "grace_ext": state})
+        else:
+            self.holder.load_state_dict(state)
 
     def save(self, path: Path) -> None:
         torch.save({"model": self.model.state_dict(), "optimizer": self.plain.state_dict()}, path)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import grace_ext
 from grace_ext.checkpoints.statefile import decode, driver_states
 
 from .launch import job
@@ -32,6 +33,11 @@ def kinds(*apis: str) -> tuple[str, ...]:
 
 TORCH, TENSORFLOW, MPI = (f"resume_{name}_job.py" for name in ("torch", "tf", "mpi"))
 CASES = (
+    Case("torchrun, policies, pipelines, bfloat16", "torchrun", TORCH, 2, (2, 3), ("wrapper:nested", "wrapper:pipeline", "ddp:bf16")),
+    Case("torchrun, two levels", "torchrun", TORCH, 4, (4, 2), ("wrapper:levels", "ddp:levels")),
+    Case("horovodrun, torch, policies, two levels", "horovodrun", TORCH, 4, (4, 2), ("wrapper:levels", "wrapper:nested", "bind:levels")),
+    Case("horovodrun, TF, policies, two levels", "horovodrun", TENSORFLOW, 4, (4, 2), ("keras:levels", "keras:nested", "keras:bf16")),
+    Case("mpirun, policies, two levels", "mpirun", MPI, 4, (4, 2), ("mpi:levels", "mpi:nested", "mpi:pipeline", "mpi:bf16")),
     Case("torchrun (wrapper, DDP hook, LocalSGD)", "torchrun", TORCH, 2, (2, 3), kinds("wrapper", "ddp", "local")),
     Case("torchrun, from 3 ranks", "torchrun", TORCH, 3, (2,), kinds("wrapper", "ddp", "local")),
     Case("horovodrun, torch (wrapper, bind, LocalSGD)", "horovodrun", TORCH, 2, (2, 3), kinds("wrapper", "bind", "local")),
@@ -78,12 +84,17 @@ def _same_effect(folder: Path, kind: str, old: int, new: int) -> str:
 
 
 def _unsent(folder: Path) -> dict[str, np.ndarray]:
-    """Returns by key what the ranks' arrays amount to in the aggregate, in float64: shards joined, other arrays averaged."""
+    """Returns by key what the ranks' arrays amount to in the aggregate, in float64: shards joined, other arrays averaged. Settings that a
+    rank may take over from another amount to nothing."""
     manifest = json.loads((folder / "manifest.json").read_text())
     trees = [list(driver_states(decode((folder / entry["name"]).read_bytes()))) for entry in manifest["files"]]
     found = {}
     for place, states in enumerate(zip(*trees, strict=True)):
+        parts = [part for leaf in grace_ext.grace(states[0]["spec"]).leaves for part in (leaf.memory, leaf.compressor, leaf.communicator)]
+        settings = {key for outer in parts for part in outer.nested() for key in part.borrowed_state}
         for key in states[0]["state"]:
+            if key.split("/", 1)[0] in settings:
+                continue
             arrays = [np.float64(state["state"][key]) for state in states]
             found[f"{place}/{key}"] = np.concatenate(arrays) if key.startswith("shard_") else np.mean(arrays, axis=0)
     return found
