@@ -181,13 +181,6 @@ class NumpyOps(Ops):
             return np.full(size, per_block[0], dtype)
         return np.repeat(per_block.astype(dtype), block)[:size]
 
-    def round_randomly(self, x: np.ndarray, scale: np.ndarray, levels: int, key: rng.Key) -> np.ndarray:
-        scaled = np.abs(x) * scale
-        low = np.floor(scaled)
-        draw = (rng.words(key, x.size) >> np.uint32(8)).astype(np.float32)
-        codes = low.astype(np.int64) + (draw < (scaled - low) * np.float32(2**24))
-        return np.minimum(codes, levels)
-
     def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         step, pieces = max(1, PRODUCT_PIECE // b.shape[1]), []
         for i in range(0, len(a), step):

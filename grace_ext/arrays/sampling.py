@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..parts.rng import FEISTEL_ROUNDS, Key, mix
+from ..parts.rng import FEISTEL_ROUNDS, Key, mix, words
 from . import kernels
+from .kernels.sizes import FEW
 
 #: The most bytes of positions that are kept beside the newest array: those of one step, of several buckets at a few per cent.
 RECENT_BYTES = 64 * 2**20
@@ -48,9 +49,10 @@ recent = _Recent()
 def sample(key: Key, d: int, k: int) -> np.ndarray:
     """Returns int64[k], ascending and read-only: k distinct positions of d, every k-subset about equally likely, in O(k).
 
-    The positions are the images of 0..k-1 under a keyed permutation of [0, d): a Feistel network over the next even power of
-    two, applied again to whatever falls outside (cycle walking), which keeps it a permutation. The encoder, and the decoder for each rank,
-    need the same positions in the same step, of all tensors, so those of the last RECENT_BYTES are kept."""
+    Of up to FEW elements, those with the k largest of d words are chosen. Otherwise the positions are the images of 0..k-1 under a keyed
+    permutation of [0, d): a Feistel network over the next even power of two, applied again to whatever falls outside (cycle walking), which
+    keeps it a permutation. The encoder, and the decoder for each rank, need the same positions in the same step, of all tensors, so those
+    of the last RECENT_BYTES are kept."""
     found = recent.get((key, d, k))
     if found is None:
         found = np.arange(d, dtype=np.int64) if k >= d else np.sort(_permuted(key, d, k))
@@ -62,9 +64,8 @@ def sample(key: Key, d: int, k: int) -> np.ndarray:
 def sample_each(keys: Sequence[Key], sizes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
     """Returns int64: what `sample` gives for each key, size and count, as positions in arrays of these sizes, end to end. Uses kernels."""
     positions, halves = np.empty(sum(counts), np.int64), np.array([_half_bits(d) for d in sizes])
-    words = np.array(keys, np.uint32).reshape(-1)
     compiled: Any = kernels.load()
-    compiled.permuted_each(words, halves, np.array(sizes), np.array(counts), positions)
+    compiled.permuted_each(np.array(keys, np.uint32).reshape(-1), halves, np.array(sizes), np.array(counts), positions)
     positions.sort()  # the positions of each array are above those of all before it
     return positions
 
@@ -80,6 +81,9 @@ def _permuted(key: Key, d: int, k: int) -> np.ndarray:
         out = np.empty(k, np.int64)
         compiled.permuted(np.uint32(key[0]), np.uint32(key[1]), half_bits, d, out)
         return out
+    if d <= FEW:
+        keys = words(key, d).astype(np.int64) << 8 | np.arange(d)[::-1]  # of equal words the first is the largest
+        return np.argsort(keys)[d - k :]
     half, mask = np.uint32(half_bits), np.uint32((1 << half_bits) - 1)
 
     def permute(x: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..arrays.numpy import NumpyOps
 from ..errors import PayloadError
-from ..parts import rng
 from ..parts.field import Field
 from ..parts.part import knob
 from . import register
@@ -69,8 +69,7 @@ class Atomo(Compressor):
         a, b = self._shape(spec)
         left, sizes, right = np.linalg.svd(ops.host(x).astype(np.float64).reshape(a, b), full_matrices=False)
         p = probabilities(sizes, self.rank)
-        words = rng.words(info.private_key(spec.name, "atomo"), len(sizes))
-        drawn = words + 0.5 < p * 2.0**32
+        drawn = NumpyOps().drawn(p, info.private_key(spec.name, "atomo"))
         weights = np.sqrt(sizes[drawn] / p[drawn])[:, None]
         factors = weights * left.T[drawn], weights * right[drawn]
         return tuple(ops.to_bytes(ops.upload(factor.astype(np.float32).reshape(-1)), "float32") for factor in factors), state

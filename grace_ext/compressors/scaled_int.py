@@ -76,8 +76,7 @@ class ScaledInt(Compressor):
         if self.rounding == "nearest":
             return ops.as_int(ops.rint(scaled))
         low = ops.floor(scaled)
-        draws = ops.random_words(info.private_key(spec.name, "scaled_int"), spec.size)
-        return ops.as_int(low) + ops.as_int(ops.cast(draws, "float64") < (scaled - low) * 2.0**32)
+        return ops.as_int(low) + ops.as_int(ops.drawn(scaled - low, info.private_key(spec.name, "scaled_int")))
 
     def _value(self, ops, integers, exponents, spec, divisor: int = 1):
         """Returns integers / (2^k divisor) as float32, saturated."""

@@ -27,7 +27,7 @@ class TernGrad(Compressor):
     Unbiased, E||C(x)||^2 = ||x||_1 ||x||_inf, omega = (sqrt(d) - 1) / 2. A zero tensor decodes to zeros. Needs no memory, but one large
     element makes all the rest noisy: `clip` = c first limits magnitudes to c times the root mean square (2.5 in the paper), which is
     biased if it acts and greatly lowers the variance; too low a c cuts off most of the gradient, a high one does nothing.
-    Draws are private to each rank: the upper 24 bits of a random word, compared with 2**24 |x_j| / s.
+    Draws are private to each rank, and have exactly the chance |x_j| / s, rounded to float32.
     Source: Wen et al. 2017, who clip at c standard deviations; the root mean square does not cut off a tensor of equal elements.
     GRACE sends a byte per element.
     """
@@ -58,8 +58,7 @@ class TernGrad(Compressor):
         if scale < largest:
             magnitudes = ops.where(magnitudes > scale, scale, magnitudes)
         chances = magnitudes / ops.spread(np.array([scale or 1.0]), spec.size, spec.size)
-        draws = ops.random_words(info.private_key(spec.name, "terngrad"), spec.size) >> 8
-        kept = ops.as_int(ops.cast(draws, "float32") < chances * 2.0**24)
+        kept = ops.as_int(ops.drawn(chances, info.private_key(spec.name, "terngrad")))
         padding = ops.arange(-spec.size % 5) * 0
         codes = ops.concat([1 + kept * (1 - 2 * ops.as_int(x < 0)), padding])
         packed = sum(codes[i::5] * 3**i for i in range(5))

@@ -25,7 +25,7 @@ class VQSGD(Compressor):
     x: float[d] -> N as float32, and R codes of ceil(log2(2d)) bits, 2 j + [negative]: R ceil(log2(2d)) / 8 + 4 bytes.
     Unbiased, E||C(x)||^2 = ||x||^2 + (N^2 - ||x||^2) / R, omega = (d - 1) / R: enormous for few repeats, so use an R near d, or a low
     learning rate. It is meant for messages of a few bytes, and for private ones ('l2'). A zero tensor decodes to zeros. Weights are
-    rounded to about 2^-60 d of the largest, N saturates at 3.4e38. Draws are private to each rank. With error feedback the residual may
+    rounded to about 2^-53 of their sum, N saturates at 3.4e38. Draws are private to each rank. With error feedback the residual may
     grow without bound: use no memory.
     Source: Gandikota et al. 2021 (vqSGD).
     """

@@ -73,10 +73,8 @@ class Wangni(Compressor):
         magnitudes = abs(x)
         level = self._level(ops, magnitudes, kept(self.ratio, spec.size))
         exact = ops.positions(magnitudes >= level)
-        # Chances in units of 2^-32; the half makes the words' grid unbiased.
-        chances = ops.cast(magnitudes, "float64") * (2.0**32 / level)
-        words = ops.cast(ops.random_words(info.private_key(spec.name, "wangni"), spec.size), "float64")
-        sampled = ops.positions((magnitudes < level) & (words + 0.5 < chances))
+        chances = ops.cast(magnitudes, "float64") / ops.upload(np.array([level]))
+        sampled = ops.positions((magnitudes < level) & ops.drawn(chances, info.private_key(spec.name, "wangni")))
         return (
             floats_to_bytes(ops, np.array([level])),
             put_count(ops, len(sampled)),

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .rng import Key
+from .rng import Key, settled
 from .tensor import TensorSpec
 
 if TYPE_CHECKING:
@@ -223,10 +223,23 @@ class Ops(ABC):
     def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> Array:
         """Returns float32[size] (or float64): element j is per_block[j // block]."""
 
-    @abstractmethod
+    def drawn(self, chances: Array, key: Key) -> Array:
+        """Returns bools that hold with these chances, float32 or float64, exactly. The draw for element j is (word j of the stream) >> 8,
+        compared with the chance times 2**24; if that lies between the draw and the next one, rng.settled decides."""
+        expected, draws = chances * 2.0**24, self.cast(self.random_words(key, len(chances)) >> 8, "float32")
+        holds = draws < expected
+        tied = self.positions(holds & (draws + 1 > expected))
+        if len(tied):
+            rest = self.cast(expected[tied], "float64") - self.cast(draws[tied], "float64")
+            holds[tied] = self.upload(settled(key, self.host(tied), self.host(rest)))
+        return holds
+
     def round_randomly(self, x: Array, scale: Array, levels: int, key: Key) -> Array:
-        """Returns int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`.
-        The draw for element j is (word j of the stream) >> 8, compared with the fraction times 2**24."""
+        """Returns int64 codes: |x| * scale, in float32, rounded down or up at random in proportion to the fraction, at most `levels`."""
+        scaled = abs(x) * scale
+        low = self.floor(scaled)
+        codes = self.as_int(low) + self.as_int(self.drawn(scaled - low, key))
+        return self.where(codes > levels, levels, codes)
 
     def product(self, a: Array, b: Array) -> Array:
         """Returns the elements of the matrix a @ b, the same bits in every library and on every processor: 0, plus the first column of a

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Key = tuple[int, int]
 MULTIPLIER_1, MULTIPLIER_2 = 0x7FEB352D, 0x846CA68B
 FEISTEL_ROUNDS = 6
+SETTLING = 0x9E3779B9
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -40,6 +41,23 @@ def words(key: Key, count: int, start: int = 0) -> np.ndarray:
     x = mix(x)
     x ^= np.uint32(key[1])
     return mix(x)
+
+
+def settled(key: Key, positions: np.ndarray, chances: np.ndarray) -> np.ndarray:
+    """Returns bool[m]: whether draws succeed that their own word left undecided, float64 `chances` remaining. Each takes further words, of
+    the streams with keys (k0, k1 ^ SETTLING), (k0, k1 ^ 2 SETTLING), ... at its position, until one decides: chances are exact."""
+    import numpy as np
+
+    decided, rest, turn = np.zeros(len(chances), bool), chances.astype(np.float64) * 2.0**32, 0
+    left = np.flatnonzero(rest)
+    while len(left):
+        turn = turn + SETTLING & 0xFFFFFFFF
+        whole = np.floor(rest[left])
+        draws = mix(mix(positions[left].astype(np.uint32) + np.uint32(key[0])) ^ np.uint32(key[1] ^ turn)).astype(np.float64)
+        decided[left] = draws < whole
+        rest[left] = (rest[left] - whole) * 2.0**32
+        left = left[(draws == whole) & (rest[left] > 0)]
+    return decided
 
 
 def normals(key: Key, count: int) -> np.ndarray:

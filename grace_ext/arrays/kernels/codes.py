@@ -9,7 +9,7 @@ import numpy as np
 
 from .compile import copy_eight, f32, flag, float_of, i32, i64, kernel, read, u8, u32, write
 from .elementwise import INFINITY, magnitude
-from .random import word
+from .random import ONE, above_zero, settled, word
 from .sizes import L1_PIECE
 
 S8, S9, S16, S23 = np.uint32(8), np.uint32(9), np.uint32(16), np.uint32(23)
@@ -26,12 +26,17 @@ def encode_trits(x, left, scale, k0, k1, out):
     unit = scale if scale > 0 else np.float32(1)
     for at in range(0, len(x), TRITS):
         piece, base = x[at : at + TRITS], np.uint32(k0 + at)
-        trits = room[: len(piece)]
+        trits, least = room[: len(piece)], ONE
         for j in range(len(trits)):
-            chance = min(abs(piece[j]), scale) / unit
-            draw = np.float32(np.int32(word(j, base, k1) >> S8))
-            one = np.int32(draw < chance * np.float32(2**24))
+            gap = min(abs(piece[j]), scale) / unit * np.float32(2**24) - np.float32(np.int32(word(j, base, k1) >> S8))
+            least = min(least, above_zero(gap))
+            one = np.int32(gap > 0)
             trits[j] = np.int32(1) + (np.int32(-one) if piece[j] < 0 else one)
+        if least < ONE:  # of 2^24 draws one or none
+            for j in range(len(trits)):
+                gap = min(abs(piece[j]), scale) / unit * np.float32(2**24) - np.float32(np.int32(word(j, base, k1) >> S8))
+                if above_zero(gap) < ONE and not settled(np.float64(gap), np.uint32(j), base, k1):
+                    trits[j] = 1
         if len(left):
             rest = left[at : at + TRITS]
             for j in range(len(rest)):

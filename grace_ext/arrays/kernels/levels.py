@@ -9,7 +9,7 @@ import numpy as np
 
 from .compile import f32, f64, flag, i32, i64, kernel, read, u8, u32, write
 from .elementwise import compensate, squares
-from .random import word
+from .random import ONE, above_zero, settled, word
 from .sizes import L1_PIECE
 
 S8 = np.uint32(8)
@@ -18,12 +18,22 @@ S8 = np.uint32(8)
 @kernel(read(f32), f32, i32, i32, u32, u32, write(i32))
 def round_randomly(x, scale, levels, sign, k0, k1, codes):
     """Computes the codes: |x_j| scale, rounded down or up at random (Ops.round_randomly), with the bit `sign` if x_j < 0."""
+    least = ONE
     for j in range(len(codes)):
         scaled = abs(x[j]) * scale
         low = np.int32(scaled)
-        draw = np.float32(np.int32(word(j, k0, k1) >> S8))
-        level = min(np.int32(low + (draw < (scaled - np.float32(low)) * np.float32(2**24))), levels)
+        gap = (scaled - np.float32(low)) * np.float32(2**24) - np.float32(np.int32(word(j, k0, k1) >> S8))
+        least = min(least, above_zero(gap))
+        level = min(np.int32(low + (gap > 0)), levels)
         codes[j] = level | sign if x[j] < 0 else level
+    if least < ONE:  # of 2^24 draws one or none
+        for j in range(len(codes)):
+            scaled = abs(x[j]) * scale
+            low = np.int32(scaled)
+            gap = (scaled - np.float32(low)) * np.float32(2**24) - np.float32(np.int32(word(j, k0, k1) >> S8))
+            if above_zero(gap) < ONE and not settled(np.float64(gap), np.uint32(j), k0, k1):
+                level = min(low, levels)
+                codes[j] = level | sign if x[j] < 0 else level
 
 
 @kernel(read(i32), i64, i64, write(u8))

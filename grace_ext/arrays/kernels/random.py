@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...parts.rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2
-from .compile import i64, inlined, kernel, read, u32, write
+from ...parts.rng import FEISTEL_ROUNDS, MULTIPLIER_1, MULTIPLIER_2, SETTLING
+from .compile import bits_of, f64, i64, inlined, kernel, read, u32, write
 from .elementwise import L1_PIECE
+from .sizes import FEW
 
 M1, M2, S15, S16 = np.uint32(MULTIPLIER_1), np.uint32(MULTIPLIER_2), np.uint32(15), np.uint32(16)
+#: What `above_zero` returns for 1.
+ONE = np.uint32(0x3F800000 - 1)
 
 
 @inlined
@@ -23,6 +26,25 @@ def mix(x):
 def word(j, k0, k1):
     """Returns word j of the stream with key (k0, k1)."""
     return mix(np.uint32(mix(np.uint32(np.uint32(j) + k0)) ^ k1))
+
+
+@inlined
+def above_zero(gap):
+    """Returns uint32, below ONE exactly if 0 < gap < 1: a draw is less than one below what is expected, and only `settled` can tell."""
+    return np.uint32(bits_of(gap) - np.uint32(1))
+
+
+@kernel(f64, u32, u32, u32)
+def settled(chance, j, k0, k1):
+    """Returns what rng.settled does, for one draw, at position j."""
+    turn, rest = np.uint32(0), chance * 2.0**32
+    while rest > 0:
+        turn = np.uint32(turn + np.uint32(SETTLING))
+        whole, draw = np.floor(rest), np.float64(word(j, k0, np.uint32(k1 ^ turn)))
+        if draw != whole:
+            return draw < whole
+        rest = (rest - whole) * 2.0**32
+    return False
 
 
 @kernel(u32, u32, write(i64))
@@ -55,7 +77,20 @@ def scramble(k0, k1, half, x):
 
 @kernel(u32, u32, i64, i64, write(i64))
 def permuted(k0, k1, half, d, out):
-    """Writes the images of 0, 1, ... under the keyed permutation of [0, d) of sampling.sample: what falls outside is scrambled again."""
+    """Writes the images of 0, 1, ... under the keyed permutation of [0, d) of sampling.sample: what falls outside is scrambled again. Of a
+    few elements, chooses those with the largest words."""
+    if d <= FEW:
+        keys, found = np.empty(d, np.int64), 0
+        for j in range(d):
+            keys[j] = np.int64(word(j, k0, k1)) << 8 | (d - 1 - j)
+        for j in range(d):
+            above = 0
+            for i in range(d):
+                above += keys[i] > keys[j]
+            if above < len(out):
+                out[found] = j
+                found += 1
+        return
     for j in range(len(out)):
         out[j] = j
     scramble(k0, k1, half, out)

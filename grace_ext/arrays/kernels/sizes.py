@@ -26,5 +26,10 @@ INFINITY = 0x7F800000
 L1_PIECE = 2048
 
 
+#: The most elements of which positions are chosen by sorting a word of each. Of 64 or fewer, a Feistel network has too few functions: some
+#: pairs of positions would be likelier than others.
+FEW = 256
+
+
 #: Elements of which a few such pieces stay in the second-level cache together.
 L2_PIECE = 16384

@@ -230,13 +230,6 @@ class TorchOps(Ops):
     def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
         return self.upload(per_block.astype(dtype)).repeat_interleave(min(block, size))[:size]
 
-    def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: rng.Key) -> torch.Tensor:
-        scaled = x.abs() * scale
-        low = scaled.floor()
-        draw = (self.random_words(key, len(x)) >> 8).to(torch.float32)
-        codes = low.to(torch.int64) + (draw < (scaled - low) * float(2**24))
-        return codes.clamp(max=levels)
-
     def floor(self, x: torch.Tensor) -> torch.Tensor:
         return torch.floor(x)
 
