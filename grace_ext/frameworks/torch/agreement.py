@@ -12,7 +12,7 @@ from ...errors import UnsupportedError
 from ...exchange.perform import perform
 from . import engine
 from .adapter import BoundCompression
-from .ddp import DDPState
+from .hook_state import HookState
 from .ops import ops_for
 from .optimizer import CompressedOptimizer
 from .session import Session, digests_of
@@ -22,8 +22,8 @@ def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
     """Raises DisagreementError on every rank alike, naming ranks and parameters, if the ranks' specs, parameter names, shapes, versions or
     steps differ, or the bits of their parameters.
 
-    of: a DistributedOptimizer, the state of `ddp_comm_hook`, a bound Grace, or Horovod's own DistributedOptimizer. The parameters whose
-      gradients it exchanges are compared.
+    of: a DistributedOptimizer, the state of `ddp_comm_hook` or `fsdp_hook`, a bound Grace, or Horovod's own DistributedOptimizer. The
+      parameters whose gradients it exchanges are compared.
     model: compares the whole state_dict of this model instead, including buffers. (BatchNorm's running statistics differ by rank, unless
       it is a SyncBatchNorm.)
 
@@ -47,7 +47,7 @@ def check_agreement(of: Any, model: torch.nn.Module | None = None) -> None:
 
 def _session_of(of: Any) -> Session | None:
     """Returns the session of one of grace_ext's objects; None for another optimizer. Raises UnsupportedError for anything else."""
-    if isinstance(of, DDPState):
+    if isinstance(of, HookState):
         return of._session()
     if isinstance(of, BoundCompression):
         return of._get_session()
@@ -55,12 +55,14 @@ def _session_of(of: Any) -> Session | None:
         return of._exchange.session
     if isinstance(of, torch.optim.Optimizer):
         return None
-    raise UnsupportedError(f"check_agreement takes a DistributedOptimizer, ddp_comm_hook's state or a bound Grace, not {type(of).__name__}")
+    raise UnsupportedError(f"check_agreement takes a DistributedOptimizer, a hook's state or a bound Grace, not {type(of).__name__}")
 
 
 def _tensors_of(of: Any) -> Mapping[str, torch.Tensor]:
     if isinstance(of, CompressedOptimizer):
         return of._exchange.parameters
-    if isinstance(of, (DDPState, BoundCompression)):
+    if isinstance(of, HookState):
+        return of._tensors()
+    if isinstance(of, BoundCompression):
         return of._parameters
     return {f"parameter {i}.{j}": p for i, group in enumerate(of.param_groups) for j, p in enumerate(group["params"])}

@@ -24,17 +24,14 @@ import torch.distributed as dist
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ...checkpoints.saveable import Saveable
 from ...composition.grace import Grace
 from ...composition.making import grace
-from ...driver.driver import Driver
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError, few
-from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from ..optimizers import rate_of, require_optimizer
-from .dcp import refuse_dcp
+from ..optimizers import require_optimizer
 from .gradients import is_taken
 from .guards import check_alone, check_not_private, check_parameters
+from .hook_state import HookState
 from .ops import HostOps, TorchOps, describe
 from .session import Session, check_torch_optimizer
 from .transports import DistTransport, SingleTransport, transport_of_its_own
@@ -133,12 +130,10 @@ class _Taken(NamedTuple):
     future: Future[torch.Tensor]
 
 
-class DDPState(Measured):
-    """The exchange of one DDP module on this rank; `ddp_comm_hook` makes it.
+class DDPState(HookState):
+    """The exchange of one DDP module on this rank; `ddp_comm_hook` makes it."""
 
-    `state_dict()` and `load_state_dict()` hold the memory and compressor state, which differs by rank: save every rank's. `wire_bytes`,
-    `measure(...)` and `metrics()` say what was sent.
-    """
+    MAKER = "ddp_comm_hook"
 
     def __init__(
         self,
@@ -157,15 +152,14 @@ class DDPState(Measured):
                 "process_group is for modules that are not wrapped yet, and this one is a DDP, whose gradients travel in its own group; "
                 "leave process_group out"
             )
-        self._grace, self._optimizer, self._simulate, self._scaler = g, optimizer, simulate, scaler
-        self._revocable, self._check_start = revocable, check_start
+        super().__init__(g, optimizer, scaler, revocable, check_start)
+        self._simulate = simulate
         self._group: Any = process_group if wrapped is None else wrapped.process_group
         # DDP's reducer owns this object, so a strong reference to the module would keep both for ever.
         self._ddp: Callable[[], DistributedDataParallel | None] = (lambda: None) if wrapped is None else weakref.ref(wrapped)
         module: Any = ddp if wrapped is None else wrapped.module
         self._parameters = check_parameters(module.named_parameters())
         self._names = {id(p): name for name, p in self._parameters.items()}
-        self._made: Session | None = None
         self._taken: list[_Taken] = []
         self._put = 0  # how many of _taken the driver has
         if wrapped is not None and dist.is_initialized():
@@ -178,22 +172,8 @@ class DDPState(Measured):
     def __setstate__(self, config: dict[str, Any]) -> None:
         self.__init__(grace(config), torch.nn.Module(), None, False, None, None, False, True)  # type: ignore[misc]
 
-    @property
-    def wire_bytes(self) -> int:
-        """Bytes that this rank handed to collectives in the last step: payloads, headers, all rounds. 0 if nothing is compressed."""
-        return self._made.wire_bytes if self._made else 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns this rank's state, with torch tensors by 'kind/parameter' under 'state'."""
-        refuse_dcp("the memory of compression", "pass hvd.DistributedState(state) instead")
-        return self._session().state_dict()
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
-        self._session().load_state_dict(saved)
-
-    def _saveable(self) -> Saveable:
-        return self._session().saveable()
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        return self._parameters
 
     def _session(self) -> Session:
         """Returns the session. It is made at first use, because a module may be passed before there is a process group, or before it is
@@ -218,19 +198,10 @@ class DDPState(Measured):
             self._attach(self._made.driver)
         return self._made
 
-    def _drivers(self) -> list[Driver]:
-        return [self._made.driver] if self._made else []
-
     def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
         if dist.get_world_size(self._group) == 1:
             return SingleTransport(ops)
         return transport_of_its_own(ops, self._group)
-
-    def _read_lr(self) -> float | None:
-        if self._optimizer is not None and not isinstance(self._optimizer, torch.optim.Optimizer):
-            self._optimizer = self._optimizer()
-            check_torch_optimizer(self._grace, self._optimizer)
-        return None if self._optimizer is None else rate_of(self._optimizer.param_groups)
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def take(self, bucket: dist.GradBucket) -> Future[torch.Tensor]:
@@ -304,13 +275,6 @@ class DDPState(Measured):
                 taken.future.set_result(taken.buffer)
         finally:
             self._taken, self._put = [], 0
-
-    def undo(self) -> None:
-        """Takes the last step's exchange back, for a step that shall be skipped: the memory becomes what it was. Every rank must call it
-        before the next backward pass; if only some do, all raise an error at the next step. Needs ddp_comm_hook(..., revocable=True)."""
-        if not self._revocable:
-            raise UnsupportedError("undo() needs the memory before the last step: pass revocable=True to ddp_comm_hook")
-        self._session().undo()
 
     def _check_taken_once(self) -> None:
         twice = [name for name, p in self._parameters.items() if is_taken(p)] if self._made is None or not self._made.driver.agreed else []
