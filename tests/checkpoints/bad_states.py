@@ -76,7 +76,7 @@ NOTHING: tuple[Any, ...] = (None, {}, [], "state", 3, {"state": {}}, {"ranks": [
 
 def _keys(state: dict[str, Any]) -> list[str]:
     """Returns the keys of arrays that are no policy's, and that can be cut."""
-    return [key for key, array in state["state"].items() if ":" not in key and len(array) > 3]
+    return [key for key, array in state["state"].items() if ":" not in key.split("/", 1)[0] and len(array) > 3]
 
 
 def of(tree: dict[str, Any], changes: dict[str, tuple[Change, str]], prefer: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -101,7 +101,7 @@ def damage(folder: Path, into: Path, rank: int, change: Change) -> None:
         if number == rank:
             tree = decode(data)
             state = next(state for state in driver_states(tree) if state["state"])
-            change(state, next(key for key in state["state"] if ":" not in key))
+            change(state, next(key for key in state["state"] if ":" not in key.split("/", 1)[0]))
             data = encode(tree)
             entry.update(bytes=len(data), blake2b=digest(data))
         (into / entry["name"]).write_bytes(data)
