@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from ..communicators.base import Communicator
 from ..compressors.base import Compressor, Exchanged
 from ..compressors.fast_path import Fused, Payload, RoundsDone
 from ..memories.base import Memory
 from ..parts.fast_ops import FastOps, fast
+from ..parts.field import FLOAT32_MAX
 from ..parts.ops import Array, Feedback, Ops, Zeros
 from ..parts.tensor import StepInfo, TensorSpec
 
 State = dict[str, Array]
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class NotFinite(NamedTuple):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Compressor, Exchanged
 from ..errors import IncompatiblePartsError
-from ..parts.field import HALVES
+from ..parts.field import FLOAT32_MAX, HALVES
 from ..parts.part import Part
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
@@ -113,10 +113,8 @@ class Memory(FastPath, Part):
             compensated -= sent.values()
         if ops.all_finite(compensated):
             return compensated
-        import numpy as np  # `import grace_ext` does without
-
-        most = float(np.finfo(np.float32).max)
-        return ops.cast(ops.where(compensated > most, most, ops.where(compensated < -most, -most, compensated)), "float32")
+        low, high = compensated < -FLOAT32_MAX, compensated > FLOAT32_MAX
+        return ops.cast(ops.where(high, FLOAT32_MAX, ops.where(low, -FLOAT32_MAX, compensated)), "float32")
 
     def needs_magnitudes(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError, for `check`, if the compressor's result is a vote, which has no size."""

@@ -117,7 +117,7 @@ def case_learning_rate():
 
 def case_a_group_of_one_is_left_alone():
     alone = [dist.new_group([rank]) for rank in range(2)][hvd.rank()]
-    ddp, state, _ = wrap(Layers(), "signsgd + none", process_group=alone)
+    ddp, state, _ = wrap(Layers(), TOPK, process_group=alone)
     twin = Layers()
     got = train(ddp, layers_loss, range(2))
     for step in range(2):
