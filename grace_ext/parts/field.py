@@ -22,9 +22,9 @@ class Field:
         return self.count * ITEMSIZE[self.dtype] + (4 if self.variable and not self.merged else 0)
 
 
-# numpy has no bfloat16: on the wire and in payloads its 16 bits are held as uint16.
 #: The largest number that float32 holds.
 FLOAT32_MAX = float.fromhex("0x1.fffffep127")
+# numpy has no bfloat16: on the wire and in payloads its 16 bits are held as uint16.
 HALVES = ("float16", "bfloat16")
 INTEGERS = {"int8": 1, "int16": 2, "int32": 4}
 ITEMSIZE = {"uint8": 1, "uint16": 2, "uint32": 4, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, **INTEGERS}
