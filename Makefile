@@ -53,14 +53,14 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml | $(PY)
 $(VENV)/.all-installed: $(VENV)/.demo-installed
 	@echo "installing TensorFlow, MPI and the tests' needs into $(VENV) ..."
 	$(PIP) "$(TENSORFLOW)"
-	$(PIP) -e '.[torch,tensorflow,mpi,horovod,examples,dev]'
+	$(PIP) -e '.[torch,tensorflow,mpi,horovod,privacy,examples,dev]'
 	@touch $@
 
 $(OLDEST)/.installed: setup.cfg pyproject.toml
 	python3 -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q uv
 	$(OLDEST)/bin/uv pip install -q --python $(OLDEST)/bin/python --resolution lowest-direct $(OLDEST_OPTIONS) \
-		-e '.[torch,tensorflow,mpi,testing]' 'pytest-xdist>=3' 'matplotlib>=3.10.8'
+		-e '.[torch,tensorflow,mpi,privacy,testing]' 'pytest-xdist>=3' 'matplotlib>=3.10.8'
 	@touch $@
 
 clean:

@@ -15,6 +15,7 @@ from .errors import GraceError, NamesError, ParameterError, shown
 from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
+from .privacy.settings import Privacy, check_protects_ranks
 
 
 class LocalCluster:
@@ -23,13 +24,16 @@ class LocalCluster:
     grace: a Grace, or what `grace_ext.grace` takes.
     framework: 'numpy', 'torch' or 'tensorflow'. It takes tensors of that framework or numpy arrays, and returns that framework's.
     ranks_per_node: the number of consecutive ranks that share a node, for communicator 'hierarchical' (the last node may have fewer).
+    privacy: a grace_ext.privacy.Privacy, which makes each rank's gradient private before it is compressed; or the spec has it in front.
     """
 
-    def __init__(self, grace: making.Spec, size: int, framework: str = "numpy", ranks_per_node: int = 1):
+    def __init__(self, grace: making.Spec, size: int, framework: str = "numpy", ranks_per_node: int = 1, *, privacy: Privacy | None = None):
         for name, value in (("size", size), ("ranks_per_node", ranks_per_node)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ParameterError(f"{name} must be a whole number, at least 1, got {shown(value)}")
-        self.grace, self.size, self.framework, self._per_node = making.grace(grace), size, framework, ranks_per_node
+        self.grace, self.size = making.grace(grace).with_privacy(privacy), size
+        self.framework, self._per_node = framework, ranks_per_node
+        check_protects_ranks(self.grace.privacy, "LocalCluster")
         self.ops = libraries.ops_for_framework(framework)
         self.drivers = [
             Driver(self.grace, self.ops, LockstepTransport(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
@@ -42,6 +46,10 @@ class LocalCluster:
     def wire_bytes(self) -> list[int]:
         """Returns the bytes that each rank handed to collectives in the last step, without the agreement at the first step."""
         return [driver.wire_bytes for driver in self.drivers]
+
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, as Driver.epsilon does."""
+        return max(driver.epsilon(delta) for driver in self.drivers)
 
     def measure(self, every: int = 100, **options: Any) -> list[Metrics]:
         """Turns metrics on, on every rank (see metrics.py). With '{rank}' in the name of the file, every rank writes one."""

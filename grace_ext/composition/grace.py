@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 
 from ..communicators.base import Communicator
 from ..compressors.base import Compressor
-from ..errors import IncompatiblePartsError, UnboundError, UnsupportedError
+from ..errors import IncompatiblePartsError, ParameterError, SpecSyntaxError, UnboundError, UnsupportedError, shown
 from ..memories.base import Memory
 from ..parts.registry import communicators
 from ..parts.tensor import TensorSpec
+from ..privacy.settings import Privacy
 from .composition import Composition, Parts, Query, Route
 
 #: By the package of what `Grace.bind` is given: the module that binds a Grace to it.
@@ -27,12 +28,12 @@ class Grace:
     `grace(...)` makes one.
 
     route: the composition or the policy. policy: the policy, or None. leaves: every composition that some tensor may go through at some
-    step. compressor, memory, communicator: the parts, if it is one composition.
+    step. compressor, memory, communicator: the parts, if it is one composition. privacy: what makes gradients private before, or None.
     A Grace is not itself a Horovod compression object: `bind` gives one for a model. Passed unbound to plain Horovod, it raises.
     """
 
-    def __init__(self, route: Route, seed: int = 0):
-        self.route, self.seed = route, seed
+    def __init__(self, route: Route, seed: int = 0, privacy: Privacy | None = None):
+        self.route, self.seed, self.privacy = route, seed, privacy
         self.policy: Route | None = None if isinstance(route, Composition) else route
         self.leaves = route.leaves
         #: The memories of the leaves, each once.
@@ -44,6 +45,12 @@ class Grace:
             if policy.varies:
                 _check_one_momentum(policy)
                 _check_shards(policy)
+        if privacy is not None and privacy.trust == "sum" and not (isinstance(route, Composition) and _is_a_sum(route)):
+            raise IncompatiblePartsError(
+                f"{self}: with trust='sum' a rank's own noise is too small to protect what it sends, so only sums may leave it, and the "
+                "ranks must not see each other's messages, as they do in gathers, policies' reports and sparse payloads: use "
+                "'none @ allreduce', or trust='peers' with any spec"
+            )
 
     def _check_divergence(self) -> None:
         """Policies that learn decide by results that all ranks share."""
@@ -116,11 +123,22 @@ class Grace:
         """Whether the result may differ from rank to rank."""
         return any(memory.diverges for memory in self.memories)
 
+    def with_privacy(self, privacy: Privacy | None) -> Grace:
+        """Returns the same with these settings of privacy. Raises ParameterError if they are something else, and SpecSyntaxError if it has
+        others already."""
+        if privacy is not None and not isinstance(privacy, Privacy):
+            raise ParameterError(f"privacy must be Privacy(clip=..., noise_multiplier=...) or None, got {shown(privacy)}")
+        if privacy is None or privacy == self.privacy:
+            return self
+        if self.privacy is not None:
+            raise SpecSyntaxError(f"privacy={privacy} is given, and the spec has {self.privacy} in front: give one of them")
+        return Grace(self.route, self.seed, privacy)
+
     @property
     def acts_alone(self) -> bool:
-        """Whether a rank's result differs from its gradient even if nothing needs to be sent: a memory is the momentum of the training, or
-        the result is a vote or the signs of a mean."""
-        return any(leaf.memory.is_momentum or leaf.compressor.result != "mean" for leaf in self.leaves)
+        """Whether a rank's result differs from its gradient even if nothing needs to be sent: it is made private, a memory is the momentum
+        of the training, or the result is a vote or the signs of a mean."""
+        return self.privacy is not None or any(leaf.memory.is_momentum or leaf.compressor.result != "mean" for leaf in self.leaves)
 
     @property
     def two_level(self) -> bool:
@@ -146,7 +164,9 @@ class Grace:
 
     def to_config(self) -> dict[str, Any]:
         """Returns a JSON-safe dictionary; `grace(g.to_config()) == g`."""
-        return {**(self.route.to_config() if self.policy is None else {"policy": self.policy.to_config()}), "seed": self.seed}
+        parts = self.route.to_config() if self.policy is None else {"policy": self.policy.to_config()}
+        private = {} if self.privacy is None else {"privacy": self.privacy.to_config()}
+        return {**private, **parts, "seed": self.seed}
 
     def bind(
         self, named_parameters: Any, *, optimizer: Any = None, op: Any = None, process_set: Any = None, simulate: bool = False,
@@ -187,10 +207,15 @@ class Grace:
         return isinstance(other, Grace) and self.to_config() == other.to_config()
 
     def __str__(self) -> str:
-        return str(self.route)
+        return str(self.route) if self.privacy is None else f"{self.privacy} | {self.route}"
 
     def __repr__(self) -> str:
         return f"grace({str(self)!r})" if not self.seed else f"grace({str(self)!r}, seed={self.seed})"
+
+
+def _is_a_sum(leaf: Composition) -> bool:
+    """Whether all that leaves a rank is its gradient, as one term of a sum."""
+    return leaf.plain and leaf.communicator.name == "allreduce"
 
 
 def _check_one_momentum(policy: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning, few, shown, warn_user
 from ..parts.part import Part
-from ..parts.registry import communicators, compressors, memories, policies
+from ..parts.registry import communicators, compressors, mechanisms, memories, policies
 from ..parts.spec import parse, part_from
+from ..privacy.settings import Privacy
 from .composition import Composition, Route
 from .grace import Grace
 
@@ -35,7 +36,7 @@ def grace(
       configurations or instances. Every `compression=` and `g` of the package takes the same.
     The memory defaults to none (with one warning if the compressor needs one), the communicator to the compressor's natural one:
       allreduce if its payloads can be summed, else allgather.
-    seed: the base of all randomness, the same on all ranks.
+    seed: the base of all randomness, the same on all ranks, except for the noise of privacy.
     Raises UnknownPartError, ParameterError, SpecSyntaxError or IncompatiblePartsError.
     """
     given: dict[str, Any] = {"compressor": compressor, "memory": memory, "communicator": communicator, "policy": policy}
@@ -53,12 +54,17 @@ def _grace(spec: Spec | None, given: dict[str, Any], seed: int | None) -> Grace:
             for leaf in spec.leaves:
                 leaf.check()
             return Grace(spec, _seed(seed))
+        if isinstance(spec, Part) and spec.kind == "mechanism":
+            raise SpecSyntaxError(f"{spec} makes gradients private and names no compressor: write '{spec} | none', or what follows it")
         given, seed = _from_spec(spec.to_config() if isinstance(spec, Grace) else spec, seed)
+    private = given.pop("privacy", None)
+    privacy = None if private is None else part_from(mechanisms, private)
+    assert privacy is None or isinstance(privacy, Privacy)  # the registry holds this one
     if given.get("policy") is None:
-        return Grace(compose(**{kind: given.get(kind) for kind in ("compressor", "memory", "communicator")}), _seed(seed))
+        return Grace(compose(**{kind: given.get(kind) for kind in ("compressor", "memory", "communicator")}), _seed(seed), privacy)
     if any(value is not None for kind, value in given.items() if kind != "policy"):
         raise SpecSyntaxError("a policy is a spec by itself: name compressor, memory and communicator in its knobs")
-    return Grace(_policy(given["policy"]), _seed(seed))
+    return Grace(_policy(given["policy"]), _seed(seed), privacy)
 
 
 def is_spec(value: Any) -> bool:
@@ -108,6 +114,8 @@ def route_from(value: Any) -> Route:
     made = grace("none" if value is None else value)
     if made.seed:
         raise SpecSyntaxError(f"{made!r}: a spec inside a policy has no seed of its own; give it to the outermost grace(...)")
+    if made.privacy:
+        raise SpecSyntaxError(f"{made!r}: the norm of the whole gradient is clipped, so a mechanism stands in front of the outermost spec")
     return made.route
 
 
@@ -129,10 +137,10 @@ def _from_spec(spec: Any, seed: int | None) -> tuple[dict[str, Any], int | None]
             f"a spec is a string such as 'topk(ratio=0.01) + residual', a dictionary, a compressor, a composition, a policy or what "
             f"grace_ext.grace(...) returns, got {shown(spec)}"
         )
-    unknown = sorted(shown(key, 40) for key in set(spec) - {"compressor", "memory", "communicator", "policy", "seed"})
+    unknown = sorted(shown(key, 40) for key in set(spec) - {"compressor", "memory", "communicator", "policy", "seed", "privacy"})
     if unknown:
         raise SpecSyntaxError(
-            f"unknown key {few(unknown)}; a configuration has compressor, memory, communicator, seed, or policy, seed "
+            f"unknown key {few(unknown)}; a configuration has compressor, memory, communicator, seed, or policy, seed, and privacy, if any "
             "(for GRACE's own parameters: grace_ext.from_params(...))"
         )
     return {key: value for key, value in spec.items() if key != "seed"}, spec.get("seed") if seed is None else seed

@@ -42,6 +42,7 @@ from ..exchange.tensor import Job, Outcome, initial_state, replaced
 from ..exchange.transport import Transport
 from ..parts.ops import Array, Ops
 from ..parts.tensor import StepInfo, TensorSpec
+from ..privacy.mechanism import Mechanism
 from . import layout, state
 from .agreement import FIX, FIX_START, agree, check_nodes, check_values, differ
 from .choices import Choices
@@ -49,6 +50,10 @@ from .layout import BUCKET_BYTES, Bucket
 from .observer import Observer
 
 LOG = logging.getLogger("grace_ext")
+NOT_PRIVATE = (
+    "the gradient of {!r} was about to leave this rank without noise, because this way of training does not make gradients private. Ways "
+    "that do are listed in docs/privacy.md: hvd.DistributedOptimizer(privacy=...) is one"
+)
 
 
 class Driver:
@@ -125,6 +130,9 @@ class Driver:
         self.tolerates_start = False
         #: Whether they did differ, and have not been compared again.
         self.started_apart = False
+        #: Makes gradients private, and counts how often it has; None if that was not asked for.
+        self.mechanism = None if grace.privacy is None else Mechanism(grace.privacy, ops)
+        self._private: dict[str, Any] = {}  # by name: what `privatize` has made for this step
         self._arrived: dict[str, Any] = {}
         self._info: StepInfo | None = None  # of the step under way
         self._next = self._bytes = 0  # the bucket whose turn it is; bytes handed to collectives so far
@@ -218,9 +226,26 @@ class Driver:
         """By name: the parts that each tensor goes through at the step that is under way, or was the last."""
         return self._choices.parts
 
+    def privatize(self, gradients: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+        """Returns private gradients of all parameters, which are what `put` takes then; these gradients themselves if privacy was not asked
+        for. gradients: as for Mechanism.release; the parameters without one count as 0."""
+        if self.mechanism is None:
+            return dict(gradients)
+        zeros = {name: self.ops.emit(self.ops.zeros(spec.size), spec) for name, spec in specs.items() if name not in gradients}
+        self._private = self.mechanism.release({**gradients, **zeros}, specs, self._step_info())
+        return dict(self._private)
+
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, those before a checkpoint included. Raises UnsupportedError if gradients
+        are not made private."""
+        if self.mechanism is None:
+            raise UnsupportedError(f"{self.grace} makes no gradient private, so there is no epsilon: pass privacy=Privacy(...)")
+        return self.mechanism.privacy.epsilon(delta, self.mechanism.releases)
+
     def exchange(self, gradients: Mapping[str, Any]) -> Effects:
-        """Makes one whole step with these gradients, by name: `put` for all of them, then `finish`, whose results it returns."""
+        """Makes one whole step with these gradients, by name: `privatize`, `put` for all, then `finish`, whose results it returns."""
         try:
+            gradients = self.privatize(gradients, self.specs)
             for name in reversed(self.specs):  # the order of the buckets, which therefore start as early as they can
                 yield from self.put(name, gradients[name])
             return (yield from self.finish())
@@ -232,6 +257,8 @@ class Driver:
         self.check(name, tensor)
         if name in self._arrived:
             raise GraceError(f"a second gradient for {name!r} came before the step was finished")
+        if self.mechanism is not None and self._private.get(name) is not tensor:
+            raise UnsupportedError(f"{self.grace}: {NOT_PRIVATE.format(name)}")
         self._arrived[name] = tensor
         self._bucket_of[name].missing -= 1
         try:
@@ -253,6 +280,8 @@ class Driver:
 
     def _finish(self, commit: bool, revocable: bool) -> Effects:
         try:
+            if self.mechanism is not None and (missing := [name for name in self.specs if name not in self._arrived]):
+                raise UnsupportedError(f"{self.grace}: {NOT_PRIVATE.format(missing[0])}")  # that there is none is said without noise
             self.check_rate(self.read_lr())
             if not self.agreed:
                 yield from self.agree()
@@ -380,7 +409,7 @@ class Driver:
 
     def abandon(self) -> None:
         """Forgets the step under way, if there is one. The state is that of the last commit."""
-        self._arrived, self._info = {}, None
+        self._arrived, self._private, self._info = {}, {}, None
         self._next = self._bytes = 0
         self.others_finite = True
         for bucket in self.buckets:
@@ -491,7 +520,7 @@ class Driver:
             "version": state.VERSION, "spec": str(self.grace), "seed": self.grace.seed, "op": self._op,
             "rank": self.transport.rank, "size": self.transport.size, "step": self.step,
             "state": state.flattened(self.ops, self.state), **({"node": self._node} if self.grace.two_level else {}),
-            **({"nodes": self._nodes} if self._nodes else {}),
+            **({"nodes": self._nodes} if self._nodes else {}), **({"releases": self.mechanism.releases} if self.mechanism else {}),
         }  # fmt: skip
 
     def _set_divisor(self, divisor: int | None) -> None:
@@ -515,6 +544,8 @@ class Driver:
                 every_rank=True,  # rank 0's own state fits
             )
         self.state, self.step, self._foreign = states, saved["step"], foreign
+        if self.mechanism is not None:
+            self.mechanism.releases = saved["releases"]
         self._before, self.committed = None, True  # nothing of the steps before can be rolled back
         self._choices.forget()
         self._saved_on, self._nodes = "" if foreign else saved.get("node", ""), saved.get("nodes", 0)

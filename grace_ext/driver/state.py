@@ -99,6 +99,10 @@ def _check_exchange(grace: Grace, transport: Transport, saved: Mapping[str, Any]
     """Raises GraceError if the state is not of this exchange, or of ranks whose state this rank cannot take."""
     if saved["spec"] != str(grace):
         raise GraceError(f"this state was saved with {shown(saved['spec'])}, the exchange is {str(grace)!r}")
+    if grace.privacy is not None:
+        if "releases" not in saved:
+            raise GraceError("this state lacks 'releases', which says how often gradients were made private, so epsilon would be wrong")
+        check_count(saved, "releases")
     if saved["size"] != transport.size:
         raise GraceError(
             f"this state was saved by one of {saved['size']} ranks, there are {transport.size}; save with grace_ext.save, "

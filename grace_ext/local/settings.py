@@ -85,6 +85,11 @@ def settings_of(
     chosen = grace("none" if compression is None else compression)
     if chosen.policy is not None:
         raise UnsupportedError(f"{chosen} chooses by tensor or step, but LocalSGD sends all drifts through one composition: name that")
+    if chosen.privacy is not None:
+        raise UnsupportedError(
+            f"{chosen} makes each step's gradient private, but LocalSGD makes steps with gradients that are not and sends what they add up "
+            "to: use DistributedOptimizer(privacy=...), or Exchange, which exchange every step"
+        )
     if isinstance(chosen.memory, CSER):
         every = chosen.memory.reset_period if every is None else every
         if schedule is not None or every != chosen.memory.reset_period:

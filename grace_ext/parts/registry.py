@@ -1,4 +1,4 @@
-"""Maps names to classes, for the four kinds of parts.
+"""Maps names to classes, for the kinds of parts.
 
 Built-in parts register themselves when their module is imported; the registry imports every module of its package at the first look-up,
 so a new module in the package is enough. Parts of other packages are found by entry points, in the groups `grace_ext.compressors`,
@@ -90,3 +90,4 @@ compressors = Registry("compressor", "grace_ext.compressors")
 memories = Registry("memory", "grace_ext.memories")
 communicators = Registry("communicator", "grace_ext.communicators")
 policies = Registry("policy", "grace_ext.policies", also=("grace_ext.planning.auto",))  # auto uses the planner
+mechanisms = Registry("mechanism", "grace_ext.privacy")  # what stands before "|"; there is one

@@ -2,7 +2,8 @@
 
 A spec string is `compressor [> compressor of the values] [+ memory] [@ communicator]`, each a name with optional knobs, in Python's own
 expression syntax: `topk(ratio=0.01) > qsgd(bits=4) + residual @ allgather`. Or it is a policy, whose knobs may be specs, quoted or not:
-`by_size(large=topk(ratio=0.01) + residual)`. The string is parsed with `ast` and never evaluated.
+`by_size(large=topk(ratio=0.01) + residual)`. A mechanism of privacy may stand in front of either: `gaussian(clip=1) | topk + residual`.
+The string is parsed with `ast` and never evaluated.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any, TypeGuard
 
 from ..errors import ParameterError, SpecSyntaxError, UnknownPartError, shown
 from .part import Part, made_knob
-from .registry import Registry, communicators, compressors, memories, policies
+from .registry import Registry, communicators, compressors, mechanisms, memories, policies
 
 
 def parse(text: str) -> dict[str, Part]:
-    """Returns the parts of a spec string by kind: 'compressor', and 'memory' and 'communicator' if they are given; or only 'policy'."""
-    node = _expression(text)
+    """Returns the parts of a spec string by kind: 'compressor', and 'memory' and 'communicator' if they are given; or 'policy'. Also
+    'privacy', if a mechanism stands in front."""
+    mechanism, node = _split_off_mechanism(_expression(text))
+    front = {} if mechanism is None else {"privacy": _part(mechanisms, mechanism, text)}
     if _means_a_policy(node):
-        return {"policy": _part(policies, node, text)}
+        return {**front, "policy": _part(policies, node, text)}
     stages: list[ast.expr] = []
     # 'a > b + m @ c' arrives as the comparison of a with (b + (m @ c)).
     if _is_pipeline(node):
@@ -44,7 +47,16 @@ def parse(text: str) -> dict[str, Part]:
         )
     parts = {"compressor": _pipeline([*stages, last], text)}
     kinds = {"memory": memories, "communicator": communicators}
-    return {**parts, **{kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}}
+    return {**front, **parts, **{kind: _part(kinds[kind], part, text) for kind, part in nodes.items()}}
+
+
+def _split_off_mechanism(node: ast.expr) -> tuple[ast.expr | None, ast.expr]:
+    """Returns what stands before '|', or None, and the rest. 'a | b > c' arrives as the comparison of (a | b) with c."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return node.left, node.right
+    if isinstance(node, ast.Compare) and isinstance(node.left, ast.BinOp) and isinstance(node.left.op, ast.BitOr):
+        return node.left.left, ast.Compare(node.left.right, node.ops, node.comparators)
+    return None, node
 
 
 def named_by(text: str) -> list[Part]:

@@ -14,7 +14,7 @@ ROOT = Path(grace_ext.__file__).parent
 #: The folders and files ("rooms") from the lowest layer up. Each may import those before it in this list, and itself.
 ROOMS = (
     "_version", "errors",                                            # basics
-    "parts", "arrays",
+    "parts", "arrays", "privacy",
     "compressors", "memories", "communicators",                      # parts
     "composition", "exchange", "policies", "driver",                 # from parts to a step
     "checkpoints", "planning", "metrics",                            # services
@@ -25,6 +25,7 @@ ROOMS = (
 NARROWER = {
     "parts": {"errors"},
     "arrays": {"errors", "parts"},
+    "privacy": {"errors", "parts", "arrays"},
     "compressors": {"errors", "parts", "arrays"},
     "memories": {"errors", "parts", "arrays", "compressors"},
     "exchange": {"errors", "parts", "arrays", "compressors", "memories", "communicators"},

@@ -31,6 +31,7 @@ from ...exchange.perform import perform
 from ...exchange.transport import Carried, Transport, arriving, cut, exchange_lengths
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
+from ...privacy.settings import Privacy, check_protects_ranks
 from ..launchers import check_alone
 from ..timeouts import timeout
 
@@ -145,14 +146,25 @@ class Exchange(Measured):
     op: 'mean' or 'sum'.
     simulate: compress at world size 1 too; otherwise a single rank gets copies of its gradients, or what a momentum or a vote makes of
       them.
+    privacy: a grace_ext.privacy.Privacy of unit 'rank', which makes this rank's gradient private before it is compressed; or `g` has it in
+      front. `epsilon(delta)` says what was spent.
     Raises ParameterError, UnsupportedError (no mpi4py, no usable communicator, a launcher whose ranks MPI does not connect), and
     DisagreementError if ranks pass different `op`.
     """
 
-    def __init__(self, g: Grace | str | Mapping[str, Any], comm: Any = None, *, op: str = "mean", simulate: bool = False):
+    def __init__(
+        self,
+        g: Grace | str | Mapping[str, Any],
+        comm: Any = None,
+        *,
+        op: str = "mean",
+        simulate: bool = False,
+        privacy: Privacy | None = None,
+    ):
         if op not in ("mean", "sum"):
             raise ParameterError(f"op must be 'mean' or 'sum', got {shown(op)}")
-        self.grace, self._mpi = grace(g), load_mpi()
+        self.grace, self._mpi = grace(g).with_privacy(privacy), load_mpi()
+        check_protects_ranks(self.grace.privacy, "Exchange")
         self._lr: float | None = None
         self._transport = MpiTransport(host_ops(NumpyOps), duplicated(comm))
         compressing = simulate or self._transport.size > 1
@@ -186,7 +198,7 @@ class Exchange(Measured):
         order whatever that of the gradients ('>f8') is. `lr` is for memories that use it.
 
         Every rank passes the same names, at the first step in the same order, and the same shapes and dtypes at every step. If a
-        gradient is NaN or Inf on any rank, all ranks get NaN for its bucket, and none changes its memory.
+        gradient is NaN or Inf on any rank, all ranks get NaN for its bucket, and none changes its memory; with privacy it counts as 0.
 
         Before anything is sent, it raises NamesError, TensorChangedError, UnsupportedDtypeError or LearningRateError on the ranks at fault
         (the others wait for them, see the module's text), and DisagreementError on all ranks alike. It raises PayloadError, on all ranks
@@ -211,6 +223,10 @@ class Exchange(Measured):
             _abandoned.append(handles)
             self._over = "was stopped by an error in the middle of a step"
             raise
+
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, as Driver.epsilon does."""
+        return self._driver.epsilon(delta)
 
     def _drivers(self) -> list[Driver]:
         return [] if self._dense else [self._driver]
