@@ -119,8 +119,8 @@ def written(tally: Counter[str], kinds: dict[str, tuple[int, int, Failure]], see
     record.reliability("mixes", {
         "title": "Random mixes of parts",
         "text": f"{tally['cases']:,} cases, seeds {seeds.start} to {seeds.stop - 1}, in {seconds / 60:.0f} minutes. Each has a random spec "
-        "over all parts, knobs, communicators and policies (up to three deep), 1 to 6 tensors of odd shapes, names and dtypes, gradients "
-        "that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or more nodes, 2 to 6 steps, a save and "
+        "over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd shapes, names and dtypes, gradients "
+        "that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or more nodes, 2 to 4 steps, a save and "
         f"load before one of them, and one other path. {compositions:,} compositions were drawn that fit; {refused:,} compositions, knobs "
         "and policies were refused when they were composed, which is a legal outcome, and drawn again. The table has how often each "
         "property was checked, and in how many cases it did not hold, or an error was raised. 'path' compares results and states bit for "

@@ -85,8 +85,8 @@ def main(engines: list[str], seeds: range, write: bool) -> int:
         print(f"\n{engine}: {dict(counts)} in {seconds} s", flush=True)
         numbers = [f"{seeds.start} to {seeds.stop - 1}", counts["held"], counts["refused"], counts["failed"], seconds]
         rows[engine] = [engine, ENGINES[engine][1], *numbers]
-    if write:
-        written([rows[engine] for engine in ENGINES if engine in rows])
+        if write:
+            written([rows[engine] for engine in ENGINES if engine in rows])
     return int(failed)
 
 
