@@ -83,7 +83,9 @@ def refuse_bad_states(job: Any, here: Path, name: str, *, begun: bool) -> None:
     before = mapped(job.memory(), np.array)
     good = mapped(before, np.copy)
     if any(state["state"] for state in driver_states(good)):
-        known = {**bad_states.FORM, **(bad_states.FIT if begun or job.knows_parameters else {}), **(bad_states.WHOLE if begun else {})}
+        known = {**bad_states.FORM, **(bad_states.FIT if begun or job.knows_parameters else {})}
+        if begun and any(len(state["state"]) > 1 for state in driver_states(good)):  # no array at all is the memory of skipped steps
+            known |= bad_states.WHOLE
         for wrong, bad, text in bad_states.of(good, known):
             try:
                 job.take(bad)
