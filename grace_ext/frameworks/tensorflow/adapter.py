@@ -190,6 +190,8 @@ class BoundCompression(Measured):
         if unknown:
             names = ", ".join(sorted(shown(name, 40) for name in unknown))
             raise GraceError(f"this state has variables that are not bound: {shown(names)[1:-1]}; bind those that it was saved for")
+        if lacking := set(self._exchanges) - set(saved):
+            raise GraceError(f"this state lacks variables that have a memory: {', '.join(sorted(lacking)[:5])}; it is not complete")
         transport = HorovodTransport(self._process_set)
         for name, state in saved.items():
             driver = Driver(self.grace, transport.ops, transport, divisor=None if self._average else 1)
