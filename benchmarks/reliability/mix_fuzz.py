@@ -102,6 +102,8 @@ def run(
     for counts, failed in batches(seeds, jobs, paths, until):
         tally.update(counts)
         for seed, found in failed:
+            if found.kind not in kinds:
+                print(f"\nseed {seed}: {found.text}", file=sys.stderr, flush=True)
             often, first, earlier = kinds.get(found.kind, (0, seed, found))
             kinds[found.kind] = (often + 1, first, earlier)
         if sys.stderr.isatty():
