@@ -1,4 +1,4 @@
-"""Trains with Hugging Face Accelerate and compressed gradients: the hook is registered on the model that `prepare` returns.
+"""Trains with Hugging Face Accelerate and compressed gradients: one call after `prepare`.
 
     torchrun --nproc-per-node 2 examples/accelerate_mnist.py        (`accelerate launch --cpu` always starts one process)
 """
@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from grace_ext.frameworks.torch import compress_ddp
+from grace_ext.integrations.accelerate import compress
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description="Trains on MNIST digits with Accelerate and compressed gradients")
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
 parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--folder", default="demo/accelerate", help="where a checkpoint is saved after each epoch; all hosts share it")
+parser.add_argument("--resume", action="store_true")
 arguments = parser.parse_args()
 
 torch.set_num_threads(1)
@@ -27,10 +29,9 @@ loader = DataLoader(TensorDataset(train_x, train_y), batch_size=32, shuffle=True
 model = mnist.make_model()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-
-state = None
-if accelerator.num_processes > 1:  # with one process there is no DDP to register the hook on
-    state = compress_ddp(arguments.compression, model, optimizer)
+state = compress(accelerator, arguments.compression, model, optimizer)  # + all that compression needs
+if arguments.resume:
+    accelerator.load_state(arguments.folder)
 
 sent, dense = 0, 0
 for epoch in range(arguments.epochs):
@@ -38,11 +39,12 @@ for epoch in range(arguments.epochs):
         optimizer.zero_grad()
         accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
         optimizer.step()
-        sent += state.wire_bytes if state else 0
+        sent += state.wire_bytes
         dense += sum(4 * p.numel() for p in model.parameters())
     bare = accelerator.unwrap_model(model)
     reached = mnist.accuracy(bare, test_x.to(accelerator.device), test_y.to(accelerator.device))
     accelerator.print(f"epoch {epoch + 1}: test accuracy {reached:.3f}", flush=True)
+    accelerator.save_state(arguments.folder)  # the model, the optimizer, and every rank's memory
 
 ratio = f", {dense / sent:.1f} times fewer" if sent else " (one rank: nothing is compressed)"
 accelerator.print(f"sent {sent:,} bytes; dense gradients are {dense:,}{ratio}")

@@ -18,7 +18,7 @@ ROOMS = (
     "compressors", "memories", "communicators",                      # parts
     "composition", "exchange", "policies", "driver",                 # from parts to a step
     "checkpoints", "planning", "metrics",                            # services
-    "local", "frameworks", "cluster",                                # ways to run
+    "local", "frameworks", "cluster", "integrations",                # ways to run
     "cli", "testing", "resize", "__init__", "__main__",              # entry points
 )  # fmt: skip
 #: Rooms that may import less than the order allows.
@@ -29,6 +29,7 @@ NARROWER = {
     "compressors": {"errors", "parts", "arrays"},
     "memories": {"errors", "parts", "arrays", "compressors"},
     "exchange": {"errors", "parts", "arrays", "compressors", "memories", "communicators"},
+    "integrations": {"errors", "composition", "checkpoints", "frameworks"},
 }
 #: The modules of the parts' rooms that these rooms may import: bases and forms, but no single part.
 BASES = {"exchange": ("base", "fast_path", "forms"), "memories": ("base", "fast_path")}
