@@ -25,10 +25,12 @@ else:
     from .dist.api import *  # noqa: F403
 
 from ...local import post_local as post_local
+from ...privacy.settings import Privacy as Privacy
 from .agreement import check_agreement as check_agreement
 from .ddp import compress_ddp as compress_ddp
 from .ddp import ddp_comm_hook as ddp_comm_hook
 from .distributed_state import DistributedState as DistributedState
+from .fsdp import fsdp_hook as fsdp_hook
 from .local import LocalOptimizer as LocalOptimizer
 from .local import LocalSGD as LocalSGD
 from .metrics import MetricsHook as MetricsHook
@@ -36,3 +38,4 @@ from .onebit_adam import OneBitAdam as OneBitAdam
 from .optimizer import CompressedOptimizer as CompressedOptimizer
 from .optimizer import DistributedOptimizer as DistributedOptimizer
 from .optimizer import broadcast_optimizer_state as broadcast_optimizer_state
+from .private import per_example_backward as per_example_backward

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -16,12 +17,19 @@ from .. import launchers
 from .in_front import InFront
 
 FSDP = (
-    "parameter {!r} belongs to an FSDP-wrapped module ({}): its gradients are reduce-scattered into shards, which grace_ext does not "
-    "compress. Use DistributedDataParallel or an unwrapped module"
+    "parameter {!r} belongs to a module in FullyShardedDataParallel (FSDP1), which flattens parameters and reduce-scatters gradients, so "
+    "they cannot be compressed. Shard with torch.distributed.fsdp.fully_shard (FSDP2), and compress between the replicas of the model "
+    "with hvd.fsdp_hook; or use DistributedDataParallel"
+)
+FULLY_SHARDED = (
+    "parameter {!r} is a DTensor, which fully_shard (FSDP2) has sharded over mesh {}, and here whole gradients are compressed. Shard each "
+    "replica of the model over a mesh of its own, compress between the replicas with hvd.fsdp_hook(g, model, mesh['replicate'], "
+    "optimizer), and step the plain optimizer"
 )
 TENSOR_PARALLEL = (
-    "parameter {!r} is a DTensor, placed as {} over mesh {}: it is sharded (by tensor parallelism or fully_shard), so its gradient is "
-    "not the whole model's on any rank, and grace_ext compresses whole gradients. Use DistributedDataParallel or an unwrapped module"
+    "parameter {!r} is a DTensor, placed as {} over mesh {} by tensor parallelism, so no rank has its whole gradient. To compress between "
+    "replicas of a tensor-parallel model, call fully_shard(model, mesh=mesh['shard']) as well (a mesh of one rank will "
+    "do), and then hvd.fsdp_hook(g, model, mesh['replicate'], optimizer)"
 )
 IN_DDP = (
     "this model is wrapped in DistributedDataParallel, which all-reduces every gradient uncompressed during backward(); {} would exchange "
@@ -72,10 +80,9 @@ def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
     for name, parameter in pairs:
         kind = type(parameter).__name__
         if kind == "FlatParameter" or getattr(parameter, "_is_flat_param", False) or "_fsdp_wrapped_module" in name:
-            raise UnsupportedError(FSDP.format(name, kind))
-        if kind == "DTensor":
-            sharded: Any = parameter
-            raise UnsupportedError(TENSOR_PARALLEL.format(name, sharded.placements, tuple(sharded.device_mesh.shape)))
+            raise UnsupportedError(FSDP.format(name))
+        if is_dtensor(parameter):
+            raise UnsupportedError(_why_a_dtensor(name, parameter))
         if parameter.is_complex():
             raise UnsupportedDtypeError(
                 f"parameter {name!r} is {parameter.dtype}; grace_ext compresses real gradients: keep its real and imaginary parts in one "
@@ -84,6 +91,27 @@ def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
     if len({p.device for _, p in pairs}) > 1:
         raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device per process")
     return dict(pairs)
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether this is a DTensor. (By name, because an import of torch.distributed.tensor takes seconds.)"""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's part of a DTensor, which shares its memory; another tensor as it is."""
+    with torch.no_grad():
+        return cast(Any, tensor).to_local() if is_dtensor(tensor) else tensor
+
+
+def _why_a_dtensor(name: str, parameter: Any) -> str:
+    """Says who has made a DTensor of this parameter. Searches all objects of the process."""
+    shape = tuple(parameter.device_mesh.shape)
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for module in [found for found in gc.get_objects() if issubclass(type(found), kind)]:
+        if any(p is parameter for p in module.parameters()):
+            return FULLY_SHARDED.format(name, shape)
+    return TENSOR_PARALLEL.format(name, parameter.placements, shape)
 
 
 def check_containers(parameters: Mapping[str, torch.nn.Parameter], wrapper: str, ranks: Iterable[int] | None = None) -> None:

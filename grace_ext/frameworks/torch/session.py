@@ -23,7 +23,7 @@ from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
 from .dcp import OfOneRank
-from .guards import check_containers
+from .guards import check_containers, local_of
 from .ops import HostOps, TorchOps, as_bytes, describe, ops_for
 
 
@@ -252,7 +252,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Returns a digest of each tensor's dtype, shape and bits, by name (agreement.digest_of), for any dtype."""
     found = {}
     for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous()
+        data = local_of(tensor.detach()).cpu().contiguous()
         found[name] = f"{data.dtype}{list(data.shape)}:" + digest_of(as_bytes(data).numpy())
     return found
 

@@ -132,7 +132,21 @@ def transport_of_its_own(ops: DeviceOps, group: dist.ProcessGroup | None) -> Dis
     must not come between those of one driver. (Torch has no way to make a group that only its members call and all name alike.)"""
     if dist.get_world_size(group) < dist.get_world_size():
         return DistTransport(ops, group)
-    own = dist.new_group(timeout=datetime.timedelta(seconds=timeout()))
+    return _over_new_group(ops, [list(range(dist.get_world_size()))])
+
+
+def transport_among(ops: DeviceOps, ranks: Sequence[int]) -> DistTransport:
+    """Returns a transport over a new process group of these ranks of the job. Every rank of the job must call it, because all make the
+    groups of all."""
+    groups: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(groups, list(ranks))
+    return _over_new_group(ops, sorted({tuple(group) for group in groups}))
+
+
+def _over_new_group(ops: DeviceOps, groups: Sequence[Sequence[int]]) -> DistTransport:
+    """Makes these process groups, as every rank must, and returns a transport over that of this rank."""
+    made = [dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout())) for ranks in groups]
+    own = next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
     while _orphans:  # all ranks have come here, so none uses an earlier group whose optimizer is gone
         with contextlib.suppress(ValueError):  # hvd.shutdown() has destroyed it, with all others
             dist.destroy_process_group(_orphans.pop())

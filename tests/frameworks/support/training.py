@@ -32,6 +32,18 @@ SPECS = (
     "powersgd_plus(rank=2, refresh_period=5) + residual",
     "topk(ratio=0.05) + ef21",
 )
+#: For shards of a model, which FSDP2 has sharded.
+SHARDED_SPECS = (
+    "none",
+    "topk(ratio=0.1) + residual",
+    "threshold(threshold=0.01) + residual",
+    "powersgd(rank=2) + residual",
+    "efsignsgd + residual",
+    "qsgd(bits=4)",
+    "terngrad",
+    "by_size(min_elements=100, large=topk(ratio=0.1) + residual)",
+    "lgreco(base=powersgd(rank=2) + residual, every=3, window=2)",
+)
 
 
 def make_model() -> torch.nn.Module:
