@@ -155,7 +155,7 @@ class Driver:
         self.buckets = [Bucket([self.specs[name] for name in names]) for names in self.packed(nbytes)]
         self._lay_out()
         try:
-            state.check(self.ops, self.grace, self.specs, self._step_info(), self.state, fill=self._foreign)
+            state.check(self.ops, self.grace, self.specs, self.step_info(), self.state, fill=self._foreign)
         except GraceError:
             self.specs, self.buckets = {}, []
             raise
@@ -209,7 +209,7 @@ class Driver:
     def check_rate(self, lr: float | None) -> None:
         """Raises LearningRateError if a part needs the learning rate and there is none."""
         for part in self._by_rate:
-            part.learning_rate(dataclasses.replace(self._step_info(), lr=lr))
+            part.learning_rate(dataclasses.replace(self.step_info(), lr=lr))
 
     def set_learning_rate(self, lr: float | None) -> None:
         """Sets the learning rate of the steps to come, in place of what `read_lr` returned."""
@@ -232,7 +232,7 @@ class Driver:
         if self.mechanism is None:
             return dict(gradients)
         zeros = {name: self.ops.emit(self.ops.zeros(spec.size), spec) for name, spec in specs.items() if name not in gradients}
-        self._private = self.mechanism.release({**gradients, **zeros}, specs, self._step_info())
+        self._private = self.mechanism.release({**gradients, **zeros}, specs, self.step_info())
         return dict(self._private)
 
     def epsilon(self, delta: float) -> float:
@@ -307,7 +307,7 @@ class Driver:
                 return
             self._next += 1
             if self._info is None:
-                self._info = self._step_info()
+                self._info = self.step_info()
                 self._choose()
                 self.forget_before()
                 self.observer.begin(self._info)
@@ -357,7 +357,7 @@ class Driver:
         """Lets policies decide by what all ranks report, before the step is committed."""
         after = {name: arrays for bucket in self.buckets for name, arrays in bucket.states.items()}
         sent, said = yield from self._choices.settle(
-            self.transport, self.prefix, self._info or self._step_info(), self.state, after, self._compute
+            self.transport, self.prefix, self._info or self.step_info(), self.state, after, self._compute
         )
         self._bytes += sent
         self._log(said)
@@ -415,7 +415,8 @@ class Driver:
         for bucket in self.buckets:
             bucket.clear()
 
-    def _step_info(self) -> StepInfo:
+    def step_info(self) -> StepInfo:
+        """Returns what parts are told of the step under way, or of the next one."""
         return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
 
     def _job(self, spec: TensorSpec, info: StepInfo) -> Job:
@@ -555,7 +556,7 @@ class Driver:
         the parameters that will be registered, as far as they are known; what the state has of them must fit, too."""
         states = state.read(self.ops, self.grace, self.transport, saved, self._op)
         known, foreign = self.specs or {spec.name: spec for spec in specs}, saved["rank"] != self.transport.rank
-        info = dataclasses.replace(self._step_info(), step=saved["step"])
+        info = dataclasses.replace(self.step_info(), step=saved["step"])
         state.check(self.ops, self.grace, known, info, states, fill=foreign, partial=not self.specs)
         return states
 

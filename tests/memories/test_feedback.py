@@ -286,7 +286,7 @@ def test_states_are_flat_and_float32(world, memory):
         for rank, held in enumerate(states(cluster, world)):
             expected = {}
             for name, spec in cluster.drivers[rank].specs.items():
-                start = g.memory.init(world.ops, spec, cluster.drivers[rank]._step_info()) if spec.size else {}
+                start = g.memory.init(world.ops, spec, cluster.drivers[rank].step_info()) if spec.size else {}
                 expected.update({f"{key}/{name}": len(array) for key, array in start.items()})
             own = {key: array for key, array in held.items() if not key.startswith(("powersgd_q", "shard"))}
             assert {key: array.size for key, array in own.items()} == expected

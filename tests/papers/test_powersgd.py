@@ -14,7 +14,7 @@ def distance(spec: str, steps: int = 2000, rate: float = 0.1) -> float:
     """Returns |X - A| after gradient descent on |X - A|^2 / 2 from X = 0, if the subspace starts as the first axis."""
     cluster = grace_ext.LocalCluster(grace_ext.grace(spec), 1)
     driver = cluster.drivers[0]
-    first = driver.grace.compressor.init(driver.ops, grace_ext.parts.TensorSpec("X", (3, 3)), driver._step_info())
+    first = driver.grace.compressor.init(driver.ops, grace_ext.parts.TensorSpec("X", (3, 3)), driver.step_info())
     state = {f"{key}/X": np.asarray(array) for key, array in first.items()}
     state |= {"powersgd_q/X": np.array([1, 0, 0], np.float32), "residual/X": np.zeros(9, np.float32)}
     driver.load_state_dict({**driver.state_dict(), "state": state})

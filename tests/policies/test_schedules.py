@@ -114,7 +114,7 @@ def test_the_subspace_of_powersgd_is_carried_over(ranks):
     finally:
         kind._two_sums = original
     fresh = NUMPY.cluster(grace_ext.grace(f"powersgd(rank={second}) + residual"), 1)
-    compressor, info = fresh.grace.compressor, fresh.drivers[0]._step_info()
+    compressor, info = fresh.grace.compressor, fresh.drivers[0].step_info()
     drawn = np.asarray(compressor.init(NUMPY.ops, W, info)["powersgd_q"]).reshape(second, 18)
     common = min(ranks)
     assert len(started) == 2 and started[0].tobytes() == started[1].tobytes()

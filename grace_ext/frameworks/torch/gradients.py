@@ -14,6 +14,7 @@ from ...composition.grace import Grace
 from ...errors import GraceError, TensorChangedError, UnsupportedError, few, warn_user
 from . import engine
 from .guards import check_alone, check_containers, check_not_private
+from .private import forget_examples, privatized
 from .session import Session
 
 api = engine.api
@@ -152,10 +153,14 @@ class GradientExchange:
             self.synchronized = True
             return
         self._check_world()
-        if commit:
+        if commit and not self.grace.privacy:  # where a batch may be empty, and noise is sent in any case
             self._mention_missing()
         if change is not None:
             change()
+        if self.grace.privacy:
+            computed = [name for name, delay in self._delay.items() if delay < self.passes]
+            for name, made in privatized(self.session.driver, self.parameters, computed, self._sparse_as_dense).items():
+                self.parameters[name].grad = made
         for name, parameter in self.parameters.items():
             if name not in self._given and name not in self._sparse and parameter.grad is not None:
                 self._put(name, parameter.grad)
@@ -218,6 +223,8 @@ class GradientExchange:
         self.synchronized = False
         for parameter in self.parameters.values():
             parameter.grad = None
+        if self.grace.privacy:
+            forget_examples(self.parameters.values())
 
     def stepped(self) -> None:
         """Takes note that the optimizer has made its step, so that the exchange cannot be undone any more."""

@@ -15,17 +15,20 @@ from ...checkpoints.saveable import Saveable, nothing_saveable
 from ...composition.grace import Grace
 from ...driver.agreement import agree
 from ...driver.driver import Driver
-from ...errors import GraceError, NamesError, ParameterError, UnsupportedError, shown
+from ...errors import GraceError, ParameterError, UnsupportedError, shown
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
+from ...privacy.settings import Privacy
 from ..horovod import chosen_compression
 from ..optimizers import rate_of
 from . import engine
+from .arguments import check_groups, named
 from .dcp import called_by_dcp, leaves_out
 from .gradients import GradientExchange
-from .guards import check_optimizer_kind, check_parameters
+from .guards import check_optimizer_kind
 from .in_front import InFront, in_front_of
 from .ops import ops_for
+from .private import check_private_training, forget_examples
 from .session import check_none_new, check_torch_optimizer, require_sum_or_mean
 
 api = engine.api
@@ -73,6 +76,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     clip_before: float | None = None,
     clip_after: float | None = None,
     check_start: bool = True,
+    privacy: Privacy | None = None,
 ) -> CompressedOptimizer:
     """Wraps an optimizer so that `step()` applies the gradients of all ranks, as `horovod.torch.DistributedOptimizer` does.
 
@@ -103,6 +107,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     clip_after: clips the aggregates to this global norm, the same on all ranks.
     check_start: compares the bits of all ranks' parameters at the first step, and raises DisagreementError if they differ (usually because
       hvd.broadcast_parameters is missing); it costs one pass over the parameters and about 30 bytes per parameter.
+    privacy: hvd.Privacy(...), which makes each rank's gradient private before it is compressed, in step() (there is no overlap); or the
+      spec has it in front: 'gaussian(clip=1) | topk + residual'. With unit='example' call hvd.per_example_backward(...) in place of
+      loss.backward(), or wrap the model in opacus.GradSampleModule. `epsilon(delta)` says what was spent.
 
     `step(closure)` runs the closure and exchanges the gradients that it computes; with LBFGS at every evaluation, whose loss is then the
     mean of the ranks' losses.
@@ -117,7 +124,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     if num_groups != 0:
         warnings.warn("Parameter `num_groups` has been replaced by `groups`", DeprecationWarning, stacklevel=3)
         groups = num_groups if groups is None else groups
-    chosen = _compression(compression)
+    chosen = _compression(compression, privacy)
     if chosen is None:
         compression = api.Compression.none if compression is None else compression
         horovods = api.DistributedOptimizer(
@@ -127,11 +134,13 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         return _checked_at_first(horovods, compression, process_set)
     check_optimizer_kind(optimizer, "DistributedOptimizer")
     check_torch_optimizer(chosen, optimizer)
-    _check_groups(groups)
+    if chosen.privacy is not None:
+        check_private_training(chosen.privacy, optimizer, scaler, clip_before)
+    check_groups(groups)
     for name, norm in (("clip_before", clip_before), ("clip_after", clip_after)):
         if norm is not None and not (isinstance(norm, (numbers.Real, torch.Tensor)) and norm > 0):
             raise ParameterError(f"{name} is the largest norm of the gradients, a number above 0, or None; got {shown(norm)}")
-    parameters = _named(optimizer, named_parameters)
+    parameters = named(optimizer, named_parameters)
     average = require_sum_or_mean(op, api)
     wrapped = in_front_of(optimizer, CompressedOptimizer)
     wrapped.op, wrapped.process_set = op, process_set
@@ -140,7 +149,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     wrapped._exchange = GradientExchange(
         chosen, parameters, average=average, op=op, process_set=process_set, passes=backward_passes_per_step,
         sparse_as_dense=sparse_as_dense, simulate=simulate, scaler=scaler, read_lr=lambda: rate_of(optimizer.param_groups),
-        check_start=check_start, overlap=overlap and clip_before is None,
+        check_start=check_start, overlap=overlap and clip_before is None and chosen.privacy is None,
     )  # fmt: skip
     return wrapped
 
@@ -163,38 +172,13 @@ def _checked_at_first(optimizer: Any, compression: Any, process_set: Any) -> Any
     return optimizer
 
 
-def _compression(compression: Any) -> Grace | None:
+def _compression(compression: Any, privacy: Privacy | None) -> Grace | None:
     """Returns the Grace to use; None if Horovod's own optimizer is to be used."""
-    chosen = chosen_compression(compression, api.Compression)
+    chosen = chosen_compression(compression, api.Compression).with_privacy(privacy)
+    if chosen.privacy is not None:
+        return chosen
     horovods = any(compression is one for one in (None, api.Compression.none, api.Compression.fp16))
     return None if engine.ENGINE == "horovod" and horovods else chosen
-
-
-def _check_groups(groups: Any) -> None:
-    if groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 0):
-        return
-    if not isinstance(groups, list):
-        raise ValueError("groups should be a non-negative integer or a list of list of torch.Tensor.")
-    flat = [p for group in groups for p in group]
-    if any(not isinstance(p, torch.Tensor) for p in flat):
-        raise ValueError("groups must consist of torch.Tensor.")
-    if len({id(p) for p in flat}) < len(flat):
-        raise ValueError("A parameter can only appear once in groups.")
-
-
-def _named(optimizer: torch.optim.Optimizer, named_parameters: Any) -> dict[str, torch.nn.Parameter]:
-    """Returns the optimizer's parameters that train, by name. Raises NamesError if one of the optimizer's parameters has no name."""
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    if named_parameters is None:
-        named_parameters = [
-            (f"allreduce.noname.{i}.{j}", p) for i, group in enumerate(optimizer.param_groups) for j, p in enumerate(group["params"])
-        ]
-    by_name = check_parameters(named_parameters)
-    known, mine = {id(p) for p in by_name.values()}, {id(p) for p in own}
-    unnamed = [i for i, p in enumerate(own) if id(p) not in known]
-    if unnamed:
-        raise NamesError(f"named_parameters lacks {len(unnamed)} of the optimizer's {len(own)} parameters (positions {unnamed[:5]}...)")
-    return {name: p for name, p in by_name.items() if id(p) in mine and p.requires_grad}
 
 
 class CompressedOptimizer(Measured, InFront):
@@ -283,6 +267,8 @@ class CompressedOptimizer(Measured, InFront):
                 "wrap with overlap=False, where nothing is exchanged before step()."
             )
         super().zero_grad(*args, **kwargs)
+        if self._exchange.grace.privacy:
+            forget_examples(self._exchange.parameters.values())
 
     # --- gradients that shall not count -------------------------------------------------------------------------------
     def discard(self) -> None:
@@ -305,6 +291,13 @@ class CompressedOptimizer(Measured, InFront):
     def wire_bytes(self) -> int:
         """Bytes that this rank handed to collectives in the last step: payloads, headers, all rounds, sparse gradients."""
         return self._exchange.wire_bytes
+
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, those before a checkpoint included: what an observer of all messages and
+        of the model learns about one unit (docs/privacy.md). Raises UnsupportedError without privacy."""
+        if self._exchange.session is None:
+            raise UnsupportedError("this rank exchanges nothing, so it has no epsilon: ask a rank of the process set, with privacy=")
+        return self._exchange.session.driver.epsilon(delta)
 
     def _drivers(self) -> list[Driver]:
         return [self._exchange.session.driver] if self._exchange.session else []

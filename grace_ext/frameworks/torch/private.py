@@ -1,0 +1,172 @@
+"""Makes the gradients of one optimizer private: clips ranks or examples, and lets the driver add the noise."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...driver.driver import Driver
+from ...errors import GraceError, ParameterError, UnsupportedError, few
+from ...parts.tensor import StepInfo, TensorSpec
+from ...privacy.mechanism import Mechanism
+from ...privacy.settings import Privacy
+from .ops import describe
+
+Parameters = Mapping[str, torch.nn.Parameter]
+BATCH_NORM = (
+    "the model has {} layers of batch normalization ({}, ...), which mix the examples of a batch and keep their means and variances in the "
+    "model, without noise: no clip bounds what one example does to them. Use GroupNorm or LayerNorm, or set these layers to eval()"
+)
+SCALER = (
+    "scaler= cannot be used with privacy: a gradient that is not finite counts as 0, because a skipped step would tell about one example, "
+    "so the scaler would never lower its scale. Train in bfloat16 (torch.autocast), which needs no scaler"
+)
+NO_EXAMPLES = (
+    "{} parameters ({}) have gradients and no per-example gradients, so examples cannot be clipped one by one: compute them by "
+    "hvd.per_example_backward(model, loss, inputs, targets), or wrap the model in opacus.GradSampleModule"
+)
+
+
+def check_private_training(privacy: Privacy, optimizer: torch.optim.Optimizer, scaler: Any, clip_before: float | None) -> None:
+    """Raises an error if something beside the gradient would leave a rank, or if private gradients would be used wrongly."""
+    if scaler is not None:
+        raise UnsupportedError(SCALER)
+    if clip_before is not None:
+        raise ParameterError(
+            f"clip_before={clip_before:g} is given, and privacy clips to {privacy.clip:g} before the exchange: leave it out"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "LBFGS ends its iterations by the ranks' mean loss, which would be exchanged without noise: use another optimizer with privacy"
+        )
+
+
+def check_no_batch_norm(parameters: Parameters) -> None:
+    """Raises UnsupportedError if a living model that holds one of these parameters has batch normalization in training mode. Searches all
+    objects of the process, so call it once."""
+    mine = {id(p) for p in parameters.values()}
+    models = [module for module in gc.get_objects() if issubclass(type(module), torch.nn.Module)]
+    found = [
+        f"{name or type(layer).__name__}"
+        for model in models
+        if any(id(p) in mine for p in model.parameters())
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.training
+    ]
+    if found:
+        layers = {id(layer) for model in models for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.training}
+        raise UnsupportedError(BATCH_NORM.format(len(layers), max(found, key=len)))
+
+
+def privatized(driver: Driver, parameters: Parameters, computed: Iterable[str], sparse_as_dense: bool) -> dict[str, torch.Tensor]:
+    """Returns the private gradients of all these parameters, and clears the per-example ones.
+
+    computed: the names of those that a backward pass has given a gradient since the last step."""
+    mechanism = driver.mechanism
+    assert mechanism is not None
+    if not driver.agreed:
+        check_no_batch_norm(parameters)
+    specs = {name: TensorSpec(name, *describe(parameter)) for name, parameter in parameters.items()}
+    if mechanism.privacy.unit == "rank":
+        return driver.privatize(_own(parameters, sparse_as_dense), specs)
+    lacking = [name for name in computed if getattr(parameters[name], "grad_sample", None) is None]
+    if lacking:
+        raise UnsupportedError(NO_EXAMPLES.format(len(lacking), few(lacking)))
+    sums = clipped_sums(mechanism, parameters, specs, driver.step_info())
+    forget_examples(parameters.values())
+    return driver.privatize(sums, specs)
+
+
+def _own(parameters: Parameters, sparse_as_dense: bool) -> dict[str, torch.Tensor]:
+    """Returns this rank's gradients."""
+    own = {}
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            if not sparse_as_dense:
+                raise UnsupportedError(
+                    f"the gradient of {name!r} is sparse, and which rows it has tells about the examples, whatever noise is on them: pass "
+                    "sparse_as_dense=True, or make the layer with sparse=False"
+                )
+            gradient = gradient.to_dense()
+        if gradient is not None:
+            own[name] = gradient
+    return own
+
+
+def clipped_sums(mechanism: Mechanism, parameters: Parameters, specs: Mapping[str, TensorSpec], info: StepInfo) -> dict[str, torch.Tensor]:
+    """Returns, by name, the sums over the examples of clipped gradients, restricted to the support. An example whose gradient is not finite
+    counts as 0. Without an example there is no sum."""
+    rows: dict[str, torch.Tensor] = {}
+    places: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        sample = getattr(parameter, "grad_sample", None)
+        if sample is None:
+            continue
+        passes = sample if isinstance(sample, list) else [sample]  # several backward passes make up one batch
+        flat = torch.cat([each.detach().reshape(len(each), specs[name].size) for each in passes])
+        rows[name] = flat if flat.dtype == torch.float64 else flat.float()
+        positions = mechanism.positions(specs[name], info)
+        if positions is not None:
+            places[name] = torch.from_numpy(positions.copy()).to(flat.device)
+            rows[name] = rows[name][:, places[name]]
+    if not rows:
+        return {}
+    counts = {name: len(x) for name, x in rows.items()}
+    if len(set(counts.values())) > 1:
+        raise GraceError(
+            f"the parameters have per-example gradients of different numbers of examples ({few(map(str, set(counts.values())))})"
+        )
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows.values()]).square().sum(0).sqrt()
+    finite = norms.isfinite()
+    factors = torch.where(finite, (mechanism.privacy.clip / norms).clamp(max=1.0), 0.0)
+    sums = {}
+    for name, x in rows.items():
+        counted = torch.where(finite[:, None], x, 0.0)  # 0 times NaN is NaN
+        total = factors.to(x.dtype) @ counted
+        if name in places:
+            total = torch.zeros(specs[name].size, dtype=x.dtype, device=x.device).index_copy_(0, places[name], total)
+        sums[name] = total.reshape(specs[name].shape)
+    return sums
+
+
+def forget_examples(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Drops the per-example gradients of these parameters."""
+    for parameter in parameters:
+        if getattr(parameter, "grad_sample", None) is not None:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+def per_example_backward(model: torch.nn.Module, loss: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any) -> torch.Tensor:
+    """Computes each example's own gradient, by torch.func, and leaves them in `grad_sample` of the parameters, where
+    `DistributedOptimizer(privacy=Privacy(unit='example', ...))` takes them in step(). It stands in place of loss.backward().
+
+    model: is called with a batch of one example at a time, vectorized over the examples. loss(outputs, targets): a scalar.
+    inputs, targets: tensors whose first dimension counts the examples; there may be none.
+    Several calls before a step make up one batch. Returns the examples' losses, which are not private: do not publish them.
+    Raises UnsupportedError for a model with batch normalization in training mode."""
+    if len(inputs) != len(targets):
+        raise ParameterError(f"inputs and targets must be of the same examples, got {len(inputs)} and {len(targets)}")
+    normalized = [name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.training]
+    if normalized:
+        raise UnsupportedError(BATCH_NORM.format(len(normalized), normalized[0]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not len(inputs):
+        return torch.zeros(0)
+    fixed = {**{name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}, **dict(model.named_buffers())}
+
+    def loss_of(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(model, {**parameters, **fixed}, (x.unsqueeze(0),))
+        return loss(outputs, y.unsqueeze(0))
+
+    each = torch.func.vmap(torch.func.grad_and_value(loss_of), in_dims=(None, 0, 0), randomness="different")
+    gradients, losses = each({name: p.detach() for name, p in trained.items()}, inputs, targets)
+    for name, parameter in trained.items():
+        before = getattr(parameter, "grad_sample", None)
+        earlier = [] if before is None else before if isinstance(before, list) else [before]
+        parameter.grad_sample = [*earlier, gradients[name]]  # type: ignore[attr-defined]
+    return losses.detach()
