@@ -1,5 +1,4 @@
-"""Tests `fsdp_hook` in real jobs of 2 replicas x 2 shards: each case of jobs/fsdp_job.py and jobs/fsdp_use_job.py is a test, and must hold
-on every rank."""
+"""Tests `fsdp_hook` in real jobs of 2 replicas x 2 shards: each case of jobs/fsdp_*job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 
@@ -17,3 +16,8 @@ def test_equals_local_clusters(number):
 @pytest.mark.parametrize("case", cases_of("fsdp_use_job.py"))
 def test_use(case):
     assert case in held("torchrun", 4, "fsdp_use_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("fsdp_refused_job.py"))
+def test_state_and_refused_uses(case):
+    assert case in held("torchrun", 4, "fsdp_refused_job.py")

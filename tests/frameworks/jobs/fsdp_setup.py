@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import grace_ext
 import grace_ext.frameworks.torch as hvd
+from grace_ext.frameworks.torch.guards import local_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training as training  # noqa: E402
@@ -120,3 +122,19 @@ def assert_equal(model: nn.Module, expected: dict[str, torch.Tensor], tolerance:
         assert got.shape == expected[name].shape, name
         worst = float((got - expected[name]).abs().max() / expected[name].abs().max())
         assert torch.equal(got, expected[name]) if not tolerance else worst <= tolerance, (name, worst)
+
+
+def memory_of(state) -> dict[str, torch.Tensor]:
+    return {key: array.clone() for key, array in state.state_dict()["state"].items()}
+
+
+def assert_memory(state, expected) -> None:
+    now = memory_of(state)
+    assert set(now) == set(expected) and all(torch.equal(now[key], expected[key]) for key in expected)
+
+
+def assert_replicas_equal(model) -> None:
+    mine = [local_of(p).detach().tolist() for p in model.parameters()]
+    both = [None, None]
+    dist.all_gather_object(both, mine, group=MESH["replicate"].get_group())
+    assert both[0] == both[1]

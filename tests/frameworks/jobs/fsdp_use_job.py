@@ -1,24 +1,23 @@
-"""Cases of other uses of `fsdp_hook` on 4 ranks under torchrun: what fully_shard can do, state, errors, refusals."""
+"""Cases of what fully_shard can do, with `fsdp_hook`, on 4 ranks under torchrun."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-
 import torch
-import torch.distributed as dist
 from fsdp_setup import (
     MESH,
     POWERSGD,
-    REPLICA,
     SHARD,
     TOPK,
     assert_equal,
+    assert_memory,
+    assert_replicas_equal,
     hooked,
     hvd,
     in_clusters,
+    local_of,
     loss_of,
     make_model,
+    memory_of,
     raises,
     run_cases,
     sgd,
@@ -33,25 +32,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-import grace_ext
-from grace_ext.errors import DisagreementError, GraceError, IncompatiblePartsError, ParameterError, UnsupportedError
-from grace_ext.frameworks.torch.guards import local_of
-
-
-def memory_of(state) -> dict[str, torch.Tensor]:
-    return {key: array.clone() for key, array in state.state_dict()["state"].items()}
-
-
-def assert_memory(state, expected) -> None:
-    now = memory_of(state)
-    assert set(now) == set(expected) and all(torch.equal(now[key], expected[key]) for key in expected)
-
-
-def assert_replicas_equal(model) -> None:
-    mine = [local_of(p).detach().tolist() for p in model.parameters()]
-    both = [None, None]
-    dist.all_gather_object(both, mine, group=MESH["replicate"].get_group())
-    assert both[0] == both[1]
+from grace_ext.errors import UnsupportedError
 
 
 # --- what fully_shard can do ------------------------------------------------------------------------------------------
@@ -102,6 +83,35 @@ def case_accumulation_of_counted_passes():
     train(model, optimizer, range(4), passes=3, loss=loss)
     assert_equal(model, in_clusters(steps=range(4), passes=3, loss=loss, make=Layers)[0], 1e-5)
     assert state._made.driver.step == 4
+
+
+def case_accumulation_with_whole_parameters():
+    """Parameters stay whole between the passes of a step, as FSDP2 offers it to save gathers, with either way to accumulate."""
+    for counted in (False, True):
+        model = sharded(make_model(), reshard_after_forward=False)
+        model, optimizer, _ = hooked(model=model, backward_passes_per_step=3 if counted else 1)
+        for step in range(4):
+            optimizer.zero_grad()
+            for i in range(3):
+                model.set_requires_gradient_sync(counted or i == 2)
+                model.set_reshard_after_backward(i == 2)
+                model.set_is_last_backward(i == 2)
+                loss_of(model, hvd.rank(), 3 * step + i).backward()
+            optimizer.step()
+        assert_equal(model, in_clusters(steps=range(4), passes=3)[0], 1e-6)
+
+
+def case_compiled_models():
+    for whole_model in (False, True):
+        model = make_model()
+        for layer in () if whole_model else (model[0], model[2], model[4]):
+            layer.compile(backend="aot_eager")
+        model = sharded(model)
+        called = torch.compile(model, backend="aot_eager") if whole_model else model
+        _, optimizer, state = hooked(model=called)
+        train(called, optimizer, range(6))
+        assert not any("_orig_mod" in name for name in state._made.driver.specs)
+        assert_equal(model, in_clusters()[0], 1e-6)
 
 
 def case_cpu_offload():
@@ -359,143 +369,6 @@ def case_undo():
     train(model, optimizer, range(2, 6))
     assert_equal(model, in_clusters()[0])
     raises(UnsupportedError, "revocable=True to fsdp_hook", hooked()[2].undo)
-
-
-# --- state --------------------------------------------------------------------------------------------------------------
-def case_resume():
-    """A state resumes bit for bit, and only on its own shard."""
-    for g in (TOPK, POWERSGD):
-        model, optimizer, state = hooked(g)
-        train(model, optimizer, range(3))
-        saved, weights = state.state_dict(), {key: value.clone() for key, value in model.state_dict().items()}
-        again, optimizer, state = hooked(g)
-        again.load_state_dict(weights)
-        state.load_state_dict(saved)
-        train(again, optimizer, range(3, 6))
-        assert_equal(again, in_clusters(g)[0])
-        others = hvd.allgather_object(dict(saved))
-        raises(GraceError, "load each on its own rank", lambda: state.load_state_dict(others[hvd.rank() ^ 1]))  # noqa: B023
-    raises(UnsupportedError, "save state.state_dict() on every rank", lambda: grace_ext.save(state, "nowhere"))
-    raises(UnsupportedError, "save state.state_dict() on every rank", lambda: hvd.DistributedState(state))
-
-
-def case_metrics():
-    model, optimizer, state = hooked()
-    state.measure(every=1)
-    train(model, optimizer, range(3))
-    report = state.metrics()
-    assert report["total"]["bytes"] == state.wire_bytes and report["total"]["residual_norm"] > 0
-    assert set(report["parameters"]) == {name for name, _ in model.named_parameters()}
-    assert (report["rank"], report["size"]) == (REPLICA, 2)
-
-
-def case_is_freed():
-    model, optimizer, state = hooked()
-    train(model, optimizer, range(2))
-    watch = weakref.ref(state)
-    del model, optimizer, state
-    gc.collect()  # the model, and with it what keeps its state
-    gc.collect()
-    assert watch() is None
-
-
-# --- errors -------------------------------------------------------------------------------------------------------------
-def differ_on_shard_0(model):
-    if hvd.rank() == 2:
-        with torch.no_grad():
-            local_of(model[2].weight)[0, 0] += 1
-
-
-def case_replicas_that_start_differently():
-    """Only shard 0 differs between the replicas, and all ranks raise."""
-    model = sharded(make_model())
-    differ_on_shard_0(model)
-    _, optimizer, _ = hooked(model=model)
-    text = "1 of 6 parameters differ: 2.weight"
-    raises(GraceError if SHARD else DisagreementError, text, lambda: train(model, optimizer, range(1)))
-    model = sharded(make_model())
-    differ_on_shard_0(model)
-    _, optimizer, _ = hooked(model=model, check_start=False)
-    train(model, optimizer, range(2))
-
-
-def case_agreement_between_steps():
-    model, optimizer, state = hooked()
-    train(model, optimizer, range(2))
-    hvd.check_agreement(state)
-    hvd.check_agreement(state, model)
-    differ_on_shard_0(model)
-    for more in ((), (model,)):
-        raises(GraceError, "1 of 6 parameters differ: 2.weight", lambda: hvd.check_agreement(state, *more))  # noqa: B023
-
-
-def case_replicas_that_disagree():
-    model, optimizer, _ = hooked([TOPK, POWERSGD][REPLICA])
-    raises(DisagreementError, "rank 1 uses 'powersgd(rank=2", lambda: train(model, optimizer, range(1)))
-
-
-def case_sharded_models_that_cannot_be_hooked():
-    mesh, shards = MESH["replicate"], MESH["shard"]
-    whole_mesh = fully_shard(nn.Linear(4, 4), mesh=MESH)
-    raises(UnsupportedError, "mesh=mesh['shard']", lambda: hvd.fsdp_hook(TOPK, whole_mesh, mesh))
-    raises(UnsupportedError, "ddp_comm_hook", lambda: hvd.fsdp_hook(TOPK, make_model(), mesh))
-    in_part = make_model()
-    fully_shard(in_part[0], mesh=shards)
-    raises(UnsupportedError, "'2.weight' is whole", lambda: hvd.fsdp_hook(TOPK, in_part, mesh))
-    left_out = make_model()
-    fully_shard(left_out, mesh=shards, ignored_params=set(left_out[4].parameters()))
-    raises(UnsupportedError, "ignored_params", lambda: hvd.fsdp_hook(TOPK, left_out, mesh))
-    with torch.device("meta"):
-        empty = nn.Linear(4, 4)
-    empty = fully_shard(empty, mesh=shards)
-    raises(UnsupportedError, "to_empty", lambda: hvd.fsdp_hook(TOPK, empty, mesh))
-    empty.to_empty(device="cpu")
-    hvd.fsdp_hook(TOPK, empty, mesh)
-    raises(UnsupportedError, "called for this model before", lambda: hvd.fsdp_hook(TOPK, empty, mesh))
-
-
-def case_fsdp1():
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"), process_group=MESH["shard"].get_group())
-    raises(UnsupportedError, "fully_shard (FSDP2)", lambda: hvd.fsdp_hook(TOPK, model, MESH["replicate"]))
-    optimizer = sgd(model)
-    raises(UnsupportedError, "fully_shard (FSDP2)", lambda: hvd.DistributedOptimizer(optimizer, model.named_parameters(), TOPK))
-
-
-def case_pure_tensor_parallelism():
-    model = parallelize_module(make_model(), MESH["shard"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    raises(UnsupportedError, "a mesh of one rank will do", lambda: hvd.fsdp_hook(TOPK, model, MESH["replicate"]))
-    optimizer = sgd(model)
-    raises(UnsupportedError, "a mesh of one rank will do", lambda: hvd.DistributedOptimizer(optimizer, model.named_parameters(), TOPK))
-
-
-def case_wrappers_around_a_sharded_model():
-    model = sharded(make_model())
-    for wrap in (hvd.DistributedOptimizer, hvd.LocalSGD):
-        options = {"named_parameters": model.named_parameters(), "compression": TOPK, **({"every": 2} if wrap is hvd.LocalSGD else {})}
-        raises(UnsupportedError, "hvd.fsdp_hook(g, model, mesh['replicate']", lambda: wrap(sgd(model), **options))  # noqa: B023
-    raises(UnsupportedError, "hvd.fsdp_hook(g, model, mesh['replicate']", lambda: hvd.ddp_comm_hook(TOPK, model))
-
-
-def case_arguments_of_fsdp_hook():
-    model, mesh = sharded(make_model()), MESH["replicate"]
-    raises(ParameterError, "takes a module second", lambda: hvd.fsdp_hook(TOPK, sgd(model), mesh))
-    for wrong in (MESH, MESH["replicate"].get_group(), None):
-        raises(ParameterError, "DeviceMesh of one dimension", lambda: hvd.fsdp_hook(TOPK, model, wrong))  # noqa: B023
-    raises(ParameterError, "at least 1", lambda: hvd.fsdp_hook(TOPK, model, mesh, backward_passes_per_step=0))
-    raises(ParameterError, "make the optimizer after", lambda: hvd.fsdp_hook(TOPK, model, mesh, sgd(make_model())))
-    raises(UnsupportedError, "fully_shard does already", lambda: hvd.fsdp_hook(TOPK + " @ hierarchical", model, mesh))
-    momentum = "topk(ratio=0.1) + dgc"
-    raises(UnsupportedError, "fsdp_hook(..., optimizer=optimizer)", lambda: hvd.fsdp_hook(momentum, model, mesh))
-    raises(IncompatiblePartsError, "applied twice", lambda: hvd.fsdp_hook(momentum, model, mesh, sgd(model, momentum=0.9)))
-    raises(UnsupportedError, "LocalSGD", lambda: hvd.fsdp_hook("topk(ratio=0.1) + cser", model, mesh, sgd(model)))
-    for late in (False, True):
-        model = sharded(make_model())
-        optimizer = sgd(model)
-        hvd.fsdp_hook(momentum, model, mesh, (lambda: optimizer) if late else optimizer)  # noqa: B023
-        train(model, optimizer, range(2))
-        assert_equal(model, in_clusters(momentum, range(2))[0])
 
 
 if __name__ == "__main__":
