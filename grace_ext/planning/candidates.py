@@ -8,7 +8,7 @@ from typing import Any
 
 from ..composition.grace import Grace
 from ..composition.making import grace
-from ..errors import ParameterError
+from ..errors import ParameterError, UnsupportedError
 from ..parts.spec import parse
 
 DENSE = "none"
@@ -24,6 +24,8 @@ CANDIDATES = (
 def completed(text: str) -> Grace:
     """Returns what a spec stands for in `plan` and `bench`: a compressor that is given without a memory gets its natural one."""
     parts: dict[str, Any] = dict(parse(text))
+    if "privacy" in parts:
+        raise UnsupportedError(f"{text}: noise changes neither bytes nor collectives, so plan and time what stands behind '|'")
     if "policy" in parts or "memory" in parts:
         return grace(text)
     return grace(**parts, memory=parts["compressor"].natural_memory)

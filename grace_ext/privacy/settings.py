@@ -75,6 +75,15 @@ class Privacy(Part):
         return Noise().chosen(examples, self.sample_rate)
 
 
+def refuse(privacy: Privacy | None, wrapper: str) -> None:
+    """Raises UnsupportedError if there is privacy, for a wrapper that does not make gradients private."""
+    if privacy is not None:
+        raise UnsupportedError(
+            f"{wrapper} does not make gradients private, so '{privacy} |' in front of the spec cannot be kept: use a way of training that "
+            "does (docs/privacy.md), such as hvd.DistributedOptimizer(privacy=...) of torch, or leave it out"
+        )
+
+
 def check_protects_ranks(privacy: Privacy | None, wrapper: str) -> None:
     """Raises UnsupportedError if the unit is an example, for a wrapper that sees whole gradients of ranks only."""
     if privacy is not None and privacy.unit == "example":

@@ -26,6 +26,7 @@ from ...errors import GraceError, NamesError, UnboundError, UnsupportedError, sh
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
+from ...privacy.settings import refuse
 from .exchanges import averages, is_alone, names_of
 from .graph import GraphExchange, HorovodTransport, compare_start, digester
 from .loop import exchange_of
@@ -46,6 +47,7 @@ def bind(
             f"{together[0]} decides for all variables at once, but under Horovod's own tape each has an exchange of its own; use the tape "
             "or the DistributedOptimizer of grace_ext.frameworks.tensorflow"
         )
+    refuse(g.privacy, "bind")
     if g.two_level:
         raise UnsupportedError(
             f"{g}: under Horovod's own tape every variable has an exchange of its own, which knows of no nodes; for 'hierarchical' use the "

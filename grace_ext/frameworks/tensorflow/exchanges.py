@@ -17,6 +17,7 @@ from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
+from ...privacy.settings import refuse
 from ..launchers import check_alone
 from .graph import GraphExchange, HorovodTransport, digester, digests_of
 from .in_front import refuse_xla
@@ -87,6 +88,7 @@ class GradientExchange(Measured):
     dense: the exchange of dense gradients, made at the first call, when the variables and their gradients' kinds are known."""
 
     def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool, check_start: bool):
+        refuse(g.privacy, "grace_ext.frameworks.tensorflow")
         self.grace, self.op, self.process_set = g, op, process_set
         self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
         self._check_start = check_start

@@ -21,6 +21,7 @@ from ...composition.grace import Grace
 from ...driver.driver import Driver
 from ...errors import NamesError, UnboundError, UnsupportedError
 from ...metrics.metrics import Measured
+from ...privacy.settings import refuse
 from ..optimizers import rate_of, require_optimizer
 from .guards import check_parameters
 from .session import Session, check_torch_optimizer, require_sum_or_mean
@@ -37,6 +38,7 @@ def bind(
         raise UnsupportedError(
             "bind is for unmodified horovod.torch, which is not installed here; use `import grace_ext.frameworks.torch as hvd`"
         ) from error
+    refuse(g.privacy, "bind")
     parameters = check_parameters(pairs)
     require_optimizer(g, optimizer, "bind")
     check_torch_optimizer(g, optimizer)

@@ -28,11 +28,13 @@ from ...composition.grace import Grace
 from ...composition.making import grace
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError, few
 from ...parts.tensor import TensorSpec
+from ...privacy.settings import Privacy, check_protects_ranks
 from ..optimizers import require_optimizer
 from .gradients import is_taken
 from .guards import check_alone, check_not_private, check_parameters
 from .hook_state import HookState
 from .ops import HostOps, TorchOps, describe
+from .private import SCALER, check_no_batch_norm
 from .session import Session, check_torch_optimizer
 from .transports import DistTransport, SingleTransport, transport_of_its_own
 
@@ -47,6 +49,7 @@ def ddp_comm_hook(
     scaler: Any = None,
     revocable: bool = False,
     check_start: bool = True,
+    privacy: Privacy | None = None,
 ) -> tuple["DDPState", Any]:
     """Returns (state, hook) for DDP: `ddp.register_comm_hook(*ddp_comm_hook(g, ddp, optimizer))`. The gradients become the mean over the
     ranks.
@@ -63,8 +66,13 @@ def ddp_comm_hook(
     revocable: keeps the memory of the last step, so that `state.undo()` can restore it if that step shall be skipped. It takes as much
       memory again.
     check_start: compares the bits of all ranks' parameters at the first step, and raises DisagreementError if they differ.
+    privacy: hvd.Privacy(...) of unit 'rank', which makes each rank's gradient private before it is compressed, in the hook of the last
+      bucket (there is no overlap); or `g` has it in front. `state.epsilon(delta)` says what was spent.
     """
-    chosen = grace(g)
+    chosen = grace(g).with_privacy(privacy)
+    check_protects_ranks(chosen.privacy, "ddp_comm_hook")
+    if chosen.privacy is not None and scaler is not None:
+        raise UnsupportedError(SCALER)
     if not isinstance(ddp, torch.nn.Module):
         raise ParameterError(f"ddp_comm_hook(g, ddp, optimizer) takes a module second, and got {type(ddp).__name__}")
     ddp = getattr(ddp, "_orig_mod", ddp)  # a compiled module stands in front of the DDP
@@ -219,8 +227,8 @@ class DDPState(HookState):
         session, gradients = self._session(), self._gradients(bucket)
         packed = session.driver.packed({name: gradient.nbytes for name, gradient in gradients.items()})
         self._taken.append(_Taken(gradients, packed, buffer, future))
-        if self._put == bucket.index() and self._as_before(session):
-            self._give(session)
+        if self._put == bucket.index() and self._as_before(session) and self._grace.privacy is None:
+            self._give(session, {})
         if bucket.is_last():
             self._finish(session)
         return future
@@ -253,17 +261,27 @@ class DDPState(HookState):
         there = session.driver.buckets[place : place + len(last.packed)]
         return [bucket.names for bucket in there] == [set(names) for names in last.packed]
 
-    def _give(self, session: Session) -> None:
-        """Hands the next bucket to the driver, which starts it (at the very first step it only keeps it)."""
+    def _give(self, session: Session, private: Mapping[str, torch.Tensor]) -> None:
+        """Hands the next bucket to the driver, which starts it (at the very first step it only keeps it). private: the gradients to take in
+        place of DDP's."""
         for name, gradient in self._taken[self._put].gradients.items():
-            session.put(name, gradient)
+            session.put(name, private.get(name, gradient))
         self._put += 1
+
+    def _private(self, session: Session) -> dict[str, torch.Tensor]:
+        """Returns private gradients of all parameters; none if privacy was not asked for. The clip needs the norm of all of them."""
+        if self._grace.privacy is None:
+            return {}
+        if not session.driver.agreed:
+            check_no_batch_norm(self._parameters)
+        return session.driver.privatize({name: x for taken in self._taken for name, x in taken.gradients.items()}, session.driver.specs)
 
     def _finish(self, session: Session) -> None:
         try:
             self._follow(session)
+            private = self._private(session)
             while self._put < len(self._taken):
-                self._give(session)
+                self._give(session, private)
             results = session.finish((), revocable=self._revocable)
             for taken in self._taken:
                 for name, gradient in taken.gradients.items():

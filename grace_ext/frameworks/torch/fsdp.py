@@ -29,6 +29,7 @@ from ...composition.grace import Grace
 from ...composition.making import grace
 from ...errors import GraceError, ParameterError, UnsupportedError, few
 from ...exchange.transport import Transport
+from ...privacy.settings import refuse
 from ..optimizers import require_optimizer
 from .guards import check_not_private, check_parameters, local_of
 from .hook_state import HookState
@@ -80,6 +81,7 @@ def fsdp_hook(
     check_start: compares the bits of the replicas' parameters at the first step, and raises DisagreementError if they differ.
     """
     chosen = grace(g)
+    refuse(chosen.privacy, "fsdp_hook")
     if not isinstance(model, torch.nn.Module):
         raise ParameterError(f"fsdp_hook(g, model, replicate_mesh, optimizer) takes a module second, and got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # a compiled module stands in front of the sharded one

@@ -46,6 +46,10 @@ class HookState(Measured):
         """Resumes bit for bit from what `state_dict` returned. Raises GraceError if the state does not fit."""
         self._session().load_state_dict(saved)
 
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, as Driver.epsilon does."""
+        return self._session().driver.epsilon(delta)
+
     def undo(self) -> None:
         """Takes the last step's exchange back, for a step that shall be skipped: the memory becomes what it was. Every rank must call it
         before the next backward pass; if only some do, all raise an error at the next step. Needs revocable=True."""
