@@ -90,6 +90,8 @@ class Compressor(FastPath, Part):
     deterministic_bytes: ClassVar[bool] = True
     #: Whether float64 gradients reach it as float64; every other compressor works in float32.
     keeps_float64: ClassVar[bool] = False
+    #: Whether no field of fewer elements is longer, so that `fields` for many elements bounds the payloads of fewer.
+    grows: ClassVar[bool] = True
 
     def omega(self, d: int) -> float | None:
         """E||C(x) - x||^2 <= omega ||x||^2 for x of d elements, if C is unbiased; None if that is not promised."""

@@ -78,6 +78,7 @@ class DeMo(Compressor):
     """
 
     wants_memory: ClassVar[bool] = True
+    grows: ClassVar[bool] = False  # the tiles of a prime number of elements are others
     deterministic_bytes: ClassVar[bool] = False  # matrix products round differently from library to library
     chunk: int = knob(64, "longest side of a tile", low=1, high=1024)
     topk: int = knob(32, "coefficients sent per tile", low=1, high=2**20, headline=True)

@@ -65,6 +65,11 @@ class Pipeline(AtPositions):
             raise IncompatiblePartsError(
                 f"'{self.select} > {self.codec}': the result of a stage must be a mean of the ranks; leave out sign=True"
             )
+        if not self.select.exactly and not self.codec.grows:
+            raise IncompatiblePartsError(
+                f"'{self.select} > {self.codec}': the number of values that {self.select.name!r} picks varies, and fewer values may take "
+                f"more bytes with {self.codec.name!r}, so that payloads have no bound; use it after 'topk', or another second stage"
+            )
         self.select.check()
         self.codec.check()
 

@@ -10,7 +10,7 @@ import pytest
 import grace_ext
 from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, PayloadError, UnstableFeedbackWarning
 from grace_ext.frameworks.optimizers import rate_of
-from grace_ext.parts.tensor import StepInfo
+from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
 from grace_ext.testing.worlds import NUMPY, same_bits, states, tapped
 
@@ -86,6 +86,7 @@ def test_unbiased_compressors_over_reduce_scatter_stay_bounded(spec):
         ("by_size(small=efsignsgd + residual @ reduce_scatter, large=topk + residual @ hierarchical)", "in two levels"),
         ("every(n=2, then=efsignsgd + residual @ reduce_scatter, otherwise=efsignsgd + efsignsgd @ reduce_scatter)", "different units"),
         ("topk > demo(sign=True)", "must be a mean"),
+        ("dgc(ratio=0.5) > demo(chunk=6, topk=3, index='block16')", "more bytes with 'demo'"),  # 8 values take more than 9
         ("induced(biased=demo(sign=True, values='fp32'), rest=natural)", "by themselves"),
     ],
 )
@@ -167,3 +168,12 @@ def test_sign_is_a_name_with_knobs_too():
 def test_a_flag_that_may_be_left_open_says_so():
     with pytest.raises(ParameterError, match="feedback must be True or False or None, got 3"):
         grace_ext.grace("efsignsgd + none @ reduce_scatter(feedback=3)")
+
+
+@pytest.mark.parametrize("name", grace_ext.compressors.names())
+def test_fewer_elements_take_no_longer_fields(name):
+    """This holds for every compressor that says so: a pipeline whose selection varies needs it, and refuses what does not."""
+    compressor = grace_ext.compressors.get(name).create()
+    sizes = [[field.max_bytes for field in compressor.fields(TensorSpec("", (n,)))] for n in range(1, 400)]
+    grows = all(a <= b for less, more in zip(sizes, sizes[1:], strict=False) for a, b in zip(less, more, strict=True))
+    assert grows or not compressor.grows or compressor.selects or compressor.rounds
