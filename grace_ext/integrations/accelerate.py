@@ -21,7 +21,7 @@ from .beside import FOLDER, load_if_saved
 
 #: What to do where Accelerate has made no DDP, by the name of its distributed type.
 WAYS_OUT = {
-    "FSDP": "leave FSDP out (fsdp_plugin=, TrainingArguments(fsdp=...)), which shards the model and reduces the gradients itself",
+    "FSDP": "leave FSDP out (fsdp_plugin=, TrainingArguments(fsdp=...)), or write the loop yourself, with fully_shard and hvd.fsdp_hook",
     "DEEPSPEED": "leave DeepSpeed out (deepspeed_plugin=, TrainingArguments(deepspeed=...)), which reduces the gradients itself",
     "MEGATRON_LM": "leave Megatron-LM out (megatron_lm_plugin=), which reduces the gradients itself",
     "NO": "start the script with torchrun, one process per device",

@@ -35,6 +35,11 @@ def test_use(case):
     assert case in held("torchrun", 2, "ddp_use_job.py")
 
 
+@pytest.mark.parametrize("case", cases_of("compile_job.py"))
+def test_torch_compile(case):
+    assert case in held("torchrun", 2, "compile_job.py")
+
+
 def test_alone():
     assert "ALONE ok" in job("torchrun", 1, "ddp_use_job.py")
 

@@ -26,3 +26,7 @@ def test_lightning(case):
 @pytest.mark.parametrize("name", ["transformers_job.py", "accelerate_job.py"])
 def test_alone(name):
     assert "ALONE ok" in job("python", 1, name)
+
+
+def test_ray():
+    assert "RAY ok" in job("python", 1, "ray_job.py")

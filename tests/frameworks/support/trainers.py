@@ -44,10 +44,16 @@ def in_cluster(g, batches, make_optimizer, passes=1, clip=None, prefix=""):
     the bytes that this rank sends at each step. prefix: what the names of the parameters begin with; PowerSGD draws its first Q by name."""
     every: list = [None] * dist.get_world_size()
     dist.all_gather_object(every, batches)
+    weights, sent = replayed(g, every, make_optimizer, passes, clip, prefix)
+    return weights, [of_all[dist.get_rank()] for of_all in sent]
+
+
+def replayed(g, every, make_optimizer, passes=1, clip=None, prefix=""):
+    """Trains with these batches of every rank. Returns the weights and, for each step, the bytes that every rank sends."""
     model = Fed().eval()  # which keeps no batches
     cluster = grace_ext.LocalCluster(grace_ext.grace(g), len(every), framework="torch")
     optimizer, parameters, sent = make_optimizer(model), {prefix + n: p for n, p in model.named_parameters()}, []
-    for step in range(len(batches) // passes):
+    for step in range(len(every[0]) // passes):
         by_rank = []
         for fed in every:
             model.zero_grad()
@@ -59,5 +65,5 @@ def in_cluster(g, batches, make_optimizer, passes=1, clip=None, prefix=""):
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        sent.append(cluster.wire_bytes[dist.get_rank()])
+        sent.append(list(cluster.wire_bytes))
     return weights_of(model), sent
