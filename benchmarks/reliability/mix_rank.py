@@ -44,7 +44,7 @@ def case_of(seed: int, engine: str) -> Case | None:
     tensors = [replace(t, kind="normal" if t.kind in small else t.kind) for t in tensors]
     tensors = [replace(t, dtype=t.dtype if t.dtype in dtypes else dtypes[0]) for t in tensors] or [Tensor("w", (17,))]
     if engine not in ("mpirun", "torchrun", "horovodrun"):  # names of their own; TensorFlow and plain Horovod do not take all
-        tensors = [replace(t, name=f"p{i}") for i, t in enumerate(tensors)]
+        tensors = [replace(t, name=f"p{i}:0" if engine == "tensorflow" else f"p{i}") for i, t in enumerate(tensors)]
     if engine == "ddp" and case.bad:
         tensors = tensors[:1]  # DDP makes buckets of its own, and values that are not finite concern their bucket alone
     per_node = 1 if engine == "local_sgd" else min(case.per_node, SIZE)  # LocalSGDCluster has no nodes
@@ -133,7 +133,7 @@ def by_tensorflow(case: Case, g: Grace, hvd: Any) -> Iterator[State]:
     """Runs a tape in a graph, which refuses parts that need the learning rate, or the optimizer's momentum."""
     import tensorflow as tf
 
-    variables = [tf.Variable(tf.zeros(t.shape), name=t.name) for t in case.tensors]
+    variables = [tf.Variable(tf.zeros(t.shape), name=t.name.removesuffix(":0")) for t in case.tensors]
 
     @tf.function(autograph=False)
     def step_of(mine: list[Any]) -> list[Any]:
