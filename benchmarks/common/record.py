@@ -70,8 +70,14 @@ def reliability(topic: str, table: dict[str, Any]) -> None:
 
 def reliability_rows(topic: str) -> list[list[Any]]:
     """Returns the rows that were written earlier, so that a script can run some cases and keep the other rows."""
+    rows: list[list[Any]] = reliability_table(topic).get("rows", [])
+    return rows
+
+
+def reliability_table(topic: str) -> dict[str, Any]:
+    """Returns the whole table that was written earlier; {} if there is none."""
     file = _reliability(topic)
-    return json.loads(file.read_text())["rows"] if file.exists() else []
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _reliability(topic: str) -> Path:

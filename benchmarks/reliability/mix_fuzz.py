@@ -36,7 +36,7 @@ from benchmarks.reliability.mix_draw import PATHS, a_case  # noqa: E402
 from benchmarks.reliability.mix_shrink import Failure, failure, shrunk  # noqa: E402
 
 #: Seconds that one case may take, and cases that a process runs before it reports.
-SECONDS, BATCH = 60, 100
+SECONDS, BATCH = 300, 100
 PASTE = """from math import inf, nan
 from benchmarks.reliability.mix_case import Bad, Case, Tensor
 from benchmarks.reliability.mix_shrink import failure
@@ -114,23 +114,24 @@ def run(
     return tally, kinds
 
 
-def written(tally: Counter[str], kinds: dict[str, tuple[int, int, Failure]], seeds: range, seconds: float) -> None:
-    """Writes the table of docs/reliability.md."""
-    refused, compositions = tally["refused"], tally["compositions"]
-    invariants = sorted(set(tally) - {"cases", "refused", "compositions"} | set(kinds))
+def written(counts: dict[str, int], failed: dict[str, int], seeds: list[list[int]], seconds: float) -> None:
+    """Writes the table of docs/reliability.md. seeds: [first, last] of each run; counts and failures are those of all of them."""
+    rows = sorted(set(counts) - {"cases", "refused", "compositions"} | set(failed))
     record.reliability("mixes", {
         "title": "Random mixes of parts",
-        "text": f"{tally['cases']:,} cases, seeds {seeds.start} to {seeds.stop - 1}, in {seconds / 60:.0f} minutes. Each has a random spec "
-        "over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd shapes, names and dtypes, gradients "
-        "that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or more nodes, 2 to 4 steps, a save and "
-        f"load before one of them, and one other path. {compositions:,} compositions were drawn that fit; {refused:,} compositions, knobs "
-        "and policies were refused when they were composed, which is a legal outcome, and drawn again. The table has how often each "
-        "property was checked, and in how many cases it did not hold, or an error was raised. 'path' compares results and states bit for "
-        "bit with the same run by compiled kernels; 'conservation' compares the mean of gradients and residuals with the result and the "
-        "mean of the new residuals; 'long' are cases of 300 steps.",
+        "text": f"{counts['cases']:,} cases, seeds {', '.join(f'{first} to {last}' for first, last in seeds)}, in {seconds / 60:.0f} minutes "
+        "of processes. Each has a random spec over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd "
+        "shapes, names and dtypes, gradients that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or "
+        "more nodes, 2 to 4 steps, a save and load before one of them, and one other path. "
+        f"{counts['compositions']:,} compositions were drawn that fit; {counts['refused']:,} compositions, knobs and policies were refused "
+        "when they were composed, which is a legal outcome, and drawn again. The table has how often each property was checked, and in "
+        "how many cases it did not hold, or an error was raised. 'path' compares results and states bit for bit with the same run by "
+        "compiled kernels; 'conservation' compares the mean of gradients and residuals with the result and the mean of the new residuals; "
+        "'long' are cases of 300 steps.",
         "columns": ["property", "checks", "cases that failed"],
-        "rows": [[name, tally[name], kinds[name][0] if name in kinds else 0] for name in invariants],
+        "rows": [[name, counts.get(name, 0), failed.get(name, 0)] for name in rows],
         "commands": ["python benchmarks/reliability/mix_fuzz.py"],
+        "counts": counts, "failed": failed, "seeds": seeds, "seconds": seconds,
     })  # fmt: skip
 
 
@@ -143,9 +144,12 @@ def main() -> int:
     parser.add_argument("--real", nargs="*", choices=mix_real.ENGINES, metavar="ENGINE", help="cases on these engines, by default on all")
     parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path], help="only these paths")
     parser.add_argument("--seconds", type=float, default=30, help="time for making each kind of failure smaller; 0 does not")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after this time; needs --jobs 1")
+    parser.add_argument("--merge", action="store_true", help="add the counts to those that were written earlier")
     parser.add_argument("--write", action="store_true", help="write the results, as if there were that many cases")
     options = parser.parse_args()
+    if options.minutes < float("inf") and options.jobs > 1:
+        parser.error("--minutes needs --jobs 1, so that the seeds that were run are a range")
     prepare()
     paths = {path: PATHS[path] for path in options.paths} if options.paths else PATHS
     if options.case is not None:
@@ -168,8 +172,15 @@ def main() -> int:
         print(f"  {kind}: {count:,}", file=sys.stderr)
     for kind, (often, seed, found) in sorted(kinds.items()):
         print(f"\n--- {kind}: {often} cases, the first is", explain(seed, shrunk(found, options.seconds)), flush=True)
-    if write and tally["cases"] == len(seeds):
-        written(tally, kinds, seeds, seconds)
+    if write:
+        failed = Counter({kind: often for kind, (often, _, _) in kinds.items()})
+        ranges, spent = [[seeds.start, seeds.start + tally["cases"] - 1]], seconds * options.jobs
+        if options.merge:
+            earlier = record.reliability_table("mixes")
+            tally.update(earlier.get("counts", {}))
+            failed.update(earlier.get("failed", {}))
+            ranges, spent = sorted(earlier.get("seeds", []) + ranges), spent + earlier.get("seconds", 0.0)
+        written(dict(tally), dict(failed), ranges, spent)
     return int(bool(kinds))
 
 
