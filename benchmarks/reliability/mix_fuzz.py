@@ -119,8 +119,8 @@ def written(counts: dict[str, int], failed: dict[str, int], seeds: list[list[int
     rows = sorted(set(counts) - {"cases", "refused", "compositions"} | set(failed))
     record.reliability("mixes", {
         "title": "Random mixes of parts",
-        "text": f"{counts['cases']:,} cases, seeds {', '.join(f'{first} to {last}' for first, last in seeds)}, in {seconds / 60:.0f} minutes "
-        "of processes. Each has a random spec over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd "
+        "text": f"{counts['cases']:,} cases, seeds {', '.join(f'{first} to {last}' for first, last in seeds)}, in {seconds / 60:.0f} "
+        "minutes of processes. Each has a random spec over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd "
         "shapes, names and dtypes, gradients that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or "
         "more nodes, 2 to 4 steps, a save and load before one of them, and one other path. "
         f"{counts['compositions']:,} compositions were drawn that fit; {counts['refused']:,} compositions, knobs and policies were refused "
