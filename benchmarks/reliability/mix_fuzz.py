@@ -117,12 +117,13 @@ def run(
 def written(counts: dict[str, int], failed: dict[str, int], seeds: list[list[int]], seconds: float) -> None:
     """Writes the table of docs/reliability.md. seeds: [first, last] of each run; counts and failures are those of all of them."""
     rows = sorted(set(counts) - {"cases", "refused", "compositions"} | set(failed))
+    ran = "seeds " + ", ".join(f"{first} to {last}" for first, last in seeds)
     record.reliability("mixes", {
         "title": "Random mixes of parts",
-        "text": f"{counts['cases']:,} cases, seeds {', '.join(f'{first} to {last}' for first, last in seeds)}, in {seconds / 60:.0f} "
-        "minutes of processes. Each has a random spec over all parts, knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd "
-        "shapes, names and dtypes, gradients that are normal, sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or "
-        "more nodes, 2 to 4 steps, a save and load before one of them, and one other path. "
+        "text": f"{counts['cases']:,} cases, {ran}, in {seconds / 60:.0f} minutes of processes. Each has a random spec over all parts, "
+        "knobs, communicators and policies (up to three deep), 1 to 5 tensors of odd shapes, names and dtypes, gradients that are normal, "
+        "sparse, zero, constant, tiny, huge or not finite, 1 to 8 ranks on one or more nodes, 2 to 4 steps, a save and load before one of "
+        "them, and one other path. "
         f"{counts['compositions']:,} compositions were drawn that fit; {counts['refused']:,} compositions, knobs and policies were refused "
         "when they were composed, which is a legal outcome, and drawn again. The table has how often each property was checked, and in "
         "how many cases it did not hold, or an error was raised. 'path' compares results and states bit for bit with the same run by "
