@@ -28,6 +28,8 @@ NAMES = {
     "batch": "Any",
     "step": "int",
     "steps": "int",
+    "inputs": "torch.Tensor",
+    "targets": "torch.Tensor",
     "w": "np.ndarray",
     "exchange": "gnp.Exchange",
     "tape": "Any",

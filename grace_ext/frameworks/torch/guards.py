@@ -42,7 +42,8 @@ IN_DATA_PARALLEL = (
 )
 PRIVATE = (
     "{}, so what trains is not the gradient that backward() leaves in .grad: the private gradient is made in the optimizer's step, after "
-    "the exchange. Differential privacy with compression needs the noise before the exchange, which Opacus' optimizer does not offer"
+    "the exchange. Differential privacy with compression needs the noise before the exchange: leave Opacus' optimizer out, and use "
+    "hvd.DistributedOptimizer(privacy=hvd.Privacy(unit='example', ...))"
 )
 
 
