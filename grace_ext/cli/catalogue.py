@@ -39,6 +39,8 @@ def describe(part: Part) -> dict[str, Any]:
     if isinstance(part, Policy):
         found["properties"] = {"learns": part.learns, "changes with the step": part.changes}
         return found
+    if kind not in KINDS:  # a mechanism of privacy goes with every part
+        return found
     for other in KINDS:
         if other not in (kind, "policy"):
             names = [n for n in KINDS[other].names() if fits(part, KINDS[other].get(n).create())]

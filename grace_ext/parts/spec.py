@@ -62,7 +62,7 @@ def _split_off_mechanism(node: ast.expr) -> tuple[ast.expr | None, ast.expr]:
 def named_by(text: str) -> list[Part]:
     """Returns the parts that a text names: those of every kind that have this name ('efsignsgd' is a compressor and a memory) and these
     knobs, if it gives any; or else the parts of a spec. Raises UnknownPartError, ParameterError or SpecSyntaxError."""
-    registries = (compressors, memories, communicators, policies)
+    registries = (compressors, memories, communicators, policies, mechanisms)
     node = _expression(text) if not any(text in registry.names() for registry in registries) else ast.Name(text)
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name):

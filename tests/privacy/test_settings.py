@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from grace_ext import LocalCluster, grace
+from grace_ext.cli.catalogue import describe
 from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError, SpecSyntaxError, UnknownPartError, UnsupportedError
 from grace_ext.local.settings import settings_of
+from grace_ext.parts.spec import named_by
 from grace_ext.privacy import Privacy
 
 BY_EXAMPLES = "unit='example', sample_rate=0.1, batch=8"
@@ -113,3 +115,11 @@ def test_the_sample_of_a_step_is_poisson():
     assert 0.9 < np.mean(sizes) < 1.1 and 0.85 < np.var(sizes) < 1.15 and 0 in sizes
     drawn = privacy.sample(100_000)
     assert (np.diff(drawn) > 0).all() and not np.array_equal(drawn, privacy.sample(100_000))
+
+
+def test_the_command_show_describes_it():
+    """By its name, and as a part of a spec."""
+    (alone,) = [describe(part) for part in named_by("gaussian")]
+    assert alone["kind"] == "mechanism" and [knob["name"] for knob in alone["knobs"]][:2] == ["clip", "noise_multiplier"]
+    whole = [describe(part)["spec"] for part in named_by("gaussian(clip=2) | topk(ratio=0.5) + residual")]
+    assert whole == ["gaussian(clip=2.0, noise_multiplier=1.0)", "topk(ratio=0.5)", "residual"]
