@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ..checkpoints.checkpoint import save
 from ..composition.making import grace
-from ..errors import ParameterError, UnsupportedError
+from ..errors import GraceError, ParameterError, UnsupportedError
 from ..frameworks.torch.ddp import DDPState, compress_ddp
 from .beside import FOLDER, load_if_saved
 
@@ -25,7 +25,7 @@ class CompressionStrategy(DDPStrategy):
         trainer = Trainer(strategy=CompressionStrategy("topk(ratio=0.01) + residual"), devices=2)
 
     compression: what grace_ext.grace takes. options: those of `ddp_comm_hook`. kwargs: those of DDPStrategy.
-    state: the state of the hook, which tells `wire_bytes` and `metrics()`; None before `fit`.
+    state: the state of the hook, once `fit` has begun; it tells `wire_bytes` and `metrics()`.
 
     The memory of checkpoint x.ckpt is in the folder x.ckpt.grace_ext beside it, with one file per rank, so all hosts must share it. Move
     both together. `fit(ckpt_path=...)` continues bit for bit; on another number of ranks the memory is resized, as by `grace_ext.load`."""
@@ -37,8 +37,14 @@ class CompressionStrategy(DDPStrategy):
             )
         super().__init__(**kwargs)
         self.compression, self._options = grace(compression), dict(options or {})
-        self.state: DDPState | None = None
+        self._state: DDPState | None = None
         self._loaded: tuple[Any, Mapping[str, Any]] | None = None  # the checkpoint that was loaded: its path and content
+
+    @property
+    def state(self) -> DDPState:
+        if self._state is None:
+            raise GraceError("there is no exchange before the training begins: call trainer.fit() first")
+        return self._state
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
@@ -46,9 +52,9 @@ class CompressionStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.model is not None
             options = {"scaler": getattr(self.precision_plugin, "scaler", None), **self._options}
-            self.state = compress_ddp(self.compression, self.model, next(iter(self.optimizers), None), **options)
+            self._state = compress_ddp(self.compression, self.model, next(iter(self.optimizers), None), **options)
             if loaded is not None:
-                load_if_saved(self.state, _folder(*loaded))
+                load_if_saved(self._state, _folder(*loaded))
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
@@ -56,9 +62,9 @@ class CompressionStrategy(DDPStrategy):
         return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.state is not None and "optimizer_states" in checkpoint:  # not if only the weights are saved
+        if self._state is not None and "optimizer_states" in checkpoint:  # not if only the weights are saved
             folder = _folder(filepath, checkpoint)
-            save(self.state, folder)
+            save(self._state, folder)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             if self.is_global_zero:  # only now: until then the checkpoint that was there before is valid, with its memory
                 for other in set(folder.parent.iterdir()) - {folder}:

@@ -27,7 +27,7 @@ class CompressionCallback(TrainerCallback):
         trainer = Trainer(..., callbacks=[CompressionCallback("powersgd(rank=4) + residual")])
 
     compression: what grace_ext.grace takes. options: those of `ddp_comm_hook`.
-    state: the state of the hook, which tells `wire_bytes` and `metrics()`; None before the training begins.
+    state: the state of the hook, once the training has begun; it tells `wire_bytes` and `metrics()`.
 
     Start the script with torchrun, so that Trainer makes a DistributedDataParallel; in a job of one process nothing is compressed. Every
     checkpoint gets a folder 'grace_ext' with one file per rank, so all hosts must share `output_dir`. A training that resumes from such a
@@ -37,8 +37,14 @@ class CompressionCallback(TrainerCallback):
 
     def __init__(self, compression: Any, **options: Any):
         self.compression, self._options = grace(compression), options
-        self.state: DDPState | None = None
+        self._state: DDPState | None = None
         self._on: Any = lambda: None  # a weak reference to the model that has the hook
+
+    @property
+    def state(self) -> DDPState:
+        if self._state is None:
+            raise GraceError("there is no exchange before the training begins: call trainer.train() first")
+        return self._state
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer, checkpoint = _training()
@@ -48,18 +54,18 @@ class CompressionCallback(TrainerCallback):
                 "search with TrainingArguments(save_strategy='no') or save_only_model=True"
             )
         model: torch.nn.Module = bare(trainer.model_wrapped)
-        if self.state is None or self._on() is not model:  # else this Trainer trains again, with the DDP that it has
-            self.state = compressed(trainer.accelerator, self.compression, model, trainer.optimizer, **self._options)
+        if self._state is None or self._on() is not model:  # else this Trainer trains again, with the DDP that it has
+            self._state = compressed(trainer.accelerator, self.compression, model, trainer.optimizer, **self._options)
             self._on = weakref.ref(model)
         if checkpoint is not None and isinstance(model, DistributedDataParallel):
-            load_if_saved(self.state, Path(checkpoint, FOLDER))
+            load_if_saved(self._state, Path(checkpoint, FOLDER))
         elif checkpoint is not None and Path(checkpoint, FOLDER).exists():
             LOG.warning(f"this job has one process, so the memory of compression in {checkpoint} is not loaded, and is lost")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Without the optimizer's state Trainer cannot resume exactly either.
-        if self.state is not None and isinstance(self._on(), DistributedDataParallel) and not args.save_only_model:
-            save(self.state, Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", FOLDER))
+        if self._state is not None and isinstance(self._on(), DistributedDataParallel) and not args.save_only_model:
+            save(self._state, Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", FOLDER))
 
 
 def _training() -> tuple[Trainer, str | None]:

@@ -123,6 +123,13 @@ def test_the_plugin_passes_the_contracts(installed):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("name", ["transformers_mnist", "accelerate_mnist", "lightning_mnist", "ray_mnist"])
+def test_the_page_of_the_trainers_shows_the_examples(name):
+    """The page contains each script, word for word (without its docstring)."""
+    code = (ROOT / "examples" / f"{name}.py").read_text().split("from __future__ import annotations\n\n", 1)[1]
+    assert f"```python\n{code}```" in (ROOT / "docs" / "trainers.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("page", "module"),
     [("compressor", "blur"), ("memory", "bounded"), ("communicator", "sharded"), ("policy", "by_dims"), ("transport", "files")],

@@ -48,6 +48,11 @@ import torch
 import grace_ext
 import grace_ext.frameworks.numpy as gnp
 """
+#: The checker's settings. To follow the imports of the trainers takes minutes.
+SETTINGS = """[mypy]
+[mypy-accelerate.*,lightning.*,ray.*,transformers.*]
+follow_imports = skip
+"""
 TORCH, TENSORFLOW = "import grace_ext.frameworks.torch as hvd", "import grace_ext.frameworks.tensorflow as hvd"
 #: Pages without code for a checker: two columns side by side, and plug-ins, whose files the plug-in's own tests run.
 OTHERS = {"porting-from-grace.md"}
@@ -99,7 +104,9 @@ def as_function(name: str, code: str) -> str:
 def checked(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
     file = tmp_path / "snippets.py"
     file.write_text(text)
-    options = ["--ignore-missing-imports", "--no-error-summary", "--config-file", "", "--python-version", "3.12"]
+    settings = tmp_path / "mypy.ini"
+    settings.write_text(SETTINGS)
+    options = ["--ignore-missing-imports", "--no-error-summary", "--config-file", str(settings), "--python-version", "3.12"]
     return subprocess.run([sys.executable, "-m", "mypy", *options, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import grace_ext.frameworks.torch as hvd
-from grace_ext.errors import IncompatiblePartsError, ParameterError, UnsupportedError
+from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError, UnsupportedError
 from grace_ext.integrations.lightning import CompressionStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
@@ -120,6 +120,7 @@ def case_memory_goes_with_its_checkpoint():
 
 
 def case_refuses():
+    raises(GraceError, "trainer.fit() first", lambda: CompressionStrategy(TOPK).state)
     raises(ParameterError, "leave ddp_comm_hook", lambda: CompressionStrategy(TOPK, ddp_comm_hook=print))
     raises(IncompatiblePartsError, "applied twice", lambda: fit(CompressionStrategy("topk(ratio=0.1) + dgc")))
     _, trainer = fit(CompressionStrategy(TOPK), steps=1)

@@ -134,6 +134,7 @@ def case_trains_again():
 
 def case_refuses():
     raises(GraceError, "topkk", lambda: CompressionCallback("topkk"))
+    raises(GraceError, "trainer.train() first", lambda: CompressionCallback(TOPK).state)
     callback = CompressionCallback("topk(ratio=0.1) + dgc")
     raises(IncompatiblePartsError, "applied twice", trainer_of("unused", callback).train)  # it sees the SGD behind Accelerate's optimizer
     raises(UnsupportedError, "one hook only", trainer_of("unused", CompressionCallback(TOPK), CompressionCallback(POWERSGD)).train)
