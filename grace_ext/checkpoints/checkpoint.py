@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..driver.agreement import share
-from ..errors import CheckpointError, GraceError, ParameterError, shown
+from ..errors import CheckpointError, GraceError, ParameterError, UnsupportedError, shown
 from ..exchange.perform import perform
 from . import files
 from .resize import HOW, resized, told
@@ -37,7 +37,7 @@ def save(opt: Any, folder: str | os.PathLike) -> None:
     contains the step; `load` returns the step of the checkpoint.
     Raises CheckpointError, on all ranks alike, if any rank could not write; the checkpoint before it can then still be loaded.
     """
-    kept, place = saveable_of(opt), Path(folder)
+    kept, place = _of_whole_model(opt), Path(folder)
     states: list[dict[str, Any]] = []
     written: list[Path] = []
 
@@ -93,7 +93,7 @@ def load(opt: Any, folder: str | os.PathLike, resize: str = "mean") -> int:
     """
     if resize not in HOW:
         raise ParameterError(f"resize must be one of {', '.join(map(repr, HOW))}, got {shown(resize)}")
-    kept, place = saveable_of(opt), Path(folder)
+    kept, place = _of_whole_model(opt), Path(folder)
     if not kept.ranks:
         return int(files.read_manifest(place)[1]["step"])
     found: dict[str, Any] = {}
@@ -140,6 +140,17 @@ def saveable_of(opt: Any) -> Saveable:
             "Exchange or a LocalCluster"
         )
     return opt._saveable()
+
+
+def _of_whole_model(opt: Any) -> Saveable:
+    """Returns the Saveable of an object. Raises UnsupportedError if it is of one of several shards."""
+    kept = saveable_of(opt)
+    if kept.shard:
+        raise UnsupportedError(
+            "grace_ext.save and load keep one state per rank of an exchange, and each shard of this model has an exchange of its own: give "
+            "hvd.DistributedState(state) to torch.distributed.checkpoint, with the model"
+        )
+    return kept
 
 
 # --- among ranks ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Saveable(NamedTuple):
     check: Callable[[list[dict[str, Any]]], None]
     #: Replaces the states of `ranks`.
     write: Callable[[list[dict[str, Any]]], None]
+    #: Names the shard of a sharded model that this is the exchange of; each shard has ranks of the same numbers. Empty for a whole model.
+    shard: str = ""
 
 
 def saveable_by(transport: Transport, read: Callable[[], dict], check: Callable[[dict], Any], write: Callable[[dict], None]) -> Saveable:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+import grace_ext
+from grace_ext.errors import UnsupportedError
+from grace_ext.frameworks.torch.resharding import _sort_keys, rows_of
 
 from .support import training
 from .test_jobs import cases_of, held
@@ -21,3 +26,27 @@ def test_use(case):
 @pytest.mark.parametrize("case", cases_of("fsdp_refused_job.py"))
 def test_state_and_refused_uses(case):
     assert case in held("torchrun", 4, "fsdp_refused_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("fsdp_dcp_job.py"))
+def test_sharded_checkpoints(case):
+    assert case in held("torchrun", 4, "fsdp_dcp_job.py")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_can_be_cut_for_other_shards():
+    """A memory's arrays have a value for each element; what is learnt of a shard as a whole starts anew, or is an error."""
+    assert _sort_keys(grace_ext.grace("topk(ratio=0.1) + dgc"))[0] == {"residual", "own_momentum"}
+    assert _sort_keys(grace_ext.grace("topk(ratio=0.1) + dist_ef_block")) == ({"rated_residual"}, {"residual_rate"})
+    assert _sort_keys(grace_ext.grace("powersgd(rank=2) + residual")) == ({"residual"}, set())
+    with pytest.raises(UnsupportedError, match="shard_residual"):
+        _sort_keys(grace_ext.grace("topk(ratio=0.1) + residual @ reduce_scatter"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 33])
+def test_rows_of_shards(count):
+    """fully_shard cuts like torch.chunk, and the last shards may be empty."""
+    for shards in (1, 2, 3, 4, 7):
+        sizes = [end - first for first, end in (rows_of(shard, shards, count) for shard in range(shards))]
+        chunks = [len(chunk) for chunk in torch.arange(count).chunk(shards)] if count else []
+        assert sizes == chunks + [0] * (shards - len(chunks))

@@ -20,10 +20,12 @@ from ...checkpoints.saveable import LOG, Saveable
 from ...checkpoints.statefile import decode, driver_states, encode
 from ...errors import GraceError, ParameterError, UnsupportedError, shown
 from .dcp import DCP, keep
+from .fsdp import FSDPState
 from .local import LocalOptimizer
 
 #: DCP's error for a checkpoint of another number of ranks names the key that it lacks, so the key says what to do.
 KEY = "rank {} of {} (if another number of ranks saved this checkpoint, pass that number to DistributedState as ranks=)"
+SHARD_KEY = "shard {}, replica {} of {} (if other numbers saved this checkpoint, pass them to DistributedState as shards= and ranks=)"
 
 
 class _ForLoading:
@@ -40,10 +42,13 @@ class DistributedState:
         dcp.save({"grace_ext": memory, **others}, checkpoint_id=folder)
         dcp.load({"grace_ext": memory, **others}, checkpoint_id=folder)
 
-    kept: what grace_ext.save takes: a DistributedOptimizer, a LocalSGD optimizer, or the state of `ddp_comm_hook`. With LocalSGD every
-      rank's parameters and its optimizer's state are kept, too, because they differ by rank.
+    kept: a DistributedOptimizer, a LocalSGD optimizer, or the state of `ddp_comm_hook` or `fsdp_hook`. With LocalSGD every rank's
+      parameters and its optimizer's state are kept, too, because they differ by rank.
     ranks: how many ranks saved the checkpoint, to load one of another number of ranks. Each rank then reads the state of all of them, and
-      gets what `grace_ext.load(..., resize='mean')` would give it. Saving with another number of ranks raises an error.
+      gets what `grace_ext.load(..., resize='mean')` would give it. Saving with another number of ranks raises an error. For `fsdp_hook` it
+      is the number of replicas.
+    shards: for `fsdp_hook`, how many shards of each replica saved the checkpoint, to load one of another number. Each rank reads the states
+      of the shards that had a part of its own.
 
     Every rank calls `dcp.save` or `dcp.load`, between two steps; a rank outside the optimizer's process set saves and loads nothing. The
     state is a copy, so `dcp.async_save` may write it while training continues. On the same number of ranks training resumes bit for bit.
@@ -52,10 +57,14 @@ class DistributedState:
     a CheckpointError: on all ranks, and nothing of the memory has changed.
     """
 
-    def __init__(self, kept: Any, ranks: int | None = None):
-        if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
-            raise ParameterError(f"ranks must be the number of ranks that saved the checkpoint, at least 1, got {shown(ranks)}")
+    def __init__(self, kept: Any, ranks: int | None = None, *, shards: int | None = None):
+        for name, number in (("ranks", ranks), ("shards", shards)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ParameterError(f"{name} must be the number of {name} that saved the checkpoint, at least 1, got {shown(number)}")
+        if shards is not None and not isinstance(kept, FSDPState):
+            raise ParameterError(f"shards= is for the state of fsdp_hook, and this is {type(kept).__name__}")
         self._of, self._ranks = kept, ranks
+        self._resharding = None if shards is None else kept.resharding(shards)
         self._saveable()
         if hasattr(kept, "_drivers"):
             keep(kept._drivers())
@@ -69,13 +78,19 @@ class DistributedState:
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of this process's ranks as bytes. For another number of ranks it returns what `dcp.load` replaces."""
         saveable = self._saveable()
-        size = self._ranks or saveable.size
         if not saveable.ranks:
             return {}
-        if size != saveable.size:
-            return {KEY.format(rank, size): _ForLoading() for rank in range(size)}
-        states = zip(saveable.ranks, saveable.read(), strict=True)
-        return {KEY.format(rank, size): encode({"memory": state, "own": self._own()}) for rank, state in states}
+        keys = self._keys(saveable)
+        if self._resharding is not None or self._ranks not in (None, saveable.size):
+            return {key: _ForLoading() for of_one in keys for key in of_one}
+        return {key: encode({"memory": state, "own": self._own()}) for (key,), state in zip(keys, saveable.read(), strict=True)}
+
+    def _keys(self, saveable: Saveable) -> list[list[str]]:
+        """Returns the keys of what is saved, or loaded: for each rank that saves it, those of the shards."""
+        size = self._ranks or saveable.size
+        ranks = saveable.ranks if size == saveable.size else range(size)
+        places = [saveable.shard] if self._resharding is None else self._resharding.places
+        return [[SHARD_KEY.format(place, r, size) if place else KEY.format(r, size) for place in places] for r in ranks]
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the result of `state_dict` after `dcp.load` has read into it. Raises CheckpointError, on all ranks, if it does not fit."""
@@ -87,12 +102,16 @@ class DistributedState:
         nodes = [node for other in on_all(saveable, "load", lambda: {"nodes": list(saveable.nodes)}) for node in other["nodes"]]
 
         def read() -> dict[str, Any]:
-            data = [state_dict.get(KEY.format(rank, size)) for rank in (saveable.ranks if size == saveable.size else range(size))]
-            if not all(isinstance(one, bytes) for one in data):
-                raise GraceError(f"this state was not read by {DCP}; pass the DistributedState itself to dcp.load")
-            states = [decode(one) for one in data if isinstance(one, bytes)]
-            memories = [state["memory"] for state in states]
-            found["own"] = states[saveable.ranks[0] if size != saveable.size and saveable.ranks[0] < size else 0]["own"]
+            memories, owns = [], []
+            for keys in self._keys(saveable):
+                data = [state_dict.get(key) for key in keys]
+                if not all(isinstance(one, bytes) for one in data):
+                    raise GraceError(f"this state was not read by {DCP}; pass the DistributedState itself to dcp.load")
+                states = [decode(one) for one in data if isinstance(one, bytes)]
+                shards = [state["memory"] for state in states]
+                memories.append(shards[0] if self._resharding is None else self._resharding.joined(shards))
+                owns.append(states[0]["own"])
+            found["own"] = owns[saveable.ranks[0] if size != saveable.size and saveable.ranks[0] < size else 0]
             if size != saveable.size:
                 found["resized"], memories = resized_for(memories, saveable, "mean", nodes)
             if any(exchange for memory in memories for exchange in driver_states(memory)):

@@ -34,6 +34,7 @@ from ..optimizers import require_optimizer
 from .guards import check_not_private, check_parameters, local_of
 from .hook_state import HookState
 from .ops import HostOps, TorchOps
+from .resharding import Resharding
 from .session import Session, check_torch_optimizer
 from .shards import ShardRanks, check_sharded, name_of, sharded_parameters
 from .transports import SingleTransport, transport_among
@@ -170,12 +171,7 @@ class ShardedSession(Session):
             )
 
     def saveable(self) -> Saveable:
-        if not self._shards.alone:
-            raise UnsupportedError(
-                "grace_ext.save, load and hvd.DistributedState take one state per replica, and a sharded model has one per shard: save "
-                "state.state_dict() on every rank, under a name with the rank (torch.save), and load it on that rank"
-            )
-        return super().saveable()
+        return super().saveable()._replace(shard=self._shards.place)
 
 
 class FSDPState(HookState):
@@ -248,6 +244,10 @@ class FSDPState(HookState):
                     own._hook(name, parameter)
 
         return reconnect
+
+    def resharding(self, shards: int) -> Resharding:
+        """Returns how the memory of this many shards becomes that of this rank's."""
+        return Resharding(self._grace, self._parameters, shards)
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def _take(self, name: str, parameter: torch.Tensor) -> None:

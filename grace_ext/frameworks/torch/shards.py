@@ -67,6 +67,11 @@ def check_sharded(name: str, parameter: Any, replicas: Sequence[int]) -> None:
         raise UnsupportedError(ON_META.format(name))
 
 
+def place_of(coordinate: Sequence[int], shape: Sequence[int]) -> str:
+    """Names a place in a mesh of shards; empty if there is only one."""
+    return f"{tuple(coordinate)} of mesh {tuple(shape)}" if max(shape) > 1 else ""
+
+
 class ShardRanks:
     """The ranks that hold the shards of one replica, this one among them. Every method is a collective of all of them."""
 
@@ -74,13 +79,13 @@ class ShardRanks:
         meshes: dict[str, DeviceMesh] = {}
         for parameter in parameters:
             mesh = parameter.device_mesh
-            meshes.setdefault(f"{mesh.get_coordinate()} of mesh {tuple(mesh.shape)}", mesh)
+            meshes.setdefault(place_of(mesh.get_coordinate(), mesh.shape), mesh)
         self._device = next(iter(meshes.values())).device_type
         # What every rank passes on along one dimension after the other has reached all ranks of the mesh.
         self._groups = [mesh.get_group(i) for mesh in meshes.values() for i in range(mesh.ndim) if mesh.size(i) > 1]
         self.alone = not self._groups
-        #: This rank's place among them, in words.
-        self.place = ", ".join(meshes)
+        #: This rank's place among them, in words; empty if it is the only one.
+        self.place = ", ".join(filter(None, meshes))
 
     def all(self, flag: bool) -> bool:
         """Whether the flag is set on all of these ranks."""

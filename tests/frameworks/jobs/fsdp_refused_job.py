@@ -46,8 +46,8 @@ def case_resume():
         assert_equal(again, in_clusters(g)[0])
         others = hvd.allgather_object(dict(saved))
         raises(GraceError, "load each on its own rank", lambda: state.load_state_dict(others[hvd.rank() ^ 1]))  # noqa: B023
-    raises(UnsupportedError, "save state.state_dict() on every rank", lambda: grace_ext.save(state, "nowhere"))
-    raises(UnsupportedError, "save state.state_dict() on every rank", lambda: hvd.DistributedState(state))
+    raises(UnsupportedError, "hvd.DistributedState(state)", lambda: grace_ext.save(state, "nowhere"))
+    raises(UnsupportedError, "hvd.DistributedState(state)", lambda: grace_ext.load(state, "nowhere"))
 
 
 def case_metrics():
