@@ -9,7 +9,6 @@ import pytest
 
 from ..frameworks.support.launch import ROOT, launcher, run
 
-
 #: The examples that save checkpoints.
 TRAINERS = ("accelerate_mnist", "lightning_mnist", "transformers_mnist")
 

@@ -29,4 +29,4 @@ def test_alone(name):
 
 
 def test_ray():
-    assert "RAY ok" in job("python", 1, "ray_job.py")
+    assert "RAY ok" in job("python", 1, "ray_job.py", timeout=600)
