@@ -39,6 +39,7 @@ NAMES = {
     "folder": "Path",
     "accelerator": "Any",
     "loader": "Any",
+    "state": "Any",
 }
 HEAD = """
 from pathlib import Path
