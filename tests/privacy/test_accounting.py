@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import grace_ext
 from grace_ext import LocalCluster
 from grace_ext.errors import ParameterError, UnsupportedError
 from grace_ext.privacy import Privacy
@@ -87,3 +88,13 @@ def test_epsilon_counts_every_step_and_goes_on_behind_a_checkpoint():
     assert again.epsilon(1e-5) == pytest.approx(Privacy(noise_multiplier=10).epsilon(1e-5, 4))
     with pytest.raises(UnsupportedError, match="makes no gradient private"):
         LocalCluster("none", 2).epsilon(1e-5)
+
+
+def test_epsilon_goes_on_behind_a_checkpoint_of_another_number_of_ranks(tmp_path):
+    privacy = Privacy(noise_multiplier=10)
+    cluster, larger = (LocalCluster("topk + residual", ranks, privacy=privacy) for ranks in (2, 3))
+    for _ in range(3):
+        cluster.step([{"w": [1.0, 2.0]}] * 2)
+    grace_ext.save(cluster, tmp_path)
+    grace_ext.load(larger, tmp_path, resize="mean")
+    assert larger.epsilon(1e-5) == pytest.approx(privacy.epsilon(1e-5, 3))
