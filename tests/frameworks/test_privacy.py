@@ -47,10 +47,13 @@ def test_tensorflow_refuses_a_spec_that_asks_for_it():
     hvd = pytest.importorskip("grace_ext.frameworks.tensorflow")
     with pytest.raises(UnsupportedError, match="does not make gradients private"):
         hvd.DistributedOptimizer(tf.keras.optimizers.SGD(), compression="gaussian | none")
+    variable = tf.Variable([1.0])
+    with tf.GradientTape() as tape:
+        loss = variable * variable
     with pytest.raises(UnsupportedError, match="does not make gradients private"):
-        hvd.DistributedGradientTape(tf.GradientTape(), compression="gaussian | none")
+        hvd.DistributedGradientTape(tape, compression="gaussian | none").gradient(loss, [variable])
     with pytest.raises(UnsupportedError, match="bind does not make gradients private"):
-        grace_ext.grace("gaussian | none").bind([tf.Variable([1.0])])
+        grace_ext.grace("gaussian | none").bind([variable])
 
 
 def test_a_plan_refuses_it():
