@@ -149,7 +149,7 @@ def test_the_memory_follows_the_ranks(spec, how):
         if "reduce_scatter" in spec and len(there) < 3:
             for x in there:
                 x["state"] = {key: array for key, array in x["state"].items() if not key.startswith("shard")}
-            for name, elements in sizes.items():
+            for name in sizes:
                 key = f"shard_residual/{name}"
                 if key in old[0]["state"]:  # a tensor of one element has no shard residual
                     lost = np.zeros_like(old[1]["state"][key])

@@ -79,6 +79,7 @@ class ExchangeTarget:
         plain = fusing.unpack
 
         def unpack(ops, body, tensors, rank):
+            tensors = list(tensors)
             layouts.append((rank, [field for _, fields in tensors for field in fields]))
             return plain(ops, body, tensors, rank)
 
