@@ -19,7 +19,7 @@ from grace_ext.frameworks.torch import compress_ddp
 
 
 def training(options: dict) -> None:
-    """What each worker does."""
+    """Trains the model on one worker; Ray calls it on all of them."""
     rank, size = train.get_context().get_world_rank(), train.get_context().get_world_size()
     train_x, train_y, test_x, test_y = mnist.load()
     model = prepare_model(mnist.make_model())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..parts import rng
-from ..parts.field import HALVES, INTEGERS
+from ..parts.field import FLOAT32_MAX, HALVES, INTEGERS
 from ..parts.ops import Ops
 from ..parts.tensor import TensorSpec
 from . import sums
@@ -21,7 +21,7 @@ PRODUCT_PIECE = 1 << 15
 LARGEST: dict[Any, float] = {
     "float16": 65504.0,
     "bfloat16": 3.3895313892515355e38,
-    "float32": float(np.finfo(np.float32).max),
+    "float32": FLOAT32_MAX,
     "float64": float(np.finfo(np.float64).max),
 }
 LARGEST |= {np.dtype(name): LARGEST[name] for name in ("float16", "float32", "float64")}

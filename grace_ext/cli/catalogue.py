@@ -39,7 +39,7 @@ def describe(part: Part) -> dict[str, Any]:
     if isinstance(part, Policy):
         found["properties"] = {"learns": part.learns, "changes with the step": part.changes}
         return found
-    if kind not in KINDS:  # a mechanism of privacy goes with every part
+    if kind not in KINDS:  # every part can follow a mechanism of privacy
         return found
     for other in KINDS:
         if other not in (kind, "policy"):

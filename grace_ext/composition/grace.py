@@ -68,7 +68,7 @@ class Grace:
         for leaf in self.leaves if self.two_level else ():
             if not leaf.communicator.two_level:
                 try:
-                    communicators.get("hierarchical").create(knobs={"between": leaf.communicator}).check(leaf.compressor)
+                    _in_two_levels(leaf.communicator).check(leaf.compressor)
                 except IncompatiblePartsError as error:
                     raise IncompatiblePartsError(f"{self.route} exchanges everything in two levels, '{leaf}', too: {error}") from None
 
@@ -107,7 +107,7 @@ class Grace:
     def _nbytes_of(self, parts: Parts, spec: TensorSpec, size: int) -> int:
         compressor, memory, communicator = parts
         if self.two_level and not communicator.two_level:  # what is flat by itself goes in two levels, too
-            communicator = communicators.get("hierarchical").create(knobs={"between": communicator})
+            communicator = _in_two_levels(communicator)
         return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if spec.size else 0
 
     @property
@@ -213,6 +213,11 @@ class Grace:
         return f"grace({str(self)!r})" if not self.seed else f"grace({str(self)!r}, seed={self.seed})"
 
 
+def _in_two_levels(communicator: Communicator) -> Any:
+    """Returns the communicator that carries between nodes what this one carries between ranks."""
+    return communicators.get("hierarchical").create(knobs={"between": communicator})
+
+
 def _is_a_sum(leaf: Composition) -> bool:
     """Whether all that leaves a rank is its gradient, as one term of a sum."""
     return leaf.plain and leaf.communicator.name == "allreduce"
@@ -231,7 +236,7 @@ def _check_one_momentum(policy: Any) -> None:
 
 
 def _check_shards(policy: Any) -> None:
-    """What a communicator keeps of its shard is in the units of the memory, and of its own learning rate."""
+    """Communicators that take turns share one residual of each shard, which each keeps in units of its memory and learning rate."""
     keeps = [leaf for leaf in policy.leaves if leaf.communicator.keeps_state(leaf.compressor)]
     units = {(leaf.memory.in_updates, leaf.communicator.uses_lr): leaf for leaf in keeps}
     if len(units) > 1:

@@ -65,8 +65,8 @@ class FP16(_Half):
     C(x) = half(clamp(x, -65504, 65504)), rounded to nearest even.  x: float[d] -> 2d bytes
     Relative error at most 2**-11 between 6.1e-5 and 65504; smaller values lose bits and vanish below 3e-8.
     Summable: the ranks' halves are added in float32, divided, and rounded to half once, so a sum cannot overflow the range
-    (Horovod and DDP add in half precision). A 'residual' memory keeps the rounding error of
-    a rank's own gradient, but not that of the mean; it is rarely needed.
+    (Horovod and DDP add in half precision). A 'residual' memory keeps the rounding error of a rank's own gradient, but not that of the
+    mean; it is rarely needed.
     Gradients that already have 16 bits are sent as they are. Source: IEEE 754; Micikevicius et al. 2018.
     """
 
@@ -79,8 +79,8 @@ class BF16(_Half):
     """Casts to bfloat16: the range of float32, 8 bits of precision.
 
     C(x) = bfloat16(x), rounded to nearest even.  x: float[d] -> 2d bytes
-    Relative error at most 2**-8. Summable, like fp16. A 'residual' memory keeps the rounding error of a rank's own gradient,
-    which is larger than fp16's, but not that of the mean.
+    Relative error at most 2**-8. Summable, like fp16. A 'residual' memory keeps the rounding error of a rank's own gradient, which is
+    larger than fp16's, but not that of the mean.
     Gradients that already have 16 bits are sent as they are. Source: Kalamkar et al. 2019.
     """
 

@@ -9,14 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError
-from ..parts.field import Field
+from ..parts.field import FLOAT32_MAX, Field
 from ..parts.part import knob
 from ..parts.requests import Gather
 from . import register
 from .base import Exchanged, sent_by
 from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
-
-LARGEST = float(np.finfo(np.float32).max)
 
 
 @lru_cache(maxsize=16)
@@ -76,7 +74,7 @@ class LQSGD(_LowRank):
     def _encode(self, ops, factor):
         x = ops.host(factor).astype(np.float64).reshape(-1)
         x = np.where(np.isfinite(x), x, 0.0)
-        scale = np.float32(min(float(np.abs(x).max()), LARGEST))
+        scale = np.float32(min(float(np.abs(x).max()), FLOAT32_MAX))
         ratio = np.minimum(np.abs(x) / float(scale), 1.0) if scale else np.zeros_like(x)
         levels = np.rint(np.log1p(self.alpha * ratio) / math.log1p(self.alpha) * self.levels)
         codes = (np.where(x < 0, -levels, levels) + self.levels).astype(np.int64)
@@ -135,4 +133,4 @@ class LQSGD(_LowRank):
 
 def _float32(ops, x: np.ndarray):
     """Rounds to float32, saturates, and uploads to the array library."""
-    return ops.upload(np.clip(x, -LARGEST, LARGEST).astype(np.float32))
+    return ops.upload(np.clip(x, -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32))

@@ -6,16 +6,16 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ParameterError, PayloadError
-from ..parts.field import Field
+from ..parts.field import FLOAT32_MAX, Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
 from . import register
 from .base import Compressor
 from .fast_path import Fused
-from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
+from .forms.scales import blocks, floats_from_bytes, floats_to_bytes
 
 #: The largest norm that is sent, so that (norm / s) * s does not overflow.
-LARGEST_NORM = LARGEST * 0.99999
+LARGEST_NORM = FLOAT32_MAX * 0.99999
 
 
 class _NormQuantizer(Compressor):
@@ -83,7 +83,7 @@ class _NormQuantizer(Compressor):
 
 def smallest_norm(s: int) -> np.float32:
     """Returns the norm below which s / norm overflows."""
-    return np.float32(s / LARGEST * 1.0001)
+    return np.float32(s / FLOAT32_MAX * 1.0001)
 
 
 def code_width(s: int) -> int:

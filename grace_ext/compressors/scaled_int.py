@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import PayloadError, UnsupportedError
-from ..parts.field import Field
+from ..parts.field import FLOAT32_MAX, Field
 from ..parts.part import knob
 from ..parts.requests import AllReduce, Gather
 from . import register
 from .base import Compressor, Exchanged, sent_by
-from .forms.scales import LARGEST, blocks, floats_from_bytes, floats_to_bytes
+from .forms.scales import blocks, floats_from_bytes, floats_to_bytes
 
 
 @register("scaled_int")
@@ -82,9 +82,7 @@ class ScaledInt(Compressor):
         """Returns integers / (2^k divisor) as float32, saturated."""
         value = ops.cast(integers, "float64") * self._powers(ops, -exponents, spec)
         value = value / divisor if divisor > 1 else value
-        if ops.largest(value) > LARGEST:
-            value = ops.where(value > LARGEST, LARGEST, ops.where(value < -LARGEST, -LARGEST, value))
-        return ops.cast(value, "float32")
+        return ops.cast(ops.clamped(value) if ops.largest(value) > FLOAT32_MAX else value, "float32")
 
     def _maxima(self, ops, x, spec) -> np.ndarray:
         return ops.block_norms(x, blocks(spec.size, self.block)[0], np.inf)

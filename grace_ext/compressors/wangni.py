@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..parts.field import Field
+from ..parts.field import FLOAT32_MAX, Field
 from . import register
 from .base import Compressor
 from .forms.positions import decode_indices, encode_indices, index_bytes
-from .forms.scales import LARGEST, floats_from_bytes, floats_to_bytes
+from .forms.scales import floats_from_bytes, floats_to_bytes
 from .forms.sparse import count_field, expect_bytes, finite, get_count, index_field, index_knob, kept, put_count, ratio_knob
 
 SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
@@ -57,12 +57,12 @@ class Wangni(Compressor):
 
     def _level(self, ops, magnitudes, budget: int) -> float:
         """Returns t."""
-        level, rest, room = LARGEST, magnitudes, budget
+        level, rest, room = FLOAT32_MAX, magnitudes, budget
         for _ in range(PASSES):
             total = ops.total(rest)
             if not total or room <= 0:
                 break
-            level = float(np.float32(min(max(total / room, SMALLEST), LARGEST)))
+            level = float(np.float32(min(max(total / room, SMALLEST), FLOAT32_MAX)))
             below = rest[rest < level]
             if len(below) == len(rest):
                 break

@@ -25,7 +25,7 @@ Answers = tuple[dict[int, Any], bool]
 
 
 class Contents(NamedTuple):
-    """What a message holds: the places of tensors in the bucket, and the fields of each."""
+    """Says what a message holds: the places of its tensors in the bucket, and the fields of each."""
 
     places: list[int]
     fields: list[Sequence[Field]]

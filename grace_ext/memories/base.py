@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Compressor, Exchanged
 from ..errors import IncompatiblePartsError
-from ..parts.field import FLOAT32_MAX, HALVES
+from ..parts.field import HALVES
 from ..parts.part import Part
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
@@ -37,8 +37,8 @@ class Memory(FastPath, Part):
     # --- what an author must define -----------------------------------------------------------------------------------
     @abstractmethod
     def init(self, ops: Ops, spec: TensorSpec, info: StepInfo) -> State:
-        """Returns the state before the first step: flat arrays by key. Parts that use the same key mean the same by it, in
-        the same unit: a policy that changes parts hands the array from one to the other."""
+        """Returns the state before the first step: flat arrays by key. Parts that use the same key mean the same by it, in the same unit: a
+        policy that changes parts hands the array from one to the other."""
 
     @abstractmethod
     def before(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> Array:
@@ -111,10 +111,7 @@ class Memory(FastPath, Part):
             sent.remove(compensated)  # it is this memory's own
         else:
             compensated -= sent.values()
-        if ops.all_finite(compensated):
-            return compensated
-        low, high = compensated < -FLOAT32_MAX, compensated > FLOAT32_MAX
-        return ops.cast(ops.where(high, FLOAT32_MAX, ops.where(low, -FLOAT32_MAX, compensated)), "float32")
+        return compensated if ops.all_finite(compensated) else ops.cast(ops.clamped(compensated), "float32")
 
     def needs_magnitudes(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError, for `check`, if the compressor's result is a vote, which has no size."""

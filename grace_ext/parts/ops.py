@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .field import FLOAT32_MAX
 from .rng import Key, settled
 from .tensor import TensorSpec
 
@@ -115,6 +116,10 @@ class Ops(ABC):
     @abstractmethod
     def as_int(self, x: Array) -> Array:
         """Returns int64 of floats that are whole numbers, or of booleans."""
+
+    def clamped(self, x: Array) -> Array:
+        """Returns x, with the largest number of float32 in place of magnitudes above it; NaN stays NaN."""
+        return self.where(x > FLOAT32_MAX, FLOAT32_MAX, self.where(x < -FLOAT32_MAX, -FLOAT32_MAX, x))
 
     def to_odd(self, x: Array) -> Array:
         """Returns float32, of finite float64 in its range: what lies between two float32 becomes the one whose last bit is 1. If that is

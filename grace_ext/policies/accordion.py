@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import ParameterError
+from ..parts.field import FLOAT32_MAX
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
@@ -71,7 +72,7 @@ class Accordion(Policy):
             return {"sum": total}
         before, _, rate = (float(v) for v in ops.host(state["regime"]))
         # Rounded to float32, so that the decision does not depend on the order in which a library sums.
-        now = float(np.float32(min(float(ops.block_norms(total, spec.size, 2)[0]), np.finfo(np.float32).max)))
+        now = float(np.float32(min(float(ops.block_norms(total, spec.size, 2)[0]), FLOAT32_MAX)))
         lr = float(np.float32(info.lr or 0))
         changed = not before or abs(before - now) >= self.threshold * before
         fallen = 0 < rate and lr <= rate * (1 - self.threshold)

@@ -131,7 +131,7 @@ def test_nodes_are_compared_with_those_of_the_save(tmp_path, caplog):
 
 
 def test_settings_of_sidco_within_a_pipeline_are_no_residual(tmp_path):
-    """What a part within another declares of its state counts: numbers of stages are taken over, not averaged."""
+    """A resize follows what the inner part declares of its state: numbers of stages are taken over, not averaged."""
     cluster = after(PIPELINES[0], 2, 2)
     for rank, driver in enumerate(cluster.drivers):
         driver.state["a"]["sidco_stages"] = np.float32([1 + rank, 2, 1])

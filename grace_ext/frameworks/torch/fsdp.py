@@ -31,12 +31,12 @@ from ...errors import GraceError, ParameterError, UnsupportedError, few
 from ...exchange.transport import Transport
 from ...privacy.settings import refuse
 from ..optimizers import require_optimizer
-from .guards import check_not_private, check_parameters, local_of
+from .guards import check_not_private, check_parameters, local_of, name_of
 from .hook_state import HookState
 from .ops import HostOps, TorchOps
 from .resharding import Resharding
 from .session import Session, check_torch_optimizer
-from .shards import ShardRanks, check_sharded, name_of, sharded_parameters
+from .shards import ShardRanks, check_sharded, sharded_parameters
 from .transports import SingleTransport, transport_among
 
 REENTRANT = (

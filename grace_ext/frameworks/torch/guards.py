@@ -76,7 +76,7 @@ def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
     pairs = list(pairs)
     if any(not isinstance(pair, tuple) or len(pair) != 2 for pair in pairs):
         raise NamesError("named_parameters must be (name, parameter) tuples, usually model.named_parameters()")
-    pairs = [(name.replace("_orig_mod.", "") if isinstance(name, str) else name, parameter) for name, parameter in pairs]
+    pairs = [(name_of(name) if isinstance(name, str) else name, parameter) for name, parameter in pairs]
     check_names(name for name, _ in pairs)
     for name, parameter in pairs:
         kind = type(parameter).__name__
@@ -92,6 +92,11 @@ def check_parameters(pairs: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[st
     if len({p.device for _, p in pairs}) > 1:
         raise UnsupportedError("the parameters are on several devices; grace_ext compresses the gradients of one device per process")
     return dict(pairs)
+
+
+def name_of(path: str) -> str:
+    """Returns a parameter's name, which is the same whether modules are compiled or not."""
+    return path.replace("_orig_mod.", "")
 
 
 def is_dtensor(tensor: torch.Tensor) -> bool:

@@ -49,17 +49,20 @@ def check_no_batch_norm(parameters: Parameters) -> None:
     """Raises UnsupportedError if a living model that holds one of these parameters has batch normalization in training mode. Searches all
     objects of the process, so call it once."""
     mine = {id(p) for p in parameters.values()}
-    models = [module for module in gc.get_objects() if issubclass(type(module), torch.nn.Module)]
-    found = [
-        f"{name or type(layer).__name__}"
-        for model in models
-        if any(id(p) in mine for p in model.parameters())
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.training
-    ]
-    if found:
-        layers = {id(layer) for model in models for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.training}
-        raise UnsupportedError(BATCH_NORM.format(len(layers), max(found, key=len)))
+    modules = [module for module in gc.get_objects() if issubclass(type(module), torch.nn.Module)]
+    _refuse_batch_norm(module for module in modules if any(id(p) in mine for p in module.parameters()))
+
+
+def _refuse_batch_norm(modules: Iterable[torch.nn.Module]) -> None:
+    """Raises UnsupportedError if one of these modules, which may contain each other, has batch normalization in training mode."""
+    names: dict[int, str] = {}
+    for module in modules:
+        for path, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training:
+                # Of a layer's names, that in the whole model is the longest.
+                names[id(layer)] = max(path or type(layer).__name__, names.get(id(layer), ""), key=len)
+    if names:
+        raise UnsupportedError(BATCH_NORM.format(len(names), max(names.values(), key=len)))
 
 
 def privatized(driver: Driver, parameters: Parameters, computed: Iterable[str], sparse_as_dense: bool) -> dict[str, torch.Tensor]:
@@ -151,9 +154,7 @@ def per_example_backward(model: torch.nn.Module, loss: Callable[[Any, Any], torc
     Raises UnsupportedError for a model with batch normalization in training mode."""
     if len(inputs) != len(targets):
         raise ParameterError(f"inputs and targets must be of the same examples, got {len(inputs)} and {len(targets)}")
-    normalized = [name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.training]
-    if normalized:
-        raise UnsupportedError(BATCH_NORM.format(len(normalized), normalized[0]))
+    _refuse_batch_norm([model])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not len(inputs):
         return torch.zeros(0)

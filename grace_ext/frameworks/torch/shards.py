@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import GraceError, ParameterError, UnsupportedError
-from .guards import FSDP, TENSOR_PARALLEL, is_dtensor
+from .guards import FSDP, TENSOR_PARALLEL, is_dtensor, name_of
 
 TWO_DIMENSIONS = (
     "parameter {!r} is placed as {} over a mesh that holds the ranks {} of the replicate mesh, too, so fully_shard exchanges gradients "
@@ -49,11 +49,6 @@ def sharded_parameters(model: torch.nn.Module, replicas: Sequence[int]) -> dict[
     if not found:
         raise ParameterError("none of the model's parameters requires a gradient")
     return found
-
-
-def name_of(path: str) -> str:
-    """Returns a parameter's name, which is the same whether modules are compiled or not."""
-    return path.replace("_orig_mod.", "")
 
 
 def check_sharded(name: str, parameter: Any, replicas: Sequence[int]) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
@@ -19,13 +17,9 @@ from grace_ext.integrations.accelerate import compress
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import assert_same, heard, raises, run_cases  # noqa: E402
-from trainers import SPECS, Fed, Points, in_cluster, weights_of  # noqa: E402
+from trainers import SPECS, Fed, Points, in_cluster, on_rank_0, sgd, shared_folder, weights_of  # noqa: E402
 
 TOPK, POWERSGD = SPECS
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 class Training:
@@ -56,19 +50,6 @@ class Training:
     @property
     def bare(self):
         return self.accelerator.unwrap_model(self.model)
-
-
-def on_rank_0(action):
-    dist.barrier()
-    if hvd.rank() == 0:
-        action()
-    dist.barrier()
-
-
-def shared_folder() -> Path:
-    made = [tempfile.mkdtemp() if hvd.rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return Path(made[0])
 
 
 def case_equals_local_cluster():
@@ -149,8 +130,5 @@ def alone():
 
 
 hvd.init()
-if hvd.size() == 1:
-    alone()
-else:
-    run_cases(hvd, dict(globals()))
+run_cases(hvd, dict(globals()))
 hvd.shutdown()

@@ -222,8 +222,5 @@ def alone():
 
 
 hvd.init()
-if hvd.size() == 1:
-    alone()
-else:
-    run_cases(hvd, dict(globals()))
+run_cases(hvd, dict(globals()))
 hvd.shutdown()

@@ -6,13 +6,11 @@ import gc
 import logging
 import shutil
 import sys
-import tempfile
 import warnings
 import weakref
 from pathlib import Path
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -23,14 +21,10 @@ from grace_ext.integrations.lightning import CompressionStrategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import assert_same, heard, raises, run_cases  # noqa: E402
-from trainers import SPECS, Fed, Points, in_cluster, weights_of  # noqa: E402
+from trainers import SPECS, Fed, Points, in_cluster, on_rank_0, sgd, shared_folder, weights_of  # noqa: E402
 
 TOPK, POWERSGD = SPECS
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
 class Module(L.LightningModule):
@@ -60,19 +54,6 @@ def fit(strategy, steps=6, ckpt_path=None, module=None, callbacks=(), passes=1, 
         warnings.filterwarnings("ignore", module="lightning")
         trainer.fit(module, DataLoader(Points(), batch_size=8), ckpt_path=ckpt_path)
     return module, trainer
-
-
-def on_rank_0(action):
-    dist.barrier()
-    if hvd.rank() == 0:
-        action()
-    dist.barrier()
-
-
-def shared_folder() -> Path:
-    made = [tempfile.mkdtemp() if hvd.rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return Path(made[0])
 
 
 def case_equals_local_cluster():
@@ -114,6 +95,7 @@ def case_memory_goes_with_its_checkpoint():
     dist.barrier()
     assert sorted(p.name for p in folder.iterdir()) == ["last.ckpt", "last.ckpt.grace_ext", "step=6.ckpt", "step=6.ckpt.grace_ext"]
     assert [p.name for p in (folder / "last.ckpt.grace_ext").iterdir()] == ["step-6"]
+    dist.barrier()  # the other rank has seen the folder, too
     trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     assert not (folder / "weights.ckpt.grace_ext").exists()
     on_rank_0(lambda: shutil.rmtree(folder))

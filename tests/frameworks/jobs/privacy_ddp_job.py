@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import math
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from ddp_setup import EACH_ALONE, TOPK, Layers, layers_loss, raises, run_cases, training
+from privacy import check_nothing_raw_is_sent, same_noise, tapped
 from torch.nn.parallel import DistributedDataParallel
 
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import ParameterError, UnsupportedError
-from grace_ext.privacy.noise import Noise
 
 CLIP = 1e-3
 NOISELESS = hvd.Privacy(clip=CLIP, noise_multiplier=0)
@@ -63,24 +62,16 @@ def case_accumulated_passes_are_one_release():
 
 
 def case_the_transport_sees_private_gradients_only():
-    draw, seen = Noise.normals, {}
-    Noise.normals = lambda self, count: np.random.default_rng(hvd.rank()).standard_normal(count)
-    try:
+    seen = {}
+    with same_noise(hvd.rank()):
         for private in (True, False):
             for scale in (1.0, 1024.0):
-                log = seen.setdefault((private, scale), [])
                 ddp, state = hooked(Layers(), TOPK, hvd.Privacy(clip=CLIP) if private else None)
-                transport = state._session().driver.transport
-                start = transport.start
-                transport.start = lambda c, n, s=start, log=log: (log.append(bytes(memoryview(c.array))), s(c, n))[1]
+                seen[private, scale] = tapped(state._session().driver.transport)
                 for step in range(3):
                     ddp.zero_grad()
                     (scale * layers_loss(ddp, hvd.rank(), step)).backward()
-    finally:
-        Noise.normals = draw
-    drop = [[m for m in seen[True, scale] if b'"spec"' not in m] for scale in (1.0, 1024.0)]  # the agreement counts drivers
-    assert len(drop[0]) >= 3 and drop[0] == drop[1]
-    assert seen[False, 1.0] != seen[False, 1024.0]
+    check_nothing_raw_is_sent(seen)
 
 
 def case_what_is_refused():

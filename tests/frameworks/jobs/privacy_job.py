@@ -14,11 +14,11 @@ import torch
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import GraceError, ParameterError, SpecSyntaxError, UnsupportedError
-from grace_ext.privacy.noise import Noise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import training  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
+from privacy import check_nothing_raw_is_sent, same_noise, tapped  # noqa: E402
 
 CLIP, BATCH = 0.5, 16
 RANKS = hvd.Privacy(clip=CLIP, noise_multiplier=0)
@@ -188,27 +188,19 @@ def case_nothing_starts_in_the_backward_pass():
 def case_the_transport_sees_private_gradients_only():
     """Two runs whose raw gradients differ by a factor of 1024, and
     whose clipped ones do not, give the same bytes, as the noise is equal."""
-    draw, seen = Noise.normals, {}
-    Noise.normals = lambda self, count: np.random.default_rng(hvd.rank()).standard_normal(count)
-    try:
+    seen = {}
+    with same_noise(hvd.rank()):
         for private in (True, False):
             for scale in (1.0, 1024.0):
-                model, log = training.make_model(), seen.setdefault((private, scale), [])
-                g = "topk(ratio=0.1) + residual"
+                model, g = training.make_model(), "topk(ratio=0.1) + residual"
                 optimizer = wrap(model, hvd.Privacy(clip=1e-3) if private else None, g, simulate=True, check_start=False)
                 optimizer.param_groups[0]["lr"] = 0.0
-                session = optimizer._exchange.session
-                start = session.driver.transport.start
-                session.driver.transport.start = lambda c, n, s=start, log=log: (log.append(bytes(memoryview(c.array))), s(c, n))[1]
+                seen[private, scale] = tapped(optimizer._exchange.session.driver.transport)
                 for step in range(3):
                     optimizer.zero_grad()
                     (scale * training.loss_of(model, hvd.rank(), step)).backward()
                     optimizer.step()  # with rate 0: the weights stay, so that the raw gradients keep their factor
-    finally:
-        Noise.normals = draw
-    drop = [[m for m in seen[True, scale] if b'"spec"' not in m] for scale in (1.0, 1024.0)]  # the agreement counts drivers
-    assert len(drop[0]) >= 3 and drop[0] == drop[1]
-    assert seen[False, 1.0] != seen[False, 1024.0]
+    check_nothing_raw_is_sent(seen)
 
 
 def case_ranks_draw_noise_of_their_own():

@@ -28,7 +28,7 @@ def sgd(model):
 
 
 def training(options):
-    """What each worker does: one checkpoint per step."""
+    """Trains on one worker, and saves one checkpoint per step."""
     sys.path.insert(0, options["support"])
     from trainers import Fed
 

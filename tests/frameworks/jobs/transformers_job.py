@@ -6,10 +6,8 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,7 +20,7 @@ from grace_ext.integrations.transformers import CompressionCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import assert_same, heard, raises, run_cases  # noqa: E402
-from trainers import SPECS, Fed, Points, in_cluster, weights_of  # noqa: E402
+from trainers import SPECS, Fed, Points, in_cluster, sgd, shared_folder, weights_of  # noqa: E402
 
 TOPK, POWERSGD = SPECS
 
@@ -35,16 +33,6 @@ class Sent(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self.sent.append(self.compression.state.wire_bytes)
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def shared_folder() -> Path:
-    made = [tempfile.mkdtemp() if hvd.rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    return Path(made[0])
 
 
 def trainer_of(folder, *callbacks, steps=6, optimizer=sgd, model=None, **more):
@@ -159,8 +147,5 @@ def alone():
 
 
 hvd.init()
-if hvd.size() == 1:
-    alone()
-else:
-    run_cases(hvd, dict(globals()))
+run_cases(hvd, dict(globals()))
 hvd.shutdown()

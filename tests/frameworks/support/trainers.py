@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 
@@ -33,6 +36,25 @@ class Points(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         x = torch.randn(16, generator=torch.Generator().manual_seed(i))
         return {"x": x, "labels": torch.sin(2 * x[:4])}
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def shared_folder() -> Path:
+    """Returns a new folder, the same on all ranks."""
+    made = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    return Path(made[0])
+
+
+def on_rank_0(action) -> None:
+    """Calls this on rank 0, while the other ranks wait."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
 
 
 def weights_of(model):
