@@ -118,7 +118,8 @@ class LGreCo(Policy):
         if place < 0:
             return {}
         fresh = place == 0 or not len(state["sum"])  # a window begins, or a step of it was not committed
-        return {"sum": ops.cast(ops.copy(grad) if fresh else state["sum"] + grad, "float32")}
+        total = ops.cast(ops.copy(grad) if fresh else state["sum"] + grad, "float32")
+        return {"sum": total if ops.all_finite(total) else ops.zeros(0)}  # out of float32's range: the sum begins anew
 
     def due(self, query):
         return (query.step + 1) % self.every == 0

@@ -100,6 +100,7 @@ def test_an_empty_tensor_cannot_be_bad(world):
         ("none + gradient_compression", "f8", 1e300),
         ("demo(topk=32) + residual", "f4", 3e38),
         ("accordion(high=none, low=none, interval=100)", "f4", 1.5e38),
+        ("lgreco(base=topk(ratio=0.5) + none, every=300, window=300)", "f4", 1.5e38),
         ("none + ef21 @ allgather", "f4", -3e38),
         ("topk(ratio=0.5) + efsignsgd", "f4", 3e38),
         ("vqsgd(repeats=1) + residual", "f4", 1e37),
