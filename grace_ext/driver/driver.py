@@ -228,11 +228,10 @@ class Driver:
 
     def privatize(self, gradients: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         """Returns private gradients of all parameters, which are what `put` takes then; these gradients themselves if privacy was not asked
-        for. gradients: as for Mechanism.release; the parameters without one count as 0."""
+        for. gradients: as for Mechanism.release."""
         if self.mechanism is None:
             return dict(gradients)
-        zeros = {name: self.ops.emit(self.ops.zeros(spec.size), spec) for name, spec in specs.items() if name not in gradients}
-        self._private = self.mechanism.release({**gradients, **zeros}, specs, self.step_info())
+        self._private = self.mechanism.release(gradients, specs, self.step_info())
         return dict(self._private)
 
     def epsilon(self, delta: float) -> float:

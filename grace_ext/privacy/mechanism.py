@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.sampling import sample
+from ..errors import GraceError, few
 from ..parts.ops import Array, Ops
 from ..parts.tensor import StepInfo, TensorSpec
 from .noise import Noise
@@ -38,35 +39,61 @@ class Mechanism:
         return self.privacy.noise_multiplier * self.privacy.clip * each
 
     def release(self, gradients: Mapping[str, Any], specs: Mapping[str, TensorSpec], info: StepInfo) -> dict[str, Any]:
-        """Returns private gradients, in new memory, with the shapes and dtypes of `specs`. gradients: the rank's own, for unit 'rank'; for
-        unit 'example' the sums of clipped ones, restricted to the support."""
+        """Returns private gradients of all parameters, in new memory, with the shapes and dtypes of `specs`.
+
+        gradients: those that there are; a parameter without one counts as 0. For unit 'rank' they are the rank's own; for unit 'example'
+          each has one dimension more than its parameter, in front, which counts the examples. Raises GraceError if they are of different
+          numbers of examples."""
         self.releases += 1
-        kept = {name: self._kept(gradients[name], spec, info) for name, spec in specs.items()}
-        if self.privacy.unit == "rank":
-            kept = self._clipped(kept)
+        kept = {name: self._kept(gradients[name], spec, info) for name, spec in specs.items() if name in gradients}
+        sums = self._clipped(kept) if self.privacy.unit == "rank" else self._sum_of_clipped(kept)
         divisor = self.privacy.batch or 1.0
-        return {name: self._noised(kept[name], spec, info, divisor) for name, spec in specs.items()}
+        return {name: self._noised(sums.get(name), spec, info, divisor) for name, spec in specs.items()}
 
     def _kept(self, gradient: Any, spec: TensorSpec, info: StepInfo) -> Array:
-        """Returns the elements of the gradient that are in the support."""
+        """Returns the elements of the gradient that are in the support: a vector, or for unit 'example' a matrix of one row per example."""
         flat, positions = self.ops.ingest(gradient), self.positions(spec, info)
-        return flat if positions is None else flat[self.ops.upload(positions)]
+        if self.privacy.unit == "example":
+            flat = flat.reshape(len(gradient), spec.size)
+        return flat if positions is None else flat[..., self.ops.upload(positions)]
 
     def _clipped(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Returns the arrays as one vector of norm `clip` at most; zeros if it is not finite."""
+        """Returns the arrays as one vector of norm `clip` at most; none of them if it is not finite."""
         norm = math.hypot(*(self.ops.norm(array) for array in arrays.values()))
         if not math.isfinite(norm):
-            return {name: array[:0] for name, array in arrays.items()}
+            return {}
         factor = min(1.0, self.privacy.clip / norm) if norm else 1.0
         return {name: array * factor for name, array in arrays.items()}
 
-    def _noised(self, kept: Array, spec: TensorSpec, info: StepInfo, divisor: float) -> Any:
+    def _sum_of_clipped(self, rows: dict[str, Array]) -> dict[str, Array]:
+        """Returns the sums over the examples, each of which, as one vector, is clipped. One that is not finite counts as 0."""
+        rows = {name: matrix for name, matrix in rows.items() if matrix.shape[1]}
+        counts = {len(matrix) for matrix in rows.values()}
+        if len(counts) > 1:
+            raise GraceError(f"the parameters have per-example gradients of different numbers of examples ({few(map(str, counts))})")
+        if not any(counts):
+            return {}
+        norms = np.sqrt(sum(self.ops.block_norms(matrix.reshape(-1), matrix.shape[1], 2) ** 2 for matrix in rows.values()))
+        finite = np.flatnonzero(np.isfinite(norms))
+        if len(finite) < len(norms):
+            rows = {name: matrix[self.ops.upload(finite)] for name, matrix in rows.items()}
+        if not len(finite):
+            return {}
+        factors = self.ops.upload((self.privacy.clip / np.maximum(norms[finite], self.privacy.clip))[:, None])
+        sums = {}
+        for name, matrix in rows.items():
+            weights = self.ops.cast(factors, "float64" if matrix.itemsize == 8 else "float32")
+            sums[name] = self.ops.project(weights, matrix.reshape(-1)).reshape(-1)
+        return sums
+
+    def _noised(self, kept: Array | None, spec: TensorSpec, info: StepInfo, divisor: float) -> Any:
+        """Returns a private gradient. kept: what is clipped, in the support; None if there is nothing but noise."""
         positions = self.positions(spec, info)
         count = spec.size if positions is None else len(positions)
         dtype = "float64" if spec.dtype == "float64" else "float32"
         noise = self._noise.normals(count) * self.deviation(info)
         total = self.ops.cast(self.ops.upload(noise), dtype)
-        if len(kept):  # none of an empty tensor, nor of a gradient that was not finite
+        if kept is not None:
             total = total + kept
         if divisor != 1:
             total = total / divisor

@@ -10,9 +10,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...driver.driver import Driver
-from ...errors import GraceError, ParameterError, UnsupportedError, few
-from ...parts.tensor import StepInfo, TensorSpec
-from ...privacy.mechanism import Mechanism
+from ...errors import ParameterError, UnsupportedError, few
+from ...parts.tensor import TensorSpec
 from ...privacy.settings import Privacy
 from .ops import describe
 
@@ -79,9 +78,9 @@ def privatized(driver: Driver, parameters: Parameters, computed: Iterable[str], 
     lacking = [name for name in computed if getattr(parameters[name], "grad_sample", None) is None]
     if lacking:
         raise UnsupportedError(NO_EXAMPLES.format(len(lacking), few(lacking)))
-    sums = clipped_sums(mechanism, parameters, specs, driver.step_info())
+    private = driver.privatize(_per_example(parameters), specs)
     forget_examples(parameters.values())
-    return driver.privatize(sums, specs)
+    return private
 
 
 def _own(parameters: Parameters, sparse_as_dense: bool) -> dict[str, torch.Tensor]:
@@ -101,40 +100,14 @@ def _own(parameters: Parameters, sparse_as_dense: bool) -> dict[str, torch.Tenso
     return own
 
 
-def clipped_sums(mechanism: Mechanism, parameters: Parameters, specs: Mapping[str, TensorSpec], info: StepInfo) -> dict[str, torch.Tensor]:
-    """Returns, by name, the sums over the examples of clipped gradients, restricted to the support. An example whose gradient is not finite
-    counts as 0. Without an example there is no sum."""
-    rows: dict[str, torch.Tensor] = {}
-    places: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        sample = getattr(parameter, "grad_sample", None)
-        if sample is None:
-            continue
-        passes = sample if isinstance(sample, list) else [sample]  # several backward passes make up one batch
-        flat = torch.cat([each.detach().reshape(len(each), specs[name].size) for each in passes])
-        rows[name] = flat if flat.dtype == torch.float64 else flat.float()
-        positions = mechanism.positions(specs[name], info)
-        if positions is not None:
-            places[name] = torch.from_numpy(positions.copy()).to(flat.device)
-            rows[name] = rows[name][:, places[name]]
-    if not rows:
-        return {}
-    counts = {name: len(x) for name, x in rows.items()}
-    if len(set(counts.values())) > 1:
-        raise GraceError(
-            f"the parameters have per-example gradients of different numbers of examples ({few(map(str, set(counts.values())))})"
-        )
-    norms = torch.stack([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in rows.values()]).square().sum(0).sqrt()
-    finite = norms.isfinite()
-    factors = torch.where(finite, (mechanism.privacy.clip / norms).clamp(max=1.0), 0.0)
-    sums = {}
-    for name, x in rows.items():
-        counted = torch.where(finite[:, None], x, 0.0)  # 0 times NaN is NaN
-        total = factors.to(x.dtype) @ counted
-        if name in places:
-            total = torch.zeros(specs[name].size, dtype=x.dtype, device=x.device).index_copy_(0, places[name], total)
-        sums[name] = total.reshape(specs[name].shape)
-    return sums
+def _per_example(parameters: Parameters) -> dict[str, torch.Tensor]:
+    """Returns the per-example gradients of this step; those of several backward passes make up one batch."""
+    samples = {name: getattr(parameter, "grad_sample", None) for name, parameter in parameters.items()}
+    return {
+        name: torch.cat(list(sample)).detach() if isinstance(sample, list) else sample.detach()
+        for name, sample in samples.items()
+        if sample is not None
+    }
 
 
 def forget_examples(parameters: Iterable[torch.nn.Parameter]) -> None:
