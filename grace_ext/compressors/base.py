@@ -37,6 +37,16 @@ class Exchanged(NamedTuple):
     remove: Callable[[Array], None] | None = None
 
 
+class Observed(NamedTuple):
+    """What a payload says of the flat array x that was compressed: `values`, about operator(x).
+
+    operator: a linear function of flat float arrays. It uses what all array libraries share (`x[positions]`, `@`, `reshape`) and `ops`, so
+    that automatic differentiation passes through it. values: operator(x), up to the rounding of what was sent."""
+
+    values: Array
+    operator: Callable[[Array], Array]
+
+
 class Carrier(Protocol):
     """What a compressor knows of a communicator: that it exchanges a tensor."""
 
@@ -90,6 +100,8 @@ class Compressor(FastPath, Part):
     deterministic_bytes: ClassVar[bool] = True
     #: Whether float64 gradients reach it as float64; every other compressor works in float32.
     keeps_float64: ClassVar[bool] = False
+    #: Whether it can exchange the rows of a matrix that this rank holds so that the result is that of the whole matrix (TensorSpec.rows).
+    shares_rows: ClassVar[bool] = False
     #: Whether no field of fewer elements is longer, so that `fields` for many elements bounds the payloads of fewer.
     grows: ClassVar[bool] = True
 
@@ -159,6 +171,15 @@ class Compressor(FastPath, Part):
         """int64[m], ascending: where the payload has values; None if it has one for every element. Raises PayloadError."""
         return None
 
+    def observed(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo, state: State) -> Observed:
+        """Returns what somebody who reads the payload, and knows this compressor, its knobs and the job's seed, learns of what was
+        compressed, for `grace-ext privacy`. By default the decoded elements at `positions`, or all of them. Overridden if less is decoded
+        than is learnt.
+
+        payload: what one rank sends, in all rounds together. state: this compressor's own, before the step."""
+        decoded, positions = self.decompress(ops, payload, spec, info), self.positions(ops, payload, spec, info)
+        return Observed(decoded, whole) if positions is None else Observed(decoded[positions], lambda x: x[positions])
+
     def accumulate(self, ops: Ops, total: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
         """Adds one rank's decoded payload to `total`, in place. Sparse compressors add only what they hold. Raises PayloadError."""
         decoded = self.decompress(ops, payload, spec, info)
@@ -212,6 +233,11 @@ class Compressor(FastPath, Part):
         """Asks the other tensors (requests.Together), for a compressor that looks at the whole model; returns the one to go on with."""
         return self
         yield
+
+
+def whole(x: Array) -> Array:
+    """Returns the array itself: the operator of payloads that have a value for every element."""
+    return x
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ..errors import PayloadError
 from ..parts.field import Field
 from ..parts.part import knob
 from . import register
-from .base import Compressor, sent_by
+from .base import Compressor, Observed, sent_by
 from .forms.positions import decode_indices, encode_indices
 from .forms.sparse import VALUES, index_field, index_knob
 
@@ -114,13 +114,13 @@ class DeMo(Compressor):
         return Field("values", VALUES[self.values], kept), index_field(kept, of, self.index, exactly=True)
 
     def _transform(self, ops, x, spec):
-        """Returns the coefficients of all tiles, tile by tile, as float32."""
+        """Returns the coefficients of all tiles, tile by tile, as float64."""
         down, h, across, w = self._tiles(spec)
         a = spec.shape[0] if len(spec.shape) > 1 else 1
         padded = ops.zeros(down * h * across * w, "float64").reshape(down * h, across * w)
         padded[:a, : spec.size // a] = ops.cast(x, "float64").reshape(a, -1)
         tiles = ops.transpose(padded.reshape(down, h, across, w), (0, 2, 1, 3))
-        return _float32(ops, (ops.upload(cosines(h)) @ tiles @ ops.upload(cosines(w)).T).reshape(-1))
+        return (ops.upload(cosines(h)) @ tiles @ ops.upload(cosines(w)).T).reshape(-1)
 
     def _restore(self, ops, coefficients, spec):
         """Returns float32[d], the inverse transform of coefficients in float64; the same bits on every rank."""
@@ -134,7 +134,7 @@ class DeMo(Compressor):
 
     def compress(self, ops, x, spec, info, state):
         each, _, of = self._counts(spec)
-        coefficients = self._transform(ops, x, spec)
+        coefficients = _float32(ops, self._transform(ops, x, spec))
         positions = ops.top_k_each(coefficients, each, min(self.topk, each))
         return (ops.to_bytes(coefficients[positions], VALUES[self.values]), encode_indices(ops, positions, of, self.index)), state
 
@@ -151,6 +151,10 @@ class DeMo(Compressor):
         positions, values = self._sent(ops, payload, spec)
         coefficients[positions] = values
         return self._restore(ops, coefficients, spec)
+
+    def observed(self, ops, payload, spec, info, state):
+        positions, values = self._sent(ops, payload, spec)
+        return Observed(values, lambda x: self._transform(ops, x, spec)[positions])
 
     def combine(self, ops, payloads, spec, info, out=None):
         total = ops.zeros(self._counts(spec)[2], "float64")

@@ -125,6 +125,14 @@ class LQSGD(_LowRank):
         p = orthonormalize(self._decode(ops, first, a * r).reshape(a, r))
         return (*first, *self._encode(ops, ops.upload(p).T @ m)), state
 
+    def _start(self, ops, spec, info, state):
+        return state["lqsgd_q"]
+
+    def _received(self, ops, payload, spec):
+        a, b, r = self._shape(spec)
+        p, q = self._decode(ops, payload[:2], a * r), self._decode(ops, payload[2:], b * r)
+        return p.reshape(a, r), _float32(ops, q.reshape(r, b))
+
     def decompress(self, ops, payload, spec, info):
         a, b, r = self._shape(spec)
         p = orthonormalize(self._decode(ops, payload[:2], a * r).reshape(a, r))

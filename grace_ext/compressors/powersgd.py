@@ -11,6 +11,7 @@ from ..parts.requests import AllReduce
 from . import register
 from .base import Exchanged
 from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
+from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows, share_of
 
 
 class Factors(NamedTuple):
@@ -26,35 +27,40 @@ class _TwoSums(_LowRank):
 
     summable: ClassVar[bool] = True
     rounds: ClassVar[tuple[str, ...]] = ("allreduce",)
+    shares_rows: ClassVar[bool] = True
+    shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q", "powersgd_q_of_whole")
     feedback: str
 
     def fields(self, spec):
         a, b, r = self._shape(spec)
-        return Field("P", "float32", a * r), Field("Q", "float32", b * r)
-
-    def _start(self, ops, spec, info, state):
-        """Returns float[r * b], Q transposed, to start this step from; None if the step has no fused form."""
-        raise NotImplementedError
+        share = share_of(spec, b * r)
+        return Field("P", "float32", a * r), Field("Q", "float32", share.stop - share.start)
 
     def _two_sums(self, ops, x, spec, info, start, p_own=None):
         """Computes P and Q from the subspace `start`. Returns (Factors, or None if one overflowed; Q to start from next).
-        `p_own`: x times Q, if that is known already."""
+        `p_own`: x times Q, if that is known already. Of a matrix whose rows are shared, P is made orthonormal as a whole, and Factors has
+        this rank's rows of it; Q of this replica is the sum over its rows."""
         a, b, r = self._shape(spec)
         before = start.reshape(r, b)
         p_sum = yield AllReduce((x.reshape(a, b) @ before.T).reshape(-1) if p_own is None else p_own, "float32")
-        p_host = orthonormalize(ops.host(p_sum).reshape(a, r))
-        p = ops.upload(p_host)
-        q_own = ops.project(p, x)
-        q = (yield AllReduce(q_own.reshape(-1), "float32")).reshape(r, b)
+        p_host = orthonormalize(ops.host((yield from all_rows(ops, p_sum, spec, r))).reshape(-1, r))
+        p = ops.upload(own_rows(p_host, spec))
+        q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(r, b)
+        q = (yield from mean_in_shares(ops, q_own.reshape(-1), spec)).reshape(r, b)
         if not ops.all_finite(q):  # a rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
             return None, before.reshape(-1)
         return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
+
+    def _projected(self, ops, p, x, spec):
+        """Returns P^T x, flat: zeros on a rank that has no row."""
+        _, b, r = self._shape(spec)
+        return ops.project(p, x).reshape(-1) if spec.size else ops.zeros(r * b)
 
     def _factors(self, info, p, q, q_own) -> Factors:
         return Factors(p, q, q_own if self.feedback == "local" else q * (info.divisor / info.size))
 
     def fused_rounds(self, ops, grad, feedback, spec, info, state, out):
-        if feedback.residual is None or not ops.compiles(grad) or (start := self._start(ops, spec, info, state)) is None:
+        if feedback.residual is None or not spec.size or not ops.compiles(grad) or (start := self._start(ops, spec, info, state)) is None:
             return None
         a, _, r = self._shape(spec)
         found = ops.compensate_product(feedback, grad, start, a, r)
@@ -66,13 +72,13 @@ class _TwoSums(_LowRank):
         unsent = ops.empty(spec.size) if x is out else x
         if factors is None:
             unsent[:] = x
-            return ops.zeros(spec.size), unsent, self._state(q)
+            return ops.zeros(spec.size), unsent, self._state(spec, q)
         aggregate = ops.empty(spec.size) if out is None else out
         ops.kernels.products(x, *(np.ascontiguousarray(factor).reshape(-1) for factor in factors), a, r, unsent, aggregate)
-        return aggregate, unsent, self._state(q)
+        return aggregate, unsent, self._state(spec, q)
 
-    def _state(self, q):
-        return {"powersgd_q": q}
+    def _state(self, spec, q):
+        return {key_of("powersgd_q", spec): q}
 
     def _alone(self, ops, m, start):
         """Returns the payload of a rank at world size 1, from the subspace `start`: P, then Q."""
@@ -84,10 +90,15 @@ class _TwoSums(_LowRank):
         p, q = (ops.from_bytes(piece, "float32") for piece in payload)
         return ops.product(p.reshape(a, r), q.reshape(r, b))
 
+    def _received(self, ops, payload, spec):
+        a, b, r = self._shape(spec)
+        p, q = (ops.from_bytes(piece, "float32") for piece in payload)
+        return ops.host(p).reshape(a, r), q.reshape(r, b)
+
 
 def outcome(ops, spec, factors: Factors | None) -> Exchanged:
     """Returns the approximations that the factors stand for; zeros if there are none, because nothing was sent."""
-    if factors is None:
+    if factors is None or not spec.size:
         return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
     p, q, q_sent = factors
     return Exchanged(ops.product(p, q), lambda: ops.product(p, q_sent), {}, remove=lambda x: ops.subtract_product(x, p, q_sent))
@@ -114,23 +125,22 @@ class PowerSGD(_TwoSums):
     Source: Vogels et al. 2019, alg. 1.
     """
 
-    shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
     rank: int = knob(2, "rank of the approximation: columns of P and Q", low=1, high=4096, headline=True)
     warm_start: bool = knob(True, "start each step from the last step's subspace")
     feedback: str = feedback_knob()
 
     def init(self, ops, spec, info):
-        return {"powersgd_q": self._draw(ops, spec, info, 0)} if self.warm_start else {}
+        return self._state(spec, self._draw(ops, spec, info, 0)) if self.warm_start else {}
 
     def _start(self, ops, spec, info, state):
-        return state["powersgd_q"] if self.warm_start else self._draw(ops, spec, info, info.step)
+        return state[key_of("powersgd_q", spec)] if self.warm_start else self._draw(ops, spec, info, info.step)
 
     def exchange(self, ops, x, spec, info, state, communicator):
         factors, q = yield from self._two_sums(ops, x, spec, info, self._start(ops, spec, info, state))
-        return outcome(ops, spec, factors)._replace(state=self._state(q))
+        return outcome(ops, spec, factors)._replace(state=self._state(spec, q))
 
-    def _state(self, q):
-        return {"powersgd_q": q} if self.warm_start else {}
+    def _state(self, spec, q):
+        return super()._state(spec, q) if self.warm_start else {}
 
     def compress(self, ops, x, spec, info, state):
         """Returns the payload of a rank at world size 1: P, then Q. Training runs `exchange` instead."""

@@ -10,7 +10,9 @@ from ..parts import rng
 from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
+from .base import Observed, whole
 from .forms.lowrank import kept_subspace, orthonormalize
+from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows, share_of
 from .powersgd import _TwoSums, feedback_knob, outcome
 
 #: Elements of a matrix that are multiplied at a time.
@@ -71,7 +73,6 @@ class PowerSGDPlus(_TwoSums):
     Biased: pair with 'residual'. Source: Xie, Chen, Yuan 2025; that rank 0 computes the decomposition, and its form, are ours.
     """
 
-    shared_state: ClassVar[tuple[str, ...]] = ("powersgd_q",)
     rank: int = knob(2, "rank of the approximation: columns of P and Q", low=1, high=4096, headline=True)
     refresh_period: int = knob(50, "steps from one refresh of the subspace to the next; 50 to 200 is usual", low=2, high=10**9)
     refresh: str = knob("svd", "how the subspace of the mean is found", choices=("svd", "randomized"))
@@ -79,15 +80,20 @@ class PowerSGDPlus(_TwoSums):
     feedback: str = feedback_knob()
 
     def nbytes(self, spec):
-        a, b, r = self._shape(spec)
-        return 4 * max(a * b + r * b, r * (a + b))
+        a, b, q, p = self._counts(spec)
+        return 4 * (max(a * b, p) + q)
 
     def mean_nbytes(self, spec):
-        a, b, r = self._shape(spec)
-        return 4 * (r * (a + b) * (self.refresh_period - 1) + a * b + r * b) / self.refresh_period
+        a, b, q, p = self._counts(spec)
+        return 4 * (q + (p * (self.refresh_period - 1) + a * b) / self.refresh_period)
+
+    def _counts(self, spec):
+        """Returns a, b, and the elements of Q and of P that this rank exchanges."""
+        (a, b, _), (p, q) = self._shape(spec), self.fields(spec)
+        return a, b, q.count, p.count
 
     def init(self, ops, spec, info):
-        return {"powersgd_q": self._draw(ops, spec, info, 0)}
+        return self._state(spec, self._draw(ops, spec, info, 0))
 
     def _refreshes(self, info) -> bool:
         return info.step % self.refresh_period == 0
@@ -101,26 +107,33 @@ class PowerSGDPlus(_TwoSums):
 
     def exchange(self, ops, x, spec, info, state, communicator):
         if self._refreshes(info):
-            factors, q = yield from self._refresh(ops, x, spec, info, state["powersgd_q"])
+            factors, q = yield from self._refresh(ops, x, spec, info, state[key_of("powersgd_q", spec)])
         else:
-            factors, q = yield from self._two_sums(ops, x, spec, info, state["powersgd_q"])
-        return outcome(ops, spec, factors)._replace(state=self._state(q))
+            factors, q = yield from self._two_sums(ops, x, spec, info, state[key_of("powersgd_q", spec)])
+        return outcome(ops, spec, factors)._replace(state=self._state(spec, q))
 
     def _start(self, ops, spec, info, state):
-        return None if self._refreshes(info) else state["powersgd_q"]
+        return None if self._refreshes(info) else state[key_of("powersgd_q", spec)]
+
+    def observed(self, ops, payload, spec, info, state):
+        """At a refresh the whole gradient travels."""
+        if self._refreshes(info):
+            return Observed(ops.from_bytes(payload[0], "float32"), whole)
+        return super().observed(ops, payload, spec, info, state)
 
     def _refresh(self, ops, x, spec, info, start):
-        a, b, r = self._shape(spec)
-        mean = (yield AllReduce(x, "float32")).reshape(a, b)
+        _, b, r = self._shape(spec)
+        mean = (yield from all_rows(ops, (yield AllReduce(x, "float32")), spec, b)).reshape(-1, b)
         overflowed = not ops.all_finite(mean)
         if overflowed:
-            mean = ops.zeros(a * b).reshape(a, b)
+            mean = ops.zeros(mean.shape[0] * b).reshape(-1, b)
         own = np.zeros((r, b), np.float32)
         if info.rank == 0:
             own = self._subspace(ops.host(mean), spec, info) * np.float32(info.divisor)
-        v = (yield AllReduce(ops.upload(own.reshape(-1)), "float32")).reshape(r, b)
+        v = (yield from mean_in_shares(ops, ops.upload(own.reshape(-1)), spec)).reshape(r, b)
         p_host = orthonormalize(exact_product(ops, mean, ops.host(v)).T)
-        p, q_own = ops.upload(p_host), ops.project(ops.upload(p_host), x)
+        p = ops.upload(own_rows(p_host, spec))
+        q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(r, b)
         q = ops.upload(exact_product(ops, ops.transpose(mean, (1, 0)), p_host.T).astype(np.float32))
         if overflowed or not ops.all_finite(q):
             return None, start

@@ -14,7 +14,7 @@ from ..parts.ops import Zeros
 from ..parts.part import knob
 from ..parts.tensor import TensorSpec
 from . import register
-from .base import Compressor
+from .base import Compressor, Observed
 from .fast_path import Fused
 from .forms.merged import fields_of
 from .forms.sparse import VALUES, keep_rest, kept, ratio_knob, scatter, values_knob
@@ -65,6 +65,11 @@ class _SharedPositions(Compressor):
 
     def positions(self, ops, payload, spec, info):
         return ops.upload(self._draw(spec, info))
+
+    def observed(self, ops, payload, spec, info, state):
+        found = super().observed(ops, payload, spec, info, state)
+        factor = spec.size / kept(self.ratio, spec.size) if self.scale else 1.0
+        return Observed(found.values / factor, found.operator)
 
     def compress(self, ops, x, spec, info, state):
         values = x[self.positions(ops, None, spec, info)]

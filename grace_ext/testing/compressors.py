@@ -159,6 +159,21 @@ class Everywhere:
         first[...] = 99.0
         assert np.array_equal(np.array(ops.host(compressor.decompress(ops, payload, spec, INFO))), kept)
 
+    def test_what_an_observer_learns(self, world: World, text: str):
+        """`observed` gives a linear operator, and values that are as near to it as the decoded gradient is to the raw one."""
+        compressor, spec, ops = compressor_of(text), TensorSpec("w", (24, 50)), world.ops
+        x, y = (ops.ingest(world.tensor(inputs.normal(0, step, shapes={"w": (24, 50)})["w"])) for step in range(2))
+        state = compressor.init(ops, spec, INFO)
+        payload, _ = compressor.compress(ops, x, spec, INFO, state)
+        decoded = compressor.decompress(ops, payload, spec, INFO)
+        values, operator = compressor.observed(ops, payload, spec, INFO, state)
+        of_x, of_y, of_both = (np.asarray(ops.host(operator(each)), np.float64) for each in (x, y, 2 * x - 3 * y))
+        rounding = 1e-5 * float(np.linalg.norm(ops.host(x)))
+        assert np.linalg.norm(of_both - 2 * of_x + 3 * of_y) <= 10 * rounding
+        assert values.shape == of_x.shape
+        lost = np.linalg.norm(np.asarray(ops.host(decoded), np.float64) - ops.host(x))
+        assert np.linalg.norm(ops.host(values) - of_x) <= lost + rounding
+
     # --- every library, every rank, every start -----------------------------------------------------------------------
     def test_the_same_as_numpy(self, world: World, text: str):
         """Bytes on the wire, results and state equal those of the reference, or are close to them if bytes may differ."""

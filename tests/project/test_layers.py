@@ -18,7 +18,7 @@ ROOMS = (
     "compressors", "memories", "communicators",                      # parts
     "composition", "exchange", "policies", "driver",                 # from parts to a step
     "checkpoints", "planning", "metrics",                            # services
-    "local", "frameworks", "cluster", "integrations",                # ways to run
+    "local", "frameworks", "cluster", "integrations", "attacks",     # ways to run, and to attack
     "cli", "testing", "resize", "__init__", "__main__",              # entry points
 )  # fmt: skip
 #: Rooms that may import less than the order allows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ...arrays import kernels
 from ...arrays.sums import dots
 from ...parts import rng
-from ..base import Compressor
+from ..base import Compressor, Observed
 
 
 def orthonormalize(matrix: np.ndarray) -> np.ndarray:
@@ -38,12 +39,34 @@ class _LowRank(Compressor):
     rank: int
 
     def _shape(self, spec) -> tuple[int, int, int]:
-        a = spec.shape[0] if spec.shape else 1
-        b = spec.size // a
-        return a, b, min(self.rank, a, b)
+        """Returns a, b, r; with `spec.rows`, a is this rank's rows, and r is for the whole matrix."""
+        a, b = spec.shape[0] if spec.shape else 1, math.prod(spec.shape[1:])
+        return a, b, min(self.rank, a if spec.rows is None else sum(spec.rows.counts), b)
 
     def sends_dense(self, spec):
-        return len(spec.shape) < 2 or super().sends_dense(spec)
+        return len(spec.shape) < 2 or super().sends_dense(spec.whole)
+
+    def _start(self, ops, spec, info, state):
+        """Returns float[r * b]: the subspace, Q transposed, that this step starts from."""
+        raise NotImplementedError
+
+    def _received(self, ops, payload, spec):
+        """Returns the factors of a payload: P, float[a, r] on the host, before its columns are made orthonormal; and Q, float[r, b]."""
+        raise NotImplementedError
+
+    def observed(self, ops, payload, spec, info, state):
+        """M Q0 and P^T M for a matrix M: the subspace Q0 that the step starts from is the same on all ranks, and P spans M Q0. Q0 counts
+        with orthonormal columns, so that both products are of the size of M."""
+        a, b, r = self._shape(spec)
+        p, q = self._received(ops, payload, spec)
+        p = ops.upload(orthonormalize(p))
+        start = ops.upload(orthonormalize(ops.host(self._start(ops, spec, info, state)).reshape(r, b).T))
+
+        def operator(x):
+            m = x.reshape(a, b)
+            return ops.concat([(m @ start).reshape(-1), (p.T @ m).reshape(-1)])
+
+        return Observed(ops.concat([(p @ (q @ start)).reshape(-1), q.reshape(-1)]), operator)
 
     def resized(self, ops, key, before, fresh):
         """Keeps the columns of Q (stored as rows) that exist at both values of `rank`; further ones are those of the first step."""
