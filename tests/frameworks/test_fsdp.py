@@ -1,4 +1,4 @@
-"""Tests `fsdp_hook` in real jobs of 2 replicas x 2 shards: each case of jobs/fsdp_*job.py is a test, and must hold on every rank."""
+"""Tests `fsdp_hook` in real jobs of 4 and of 8 ranks: each case of jobs/fsdp_*job.py is a test, and must hold on every rank."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def test_state_and_refused_uses(case):
 @pytest.mark.parametrize("case", cases_of("fsdp_dcp_job.py"))
 def test_sharded_checkpoints(case):
     assert case in held("torchrun", 4, "fsdp_dcp_job.py")
+
+
+@pytest.mark.parametrize("case", cases_of("fsdp_wide_job.py"))
+def test_eight_ranks(case):
+    assert case in held("torchrun", 8, "fsdp_wide_job.py")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

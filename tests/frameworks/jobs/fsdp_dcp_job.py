@@ -81,12 +81,12 @@ def whole_residuals(state) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def on_mesh(g, jobs, replicas, shards):
+def on_mesh(g, jobs, replicas, shards, **options):
     """Returns a new model, its optimizer, the state of its hook and its replicate mesh, in one of several jobs side by side."""
     mesh = init_device_mesh("cpu", (jobs, replicas, shards), mesh_dim_names=("job", "replicate", "shard"))
     model = sharded(make_model(), mesh["shard"])
     optimizer = sgd(model)
-    return model, optimizer, hvd.fsdp_hook(g, model, mesh["replicate"], optimizer, simulate=True), mesh["replicate"]
+    return model, optimizer, hvd.fsdp_hook(g, model, mesh["replicate"], optimizer, simulate=True, **options), mesh["replicate"]
 
 
 def case_other_meshes():

@@ -1,4 +1,4 @@
-"""Code that fsdp_job.py and fsdp_use_job.py share: 2 replicas x 2 shards, a sharded model with our hook, and clusters to compare with."""
+"""Code that the jobs fsdp_*.py share: 2 replicas x 2 shards, a sharded model with our hook, and clusters to compare with."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ POWERSGD = "powersgd(rank=2) + residual"
 
 torch.set_num_threads(1)
 hvd.init()
-assert hvd.size() == 4
-MESH = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+assert hvd.size() in (4, 8)  # of 8 ranks, each half has a mesh of its own
+MESH = init_device_mesh("cpu", (hvd.size() // 4, 2, 2), mesh_dim_names=("job", "replicate", "shard"))["replicate", "shard"]
 REPLICA, SHARD = MESH["replicate"].get_local_rank(), MESH["shard"].get_local_rank()
 
 
@@ -80,16 +80,29 @@ def shard_of(tensor: torch.Tensor, shard: int, shards: int, dim: int | None) -> 
 
 
 def in_clusters(
-    g=TOPK, steps=range(6), passes=1, loss=loss_of, make=make_model, make_optimizer=sgd, shards=2, data=((0, 1), (2, 3)), dims=None
-):
+    g=TOPK, steps=range(6), passes=1, loss=loss_of, make=make_model, make_optimizer=sgd, shards=2, data=((0, 1), (2, 3)), dims=None,
+    tp=1, tp_dims=None, start=None,
+):  # fmt: skip
     """Trains the same without FSDP, with a LocalCluster of the replicas for each shard. Returns the weights, and the bytes by shard and
     replica.
 
-    data: for each replica the ranks whose data it has. dims: by name, the dimension along which a parameter is cut, if it is not the first;
-    None if it is whole everywhere."""
-    model, dims = make(), dims or {}
+    data: for each replica the ranks whose data it has. dims: by name, the dimension along which a parameter is cut, if it is not the first.
+    tp: the ranks of tensor parallelism, which cut the parameters of `tp_dims` before, along these dimensions; the others are whole on each.
+    Shards are then in the order of the mesh ('shard', 'tp'). start: the states of the clusters."""
+    model, dims, tp_dims = make(), dims or {}, tp_dims or {}
     optimizer, parameters = make_optimizer(model), dict(model.named_parameters())
-    clusters = [grace_ext.LocalCluster(grace_ext.grace(g), len(data), framework="torch") for _ in range(shards)]
+    places = [(shard, part) for shard in range(shards) for part in range(tp)]
+    clusters = [grace_ext.LocalCluster(grace_ext.grace(g), len(data), framework="torch") for _ in places]
+    for cluster, state in zip(clusters, start or [], strict=bool(start)):
+        cluster.load_state_dict(state)
+
+    def cut(name, x, shard, part):
+        return shard_of(shard_of(x, part, tp, tp_dims.get(name)), shard, shards, dims.get(name, 0))
+
+    def joined(name, outs):
+        parts = [torch.cat([outs[shard, part][name] for shard in range(shards)], dims.get(name, 0)) for part in range(tp)]
+        return torch.cat(parts, tp_dims[name]) if name in tp_dims else parts[0]
+
     for step in steps:
         means = []
         for ranks in data:
@@ -100,13 +113,11 @@ def in_clusters(
                     loss(model, rank, passes * step + i).backward()
                 total = {n: total[n] + p.grad if p.grad is not None else total[n] for n, p in parameters.items()}
             means.append({name: x / len(ranks) for name, x in total.items()})
-        outs = []
-        for shard, cluster in enumerate(clusters):
-            by_rank = [{n: shard_of(x, shard, shards, dims.get(n, 0)) for n, x in mean.items()} for mean in means]
-            outs.append(cluster.step(by_rank, lr=0.2))
+        outs = {}
+        for place, cluster in zip(places, clusters, strict=True):
+            outs[place] = cluster.step([{n: cut(n, x, *place) for n, x in mean.items()} for mean in means], lr=0.2)
         for name, parameter in parameters.items():
-            dim = dims.get(name, 0)
-            parameter.grad = outs[0][name] if dim is None else torch.cat([out[name] for out in outs], dim)
+            parameter.grad = joined(name, outs)
         optimizer.step()
     return {name: p.detach() for name, p in parameters.items()}, [cluster.wire_bytes for cluster in clusters]
 

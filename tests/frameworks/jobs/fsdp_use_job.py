@@ -162,8 +162,8 @@ def case_tensor_parallelism_in_a_replica():
     hvd.fsdp_hook(TOPK, model, mesh["replicate"], optimizer)
     rank = mesh["replicate"].get_local_rank()
     train(model, optimizer, range(6), rank=rank)
-    dims = {"2.weight": 1, "2.bias": None, "4.weight": None, "4.bias": None}
-    assert_equal(model, in_clusters(data=((0,), (1,)), dims=dims)[0], 1e-5)
+    dims = {"0.weight": 0, "0.bias": 0, "2.weight": 1}
+    assert_equal(model, in_clusters(data=((0,), (1,)), shards=1, tp=2, tp_dims=dims)[0], 1e-5)
 
 
 class Tied(nn.Module):
