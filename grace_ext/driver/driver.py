@@ -228,9 +228,14 @@ class Driver:
 
     def privatize(self, gradients: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         """Returns private gradients of all parameters, which are what `put` takes then; these gradients themselves if privacy was not asked
-        for. gradients: as for Mechanism.release."""
+        for. gradients: as for Mechanism.release. Raises NamesError or TensorChangedError if one of them does not fit its parameter."""
         if self.mechanism is None:
             return dict(gradients)
+        for name, gradient in gradients.items():
+            shape, dtype = self.ops.describe(gradient)
+            if self.mechanism.privacy.unit == "example":
+                shape, dtype = shape[1:], specs[name].dtype
+            layout.check_tensor(specs, name, shape, dtype)
         self._private = self.mechanism.release(gradients, specs, self.step_info())
         return dict(self._private)
 

@@ -80,7 +80,7 @@ def refuse(privacy: Privacy | None, wrapper: str) -> None:
     if privacy is not None:
         raise UnsupportedError(
             f"{wrapper} does not make gradients private, so '{privacy} |' in front of the spec cannot be kept: use a way of training that "
-            "does (docs/privacy.md), such as hvd.DistributedOptimizer(privacy=...) of torch, or leave it out"
+            "does (docs/privacy.md), such as hvd.DistributedOptimizer(privacy=...), or leave it out"
         )
 
 
@@ -89,5 +89,5 @@ def check_protects_ranks(privacy: Privacy | None, wrapper: str) -> None:
     if privacy is not None and privacy.unit == "example":
         raise UnsupportedError(
             f"{wrapper} gets one gradient per rank, in which examples cannot be clipped one by one any more: unit='example' works with "
-            "hvd.DistributedOptimizer of torch. Use unit='rank' here"
+            "hvd.DistributedOptimizer. Use unit='rank' here"
         )

@@ -42,18 +42,18 @@ def test_ways_of_training_that_do_not_make_gradients_private_refuse_a_spec_that_
         grace_ext.grace("gaussian | none").bind(model.named_parameters())
 
 
-def test_tensorflow_refuses_a_spec_that_asks_for_it():
+@pytest.mark.parametrize("case", cases_of("privacy_tf_job.py"))
+@pytest.mark.parametrize(("engine", "ranks"), [("horovodrun", 2), ("python", 1)])
+def test_tensorflow(engine, ranks, case):
+    pytest.importorskip("horovod.tensorflow")
+    assert case in held(engine, ranks, "privacy_tf_job.py")
+
+
+def test_bind_refuses_tensorflows_variables_with_a_spec_that_asks_for_it():
     tf = pytest.importorskip("tensorflow")
-    hvd = pytest.importorskip("grace_ext.frameworks.tensorflow")
-    with pytest.raises(UnsupportedError, match="does not make gradients private"):
-        hvd.DistributedOptimizer(tf.keras.optimizers.SGD(), compression="gaussian | none")
-    variable = tf.Variable([1.0])
-    with tf.GradientTape() as tape:
-        loss = variable * variable
-    with pytest.raises(UnsupportedError, match="does not make gradients private"):
-        hvd.DistributedGradientTape(tape, compression="gaussian | none").gradient(loss, [variable])
+    pytest.importorskip("horovod.tensorflow")
     with pytest.raises(UnsupportedError, match="bind does not make gradients private"):
-        grace_ext.grace("gaussian | none").bind([variable])
+        grace_ext.grace("gaussian | none").bind([tf.Variable([1.0])])
 
 
 def test_a_plan_refuses_it():

@@ -97,7 +97,7 @@ def as_function(name: str, code: str) -> str:
     engine = "" if "frameworks." in code and " as hvd" in code else TENSORFLOW if tensorflow else TORCH
     names = {n: kind for n, kind in NAMES.items() if re.search(rf"\b{n}\b", code) and not (tensorflow and kind.startswith("torch"))}
     if tensorflow:
-        names |= {"model": "Any", "optimizer": "Any"}
+        names |= dict.fromkeys(("model", "optimizer", "inputs", "targets"), "Any")
     body = "\n".join(["import grace_ext", *([engine] if engine else []), code])
     return f"def {name}({', '.join(f'{n}: {kind}' for n, kind in names.items())}) -> None:\n{textwrap.indent(body, '    ')}\n"
 

@@ -37,6 +37,7 @@ except ImportError as error:
         )
 else:
     from ...local import post_local as post_local
+    from ...privacy.settings import Privacy as Privacy
 
     del elastic  # noqa: F821 (Horovod's, which the import below would take for ours)
     from . import callbacks as callbacks
@@ -46,6 +47,7 @@ else:
     from .loading import load_model as load_model
     from .local import LocalSGD as LocalSGD
     from .optimizer import DistributedOptimizer as DistributedOptimizer
+    from .private import per_example_gradients as per_example_gradients
     from .tape import DistributedGradientTape as DistributedGradientTape
     from .tape import PartialDistributedGradientTape as PartialDistributedGradientTape
     from .variables import broadcast_variables as broadcast_variables

@@ -17,11 +17,11 @@ from ...errors import GraceError, NamesError, UnsupportedError
 from ...exchange.perform import perform
 from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
-from ...privacy.settings import refuse
 from ..launchers import check_alone
 from .graph import GraphExchange, HorovodTransport, digester, digests_of
 from .in_front import refuse_xla
 from .loop import exchange_of
+from .private import check_gradients, check_no_batch_norm
 from .trackable import TrackedState
 from .watchdog import watched_operation
 
@@ -88,7 +88,6 @@ class GradientExchange(Measured):
     dense: the exchange of dense gradients, made at the first call, when the variables and their gradients' kinds are known."""
 
     def __init__(self, g: Grace, op: Any, process_set: Any, sparse_as_dense: bool, simulate: bool, check_start: bool):
-        refuse(g.privacy, "grace_ext.frameworks.tensorflow")
         self.grace, self.op, self.process_set = g, op, process_set
         self.average, self.sparse_as_dense, self.simulate = averages(op), sparse_as_dense, simulate
         self._check_start = check_start
@@ -108,7 +107,10 @@ class GradientExchange(Measured):
         beside: gradients that stay this rank's own. They are returned behind the aggregates: as NaNs, and then nothing of the step is
           committed, if one of them is not finite on any rank."""
         results, dense, sparse = list(gradients), [], []
-        for place, (gradient, name) in enumerate(zip(gradients, names_of(variables), strict=True)):
+        names = names_of(variables)
+        if self.grace.privacy is not None:
+            check_gradients(self.grace.privacy, gradients, variables, names, self.sparse_as_dense)
+        for place, (gradient, name) in enumerate(zip(gradients, names, strict=True)):
             if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
                 sparse.append((place, name, gradient))
             elif gradient is not None:
@@ -143,6 +145,8 @@ class GradientExchange(Measured):
 
     def _exchange(self, specs: list[TensorSpec], sparse: list[str], variables: dict[str, Any]) -> GraphExchange:
         if self.dense is None:
+            if self.grace.privacy is not None:
+                check_no_batch_norm(list(variables.values()))
             starting = digester(variables) if self._check_start and self.process_set.size() > 1 else None
             compressing = self.simulate or self.process_set.size() > 1
             exchange = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting, compressing=compressing)
@@ -178,6 +182,13 @@ class GradientExchange(Measured):
         """Returns the bytes that this rank handed to collectives in the last step, without those of sparse gradients."""
         return self.dense.driver.wire_bytes if self.dense else 0
 
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, as Driver.epsilon does; before the first step since a checkpoint was
+        loaded, of those before it."""
+        if self.dense is None:
+            return self._fresh(self._saved).epsilon(delta)
+        return self.dense.driver.epsilon(delta)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's memory, as Driver.state_dict does."""
         return self.dense.driver.state_dict() if self.dense else (self._saved or {})
@@ -206,8 +217,15 @@ class GradientExchange(Measured):
         if self.dense:
             self.dense.driver.read_state(saved)
         else:
-            transport = HorovodTransport(self.process_set)
-            Driver(self.grace, transport.ops, transport, divisor=None if self.average else 1).read_state(saved)
+            self._fresh().read_state(saved)
+
+    def _fresh(self, saved: Any = None) -> Driver:
+        """Returns a driver without variables, in this state if there is one."""
+        transport = HorovodTransport(self.process_set)
+        driver = Driver(self.grace, transport.ops, transport, divisor=None if self.average else 1)
+        if saved:
+            driver.load_state_dict(saved)
+        return driver
 
     def trackable(self) -> TrackedState:
         """Returns this memory in the form that tf.train.Checkpoint(memory=...) takes."""

@@ -127,14 +127,14 @@ class _Local:
         values = [_tensor(v) for v in variables]
         types = [tf.as_dtype(v.dtype) for v in variables]
         if self.settings.asynchronous:
-            new = _called(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
+            new = numpy_function(lambda *arrays: self._list(self.worker.post(self._by_name(arrays))), values, types)
         else:
             assert self._by_models is not None
             drifts = self.worker.model.drift_specs
-            sent = _called(self._outgoing, values, [tf.as_dtype(spec.dtype) for spec in drifts])
+            sent = numpy_function(self._outgoing, values, [tf.as_dtype(spec.dtype) for spec in drifts])
             for tensor, spec in zip(sent, drifts, strict=True):
                 tensor.set_shape(spec.shape)
-            new = _called(self._incoming, self._by_models(sent), types)
+            new = numpy_function(self._incoming, self._by_models(sent), types)
         for variable, tensor in zip(variables, new, strict=True):
             tensor.set_shape(variable.shape)
             variable.assign(tensor)
@@ -201,12 +201,6 @@ class _LocalSGD(InFront):
 
     def _saveable(self) -> Saveable:
         return self._grace._saveable()
-
-
-def _called(function: Any, inputs: Sequence[tf.Tensor], types: Sequence[Any]) -> list[tf.Tensor]:
-    """Calls numpy_function, and returns a list: in eager code TensorFlow returns a single result without one."""
-    results = numpy_function(function, inputs, types)
-    return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
 def _tensor(variable: Any) -> tf.Tensor:

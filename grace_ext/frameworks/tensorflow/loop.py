@@ -185,5 +185,7 @@ def _place(collective: Collective) -> int:
 
 
 def exchange_of(grace: Grace, *args: Any, **options: Any) -> GraphExchange:
-    """Returns the exchange for this Grace: traced collective by collective if all steps and ranks have the same ones, else as a loop."""
-    return (LoopExchange if grace.route.changes or grace.two_level else GraphExchange)(grace, *args, **options)
+    """Returns the exchange for this Grace: traced collective by collective if all steps and ranks have the same ones, else as a loop; also
+    if gradients are made private, which begins when all of them are there, as a loop's steps do."""
+    as_loop = grace.route.changes or grace.two_level or grace.privacy is not None
+    return (LoopExchange if as_loop else GraphExchange)(grace, *args, **options)

@@ -54,14 +54,15 @@ def subnormals_kept() -> Iterator[None]:
         _libm().fesetenv(before)
 
 
-def numpy_function(function: Callable[..., Any], inputs: Sequence[Any], types: Any) -> Any:
-    """Calls tf.numpy_function, for a function that computes; see `subnormals_kept`."""
+def numpy_function(function: Callable[..., Any], inputs: Sequence[Any], types: Sequence[Any]) -> list[tf.Tensor]:
+    """Calls tf.numpy_function, for a function that computes (see `subnormals_kept`). Returns a list of its results, one for each type."""
 
     def run(*arrays: np.ndarray) -> Any:
         with subnormals_kept():
             return function(*arrays)
 
-    return tf.numpy_function(run, inputs, types)
+    results = tf.numpy_function(run, inputs, types)
+    return results if isinstance(results, list) else [results]  # a single one, in eager code
 
 
 class TensorFlowOps(NumpyOps):

@@ -10,9 +10,11 @@ import tensorflow as tf
 from ...checkpoints.saveable import Saveable
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
+from ...privacy.settings import Privacy
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange, divided, scaled
 from .in_front import InFront, check_keras_optimizer, in_front_of
+from .private import LOCAL, check_private_training
 
 
 def DistributedOptimizer(  # noqa: N802 (Horovod's name)
@@ -34,6 +36,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     *,
     simulate: bool = False,
     check_start: bool = True,
+    privacy: Privacy | None = None,
 ) -> _Distributed:
     """Returns a Keras 3 optimizer whose `apply` first exchanges the gradients of all ranks: for `compile` and `fit`, and for custom loops.
 
@@ -47,6 +50,8 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
       it a single rank sends nothing, but a memory that is the training's momentum keeps it, and votes stay votes.
     check_start: compares the bits of all ranks' variables at the first step and, if they differ there, again at the second; raises
       DisagreementError if they still do (usually because BroadcastGlobalVariablesCallback is missing).
+    privacy: hvd.Privacy(...), which makes this rank's gradients private before they are compressed; or the spec has it in front. With
+      unit 'example', `apply` takes what hvd.per_example_gradients returns. `grace_epsilon(delta)` says what was spent.
     The result is of the same Keras class: models saved with it load without grace_ext. Beyond Keras it has `wire_bytes`,
     `measure()`, `metrics()`, and for this rank's memory `grace_state_dict()` and `load_grace_state_dict()`.
     tf.train.Checkpoint(optimizer=...) also holds the memory of the rank that writes it; model.save and save_weights do not: see
@@ -56,8 +61,9 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
         raise ValueError("backward_passes_per_step must be > 0")
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    chosen = chosen_compression(compression, api.Compression)
+    chosen = chosen_compression(compression, api.Compression).with_privacy(privacy)
     check_keras_optimizer(chosen, optimizer)
+    check_private_training(chosen.privacy, optimizer, backward_passes_per_step)
     return in_front_of(
         optimizer, _Distributed,
         _grace=GradientExchange(chosen, op, process_set, sparse_as_dense, simulate, check_start),
@@ -146,13 +152,21 @@ class _Distributed(InFront):
 
     def register_local_var(self, variable: Any) -> None:
         """Leaves the gradients of this variable out of the exchange (with scale_local_gradients they are divided by the world size, as in
-        Horovod)."""
+        Horovod). Raises UnsupportedError with privacy."""
+        if self._grace.grace.privacy is not None:
+            raise UnsupportedError(LOCAL)
         self._grace_local[0].add(id(variable))
 
     @property
     def wire_bytes(self) -> int:
         """Returns the bytes that this rank handed to collectives in the last step."""
         return self._grace.wire_bytes
+
+    def grace_epsilon(self, delta: float) -> float:
+        """Returns an upper bound of epsilon for the steps so far, those before a checkpoint included: what an observer of all messages and
+        of the model learns about one unit (docs/privacy.md). (Keras optimizers have an `epsilon` that is something else.) Raises
+        UnsupportedError without privacy."""
+        return self._grace.epsilon(delta)
 
     def measure(self, every: int = 100, **options: Any) -> Metrics:
         """Turns metrics on, as Measured.measure does. (CompressionMetricsCallback does it for `fit`.)"""

@@ -13,8 +13,10 @@ import tensorflow as tf
 from ...composition.grace import Grace
 from ...errors import UnsupportedError
 from ...metrics.metrics import Metrics, Report
+from ...privacy.settings import Privacy, check_protects_ranks
 from ..horovod import chosen_compression
 from .exchanges import GradientExchange, divided
+from .private import LOCAL
 from .variables import variable_of
 
 # A tape lives for one step, but the memory must last. It belongs to the Grace that the user made once, and to the variables: an entry is
@@ -27,9 +29,15 @@ ANEW = (
 )
 
 
-def _exchanges_for(compression: Any, variables: Sequence[Any], settings: tuple[Any, ...], make: Any) -> GradientExchange:
+def _chosen(compression: Any, privacy: Privacy | None) -> Grace:
+    return chosen_compression(compression, api.Compression).with_privacy(privacy)
+
+
+def _exchanges_for(
+    compression: Any, privacy: Privacy | None, variables: Sequence[Any], settings: tuple[Any, ...], make: Any
+) -> GradientExchange:
     """Returns the exchange of these variables with this Grace, which is made once. Raises UnsupportedError if the Grace was made anew."""
-    g = chosen_compression(compression, api.Compression)
+    g = _chosen(compression, privacy)
     key = (*(id(v) for v in variables), *settings, repr(g))
     known = _exchanges.get(key)
     if known is not None:
@@ -48,12 +56,12 @@ class _Tape:
 
     def __init__(
         self, tape: tf.GradientTape, compression: Any, op: Any, process_set: Any, sparse_as_dense: bool, scale: bool, simulate: bool,
-        metrics: Metrics | None, check_start: bool,
+        metrics: Metrics | None, check_start: bool, privacy: Privacy | None,
     ):  # fmt: skip
         self._tape, self._compression = tape, compression
         self._op, self._process_set, self._sparse_as_dense = op, process_set, sparse_as_dense
         self._scale, self._simulate, self._metrics = scale, simulate, metrics
-        self._check_start = check_start
+        self._check_start, self._privacy = check_start, privacy
         self._local: set[int] = set()
         self._calls: dict[tuple[int, ...], int] = {}  # how often `gradient` was called, by the sources
 
@@ -82,6 +90,8 @@ class _Tape:
 
     def register_local_source(self, source: Any) -> None:
         """Leaves the gradients of this variable to this rank (divided by the world size, with scale_local_gradients)."""
+        if _chosen(self._compression, self._privacy).privacy is not None:
+            raise UnsupportedError(LOCAL)
         self._local.add(id(source))
 
     @tf.autograph.experimental.do_not_convert
@@ -91,9 +101,11 @@ class _Tape:
 
         call: which of a persistent tape's calls of `gradient` for these sources it is (the first is 0): each has a memory of its own, as
           the gradients are of different losses."""
+        check_protects_ranks(_chosen(self._compression, self._privacy).privacy, "DistributedGradientTape")
         settings = (call, str(self._op), id(self._process_set), self._sparse_as_dense, self._simulate, self._check_start)
         return _exchanges_for(
             self._compression,
+            self._privacy,
             [v for v in tf.nest.flatten(sources) if id(v) not in self._local],
             settings,
             lambda g: GradientExchange(g, self._op, self._process_set, *settings[3:]),
@@ -150,17 +162,18 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     simulate: bool = False,
     metrics: Metrics | None = None,
     check_start: bool = True,
+    privacy: Privacy | None = None,
 ) -> Any:
     """Returns a tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, in eager code and in
     tf.function.
 
     compression: a Grace, made once outside the step (its memory is kept for it and the variables; one made anew at each step is rejected),
-    a spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. The other arguments: as for
-    DistributedOptimizer.
+    a spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. privacy: hvd.Privacy(...) of unit
+    'rank'; `tape.memory(variables).epsilon(delta)` says what was spent. The other arguments: as for DistributedOptimizer.
     """
     if gradient_predivide_factor != 1.0 and op != api.Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
-    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate, metrics, check_start)
+    return _Tape(gradtape, compression, op, process_set, sparse_as_dense, scale_local_gradients, simulate, metrics, check_start, privacy)
 
 
 def PartialDistributedGradientTape(gradtape: tf.GradientTape, *args: Any, local_layers: Any = None, **options: Any) -> Any:  # noqa: N802
