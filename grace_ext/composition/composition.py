@@ -111,20 +111,20 @@ class Composition(Route):
 
     def parts_for(self, spec: TensorSpec) -> Parts:
         """Returns the parts that a tensor of this shape really goes through: dense if its payload would not be smaller."""
-        chosen = self.dense if spec.size and self.compressor.sends_dense(self.memory.carried(spec)) else self
+        chosen = self.dense if not spec.empty and self.compressor.sends_dense(self.memory.carried(spec)) else self
         return chosen.compressor, self.memory, chosen.communicator
 
     def nbytes(self, spec: TensorSpec, size: int = 2) -> int:
         """Upper bound of the bytes per step that one of `size` ranks hands to collectives for such a tensor, bucket headers excluded."""
         compressor, memory, communicator = self.parts_for(spec)
-        return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if spec.size else 0
+        return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if not spec.empty else 0
 
     def mean_nbytes(self, spec: TensorSpec) -> float:
         """Expected bytes per step of such a tensor's payloads. Votes that are counted by a sum are sent as counters."""
         compressor, memory, _ = self.parts_for(spec)
         if compressor.result == "vote":
             return self.nbytes(spec)
-        return memory.sends * compressor.mean_nbytes(memory.carried(spec)) if spec.size else 0.0
+        return memory.sends * compressor.mean_nbytes(memory.carried(spec)) if not spec.empty else 0.0
 
     def to_config(self) -> dict[str, Any]:
         """Returns a JSON-safe dictionary."""

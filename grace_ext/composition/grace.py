@@ -108,7 +108,7 @@ class Grace:
         compressor, memory, communicator = parts
         if self.two_level and not communicator.two_level:  # what is flat by itself goes in two levels, too
             communicator = _in_two_levels(communicator)
-        return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if spec.size else 0
+        return memory.sends * communicator.input_bytes(compressor, memory.carried(spec), size) if not spec.empty else 0
 
     @property
     def policies(self) -> list[Any]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from ..parts.requests import AllReduce
 from . import register
 from .base import Observed, whole
 from .forms.lowrank import kept_subspace, orthonormalize
-from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows, share_of
+from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows
 from .powersgd import _TwoSums, feedback_knob, outcome
 
 #: Elements of a matrix that are multiplied at a time.
@@ -128,9 +127,10 @@ class PowerSGDPlus(_TwoSums):
         if overflowed:
             mean = ops.zeros(mean.shape[0] * b).reshape(-1, b)
         own = np.zeros((r, b), np.float32)
-        if info.rank == 0:
-            own = self._subspace(ops.host(mean), spec, info) * np.float32(info.divisor)
-        v = (yield from mean_in_shares(ops, ops.upload(own.reshape(-1)), spec)).reshape(r, b)
+        if info.rank == 0 and (spec.rows is None or spec.rows.place == 0):  # one rank, as others might round to another basis
+            own = self._subspace(ops.host(mean), spec.whole, info) * np.float32(info.divisor)
+        own = yield from added(ops.upload(own.reshape(-1)), spec)
+        v = (yield from mean_in_shares(ops, own, spec)).reshape(r, b)
         p_host = orthonormalize(exact_product(ops, mean, ops.host(v)).T)
         p = ops.upload(own_rows(p_host, spec))
         q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(r, b)

@@ -78,7 +78,7 @@ class Choices:
         """Returns the tensor's state with what its parts of this step need. What other parts left stays, for when they come back; an array
         of another size (powersgd's Q of another rank) is fitted by the compressor's `resized`."""
         parts = self.parts[spec.name]
-        if self.grace.policy is None or not spec.size or self._made_for.get(spec.name) == parts:
+        if self.grace.policy is None or spec.empty or self._made_for.get(spec.name) == parts:
             return state
         fresh = initial_state(ops, spec, parts, info)
         for path, policy in self._learners[spec]:

@@ -11,6 +11,9 @@ Why it cannot deadlock, whatever order the gradients arrive in:
      Wait happens, every rank has started, or will start without waiting for anyone, the first round of every bucket.
   4. Later rounds are started in the order (round, bucket), each after the wait for that bucket's round before it. So the sequence of
      starts is the same on all ranks: engines that match collectives by name and engines that match by order both pair them rightly.
+     Sums over the ranks that hold rows of the same matrices (TensorSpec.rows) are such later rounds, too, on a transport of their own.
+     These matrices are in buckets of their own, which are the same on all ranks of both kinds, and take as many rounds on each of them;
+     so there is one order of all collectives by (round, bucket), and every rank starts its own in this order before it waits for one.
   5. At the first step `put` starts nothing. `finish` first exchanges (spec, parameters, version) under a constant name, and raises on
      every rank alike if they differ; so ranks that disagree never start collectives that do not match.
 
@@ -151,8 +154,8 @@ class Driver:
         before does not fit them."""
         self.specs = layout.checked(specs)
         self._choices = Choices(self.grace, self.specs.values())
-        nbytes = {spec.name: spec.nbytes for spec in reversed(self.specs.values())}
-        self.buckets = [Bucket([self.specs[name] for name in names]) for names in self.packed(nbytes)]
+        groups = layout.in_buckets(list(self.specs.values()), self.packed)
+        self.buckets = [Bucket([self.specs[name] for name in names]) for names in groups]
         self._lay_out()
         try:
             state.check(self.ops, self.grace, self.specs, self.step_info(), self.state, fill=self._foreign)
@@ -430,7 +433,7 @@ class Driver:
         out = grad if self._in_place and tensor is not None and spec.dtype == "float32" else None
         parts = self._choices.parts[spec.name]
         if not self.compressing:
-            before = before or (initial_state(self.ops, spec, parts, info) if spec.size else {})  # complete, for other numbers of nodes
+            before = before or ({} if spec.empty else initial_state(self.ops, spec, parts, info))  # complete, for other numbers of nodes
             parts = uncompressed(parts)
         compressor, memory, communicator = parts
         before = self._choices.measure(self.ops, spec, grad, before, info)
@@ -486,7 +489,7 @@ class Driver:
         return {
             "spec": str(self.grace),
             "seed": self.grace.seed,
-            "parameters": [[s.name, list(s.shape), s.dtype] for s in self.specs.values()],
+            "parameters": [[s.name, list(s.shape), s.dtype, *([s.rows] if s.rows else [])] for s in self.specs.values()],
             "sparse": self.sparse,
             "rate": self._rate,
             "op": self._op,

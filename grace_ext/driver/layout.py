@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..composition.grace import Grace
@@ -24,7 +24,7 @@ class Bucket:
     """Consecutive parameters that travel in one message, and the exchange under way for them."""
 
     def __init__(self, specs: list[TensorSpec]):
-        self.specs = sorted(specs, key=lambda spec: spec.size > SMALL)  # small tensors next to each other can be merged (exchange/merge.py)
+        self.specs = sorted(specs, key=lambda spec: spec.whole.size > SMALL)  # small neighbours can be merged (exchange/merge.py)
         self.names = frozenset(spec.name for spec in specs)
         self.digest, self.number = 0, 0
         self.clear()
@@ -99,6 +99,17 @@ def packed(nbytes: Mapping[str, int], limit: float) -> list[list[str]]:
         groups[-1].append(name)
         held += size
     return groups
+
+
+def in_buckets(specs: Sequence[TensorSpec], pack: Callable[[Mapping[str, int]], list[list[str]]]) -> list[list[str]]:
+    """Returns the names of each bucket's parameters, last parameters first.
+
+    Matrices whose rows ranks share have buckets of their own, packed by the bytes of the whole: all ranks that hold rows of them make
+    the same buckets, in one order, and each of these takes as many rounds on one rank as on the other."""
+    place = {spec.name: i for i, spec in enumerate(reversed(specs))}
+    apart = {spec.name: spec.nbytes for spec in reversed(specs) if spec.rows is None}
+    shared = {spec.name: spec.whole.nbytes // len(spec.rows.counts) for spec in reversed(specs) if spec.rows is not None}
+    return sorted([*pack(apart), *pack(shared)], key=lambda names: place[names[-1]])
 
 
 def one_bucket_because(grace: Grace) -> str:

@@ -139,9 +139,9 @@ def check(
     choices = Choices(grace, specs.values())
     for name, spec in specs.items():
         arrays = states.get(name, {})
-        leaves, own = choices.forms(ops, spec, info) if spec.size else ([], {})
+        leaves, own = ([], {}) if spec.empty else choices.forms(ops, spec, info)
         for key, array in arrays.items():
-            if not spec.size and not len(array):
+            if spec.empty and not len(array):
                 continue  # of an empty tensor there is nothing to keep
             allowed = {form for forms in (*leaves, own) for form in forms.get(key, ())}
             if not allowed:

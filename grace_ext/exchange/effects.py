@@ -26,7 +26,7 @@ class Collective(NamedTuple):
     `limits`: by rank, the most bytes that it can rightly send to this one, if sizes are not known.
     `label`: tells the collectives of a bucket's round apart.
     `group`: the ranks that take part. 'all'; 'inside': those of this rank's node; 'between': the first rank of every node; 'idle': this
-      rank takes no part, and its result is None (hierarchy.py).
+      rank takes no part, and its result is None (hierarchy.py). 'rows': those that hold the rows of the same matrices (TensorSpec.rows).
     """
 
     kind: str
@@ -41,8 +41,8 @@ class Collective(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank hands in."""
-        return len(self.array) * (1 if self.dtype in HALVES else ITEMSIZE[self.dtype])
+        """Bytes that this rank hands in; 0 for 'rows', which stay inside a replica and are not what replicas exchange."""
+        return 0 if self.group == "rows" else len(self.array) * (1 if self.dtype in HALVES else ITEMSIZE[self.dtype])
 
 
 class Start(NamedTuple):

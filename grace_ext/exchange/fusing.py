@@ -11,7 +11,7 @@ from ..errors import PayloadError
 from ..parts.field import HALVES, INTEGERS, ITEMSIZE, Field
 from ..parts.ops import Array, Ops
 from ..parts.payload import pack, unpack
-from ..parts.requests import AllReduce, Scatter
+from ..parts.requests import AllReduce, RowSum, Scatter
 from ..parts.tensor import StepInfo, TensorSpec
 from .effects import Collective
 from .message import HEADER, OTHERWISE, message, open_message
@@ -51,6 +51,8 @@ def by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, Group]:
         request = asked[1]
         if isinstance(request, AllReduce):
             kind = "sum-integers" if request.dtype in INTEGERS else "sum-" + request.dtype
+        elif isinstance(request, RowSum):
+            kind = "rows"
         elif isinstance(request, Scatter):
             kind = "scatter"
         else:
@@ -64,6 +66,8 @@ def fused(step: BucketStep, kind: str, group: Group, turn: int) -> Generator[Col
     label = f"{kind}.{turn}"
     if kind.startswith("sum-"):
         return _sum(step, group, label)
+    if kind == "rows":
+        return _sum_rows(step, group, label)
     if kind == "scatter":
         return _scatter(step, group, label)
     return _gather(step, kind, group, label)
@@ -93,11 +97,27 @@ def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, An
         expected = (step.digest & 1) * step.info.size / divisor
         if all_finite and abs(said - expected) > 0.5 / divisor + 0.01 * expected:  # 16-bit sums are rounded
             raise PayloadError(f"was summed with a payload that {OTHERWISE}")
+    return _summed(group, total), all_finite
+
+
+def _sum_rows(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:
+    """Sums the arrays over the ranks that hold rows of the same matrices, and one element more: NaN if a gradient was not finite. Who hears
+    of such a gradient here tells the other replicas in the next round."""
+    ops = step.ops
+    whole = ops.concat([*(request.array for _, request in group), ops.zeros(1) if step.finite else ops.full_nan(1)])
+    total = yield Collective("allreduce", whole, label, dtype="float32", group="rows")
+    all_finite = math.isfinite(float(total[-1]))
+    step.finite = step.finite and all_finite
+    return _summed(group, total), all_finite
+
+
+def _summed(group: Group, total: Array) -> dict[int, Array]:
+    """Cuts each request's sum out of the total, in order."""
     answers, at = {}, 0
     for index, request in group:
         answers[index] = total[at : at + len(request.array)]
         at += len(request.array)
-    return answers, all_finite
+    return answers
 
 
 def _scatter(step: BucketStep, group: Group, label: str) -> Generator[Collective, Any, Answers]:

@@ -65,7 +65,7 @@ class Job(NamedTuple):
 def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, Outcome]:
     """Exchanges one gradient: by kernels if its parts have such a form (`compiled`), else by the parts' plain methods."""
     spec, memory, state = job.spec, job.memory, job.state
-    if not spec.size:
+    if not spec.size and (spec.empty or not job.compressor.shares_rows):
         return Outcome(ops.copy(job.grad), state)
     if not state:
         state = initial_state(ops, spec, (job.compressor, memory, job.communicator), info)

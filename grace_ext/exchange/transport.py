@@ -58,6 +58,10 @@ class Transport(ABC):
         *inside, between = [self.group(ranks) for ranks in groups]
         self._groups = {"inside": next(t for t in inside if t is not None), "between": between}
 
+    def add_group(self, group: str, transport: Transport) -> None:
+        """Lets this transport carry the collectives of a group of other ranks (see Collective), this rank among them."""
+        self._groups = {**self._groups, group: transport}
+
     def among(self, group: str) -> Transport | None:
         """Returns the transport for collectives of a group (see Collective); None if this rank takes no part in them."""
         return self if group == "all" else self._groups.get(group)

@@ -19,6 +19,13 @@ class AllReduce(NamedTuple):
     dtype: str
 
 
+class RowSum(NamedTuple):
+    """Asks for the sum of a flat float32 array over the ranks that hold the rows of this tensor's matrix (TensorSpec.rows), this one among
+    them; never divided. Ranks of other replicas take no part."""
+
+    array: Array
+
+
 class Gather(NamedTuple):
     """Asks for every rank's payload: the result is a list of payloads in rank order. `by_rank`: the fields of the payloads, by rank and in
     rank order, if they differ; ranks that it lacks send none, and the result has none of theirs. `finite`: False if what the payload should

@@ -6,21 +6,47 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
+class Rows(NamedTuple):
+    """Says which rows of a matrix this rank holds, if other ranks hold the rest: `counts` are the rows of each of these ranks, in order,
+    and `place` is this rank's number among them. They are the shards of one replica, each with exchanges of its own."""
+
+    counts: tuple[int, ...]
+    place: int
+
+    @property
+    def first(self) -> int:
+        """The number of this rank's first row in the whole matrix."""
+        return sum(self.counts[: self.place])
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """Describes a gradient without its values: parameter name, shape and dtype (one of DTYPES)."""
+    """Describes a gradient without its values: parameter name, shape and dtype (one of DTYPES). rows: for a matrix that is compressed
+    together with the rows that other ranks hold (`Compressor.shares_rows`); None for every other tensor."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str = "float32"
+    rows: Rows | None = None
 
     @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def whole(self) -> TensorSpec:
+        """The spec of the whole matrix, with the rows of all ranks that share it; this one itself if there are none."""
+        return self if self.rows is None else TensorSpec(self.name, (sum(self.rows.counts), *self.shape[1:]), self.dtype)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to exchange. A rank without rows of its own takes part in the exchange of a shared matrix."""
+        return not self.whole.size
 
     @property
     def nbytes(self) -> int:

@@ -24,7 +24,7 @@ class BySize(Policy):
     large: Any = route_knob("topk(ratio=0.01) + residual", "spec for all other tensors")
 
     def _knob(self, spec) -> str:
-        return "small" if spec.size < self.min_elements else "large"
+        return "small" if spec.whole.size < self.min_elements else "large"
 
     def choose(self, query):
         which = self._knob(query.spec)
@@ -34,7 +34,7 @@ class BySize(Policy):
         return {self._knob(spec): getattr(self, self._knob(spec))}
 
     def notices(self, specs):
-        largest = max((spec.size for spec in specs), default=0)
+        largest = max((spec.whole.size for spec in specs), default=0)
         if largest >= self.min_elements:
             return []
         found = f"no parameter has min_elements={self.min_elements} elements, the largest has {largest}"

@@ -39,7 +39,7 @@ class _LowRank(Compressor):
     rank: int
 
     def _shape(self, spec) -> tuple[int, int, int]:
-        """Returns a, b, r; with `spec.rows`, a is this rank's rows, and r is for the whole matrix."""
+        """Returns a, b, r. With `spec.rows`, a is this rank's rows, and r is for the whole matrix."""
         a, b = spec.shape[0] if spec.shape else 1, math.prod(spec.shape[1:])
         return a, b, min(self.rank, a if spec.rows is None else sum(spec.rows.counts), b)
 
