@@ -1,6 +1,6 @@
 """Times whole training steps of a Transformer under HSDP on netlab hosts: FSDP2's own exchange between the hosts, and `fsdp_hook`.
 
-    python benchmarks/levels/hsdp.py [--rate 100mbit] [--ranks 2] [--steps 10]        (root)
+    python benchmarks/levels/hsdp.py [--rate 100mbit] [--ranks 2] [--steps 20]        (root)
 
 Each of 2 hosts has a whole model, sharded among its ranks; only the exchange between the hosts crosses their links. All systems train in
 one job, and their steps alternate. A step is the forward and the backward pass, which end with the exchange, and the optimizer. 'inside
@@ -69,7 +69,7 @@ def summary(by_rank: list[dict[str, Any]], name: str) -> dict[str, Any]:
 def main(
     rate: Annotated[str, typer.Option(help="rate of the hosts' links")] = "100mbit",
     ranks: Annotated[int, typer.Option(help="ranks per host, which are the shards of a replica")] = 2,
-    steps: Annotated[int, typer.Option(help="timed steps per system")] = 10,
+    steps: Annotated[int, typer.Option(help="timed steps per system")] = 20,
     batch: Annotated[int, typer.Option(help="sequences per rank and step")] = 1,
     length: Annotated[int, typer.Option(help="tokens per sequence")] = 32,
     out: Annotated[Path, typer.Option(help="file for the results, by layout and rate")] = OUT,
