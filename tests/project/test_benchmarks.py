@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 import grace_ext  # noqa: E402
 from benchmarks.common import shapes, targets  # noqa: E402
 from benchmarks.exchange import cost_model, jobs, systems  # noqa: E402
+from benchmarks.levels import hsdp  # noqa: E402
 from benchmarks.local_sgd import local_sgd  # noqa: E402
 from grace_ext.planning.cost import Link, allgather, allreduce, alltoall  # noqa: E402
 from grace_ext.planning.probe import SIZES, fitted  # noqa: E402
@@ -206,3 +207,16 @@ def test_the_page_of_local_steps_says_what_was_measured():
     for row in measured["straggler"]["rows"]:
         assert f"| {row['seconds_to_target']:.1f} s |" in page
     assert f"{measured['straggler']['faster']:.1f} times" in page
+
+
+def test_the_page_of_fsdp_says_what_was_measured():
+    """The page shows the step, its ratio and the bytes of each system; the compressed ones reach the goal."""
+    (measured,) = json.loads(hsdp.OUT.read_text()).values()
+    page = (ROOT / "docs" / "fsdp.md").read_text()
+    for name, row in measured["rows"].items():
+        assert f"| {row['step_ms']:,.0f} ms | {round(row['ratio'], 3):g} |" in page, name
+        assert row["steps"] == measured["steps"] == len(row["all_ms"])
+        if name in ("topk", "powersgd"):
+            assert row["ratio"] <= hsdp.GOAL and measured["elements"] > 10_000_000
+            assert f"| {row['sent_bytes'] / 1e6:.2f} MB |" in page
+            assert row["wire_bytes"] * 2 < row["sent_bytes"] < row["wire_bytes"] * 2.1  # two ranks per host, and headers
