@@ -33,6 +33,11 @@ def test_sharded_checkpoints(case):
     assert case in held("torchrun", 4, "fsdp_dcp_job.py")
 
 
+@pytest.mark.parametrize("case", cases_of("fsdp_low_rank_job.py"))
+def test_shards_that_share_q(case):
+    assert case in held("torchrun", 4, "fsdp_low_rank_job.py")
+
+
 @pytest.mark.parametrize("case", cases_of("fsdp_wide_job.py"))
 def test_eight_ranks(case):
     assert case in held("torchrun", 8, "fsdp_wide_job.py")

@@ -9,12 +9,16 @@ and the optimizer see the result. FSDP2 makes its last reduce-scatters, and call
 outermost module that the forward pass has called; all are queued before the first callback runs. So ours, in its turn, queues itself once
 more, behind all of them.
 
+With `share_low_rank` the shards of a replica hold the rows of matrices that powersgd compresses as one: they add up inside the replica, on
+a process group of their own, what follows from all rows (parts/requests.py, RowSum).
+
 The shards of a replica make one step together. If a gradient of one shard is not finite, a loss scaler skips the step on all of them, so
 no shard commits its memory. If the replicas of one shard disagree at the start, all ranks raise.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -27,17 +31,20 @@ from torch.utils.checkpoint import CheckpointFunction
 from ...checkpoints.saveable import Saveable
 from ...composition.grace import Grace
 from ...composition.making import grace
+from ...driver.state import check_form
 from ...errors import GraceError, ParameterError, UnsupportedError, few
 from ...exchange.transport import Transport
+from ...parts.tensor import Rows, TensorSpec
 from ...privacy.settings import refuse
 from ..optimizers import require_optimizer
 from .guards import check_not_private, check_parameters, local_of, name_of
 from .hook_state import HookState
+from .low_rank import check_same_sharing, shared_rows
 from .ops import HostOps, TorchOps
 from .resharding import Resharding
 from .session import Session, check_torch_optimizer
 from .shards import ShardRanks, check_sharded, sharded_parameters
-from .transports import SingleTransport, transport_among
+from .transports import SingleTransport, transports_among
 
 REENTRANT = (
     "this model uses torch.utils.checkpoint with use_reentrant=True, which runs a backward pass of its own for each checkpointed block, so "
@@ -54,6 +61,7 @@ def fsdp_hook(
     optimizer: torch.optim.Optimizer | Callable[[], torch.optim.Optimizer] | None = None,
     scaler: Any = None,
     *,
+    share_low_rank: bool = False,
     average: bool = True,
     backward_passes_per_step: int = 1,
     simulate: bool = False,
@@ -74,6 +82,9 @@ def fsdp_hook(
     optimizer: the one that applies the gradients, or a function that returns it. It gives the learning rate, and is checked against
       memories that are the momentum; with parts that need either, leaving it out raises UnsupportedError.
     scaler: the torch.amp.GradScaler that scales the loss, so that the memory is in units of the gradient and not of its scale.
+    share_low_rank: True lets powersgd and powersgd_plus compress each matrix as a whole, instead of each shard as a matrix: the shards of
+      a replica share Q, so a replica sends r (a + b) floats per matrix and not r (a + S b), with the result of PowerSGD on the whole
+      matrix. They add up P and Q inside the replica, three more collectives per bucket. See docs/fsdp.md for what it works with.
     average: False adds the replicas' gradients instead, as a model with set_gradient_divide_factor(1.0) adds those of shards.
     backward_passes_per_step: the number of backward passes that end in a reduce-scatter, whose gradients are summed before an exchange.
       Passes under model.set_requires_gradient_sync(False) do not count: they exchange nothing, and need no setting here.
@@ -92,9 +103,10 @@ def fsdp_hook(
     if isinstance(optimizer, torch.optim.Optimizer):
         check_torch_optimizer(chosen, optimizer)
         _check_trains(optimizer, parameters)
+    rows = shared_rows(chosen, parameters) if share_low_rank else {}
     made = FSDPState(
         chosen, model, replicate_mesh.mesh.tolist(), optimizer, scaler, revocable, check_start,
-        average=average, passes=backward_passes_per_step, simulate=simulate,
+        average=average, passes=backward_passes_per_step, simulate=simulate, rows=rows,
     )  # fmt: skip
     _states[model] = made
     return made
@@ -125,15 +137,25 @@ def _check_trains(optimizer: torch.optim.Optimizer, parameters: Mapping[str, tor
 
 
 class ShardedSession(Session):
-    """The exchange of one rank's shards. The ranks of a replica decide together whether they may start, and whether they commit."""
+    """The exchange of one rank's shards. The ranks of a replica decide together whether they may start, and whether they commit.
 
-    def __init__(self, shards: ShardRanks, read: Callable[[], dict[str, Any]], *args: Any, **options: Any):
+    rows: by name, the matrices that they exchange as one."""
+
+    def __init__(self, shards: ShardRanks, rows: Mapping[str, Rows], read: Callable[[], dict[str, Any]], *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._shards, self._read = shards, read
+        self._shards, self._rows, self._read = shards, rows, read
 
     def agree(self, names: Iterable[str]) -> None:
         self.parameters = self._read()  # FSDP2 may have made new local tensors (model.to, load_state_dict)
-        self._shards.together(lambda: Session.agree(self, names))
+        self._shards.together(lambda: Session.agree(self, names), self._shared)
+
+    def _spec(self, name: str) -> TensorSpec:
+        return dataclasses.replace(super()._spec(name), rows=self._rows.get(name))
+
+    def _shared(self) -> Any:
+        """Returns what the shards of a replica must do alike: their shared matrices, by bucket, and how; None if they share none."""
+        buckets = [[[s.name, s.whole.shape, s.dtype] for s in bucket.specs] for bucket in self.driver.buckets if bucket.specs[0].rows]
+        return [str(self.driver.grace), self.driver.grace.seed, self.driver.step, buckets] if buckets else None
 
     def compare(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._shards.together(lambda: Session.compare(self, tensors))
@@ -164,14 +186,22 @@ class ShardedSession(Session):
         super().load_state_dict(saved)
 
     def _check_shard(self, saved: Any) -> None:
-        if isinstance(saved, Mapping) and saved.get("shard", self._shards.place) != self._shards.place:
+        check_form(saved)
+        check_same_sharing(self.driver.grace, saved, self._rows)
+        if saved.get("shard", self._shards.place) != self._shards.place:
             raise GraceError(
                 f"this state was saved by shard {saved['shard']}, and this rank is shard {self._shards.place}: save the state of every "
                 "rank, and load each on its own rank"
             )
 
     def saveable(self) -> Saveable:
-        return super().saveable()._replace(shard=self._shards.place)
+        made = super().saveable()
+
+        def check(states: list[dict[str, Any]]) -> None:
+            check_same_sharing(self.driver.grace, states[0], self._rows)
+            made.check(states)
+
+        return made._replace(shard=self._shards.place, check=check)
 
 
 class FSDPState(HookState):
@@ -181,18 +211,20 @@ class FSDPState(HookState):
 
     def __init__(
         self, g: Grace, model: torch.nn.Module, replicas: list[int], optimizer: Any, scaler: Any, revocable: bool, check_start: bool, *,
-        average: bool, passes: int, simulate: bool,
+        average: bool, passes: int, simulate: bool, rows: Mapping[str, Rows],
     ):  # fmt: skip
         super().__init__(g, optimizer, scaler, revocable, check_start)
-        self._replicas = replicas
+        self._replicas, self._rows = replicas, rows
         self._passes, self._passed = passes, 0  # backward passes per step, and those of this step that have ended
         self._task: int | None = None  # autograd's number of the backward pass under way
         self._computed: set[str] = set()  # the names that have a gradient of this step, and of them those that the session has
         self._put: set[str] = set()
         self._parameters = sharded_parameters(model, replicas)  # not the model, which keeps this object (_states)
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self._shards = ShardRanks(self._parameters.values())
         self._made = ShardedSession(
-            ShardRanks(self._parameters.values()),
+            self._shards,
+            rows,
             self._tensors,
             g,
             check_parameters(cast(Any, self._tensors().items())),
@@ -211,7 +243,12 @@ class FSDPState(HookState):
                 module.register_load_state_dict_post_hook(self._make_reconnect(prefix))
 
     def _transport(self, ops: HostOps | TorchOps) -> Transport:
-        return SingleTransport(ops) if len(self._replicas) == 1 else transport_among(ops, self._replicas)
+        if len(self._replicas) == 1 and not self._rows:
+            return SingleTransport(ops)
+        made, *inside = transports_among(ops, self._replicas, *([self._shards.ranks] if self._rows else []))
+        for transport in inside:
+            made.add_group("rows", transport)
+        return made
 
     def _session(self) -> Session:
         assert self._made is not None
@@ -247,7 +284,7 @@ class FSDPState(HookState):
 
     def resharding(self, shards: int) -> Resharding:
         """Returns how the memory of this many shards becomes that of this rank's."""
-        return Resharding(self._grace, self._parameters, shards)
+        return Resharding(self._grace, self._parameters, shards, self._rows)
 
     # --- one step ---------------------------------------------------------------------------------------------------
     def _take(self, name: str, parameter: torch.Tensor) -> None:

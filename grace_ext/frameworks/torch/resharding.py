@@ -12,7 +12,7 @@ from ...composition.grace import Grace
 from ...driver.choices import Choices
 from ...errors import GraceError, UnsupportedError
 from ...exchange.tensor import initial_state
-from ...parts.tensor import StepInfo, TensorSpec
+from ...parts.tensor import Rows, StepInfo, TensorSpec
 from .guards import local_of
 from .ops import describe
 from .shards import place_of
@@ -29,14 +29,16 @@ class Resharding:
     that cannot be cut.
 
     What a memory keeps of each element goes to the shard that has the element now. What a compressor has learnt of a shard as a whole
-    (powersgd's Q) starts anew."""
+    (powersgd's Q) starts anew; what it has learnt of a matrix whose shards share it goes on.
 
-    def __init__(self, g: Grace, parameters: Mapping[str, Any], before: int):
+    rows: by name, the matrices whose shards share Q."""
+
+    def __init__(self, g: Grace, parameters: Mapping[str, Any], before: int, rows: Mapping[str, Rows]):
         if g.policy:
             raise UnsupportedError(f"{g}: what a policy has chosen is for the shards that it saw; load it on as many shards as saved it")
         if any(p.device_mesh.ndim != 1 for p in parameters.values()):
             raise UnsupportedError("with tensor parallelism, memory is loaded on the same meshes that saved it")
-        self._grace, self._parameters, self._before = g, parameters, before
+        self._grace, self._parameters, self._before, self._rows = g, parameters, before, rows
         self._by_element, self._constant = _sort_keys(g)
         #: The saved shards that have rows of this rank's, and the names of their places.
         self.needed = [shard for shard in range(before) if any(self._common(shard, p)[0] for p in parameters.values())] or [0]
@@ -58,15 +60,16 @@ class Resharding:
         state: dict[str, Any] = {}
         info = StepInfo(memories[0]["step"], 0, memories[0]["size"], memories[0]["size"], self._grace.seed, None)
         for name, parameter in self._parameters.items():
-            spec = TensorSpec(name, *describe(local_of(parameter)))
-            if not spec.size or not any(path.split("/", 1)[1] == name for memory in memories for path in memory["state"]):
+            spec = TensorSpec(name, *describe(local_of(parameter)), self._rows.get(name))
+            if spec.empty or not any(path.split("/", 1)[1] == name for memory in memories for path in memory["state"]):
                 continue  # what is empty, or has had no step yet, has no memory
             for key, fresh in initial_state(NumpyOps(), spec, self._grace.parts_for(spec), info).items():
                 path = f"{key}/{name}"
-                if key in self._by_element:
+                saved = [memory["state"][path] for memory in memories if path in memory["state"]]
+                if key in self._by_element and spec.size:
                     state[path] = self._cut(path, parameter, memories)
-                elif key in self._constant:  # the learning rate of a residual, for example
-                    state[path] = next(memory["state"][path] for memory in memories if path in memory["state"])
+                elif key in self._constant or spec.rows and saved:  # the learning rate of a residual, for example; Q of all shards
+                    state[path] = saved[0]
                 else:
                     state[path] = fresh
         return {**memories[0], "state": state}

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...errors import GraceError, ParameterError, UnsupportedError
+from ...errors import GraceError, ParameterError, UnsupportedError, shown
 from .guards import FSDP, TENSOR_PARALLEL, is_dtensor, name_of
 
 TWO_DIMENSIONS = (
@@ -24,6 +24,10 @@ NOT_SHARDED = (
     "DistributedDataParallel and hvd.ddp_comm_hook"
 )
 ON_META = "parameter {!r} has no memory yet (device meta): call hvd.fsdp_hook after model.to_empty(device=...) and its initialization"
+SHARDS_DIFFER = (
+    "the shards of this replica would not exchange the same matrices together: shard {} has {}, and this rank {}. Let every rank call "
+    "fsdp_hook with the same model, spec and share_low_rank"
+)
 ELSEWHERE = "The replicas of another shard of this model cannot exchange their gradients, so no rank does. {}"
 
 
@@ -76,6 +80,8 @@ class ShardRanks:
             mesh = parameter.device_mesh
             meshes.setdefault(place_of(mesh.get_coordinate(), mesh.shape), mesh)
         self._device = next(iter(meshes.values())).device_type
+        #: All of them, if they make one mesh.
+        self.ranks: list[int] = next(iter(meshes.values())).mesh.flatten().tolist()
         # What every rank passes on along one dimension after the other has reached all ranks of the mesh.
         self._groups = [mesh.get_group(i) for mesh in meshes.values() for i in range(mesh.ndim) if mesh.size(i) > 1]
         self.alone = not self._groups
@@ -91,19 +97,25 @@ class ShardRanks:
             dist.all_reduce(common, op=dist.ReduceOp.MIN, group=group)
         return bool(common.item())
 
-    def together(self, call: Callable[[], Any]) -> None:
-        """Makes a call that may fail on some of these ranks. If it does, it raises a GraceError on all."""
+    def together(self, call: Callable[[], Any], describe: Callable[[], Any] = lambda: None) -> None:
+        """Makes a call that may fail on some of these ranks. If it does, it raises a GraceError on all; and also if they then describe
+        themselves differently."""
         failure: GraceError | None = None
         try:
             call()
         except GraceError as error:
             failure = error
         said = [] if failure is None else [f"Shard {self.place}: {failure}"]
+        own = None if failure else describe()
+        others = [(self.place, own)]
         for group in self._groups:
             heard: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(heard, said, group=group)
-            said = [sentence for other in heard for sentence in other]
+            dist.all_gather_object(heard, (said, others), group=group)
+            said, others = ([one for every in heard for one in every[i]] for i in (0, 1))
         if failure is not None:
             raise failure
         if said:
             raise GraceError(ELSEWHERE.format(said[0]))
+        for place, other in others:
+            if other != own:
+                raise GraceError(SHARDS_DIFFER.format(place, shown(other, 200), shown(own, 200)))

@@ -132,27 +132,31 @@ def transport_of_its_own(ops: DeviceOps, group: dist.ProcessGroup | None) -> Dis
     must not come between those of one driver. (Torch has no way to make a group that only its members call and all name alike.)"""
     if dist.get_world_size(group) < dist.get_world_size():
         return DistTransport(ops, group)
-    return _over_new_group(ops, [list(range(dist.get_world_size()))])
+    return _over_new_groups(ops, [tuple(range(dist.get_world_size()))])[0]
 
 
-def transport_among(ops: DeviceOps, ranks: Sequence[int]) -> DistTransport:
-    """Returns a transport over a new process group of these ranks of the job. Every rank of the job must call it, because all make the
-    groups of all."""
-    groups: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(groups, list(ranks))
-    return _over_new_group(ops, sorted({tuple(group) for group in groups}))
+def transports_among(ops: DeviceOps, *groups: Sequence[int]) -> list[DistTransport | SingleTransport]:
+    """Returns a transport over a new process group for each of these lists of ranks of the job, all with this rank. Every rank of the job
+    must call it, because all make the groups of all; not all need ask for as many."""
+    every: list[Any] = [None] * dist.get_world_size()
+    wanted = [tuple(ranks) for ranks in groups if len(ranks) > 1]
+    dist.all_gather_object(every, wanted)
+    made = dict(zip(wanted, _over_new_groups(ops, wanted, sorted({ranks for its in every for ranks in its})), strict=True))
+    return [made.get(tuple(ranks)) or SingleTransport(ops) for ranks in groups]
 
 
-def _over_new_group(ops: DeviceOps, groups: Sequence[Sequence[int]]) -> DistTransport:
-    """Makes these process groups, as every rank must, and returns a transport over that of this rank."""
-    made = [dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout())) for ranks in groups]
-    own = next(group for group, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks)
+def _over_new_groups(
+    ops: DeviceOps, wanted: Sequence[tuple[int, ...]], of_all: Sequence[tuple[int, ...]] | None = None
+) -> list[DistTransport]:
+    """Makes the process groups `of_all`, as every rank must, and returns transports over those that are wanted on this rank."""
+    made = {ranks: dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout())) for ranks in of_all or wanted}
     while _orphans:  # all ranks have come here, so none uses an earlier group whose optimizer is gone
         with contextlib.suppress(ValueError):  # hvd.shutdown() has destroyed it, with all others
             dist.destroy_process_group(_orphans.pop())
-    transport = DistTransport(ops, own)
-    weakref.finalize(transport, _orphans.append, own)
-    return transport
+    transports = [DistTransport(ops, made[ranks]) for ranks in wanted]
+    for transport, ranks in zip(transports, wanted, strict=True):
+        weakref.finalize(transport, _orphans.append, made[ranks])
+    return transports
 
 
 class DistTransport(Transport):
