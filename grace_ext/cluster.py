@@ -10,12 +10,12 @@ from .checkpoints.saveable import Saveable
 from .checkpoints.statefile import mapped
 from .composition import making
 from .driver.driver import Driver
-from .driver.layout import check_names
+from .driver.layout import check_names, check_tensor
 from .errors import GraceError, NamesError, ParameterError, shown
 from .exchange.lockstep import LockstepTransport, run_lockstep
 from .metrics.metrics import Metrics, Report
 from .parts.tensor import TensorSpec
-from .privacy.settings import Privacy, check_protects_ranks
+from .privacy.settings import Privacy
 
 
 class LocalCluster:
@@ -25,6 +25,7 @@ class LocalCluster:
     framework: 'numpy', 'torch' or 'tensorflow'. It takes tensors of that framework or numpy arrays, and returns that framework's.
     ranks_per_node: the number of consecutive ranks that share a node, for communicator 'hierarchical' (the last node may have fewer).
     privacy: a grace_ext.privacy.Privacy, which makes each rank's gradient private before it is compressed; or the spec has it in front.
+      With unit 'example' gradients have one dimension more, in front, which counts the examples of that rank.
     """
 
     def __init__(self, grace: making.Spec, size: int, framework: str = "numpy", ranks_per_node: int = 1, *, privacy: Privacy | None = None):
@@ -33,7 +34,6 @@ class LocalCluster:
                 raise ParameterError(f"{name} must be a whole number, at least 1, got {shown(value)}")
         self.grace, self.size = making.grace(grace).with_privacy(privacy), size
         self.framework, self._per_node = framework, ranks_per_node
-        check_protects_ranks(self.grace.privacy, "LocalCluster")
         self.ops = libraries.ops_for_framework(framework)
         self.drivers = [
             Driver(self.grace, self.ops, LockstepTransport(rank, size, self.ops, ranks_per_node), read_lr=lambda: self._lr, diverging=True)
@@ -84,17 +84,23 @@ class LocalCluster:
             if missing or extra:
                 raise NamesError(f"rank {rank}: missing parameters {shown(missing)}, unknown parameters {shown(extra)}")
         first = not self.drivers[0].specs
-        specs = [TensorSpec(name, *self.ops.describe(tensor)) for name, tensor in gradients[0].items()] if first else []
+        specs = [TensorSpec(name, *self._describe(tensor)) for name, tensor in gradients[0].items()] if first else []
         try:
             for driver, mapping in zip(self.drivers, gradients, strict=True):
                 if first:
                     driver.register(specs)
                 for name, tensor in mapping.items():
-                    driver.check(name, tensor)
+                    check_tensor(driver.specs, name, *self._describe(tensor))
         except GraceError:
             for driver in self.drivers if first else ():
                 driver.register(())
             raise
+
+    def _describe(self, gradient: Any) -> tuple[tuple[int, ...], str]:
+        """Returns the parameter's shape and dtype."""
+        shape, dtype = self.ops.describe(gradient)
+        examples = self.grace.privacy is not None and self.grace.privacy.unit == "example"
+        return shape[1:] if examples else shape, dtype
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every rank, from which `load_state_dict` resumes bit for bit."""

@@ -17,7 +17,7 @@ import grace_ext
 from grace_ext import LocalCluster
 from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.driver.driver import Driver
-from grace_ext.errors import UnsupportedError
+from grace_ext.errors import GraceError, UnsupportedError
 from grace_ext.exchange.effects import Start
 from grace_ext.exchange.lockstep import LockstepTransport
 from grace_ext.parts.tensor import StepInfo, TensorSpec
@@ -75,6 +75,45 @@ def test_the_sum_changes_by_two_clips_at_most_if_a_rank_is_replaced():
         assert 4 * norm({name: one[name] - other[name] for name in one}) <= 2 * (1 + 1e-5)
     assert 4 * norm({name: outcomes[0][name] - outcomes[3][name] for name in bad}) <= 1 + 1e-5  # removed
     assert norm({name: outcomes[2][name] - outcomes[3][name] for name in bad}) == 0  # NaN counts as 0
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("support", [1.0, 0.2])
+def test_examples_are_clipped_one_by_one(framework, support):
+    """On the way through LocalCluster, against sums in float64: of three ranks one has no example, and one has one that is not finite."""
+    pytest.importorskip(framework)
+    privacy = Privacy(clip=0.5, noise_multiplier=0, unit="example", sample_rate=0.1, batch=4, support=support)
+    ranks = [{name: np.stack([gradients(0.3)[name] for _ in range(5)])[:count] for name in SHAPES} for count in (5, 0, 4)]
+    ranks[2]["b"][1, 3] = np.nan
+    cluster = LocalCluster("none", 3, framework, privacy=privacy)
+    info = cluster.drivers[0].step_info()
+    mean = cluster.step(ranks)
+    kept = {name: cluster.drivers[0].mechanism.positions(TensorSpec(name, shape), info) for name, shape in SHAPES.items()}
+    expected = {name: np.zeros(math.prod(shape)) for name, shape in SHAPES.items()}
+    for rank in ranks:
+        for number in range(len(rank["b"])):
+            example = {name: np.zeros(math.prod(shape)) for name, shape in SHAPES.items()}
+            for name, x in rank.items():
+                positions = slice(None) if kept[name] is None else kept[name]
+                example[name][positions] = x[number].reshape(-1)[positions]
+            if np.isfinite(norm(example)):
+                for name, x in example.items():
+                    expected[name] += min(1, 0.5 / norm(example)) * x / 4 / 3
+    for name, x in mean.items():
+        np.testing.assert_allclose(np.asarray(x).reshape(-1), expected[name], rtol=1e-5, atol=1e-7)
+        assert np.asarray(x).shape == SHAPES[name]
+
+
+def test_per_example_gradients_must_have_examples():
+    privacy = Privacy(unit="example", batch=4)
+    with pytest.raises(UnsupportedError, match="one dimension more than the parameter"):
+        LocalCluster("none", 1, privacy=privacy).step([{"scalar": np.float32(1)}])
+    with pytest.raises(GraceError, match="different numbers of examples"):
+        LocalCluster("none", 1, privacy=privacy).step([{"a": np.ones((3, 2), np.float32), "b": np.ones((2, 2), np.float32)}])
+    cluster = LocalCluster("none", 1, privacy=privacy)
+    cluster.step([{"a": np.ones((3, 2), np.float32)}])
+    with pytest.raises(GraceError, match="shape"):
+        cluster.step([{"a": np.ones((3, 4), np.float32)}])
 
 
 def test_a_small_gradient_is_not_enlarged_and_the_callers_memory_stays():

@@ -14,6 +14,7 @@ from grace_ext.errors import GraceError, IncompatiblePartsError, ParameterError,
 from grace_ext.local.settings import settings_of
 from grace_ext.parts.spec import named_by
 from grace_ext.privacy import Privacy
+from grace_ext.privacy.settings import check_protects_ranks
 
 BY_EXAMPLES = "unit='example', sample_rate=0.1, batch=8"
 
@@ -85,8 +86,8 @@ def test_settings_are_given_once():
 
 
 def test_wrappers_that_see_whole_gradients_refuse_to_protect_examples():
-    with pytest.raises(UnsupportedError, match="LocalCluster gets one gradient per rank"):
-        LocalCluster(f"gaussian({BY_EXAMPLES}) | none", 2)
+    with pytest.raises(UnsupportedError, match="a hook gets one gradient per rank"):
+        check_protects_ranks(grace(f"gaussian({BY_EXAMPLES}) | none").privacy, "a hook")
 
 
 def test_local_sgd_refuses():
