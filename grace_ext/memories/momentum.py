@@ -59,8 +59,8 @@ class UpdateCompression(Memory):
     'dgc(masking=False)'.)  masking=True: m_i <- 0 where something was sent, so that momentum that was applied stops acting; it needs a
     compressor that picks positions.
     State: `residual` (e_i) and `own_momentum` (m_i), this rank's own; float[d], zero at first. The momentum does not know what was applied,
-    so it is worse for top-k than 'gradient_compression' (Sahu et al. 2021). Works with any compressor but votes. Source: Vogels et al.
-    2019, algorithm 3; masking from Lin et al. 2018.
+    so it is worse for top-k than 'gradient_compression' (Sahu et al. 2021). Works with any compressor but votes. Source: Lin et al. 2018
+    (DGC), from whom masking is, too, as Sahu et al. 2021 list it in their algorithm 3.
     """
 
     feeds_back: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ class TensorWatch:
         self.sums = [0.0, 0.0, 0.0]  # the same over the steps that are averaged
         self.closely = False
         self.input = self.error = 0.0  # squared norms, at the last step that was measured closely
+        self.total_error = 0.0  # the sum of `error` over all steps that were
         self.gradient: float | None = None
         self.residual: float | None = None
         self.zero_since: int | None = None  # the step since which this rank's gradient has been zero
@@ -70,6 +72,7 @@ class TensorWatch:
         """Takes the norms of what was compressed, and of what the payload lost of it."""
         self.input += x**2
         self.error += error**2
+        self.total_error += error**2 if math.isfinite(error) else 0.0
 
 
 class Recorder(Observer):

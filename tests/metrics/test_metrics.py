@@ -53,6 +53,7 @@ def test_values_are_those_of_an_independent_computation(world):
     cluster.measure(every=1)
     shapes = {"w": (40, 50), "b": (300,)}
     residual = {name: np.zeros(np.prod(shape)) for name, shape in shapes.items()}
+    total_error = dict.fromkeys(shapes, 0.0)
     for step in range(3):
         given = inputs.ranks(2, step, shapes=shapes)
         world.step(cluster, given)
@@ -66,13 +67,16 @@ def test_values_are_those_of_an_independent_computation(world):
             residual[name][kept] = 0
             errors.append(np.sum(residual[name] ** 2))
             norms.append(np.sum(p**2))
+            total_error[name] += errors[-1]
             values = report["parameters"][name]
             assert values["relative_error"] == pytest.approx(np.sqrt(errors[-1] / norms[-1]), rel=1e-4)
+            assert values["total_error"] == pytest.approx(total_error[name], rel=1e-4)
             assert values["residual_norm"] == pytest.approx(np.linalg.norm(residual[name]), rel=1e-4)
             assert values["gradient_norm"] == pytest.approx(np.linalg.norm(grad), rel=1e-5)
             assert values["dense_bytes"] == 4 * grad.size and values["ratio"] == pytest.approx(4 * grad.size / values["bytes"])
         total = report["total"]
         assert total["relative_error"] == pytest.approx(np.sqrt(sum(errors) / sum(norms)), rel=1e-4)
+        assert total["total_error"] == pytest.approx(sum(total_error.values()), rel=1e-4)
         assert total["bytes"] == cluster.wire_bytes[1] == HEADER.size + sum(v["bytes"] for v in report["parameters"].values())
         assert (report["step"], report["rank"], report["size"], report["measured_at"], report["committed"]) == (step, 1, 2, step, True)
 

@@ -19,7 +19,7 @@ from .stopping import SynchronizedStop as SynchronizedStop
 from .variables import broadcast_variables, shared_variables
 from .watchdog import blocking
 
-MEASURED = ("relative_error", "residual_norm", "gradient_norm", *TIMES)
+MEASURED = ("relative_error", "total_error", "residual_norm", "gradient_norm", *TIMES)
 
 
 UNWRAPPED = (
@@ -174,7 +174,7 @@ class CompressionMetricsCallback(keras.callbacks.Callback):
     """Adds to each epoch's logs `wire_bytes` (bytes per rank and step) and `compression_ratio` (dense bytes / sent bytes).
 
     every: turns metrics on (metrics/metrics.py), with a report every so many steps, and also adds the values for the whole model:
-      `relative_error`, `residual_norm`, `gradient_norm`, `encode_seconds`, `communicate_seconds`, `decode_seconds`.
+      `relative_error`, `total_error`, `residual_norm`, `gradient_norm`, `encode_seconds`, `communicate_seconds`, `decode_seconds`.
     jsonl: a file for the reports, as lines of JSON. tensorboard: a folder to which rank 0 writes their numbers. Either implies every=100.
     options: as for Metrics."""
 
