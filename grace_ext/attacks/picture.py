@@ -21,7 +21,7 @@ def draw(originals: torch.Tensor, rows: Sequence[Recovered], box: tuple[float, f
     try:
         import matplotlib
     except ImportError:
-        raise UnsupportedError("--picture needs matplotlib: pip install 'grace_ext[examples]'") from None
+        raise UnsupportedError("--picture needs matplotlib: pip install 'grace_ext[privacy]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -1,5 +1,5 @@
-"""The command line `grace-ext list | show NAME | check | bench | plan | compile`. With --json it prints one document on stdout, and nothing
-else."""
+"""The command line `grace-ext list | show NAME | check | bench | plan | privacy | compile`. With --json it prints one document on stdout,
+and nothing else."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..parts.spec import named_by
 from . import check
 from .catalogue import KINDS, describe
 from .plan import plan
+from .privacy import privacy
 
 HELP = "Gradient compression for data-parallel training."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_enable=False)
@@ -176,6 +177,7 @@ def bench_parts(
 
 
 app.command("plan")(plan)
+app.command("privacy")(privacy)
 
 
 @app.command("compile")

@@ -26,10 +26,9 @@ HOW = 'MODEL is a JSON file {"name": [dims...], ...} or module:callable that ret
 def shapes_of(model: str) -> Shapes:
     """Returns {parameter: dims, or a TensorSpec if it is not float32} of `model`, the path of a JSON file or 'module:callable'. Raises
     ModelError, which says what is wrong with it. Whatever the user's own code prints goes to stderr."""
-    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)", model)
-    if named and not Path(model).exists():
-        with _on_its_own():
-            return of_module(model, _made(model, *named.groups()))
+    if names_code(model):
+        with on_its_own():
+            return of_module(model, made(model))
     if Path(model).suffix != ".json" and not Path(model).exists():
         raise ModelError(f"there is no file {model!r}, and it is not module:callable either. {HOW}")
     try:
@@ -39,6 +38,11 @@ def shapes_of(model: str) -> Shapes:
     except ValueError as error:  # neither JSON nor text
         raise ModelError(f"{model!r} is not JSON: {error}. {HOW}") from None
     return checked(document, repr(model))
+
+
+def names_code(model: str) -> bool:
+    """Whether the text is module:callable."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", model)) and not Path(model).exists()
 
 
 def checked(document: Any, source: str) -> Shapes:
@@ -62,8 +66,9 @@ def checked(document: Any, source: str) -> Shapes:
     return shapes
 
 
-def _made(model: str, module: str, path: str) -> Any:
-    """Returns what the callable returns; if module:name is itself a model or a dictionary of shapes, returns that."""
+def made(model: str) -> Any:
+    """Returns what module:callable returns; if module:name is itself a model or a dictionary of shapes, returns that."""
+    module, _, path = model.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does, so that modules of the current folder are found
     try:
@@ -85,7 +90,7 @@ def _made(model: str, module: str, path: str) -> Any:
 
 
 @contextmanager
-def _on_its_own() -> Iterator[None]:
+def on_its_own() -> Iterator[None]:
     """Runs the user's code without this command's arguments. Whatever it prints goes to stderr, as stdout may be a JSON document."""
     _flush()
     kept, arguments = os.dup(1), sys.argv

@@ -127,7 +127,7 @@ def test_a_users_model(monkeypatch):
 
     monkeypatch.setattr(models, "_flush", flush)
     arguments, stdout = sys.argv, os.fstat(1)
-    with pytest.raises(ZeroDivisionError) as raised, models._on_its_own():
+    with pytest.raises(ZeroDivisionError) as raised, models.on_its_own():
         1 / 0  # noqa: B018
     assert NOTE in notes(raised.value) and sys.argv is arguments and os.fstat(1) == stdout
     ctypes.CDLL(None).fflush(None)
