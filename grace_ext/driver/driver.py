@@ -537,6 +537,11 @@ class Driver:
             **({"nodes": self._nodes} if self._nodes else {}), **({"releases": self.mechanism.releases} if self.mechanism else {}),
         }  # fmt: skip
 
+    def divide_by(self, ranks: int) -> None:
+        """Sets what a mean's sums are divided by from the next step on: how many ranks have gradients, if some take part with zeros. Every
+        rank must do so alike, between steps."""
+        self.divisor = ranks
+
     def _set_divisor(self, divisor: int | None) -> None:
         self.divisor = self.transport.size if divisor is None else divisor
         self._op = "sum" if divisor == 1 else "mean"  # also of one rank, whose state other numbers of ranks may get
@@ -546,12 +551,13 @@ class Driver:
         """Tells nodes apart without a host's name."""
         return hashlib.blake2b(self.transport.node.encode(), digest_size=8).hexdigest()
 
-    def load_state_dict(self, saved: Mapping[str, Any], specs: Iterable[TensorSpec] = ()) -> None:
+    def load_state_dict(self, saved: Mapping[str, Any], specs: Iterable[TensorSpec] = (), *, joining: bool = False) -> None:
         """Resumes bit for bit from what `state_dict` gave on the same rank. From another rank's state (a checkpoint of rank 0 alone) it
         takes what all ranks share; what is each rank's own starts anew, with a warning. Raises GraceError, and changes nothing, if the
-        state does not fit, or if the memory makes no sense without every rank's part (ef21, diana). specs: as for `read_state`."""
+        state does not fit, or if the memory makes no sense without every rank's part (ef21, diana). specs: as for `read_state`. joining:
+        whether this rank has just joined the others, so that its memory must start anew, and there is nothing to warn of."""
         states = self.read_state(saved, specs)
-        if foreign := saved["rank"] != self.transport.rank:
+        if (foreign := saved["rank"] != self.transport.rank) and not joining:
             warn_user(
                 f"this state was saved by rank {saved['rank']} and is loaded on rank {self.transport.rank}: this rank's memory starts at "
                 "zero. Save the state of every rank to resume exactly",

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...composition.grace import Grace
 from ...composition.making import grace
 from ...errors import GraceError, NamesError, ParameterError, UnsupportedDtypeError, UnsupportedError, few
+from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ...privacy.settings import Privacy, check_protects_ranks
 from ..optimizers import require_optimizer
@@ -36,7 +37,7 @@ from .hook_state import HookState
 from .ops import HostOps, TorchOps, describe
 from .private import SCALER, check_no_batch_norm
 from .session import Session, check_torch_optimizer
-from .transports import DistTransport, SingleTransport, transport_of_its_own
+from .transports import SingleTransport, transport_of_its_own
 
 
 def ddp_comm_hook(
@@ -116,7 +117,8 @@ def _check_takes_hooks(ddp: torch.nn.Module) -> None:
         way_out = "step the optimizer after backward()"
         raise UnsupportedError(taken.format("an optimizer that runs in the backward pass (_apply_optimizer_in_backward)", way_out))
     if ddp._comm_hooks:
-        raise UnsupportedError(taken.format(f"hook {ddp._comm_hooks[0][0].__qualname__}", "register one hook only"))
+        way_out = "register one hook only (and for torchft, use grace_ext.integrations.torchft)"
+        raise UnsupportedError(taken.format(f"hook {ddp._comm_hooks[0][0].__qualname__}", way_out))
     if getattr(ddp, "_use_python_reducer", False):
         raise UnsupportedError(
             "torch._dynamo.config.optimize_ddp is 'python_reducer', which traces hooks and cannot trace this one: use 'ddp_optimizer' "
@@ -187,10 +189,7 @@ class DDPState(HookState):
         """Returns the session. It is made at first use, because a module may be passed before there is a process group, or before it is
         on its device."""
         if self._made is None:
-            if not dist.is_initialized():
-                raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
-            if dist.get_world_size() == 1:
-                check_alone("torch")
+            self._check_world()
             check_parameters(self._parameters.items())  # checks again: it may be on several devices now
             self._made = Session(
                 self._grace,
@@ -201,12 +200,23 @@ class DDPState(HookState):
                 read_lr=self._read_lr,
                 scaler=self._scaler,
                 check_start=self._check_start,
-                compressing=self._simulate or dist.get_world_size(self._group) > 1,
+                compressing=self._compresses(),
             )
             self._attach(self._made.driver)
         return self._made
 
-    def _transport(self, ops: HostOps | TorchOps) -> DistTransport | SingleTransport:
+    def _check_world(self) -> None:
+        """Raises GraceError if the ranks that exchange gradients cannot be known yet."""
+        if not dist.is_initialized():
+            raise GraceError("there is no process group yet; call torch.distributed.init_process_group() first")
+        if dist.get_world_size() == 1:
+            check_alone("torch")
+
+    def _compresses(self) -> bool:
+        """Whether gradients are compressed: there are other ranks, or it is a simulation."""
+        return self._simulate or dist.get_world_size(self._group) > 1
+
+    def _transport(self, ops: HostOps | TorchOps) -> Transport:
         if dist.get_world_size(self._group) == 1:
             return SingleTransport(ops)
         return transport_of_its_own(ops, self._group)
@@ -216,7 +226,7 @@ class DDPState(HookState):
         """The hook: takes one bucket. With the last bucket the step ends, and all futures get their results."""
         buffer = bucket.buffer()
         future: Future[torch.Tensor] = Future() if buffer.device.type == "cpu" else Future(devices=[buffer.device])
-        if dist.get_world_size(self._group) == 1 and not self._simulate and not self._grace.acts_alone:
+        if not self._compresses() and not self._grace.acts_alone:
             future.set_result(buffer)
             return future
         if buffer.is_sparse:

@@ -205,7 +205,8 @@ class Session:
         transport = make_transport(self.ops)
         driver.move(transport, None if average else 1)
         if moved is not None:
-            driver.load_state_dict({**moved, "state": {key: self.ops.upload(array) for key, array in moved["state"].items()}})
+            arrays = {key: self.ops.upload(array) for key, array in moved["state"].items()}
+            driver.load_state_dict({**moved, "state": arrays}, joining=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the driver's state, with torch tensors (so that `torch.load` reads them without pickle)."""
