@@ -3,6 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
+from ..compressors.base import sent_by
 from ..parts.requests import Gather
 from . import register
 from .base import Communicator, exchanged, fields_of
@@ -22,6 +25,15 @@ class _EveryPayload(Communicator):
     def send(self, ops, compressor, payload, spec, info, state, out=None):
         payloads = yield Gather(fields_of(compressor, spec), payload, by_broadcast=self.by_broadcast)
         return exchanged(ops, compressor, payload, compressor.combine(ops, payloads, spec, info, out), spec, info, state)
+
+    def sum_of_codes(self, ops, coder, name, x, spec, info):
+        own = coder.encode(ops, x)
+        payloads = yield Gather(coder.code_fields(name, len(x)), own, by_broadcast=self.by_broadcast)
+        total = np.zeros(len(x))
+        for rank, payload in enumerate(payloads):
+            with sent_by(rank, spec.name):
+                total += coder.decode(ops, payload, len(x))
+        return coder.decode(ops, own, len(x)), total
 
     def collectives(self, n, payload, dense):
         return [("broadcast" if self.by_broadcast else "allgather", payload)]

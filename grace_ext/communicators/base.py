@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..compressors.base import Compressor, Exchanged
 from ..compressors.fast_path import Payload
+from ..compressors.forms.coded import Coder
 from ..errors import IncompatiblePartsError
 from ..memories.base import Memory
 from ..parts.field import Field
@@ -18,6 +19,8 @@ from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..parts.ops import Array, Ops, Zeros
 
 
@@ -54,6 +57,13 @@ class Communicator(Part):
     ) -> Generator[Any, Any, Exchanged]:  # fmt: skip
         """Exchanges what was compressed already, if `carries_payloads`. The aggregate may be written to `out`."""
         raise NotImplementedError(f"{type(self).__name__} carries payloads, so it must define send()")
+
+    def sum_of_codes(
+        self, ops: Ops, coder: Coder, name: str, x: np.ndarray, spec: TensorSpec, info: StepInfo
+    ) -> Generator[Any, Any, tuple[np.ndarray, np.ndarray]]:
+        """Makes one round of a compressor that codes arrays (a Coder) and names this communicator in `rounds`: sums the ranks' x, which is
+        float64[count] on the host, by their codes. Returns (x as its own codes say it, the sum, which is equal on all ranks)."""
+        raise NotImplementedError(f"{type(self).__name__} sums no codes: only compressors that name it in `rounds` may ask it to")
 
     def init(self, ops: Ops, compressor: Compressor, spec: TensorSpec, info: StepInfo) -> State:
         """Returns the communicator's own state before the first step, if it has one."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from ..compressors.base import Compressor, Exchanged, sent_by
 from ..compressors.fast_path import Payload
 from ..errors import NOT_FLAGGED, IncompatiblePartsError, ParameterError, PayloadError
@@ -27,7 +29,8 @@ class ReduceScatter(Communicator):
     n = 2.
     State: `shard_residual`, float32, of this rank's shard, empty if it has none; with follow_rate also `shard_rate`, float[1], the learning
     rate it belongs to.
-    For compressors of fixed size without rounds or whole-tensor state.
+    For compressors of fixed size without whole-tensor state; and for 'lqsgd', whose factors are the shards: they need no second error
+    feedback.
     `feedback`: whether it keeps what the second compression loses. By default only if the compressor is biased; True is an error for an
     unbiased one, because error feedback of a random compressor of high variance grows without bound. follow_rate multiplies the second
     residual by lr_before / lr, as memory 'dist_ef_block' does with the first; it needs the learning rate, and a step with lr = 0 leaves
@@ -66,6 +69,13 @@ class ReduceScatter(Communicator):
 
     def check(self, compressor):
         super().check(compressor)
+        if compressor.rounds:
+            if self.feedback or self.follow_rate:
+                raise IncompatiblePartsError(
+                    f"{compressor} codes factors whose meaning changes with every step, so a residual of their means cannot be kept; use "
+                    "reduce_scatter without feedback=True and follow_rate=True"
+                )
+            return
         if compressor.summable and compressor.selects:
             raise IncompatiblePartsError(
                 f"{compressor.name!r} payloads can be summed as they are, and compressing the mean again would pick other positions; use "
@@ -95,7 +105,7 @@ class ReduceScatter(Communicator):
 
     def keeps_state(self, compressor):
         wanted = not compressor.unbiased if self.feedback is None else self.feedback
-        return wanted and compressor.result != "vote" and compressor.name != "none"
+        return wanted and compressor.result != "vote" and compressor.name != "none" and not compressor.rounds
 
     def init(self, ops, compressor, spec, info):
         if not self.keeps_state(compressor):
@@ -145,7 +155,37 @@ class ReduceScatter(Communicator):
         """Whether the optimizer multiplies this step's result by 0, so that what is sent is not applied."""
         return self.follow_rate and not self.learning_rate(info)
 
+    def sum_of_codes(self, ops, coder, name, x, spec, info):
+        ranges = shards(f"{spec.name} {name}", len(x), info.size)
+        counts = {rank: r.stop - r.start for rank, r in ranges.items()}
+        fields = {rank: coder.code_fields(name, count) for rank, count in counts.items()}
+        own = {rank: coder.encode(ops, x[r]) for rank, r in ranges.items()}
+        received, payload = (yield Scatter(fields, own)), ()
+        if info.rank in ranges:
+            total = np.zeros(counts[info.rank])
+            for rank, its in enumerate(received):
+                with sent_by(rank, spec.name):
+                    total += coder.decode(ops, its, len(total))
+            payload = coder.encode(ops, total / info.size)
+        means = []
+        for (rank, count), its in zip(counts.items(), (yield Gather(fields.get(info.rank, ()), payload, by_rank=fields)), strict=True):
+            with sent_by(rank, spec.name):
+                means.append(coder.decode(ops, its, count))
+        decoded = [coder.decode(ops, own[rank], count) for rank, count in counts.items()]
+        return np.concatenate(decoded), np.concatenate(means) * info.size
+
+    def _coded_bytes(self, coder, spec, n):
+        """Returns the bytes of what one of n ranks hands to collectives for coded arrays: all their shards, and the largest once more."""
+        total = 0
+        for name, count in coder.coded(spec).items():
+            sizes = [r.stop - r.start for r in shards(f"{spec.name} {name}", count, n).values()]
+            each = [sum(field.max_bytes for field in coder.code_fields(name, size)) for size in sizes]
+            total += sum(each) + max(each)
+        return total
+
     def input_bytes(self, compressor, spec, n):
+        if compressor.rounds:
+            return self._coded_bytes(compressor, spec, n)
         specs = [_shard(spec, spec.name, r) for r in shards(spec.name, spec.size, n).values()]
         second = compressor.recompressor()
         return sum(compressor.nbytes(s) for s in specs) + max(second.nbytes(s) for s in specs)

@@ -12,8 +12,8 @@ A report is {'step', 'rank', 'size', 'committed', 'measured_at', 'total': values
                           with the additional rounds in which an engine carries a collective that it lacks by others
     dense_bytes, ratio    bytes of the gradient itself, and dense_bytes / bytes (None if nothing was sent)
     relative_error        ||C(p) - p|| / ||p|| of what was compressed, p, at step `measured_at` (None if p = 0, or not finite)
-    total_error           the sum of ||C(p) - p||^2 over the steps that were measured closely so far; over all steps with every=1 (the total error
-                          of Sahu et al. 2021, which bounds what compression costs a training with error feedback)
+    total_error           the sum of ||C(p) - p||^2 over the steps that were measured closely so far; with every=1 over all steps: the total
+                          error of Sahu et al. 2021, which bounds what compression costs a training with error feedback
     gradient_norm         norm of this rank's gradient (in two levels: of its node's) at that step
     residual_norm         norm of the residual after that step (None if the memory keeps no residual)
     encode_seconds        time from a gradient to its last collective; in total with packing. This and the next two are means over the steps

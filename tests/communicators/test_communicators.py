@@ -211,7 +211,7 @@ def travelled(seen, size: int) -> float:
         "efsignsgd + residual @ allgather", "efsignsgd + residual @ broadcast", "efsignsgd(block=64) + residual @ reduce_scatter",
         "topk(ratio=0.1) + residual @ allgather", "topk(ratio=0.1) + residual @ reduce_scatter", "qsgd(bits=4) + none @ reduce_scatter",
         "none + none @ allreduce", "randomk(ratio=0.1) + residual @ allreduce", "powersgd(rank=2) + residual @ allreduce",
-        "signsgd + none @ allgather", "lqsgd + residual @ allgather",
+        "signsgd + none @ allgather", "lqsgd + residual @ allgather", "lqsgd(rank=100) + residual @ reduce_scatter",
     ],
 )  # fmt: skip
 def test_bytes_sent_is_what_travels(spec, size):
@@ -223,6 +223,19 @@ def test_bytes_sent_is_what_travels(spec, size):
     tensor = TensorSpec("w", shape)
     said = g.communicator.bytes_sent(size, g.compressor.nbytes(tensor), tensor.nbytes)
     assert abs(travelled(seen, size) / said - 1) < 0.12, (travelled(seen, size), said)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 16])
+def test_lqsgd_by_reduce_scatter_sends_less_than_powersgd(size):
+    """At any number of ranks, as its all-to-all and its gather carry each factor once, in codes, which gathers of all ranks' do not."""
+    travels, shape = {}, {f"w{i}": (300, 200) for i in range(8)}
+    for spec in ("powersgd(rank=4) + residual", "lqsgd(rank=4) + residual", "lqsgd(rank=4) + residual @ reduce_scatter"):
+        g = grace_ext.grace(spec)
+        with tapped() as seen:
+            NUMPY.step(NUMPY.cluster(g, size), inputs.ranks(size, 0, shapes=shape))
+        travels[spec] = travelled(seen, size)
+    dense, gathered, scattered = travels.values()
+    assert 0.24 < scattered / dense < 0.33 and (gathered < dense) == (size < 8), travels
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])

@@ -27,6 +27,7 @@ def test_wire_bytes(world, spec, dtype):
     """wire_bytes equals what each rank handed to collectives, and is at most the declared payloads plus headers and flags."""
     g, size = grace_ext.grace(spec), 2
     cluster = world.cluster(g, size)
+    twice = any(leaf.compressor.rounds and leaf.communicator.name == "reduce_scatter" for leaf in g.leaves)  # an all-to-all in each round
     declared = sum(g.nbytes(TensorSpec(name, shape, dtype)) for name, shape in inputs.SHAPES.items())
     for step in range(2):
         with tapped() as seen:
@@ -34,7 +35,7 @@ def test_wire_bytes(world, spec, dtype):
         assert cluster.wire_bytes == [sum(s.nbytes[rank] for s in seen) for rank in range(size)]
         # A message has a header (an all-to-all has one per rank), a sum has a flag element.
         overhead = sum({"allreduce": ITEMSIZE[s.dtype], "alltoall": size * HEADER.size}.get(s.kind, HEADER.size) for s in seen)
-        assert len(seen) <= 4 and overhead <= 4 * HEADER.size
+        assert len(seen) <= 4 and overhead <= (6 if twice else 4) * HEADER.size
         assert max(cluster.wire_bytes) <= declared + overhead
         if g.compressor.fixed_size and g.memory.sends == 1 and g.compressor.mean_nbytes(MATRIX) == g.compressor.nbytes(MATRIX):
             assert max(cluster.wire_bytes) == declared + overhead or "reduce" in spec  # with shards, ranks send different amounts

@@ -139,36 +139,39 @@ def coded(x: np.ndarray, bits: int, alpha: float) -> np.ndarray:
     return scale * np.sign(x) * ((1 + alpha) ** (level / levels) - 1) / alpha
 
 
-def lqsgd(q: np.ndarray, bits: int, alpha: float):
-    """Returns LQ-SGD with Gram-Schmidt's P, because the codes of Q depend on the basis, not only on its span."""
+def lqsgd(q: np.ndarray, bits: int, alpha: float, again: bool):
+    """Returns LQ-SGD with Gram-Schmidt's P, because the codes of Q depend on the basis, not only on its span. again: whether means are
+    coded once more."""
+    code_mean = (lambda x: coded(x, bits, alpha)) if again else (lambda x: x)
 
     def oracle(p):
         nonlocal q
         matrices = [x.reshape(x.shape[0], -1) for x in p]
-        average = oracles.mean([coded(m @ q, bits, alpha) for m in matrices])
+        average = code_mean(oracles.mean([coded(m @ q, bits, alpha) for m in matrices]))
         basis, sizes = np.linalg.qr(average)
         basis = basis * np.sign(np.diag(sizes))
         own = [coded(m.T @ basis, bits, alpha) for m in matrices]
-        q = oracles.mean(own)
+        q = code_mean(oracles.mean(own))
         return (basis @ q.T).reshape(p[0].shape), [(basis @ x.T).reshape(p[0].shape) for x in own]
 
     return oracle
 
 
 @RUNS
+@pytest.mark.parametrize("communicator", ["allgather", "reduce_scatter"])
 @pytest.mark.parametrize("memory", ["none", "residual", "powersgd"])
 @pytest.mark.parametrize(("rank", "bits", "alpha"), [(1, 8, 10.0), (2, 8, 10.0), (2, 4, 100.0), (1, 2, 0.001), (2, 12, 1000.0)])
-def test_lqsgd(world, rank, bits, alpha, memory, size):
+def test_lqsgd(world, rank, bits, alpha, memory, communicator, size):
     """Each step equals the oracle's from the library's own state, up to one step of the scale: in float32 a value on the border of two
     codes may get either. Most results are equal."""
-    g = grace_ext.grace(f"lqsgd(rank={rank}, bits={bits}, alpha={alpha}) + {memory}")
+    g = grace_ext.grace(f"lqsgd(rank={rank}, bits={bits}, alpha={alpha}) + {memory} @ {communicator}")
     cluster, close = world.cluster(g, size), []
     for step in range(STEPS):
         given = gaussian(size, step, MATRIX)
         held = states(cluster, world) if step else [{}] * size
         q = held[0]["lqsgd_q/w"].reshape(rank, 18).T.astype(np.float64) if step else start(MATRIX, rank)
         p = [x.astype(np.float64) + (h["residual/w"].reshape(MATRIX) if step and memory != "none" else 0) for x, h in zip(given, held)]  # noqa: B905
-        wanted, sent = lqsgd(q, bits, alpha)(p)
+        wanted, sent = lqsgd(q, bits, alpha, communicator == "reduce_scatter")(p)
         got = world.step(cluster, [{"w": x} for x in given])["w"]
         worst = np.abs(got - wanted).max() / np.abs(wanted).max()
         close.append(worst <= 1e-4)
@@ -194,6 +197,14 @@ def test_lqsgd_on_the_wire(world, communicator):
         assert np.array_equal(out["w"], world.step(other, given)["w"])
     world.step(dense := world.cluster(g, 2), [{"v": np.ones(VECTOR, np.float32)}] * 2)
     assert dense.wire_bytes == [4 * 50 + 24] * 2
+
+
+def test_lqsgd_by_reduce_scatter_keeps_no_second_residual():
+    g = grace_ext.grace("lqsgd + residual @ reduce_scatter")
+    assert not g.communicator.keeps_state(g.compressor)
+    for knobs in ("feedback=True", "follow_rate=True"):
+        with pytest.raises(IncompatiblePartsError, match="a residual of their means cannot be kept"):
+            grace_ext.grace(f"lqsgd + residual @ reduce_scatter({knobs})")
 
 
 def test_lqsgd_checks_what_arrives():
@@ -250,7 +261,7 @@ def test_the_mean_is_a_mean(world, text):
 def test_rounds_are_not_dropped_in_silence():
     """GRACE's bug 3: PowerSGD over its allgather gives zero gradients. Here such a composition is rejected, with what to use instead."""
     pairs = [(text, c) for text in ("powersgd", "powersgd_plus") for c in ("allgather", "broadcast", "reduce_scatter", "sparse_allreduce")]
-    for text, communicator in [*pairs, ("lqsgd", "allreduce"), ("lqsgd", "reduce_scatter"), ("lqsgd", "sparse_allreduce")]:
+    for text, communicator in [*pairs, ("lqsgd", "allreduce"), ("lqsgd", "sparse_allreduce")]:
         with pytest.raises(IncompatiblePartsError, match="use communicator 'all"):
             grace_ext.grace(f"{text} + residual @ {communicator}")
 
