@@ -119,23 +119,27 @@ def replay(spec: str, gave: list[Gave], steps: list[Step]) -> dict[str, np.ndarr
         there = sorted((g.rank, g.name) for g in gave if (g.step, g.quorum) == (number, quorum) and g.takes_part)
         names = [name for _, name in there]
         cluster = grace_ext.LocalCluster(spec, len(names), framework="torch")
-        holder = next((memories[name] for name in names if name in memories), None)
-        if holder is None:  # the first step
+        if not memories:  # the first step
             with torch.no_grad():
                 for parameter in net.parameters():
                     parameter.add_(0.01 * names[0])
         else:
-            empty = {path: 0 * x if path.startswith("residual/") else x for path, x in holder["state"].items()}
-            own = [memories[name]["state"] if name in memories else empty for name in names]
-            states = [{**holder, "rank": rank, "size": len(names), "state": state} for rank, state in enumerate(own)]
+            some = next(iter(memories.values()))
+            states = [{**memories.get(name, anew(some)), "rank": rank, "size": len(names)} for rank, name in enumerate(names)]
             cluster.load_state_dict({"version": 1, "ranks": states})
         mean = cluster.step([gradients(net, name, number) for name in names], lr=0.05)
         for name, parameter in net.named_parameters():
             parameter.grad = mean[name]
         optimizer.step()
-        counted = {step.about.name for step in steps if step.about.step == number}
-        memories = {name: state for name, state in zip(names, cluster.state_dict()["ranks"], strict=True) if name in counted}
+        after = dict(zip(names, cluster.state_dict()["ranks"], strict=True))
+        counted = [step.about.name for step in steps if step.about.step == number]
+        memories = {name: after.get(name, anew(after[names[0]])) for name in counted}
     return training.weights_of(net)
+
+
+def anew(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the memory of a replica that has not sent any gradient: what all share, and zeros."""
+    return {**state, "state": {path: 0 * x if path.startswith("residual/") else x for path, x in state["state"].items()}}
 
 
 def gradients(net: torch.nn.Module, name: int, step: int) -> dict[str, torch.Tensor]:
