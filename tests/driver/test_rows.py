@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
 import grace_ext
 from grace_ext.arrays import libraries
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.composition.sharing import check_sharing, shares_rows
 from grace_ext.driver.driver import Driver
 from grace_ext.errors import ParameterError, UnsupportedError
@@ -40,9 +40,9 @@ class Replicas:
     """Simulates replicas x shards, each a driver of its own; collectives of a group are matched by their order, as torch.distributed does.
     Who is ahead differs from step to step."""
 
-    def __init__(self, g, replicas, shards, shapes, bucket_bytes=2000):
+    def __init__(self, g, replicas, shards, shapes, bucket_bytes=2000, ops=None):
         self.grace = grace_ext.grace(g)
-        self.ops, self.places = libraries.ops_for_framework("numpy"), [(r, s) for r in range(replicas) for s in range(shards)]
+        self.ops, self.places = ops or libraries.ops_for_framework("numpy"), [(r, s) for r in range(replicas) for s in range(shards)]
         self.shapes, self.shards, self.turn = shapes, shards, np.random.default_rng(1)
         self.drivers = {}
         for r, s in self.places:
@@ -62,10 +62,10 @@ class Replicas:
 
     def step(self, gradients):
         """Exchanges the whole gradients of each replica. Returns, by replica, the whole results."""
-        parts = {(r, s): {n: self.part(x, s) for n, x in gradients[r].items()} for r, s in self.places}
+        upload, host = self.ops.upload, self.ops.host
+        parts = {(r, s): {n: upload(self.part(x, s)) for n, x in gradients[r].items()} for r, s in self.places}
         found = self.run({place: driver.exchange(parts[place]) for place, driver in self.drivers.items()})
-        whole = partial(np.concatenate, axis=0)
-        return [{n: whole([found[r, s][n] for s in range(self.shards)]) for n in self.shapes} for r in range(len(gradients))]
+        return [{n: np.concatenate([host(found[r, s][n]) for s in range(self.shards)]) for n in self.shapes} for r in range(len(gradients))]
 
     def run(self, effects):
         started, results = defaultdict(dict), {}  # by (group, number): the collectives of its members
@@ -104,18 +104,18 @@ class Replicas:
         return key in results
 
 
-def gradients_of(step, replicas, rank=2):
+def gradients_of(step, replicas, rank=2, shapes=SHAPES):
     """Returns the gradients of each replica: mostly of this rank, and the same directions at all steps. (If directions of about one size
     took turns in the residual, a rounding would decide which comes first, and grow from step to step, with whole matrices, too.)"""
     lasting, rng, found = np.random.default_rng(99), np.random.default_rng(step), []
-    sides = {name: (shape[0], int(np.prod(shape[1:]))) for name, shape in SHAPES.items()}
+    sides = {name: (shape[0], int(np.prod(shape[1:]))) for name, shape in shapes.items()}
     bases = {name: [lasting.standard_normal((rank, n)) for n in both] for name, both in sides.items()}
     for _ in range(replicas):
         one = {}
         for name, (u, v) in bases.items():
             sizes = 4 + rng.random(rank)
             x = (u.T * sizes) @ v + 0.3 * rng.standard_normal((u.shape[1], v.shape[1]))
-            one[name] = x.reshape(SHAPES[name]).astype(np.float32)
+            one[name] = x.reshape(shapes[name]).astype(np.float32)
         found.append(one)
     return found
 
@@ -154,6 +154,31 @@ def test_equals_the_exchange_of_whole_matrices(g, shards):
 
 
 @pytest.mark.parametrize("shards", [2, 3, 8])
+def test_vectors_of_any_length(shards):
+    """Vectors beside the matrices, whose payloads' lengths are exchanged first, and which some ranks have nothing of, change no order."""
+    g = f"by_size(min_elements=100, small=threshold(threshold=0.5) + residual, large={POWERSGD})"
+    shapes = {f"{i}.{kind}": shape for i in range(5) for kind, shape in (("w", (20 + i, 30)), ("b", (20 + i,)), ("n", (3,)))}
+    cluster, sharded = grace_ext.LocalCluster(g, 2), Replicas(g, 2, shards, shapes, bucket_bytes=200)
+    assert len(sharded.drivers[0, 0].buckets) > 4
+    for step in range(4):
+        gradients = gradients_of(step, 2, shapes=shapes)
+        expected, results = cluster.step(gradients), sharded.step(gradients)
+        assert all(off_by(results[0][name], expected[name]) < 1e-5 for name in shapes)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_without_kernels(framework):
+    """Plain arrays, and tensors as on a GPU, give the same."""
+    ops = NumpyOps() if framework == "numpy" else pytest.importorskip("grace_ext.frameworks.torch.ops").TorchOps("cpu")
+    for g in (POWERSGD, "powersgd_plus(rank=2, refresh_period=4) + residual"):
+        cluster, sharded = grace_ext.LocalCluster(g, 2), Replicas(g, 2, 8, SHAPES, ops=ops)
+        for step in range(5):
+            gradients = gradients_of(step, 2)
+            expected, results = cluster.step(gradients), sharded.step(gradients)
+            assert all(off_by(results[0][name], expected[name]) < 1e-5 for name in SHAPES)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 8])
 def test_bytes(shards):
     """A replica sends r (a + b) floats per matrix, and a float per shard, bucket and round; a rank no more than its rows and its share."""
     shapes = {name: shape for name, shape in SHAPES.items() if name != "bias"}
@@ -168,14 +193,22 @@ def test_bytes(shards):
     assert payloads == sum(4 * 2 * (shape[0] + int(np.prod(shape[1:]))) for shape in shapes.values())
 
 
+def shared_buckets(replicas):
+    """Returns the names in each bucket of shared matrices, which must be the same on all ranks."""
+    found = [[[spec.name for spec in b.specs] for b in d.buckets if b.specs[0].rows] for d in replicas.drivers.values()]
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
 def test_ranks_that_hold_rows_make_the_same_buckets():
     """Uneven shards fill buckets of other parameters differently, but not those of shared matrices."""
     shapes = {f"{i}.{kind}": shape for i in range(6) for kind, shape in (("w", (9, 40)), ("b", (9,)), ("n", (7,)))}
     sharded = Replicas(POWERSGD, 2, 4, shapes, bucket_bytes=900)
-    shared = {tuple(tuple(b.names) for b in d.buckets if b.specs[0].rows) for d in sharded.drivers.values()}
-    assert len(shared) == 1 and len(shared.pop()) > 1
+    assert len(shared_buckets(sharded)) > 1
     for d in sharded.drivers.values():
         assert all(len({spec.rows is None for spec in bucket.specs}) == 1 for bucket in d.buckets)
+    one_is_small = Replicas(POWERSGD, 2, 2, {"b": (30, 40), "a": (33, 1000)}, bucket_bytes=10**6)  # the second shard of a
+    assert shared_buckets(one_is_small) == [["b", "a"]]
 
 
 def test_what_is_not_finite_on_one_rank_skips_the_step_on_all():
