@@ -53,7 +53,7 @@ $(VENV)/.demo-installed: setup.cfg pyproject.toml | $(PY)
 $(VENV)/.all-installed: $(VENV)/.demo-installed
 	@echo "installing TensorFlow, MPI and the tests' needs into $(VENV) ..."
 	$(PIP) "$(TENSORFLOW)"
-	$(PIP) -e '.[torch,tensorflow,mpi,horovod,privacy,examples,trainers,dev]'
+	$(PIP) -e '.[torch,tensorflow,mpi,horovod,privacy,examples,trainers,torchft,dev]'
 	@touch $@
 
 $(OLDEST)/.installed: setup.cfg pyproject.toml

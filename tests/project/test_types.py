@@ -51,7 +51,7 @@ import grace_ext.frameworks.numpy as gnp
 """
 #: The checker's settings. To follow the imports of the trainers takes minutes.
 SETTINGS = """[mypy]
-[mypy-accelerate.*,lightning.*,ray.*,transformers.*]
+[mypy-accelerate.*,lightning.*,ray.*,torchft.*,transformers.*]
 follow_imports = skip
 """
 TORCH, TENSORFLOW = "import grace_ext.frameworks.torch as hvd", "import grace_ext.frameworks.tensorflow as hvd"
