@@ -121,6 +121,8 @@ class PowerSGD(_TwoSums):
     input) or P Q^T (feedback='mean', as in the paper's code and PyTorch). A column of P that is zero or dependent becomes zero, and
     its column of Q is kept for the next step: a zero or rank-deficient gradient gives no NaN and loses no subspace. If Q overflows,
     nothing is sent.
+    If ranks share the rows of a matrix (shards of a model, `fsdp_hook(..., share_low_rank=True)`), each exchanges its rows of P and an
+    equal share of Q, and sums over these ranks give all of them P and Q of the whole matrix.
     Biased: pair with 'residual'. A rank of 1 to 4 is usual; a higher one costs bytes and orthogonalization time.
     Source: Vogels et al. 2019, alg. 1.
     """

@@ -69,6 +69,7 @@ class PowerSGDPlus(_TwoSums):
     refresh='svd' is exact and takes O(a b min(a, b)) on rank 0, seconds for thousands of rows; 'randomized' makes `iterations` power
     iterations from a fresh Gaussian instead, O(a b r) each. A longer period costs less and lets the subspace lag behind; at a
     refresh the mean is contracted with delta = r / min(a, b), between refreshes nothing is promised (as for powersgd).
+    Ranks may share the rows of a matrix, as with powersgd; at a refresh each of them then holds the mean of the whole matrix.
     Biased: pair with 'residual'. Source: Xie, Chen, Yuan 2025; that rank 0 computes the decomposition, and its form, are ours.
     """
 

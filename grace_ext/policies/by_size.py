@@ -14,6 +14,7 @@ class BySize(Policy):
     """Chooses one spec for small tensors and another for large ones.
 
     A tensor of fewer than `min_elements` elements goes through `small`, by default dense, every other one through `large`.
+    If ranks share the rows of a matrix (`fsdp_hook(..., share_low_rank=True)`), the whole matrix counts.
     Biases and normalisation scales are a thousandth of a model's bytes, and compressing them costs a header and a call each. A higher
     limit sends more bytes and compresses less of what is sensitive. The choice is the same at every step. State: none.
     Source: common practice; torch_cgx bypasses tensors under 1,024 elements without being asked.

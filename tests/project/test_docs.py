@@ -22,7 +22,7 @@ def run(command: list[str], **more: str) -> subprocess.CompletedProcess:
 
 #: The files whose tests docs/faults.md names: all of them, or some.
 WHOLE_IN_FAULTS = ("jobs/scripts_job.py", "jobs/refused_job.py", "jobs/tf_scripts_job.py")
-SHARDED_IN_FAULTS = ("jobs/fsdp_use_job.py", "jobs/fsdp_refused_job.py")
+SHARDED_IN_FAULTS = ("jobs/fsdp_use_job.py", "jobs/fsdp_refused_job.py", "jobs/fsdp_low_rank_job.py")
 JOBS_IN_FAULTS = (*WHOLE_IN_FAULTS, "jobs/flat_job.py", *SHARDED_IN_FAULTS, "jobs/tf_job.py", "test_launchers.py")
 
 

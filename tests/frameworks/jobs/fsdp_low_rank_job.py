@@ -157,6 +157,17 @@ def case_loss_scaling():
     assert_equal(model, in_whole(POWERSGD, range(6))[0], 1e-5)
 
 
+def case_metrics():
+    """Metrics count what goes between replicas, as wire_bytes does, and ranks can be compared."""
+    model, optimizer, state = shared()
+    state.measure(every=1)
+    train(model, optimizer, range(3))
+    report = state.metrics()
+    assert report["total"]["bytes"] == state.wire_bytes and report["total"]["residual_norm"] > 0
+    assert report["parameters"]["2.weight"]["bytes"] == 4 * 2 * ((17 if SHARD == 0 else 16) + 32 // 2)
+    hvd.check_agreement(state, model)
+
+
 def case_resume():
     """A state resumes bit for bit, and only with the same setting."""
     first = shared(revocable=True)
@@ -218,7 +229,7 @@ def case_checkpoints_of_the_other_setting():
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
-def case_refused():
+def case_what_cannot_share_low_rank():
     model, mesh = sharded(make_model()), MESH["replicate"]
     for g, kind, text in (
         ("lqsgd(rank=2) + residual", ParameterError, "powersgd and powersgd_plus"),
