@@ -54,16 +54,24 @@ def labels_of(victim: Victim, leak: Leak, batch: int) -> torch.Tensor | None:
 
 def analytic(victim: Victim, target: Target, leak: Leak, batch: int) -> torch.Tensor:
     """Returns the inputs of the first layer, which is fully connected and has a bias. For one example dW = db x^T, and x is fitted to what
-    was observed of all rows, by least squares. For several, it returns dW_i / db_i of every row, each a mixture of some examples."""
+    was observed of all rows, by least squares. For several, it returns dW_i / db_i of every row: mixtures of the examples that reach it."""
     name = victim.first_layer()
     assert name is not None  # `applies` has asked
-    rows, shape = leak.decoded[f"{name}bias"], victim.inputs.shape[1:]
+    biases, weights = target[f"{name}bias"], target[f"{name}weight"]
+    rows, shape = spread(biases, leak.decoded[f"{name}bias"].numel()).float(), victim.inputs.shape[1:]
     if batch == 1:
-        found = _fitted(target[f"{name}weight"], rows, shape.numel()).reshape(1, *shape)
+        found = _fitted(weights, rows, shape.numel()).reshape(1, *shape)
     else:
         kept = rows != 0
-        found = (leak.decoded[f"{name}weight"][kept] / rows[kept, None]).reshape(-1, *shape)
+        found = (spread(weights, leak.decoded[f"{name}weight"].numel()).reshape(len(rows), -1)[kept] / rows[kept, None]).reshape(-1, *shape)
     return found.clamp(*victim.box)
+
+
+def spread(observed: Observed, size: int) -> torch.Tensor:
+    """Returns what was observed as a gradient of this many elements, zero where nothing is known: the operator's transpose of the values.
+    The transpose of a linear operator is its derivative, applied to a vector."""
+    anywhere = torch.zeros(size, requires_grad=True)
+    return torch.autograd.grad(observed.operator(anywhere), anywhere, observed.values)[0]
 
 
 def _fitted(observed: Observed, rows: torch.Tensor, size: int, steps: int = 50) -> torch.Tensor:
@@ -75,7 +83,6 @@ def _fitted(observed: Observed, rows: torch.Tensor, size: int, steps: int = 50) 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return observed.operator((rows[:, None] * x).reshape(-1).to(raw.dtype)).double()
 
-    # The transpose of a linear operator is its derivative, applied to a vector.
     anywhere = torch.zeros(size, dtype=torch.float64, requires_grad=True)
 
     def backward(y: torch.Tensor) -> torch.Tensor:
@@ -127,7 +134,7 @@ def variation(x: torch.Tensor) -> torch.Tensor:
 
 
 def dlg(
-    victim: Victim, target: Target, labels: torch.Tensor, generator: torch.Generator, tick: Tick, steps: int = 20, starts: int = 3
+    victim: Victim, target: Target, labels: torch.Tensor, generator: torch.Generator, tick: Tick, steps: int = 40, starts: int = 2
 ) -> torch.Tensor:
     """Returns inputs whose gradient equals the target (Zhu et al. 2019), by L-BFGS on inputs and labels together. It often diverges: of
     several starts the best match counts. If the loss is not the cross-entropy, the labels are those that the bias gives."""
@@ -162,6 +169,6 @@ def _matched(
 
     for _ in range(steps):
         before, cost = cost, float(optimizer.step(closure).detach())
-        if not EQUAL * float(wanted.square().sum()) < cost < 0.999 * before:
+        if not EQUAL * float(wanted.square().sum()) < cost < 0.99 * before:
             break
     return float(closure().detach())

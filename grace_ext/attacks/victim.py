@@ -135,10 +135,10 @@ def _try(name: str, victim: Victim) -> None:
         raise ModelError(f"{name!r} has no parameters that are trained (requires_grad), so nothing would be sent")
     try:
         scores = victim.scores(one)
+        if scores.ndim != 2 or len(scores) != 2:
+            raise ValueError(f"it returns scores of shape {list(scores.shape)} for two inputs, expected [2, classes]")
         gradients = victim.gradients(one, victim.targets[:2])
     except Exception as error:  # the user's own code
         raise ModelError(f"{name!r} fails on inputs of shape {list(one.shape)}: {type(error).__name__}: {error}. {HOW}") from error
-    if scores.ndim != 2 or len(scores) != 2:
-        raise ModelError(f"{name!r} returns scores of shape {list(scores.shape)} for two inputs, expected [2, classes]. {HOW}")
     if not any(bool(g.any()) for g in gradients.values()):
         raise ModelError(f"{name!r} has a gradient of zeros on its first two inputs, so nothing could be recovered from it: check its loss")

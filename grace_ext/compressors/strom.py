@@ -9,6 +9,7 @@ from ..errors import PayloadError
 from ..parts.field import Field
 from ..parts.part import knob
 from . import register
+from .base import Observed, whole
 from .forms.positions import decode_indices, encode_indices, index_bytes
 from .forms.sparse import AtPositions, count_field, expect_bytes, get_count, index_field, index_knob, put_count
 
@@ -66,6 +67,10 @@ class Strom(AtPositions):
         width = (int(levels.max()).bit_length() if count else 0) + 1
         codes = ops.pack(levels * 2 + ops.as_int(chosen >= 0), width) if count else index[:0]
         return (put_count(ops, count), ops.to_bytes(ops.arange(1) + width, "int8"), index, codes), state
+
+    def observed(self, ops, payload, spec, info, state):
+        """An element that is not sent is below the threshold, which says as much of it as the threshold does of one that is."""
+        return Observed(self.decompress(ops, payload, spec, info), whole)
 
     def decoded(self, ops, payload, spec, info):
         count = get_count(ops, payload[0], spec.size, spec.size)
