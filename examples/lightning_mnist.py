@@ -27,7 +27,8 @@ class Digits(L.LightningModule):
         return torch.nn.functional.cross_entropy(self.network(x), y)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=arguments.epochs)]
 
 
 class Progress(L.Callback):
@@ -47,7 +48,7 @@ class Progress(L.Callback):
 
 parser = argparse.ArgumentParser(description="Trains on MNIST digits with Lightning and compressed gradients")
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
-parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--epochs", type=int, default=12)
 parser.add_argument("--folder", default="demo/lightning", help="where checkpoints are saved; all hosts share it")
 parser.add_argument("--resume", help="the checkpoint to resume from, or 'last'")
 arguments = parser.parse_args()

@@ -15,7 +15,7 @@ from grace_ext.integrations.transformers import CompressionCallback
 
 parser = argparse.ArgumentParser(description="Trains on MNIST digits with Trainer and compressed gradients")
 parser.add_argument("--compression", default="topk(ratio=0.01) + residual")
-parser.add_argument("--epochs", type=float, default=3)
+parser.add_argument("--epochs", type=float, default=12)
 parser.add_argument("--folder", default="demo/transformers", help="where checkpoints are saved; all hosts share it")
 parser.add_argument("--resume", action="store_true")
 options = parser.parse_args()
@@ -41,7 +41,6 @@ trainer = Trainer(
         num_train_epochs=options.epochs,
         per_device_train_batch_size=32,
         learning_rate=0.05,
-        lr_scheduler_type="constant",
         optim="sgd",
         optim_args="momentum=0.9",
         save_strategy="epoch",
