@@ -217,6 +217,7 @@ class FSDPState(HookState):
         self._replicas, self._rows = replicas, rows
         self._passes, self._passed = passes, 0  # backward passes per step, and those of this step that have ended
         self._task: int | None = None  # autograd's number of the backward pass under way
+        self._results: dict[str, tuple[int, int] | None] = {}  # by name: the mark of what the last exchange has put into .grad
         self._computed: set[str] = set()  # the names that have a gradient of this step, and of them those that the session has
         self._put: set[str] = set()
         self._parameters = sharded_parameters(model, replicas)  # not the model, which keeps this object (_states)
@@ -299,7 +300,11 @@ class FSDPState(HookState):
             self._give(name, parameter)
 
     def _give(self, name: str, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise GraceError(
+                f"the gradient of {name!r} was removed between the backward passes of a step: backward_passes_per_step={self._passes} must "
+                "be the number of passes from one zero_grad() to the next"
+            )
         check_not_private(name, parameter)
         self._put.add(name)
         self._session().put(name, local_of(parameter.grad))
@@ -312,16 +317,29 @@ class FSDPState(HookState):
             return
         try:
             self._check_frozen()
+            self._check_whole()
             for name in self._parameters:
                 if name in self._computed and name not in self._put:  # its last gradient came in an earlier pass
                     self._give(name, self._parameters[name])
             results = self._session().finish(self._parameters, revocable=self._revocable)
             for name, result in results.items():
                 _set_gradient(self._parameters[name], result)
+                self._results[name] = _mark(self._parameters[name].grad)
         finally:
             self._passed = 0
             self._computed.clear()
             self._put.clear()
+
+    def _check_whole(self) -> None:
+        """Raises GraceError if this exchange would overwrite results of the last one: a step has more backward passes than were told."""
+        left = {n: p.grad for n, p in self._parameters.items() if n not in self._computed and n in self._results}
+        again = [name for name, gradient in left.items() if self._results[name] == _mark(gradient)]
+        if again:
+            raise GraceError(
+                f"{len(again)} parameters ({few(again)}) have no gradient in this backward pass, and still have the result of the last "
+                "exchange, which this one would overwrite. If a step has several backward passes, for parts of the model, give their "
+                "number as backward_passes_per_step; else call zero_grad() between steps"
+            )
 
     def _check_frozen(self) -> None:
         """Raises UnsupportedError if a parameter trains that did not when the model was hooked."""
@@ -348,6 +366,11 @@ def _check_not_reentrant() -> None:
 
 
 @torch.no_grad()
+def _mark(gradient: torch.Tensor | None) -> tuple[int, int] | None:
+    """Returns what changes if a gradient is written to, or another takes its place."""
+    return None if gradient is None else (local_of(gradient).data_ptr(), gradient._version)
+
+
 def _set_gradient(parameter: torch.nn.Parameter, result: torch.Tensor) -> None:
     """Puts a result into `.grad`, where it is already if the gradient's memory could be written over."""
     if parameter.grad is None:

@@ -149,6 +149,42 @@ def case_wrappers_around_a_sharded_model():
     raises(UnsupportedError, "hvd.fsdp_hook(g, model, mesh['replicate']", lambda: hvd.ddp_comm_hook(TOPK, model))
 
 
+def case_passes_that_were_not_told():
+    """A step of two backward passes, of which the first is for the last layer alone, as in losses that are made in chunks. If they are
+    not told, the second exchange would overwrite the result of the first."""
+
+    def passes(model, optimizer, step):
+        optimizer.zero_grad()
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1000 * step + hvd.rank()))
+        hidden = model[3](model[2](model[1](model[0](x))))
+        cut = hidden.detach().requires_grad_()
+        model[4](cut).square().mean().backward()
+        hidden.backward(cut.grad)
+
+    def whole(model, rank, step):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1000 * step + rank))
+        return model(x).square().mean()
+
+    def split():
+        model = make_model()
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer, mesh=MESH["shard"])
+        return model
+
+    model, optimizer, _ = hooked(model=split())
+    raises(GraceError, "give their number as backward_passes_per_step", lambda: passes(model, optimizer, 0))
+    told, optimizer, state = hooked(model=split(), backward_passes_per_step=2)
+    for step in range(6):
+        passes(told, optimizer, step)
+        optimizer.step()
+    assert_equal(told, in_clusters(loss=whole)[0], 1e-6)
+    assert state._made.driver.step == 6
+    model, optimizer, _ = hooked(model=split(), backward_passes_per_step=5)
+    passes(model, optimizer, 0)
+    passes(model, optimizer, 1)
+    raises(GraceError, "from one zero_grad() to the next", lambda: passes(model, optimizer, 2))
+
+
 def case_arguments_of_fsdp_hook():
     model, mesh = sharded(make_model()), MESH["replicate"]
     raises(ParameterError, "takes a module second", lambda: hvd.fsdp_hook(TOPK, sgd(model), mesh))

@@ -196,6 +196,20 @@ def case_layers_used_by_some_replicas():
         assert_equal(model, in_clusters(g, loss=loss, make=Layers)[0])
 
 
+def case_gradients_that_are_set_to_zero():
+    """With set_to_none=False a layer that is not used in a step still has a gradient, of zeros."""
+
+    def loss(model, rank, step):
+        return model(rank, step, [0, 1, 2, 3] if step % 2 else [3, 1])
+
+    model, optimizer, _ = hooked(model=sharded(Layers()))
+    for step in range(6):
+        optimizer.zero_grad(set_to_none=False)
+        loss(model, hvd.rank(), step).backward()
+        optimizer.step()
+    assert_equal(model, in_clusters(loss=loss, make=Layers)[0])
+
+
 def case_modules_called_one_by_one():
     """Each module that a script calls by itself is an outermost one for FSDP2, and its last gradients come late."""
 
