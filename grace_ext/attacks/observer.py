@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,15 @@ class _Eavesdropper(Observer):
 
 @dataclass(frozen=True)
 class Leak:
-    """Holds what one step gave away. decoded: the gradients that the payloads decode to. observed: what they say of the raw ones."""
+    """Holds what one step gave away. decoded: the gradients that the payloads decode to. sent: the payloads."""
 
     decoded: dict[str, torch.Tensor]
-    observed: dict[str, Observed]
+    sent: dict[str, Sent]
+
+    @cached_property
+    def observed(self) -> dict[str, Observed]:
+        """What the payloads say of the gradients that were compressed."""
+        return {name: sent.observed() for name, sent in self.sent.items()}
 
     @property
     def says_more(self) -> bool:
@@ -130,13 +136,19 @@ class ObservedRank:
             if leaf.communicator.two_level:
                 raise _in_pieces(leaf.communicator)
         self.cluster = LocalCluster(grace, 1, framework="torch")
+        self.privacy = grace.privacy
         self._eavesdropper = _Eavesdropper()
         self.cluster.drivers[0].observe(self._eavesdropper)
 
+    @property
+    def per_example(self) -> bool:
+        """Whether `step` takes the gradients of the examples, one by one, because each of them is made private."""
+        return self.privacy is not None and self.privacy.unit == "example"
+
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float | None = None) -> Leak:
-        """Makes one exchange, and returns what it gave away."""
-        self._eavesdropper.tapped.clear()
+        """Makes one exchange, and returns what it gave away of the gradients that were compressed."""
+        tapped = self._eavesdropper.tapped = {}
         copies = {name: gradient.detach().clone() for name, gradient in gradients.items()}
         result = self.cluster.step([copies], lr=lr)
         decoded = result[0] if isinstance(result, list) else result
-        return Leak(dict(decoded), {name: sent.observed() for name, sent in self._eavesdropper.tapped.items()})
+        return Leak(dict(decoded), tapped)

@@ -96,7 +96,8 @@ def leak_of(plan: Plan, spec: making.Spec, number: int) -> Leak:
     rank, leak = ObservedRank(spec), None
     for step in range(1, plan.step + 1):
         chosen = plan.chosen(number, step)
-        leak = rank.step(plan.victim.gradients(plan.victim.inputs[chosen], plan.victim.targets[chosen]), lr=RATE)
+        gradients = plan.victim.gradients_of_examples if rank.per_example else plan.victim.gradients
+        leak = rank.step(gradients(plan.victim.inputs[chosen], plan.victim.targets[chosen]), lr=RATE)
     assert leak is not None
     return leak
 

@@ -118,14 +118,14 @@ def applicable(asked: Sequence[str] | None, victim: Victim, model: str) -> list[
 
 
 def infer(model: str, specs: Sequence[str], bar: Progress) -> list[Membership]:
-    """Returns what membership inference finds with each spec, and with dense gradients that are private."""
+    """Returns what membership inference finds with each spec, and with dense gradients of private examples."""
+    from ..attacks.membership import PRIVATE
     from ..attacks.membership import infer as of
     from ..attacks.victim import victim
 
-    jobs = [*((spec, spec, False) for spec in specs), (f"{specs[0]}, each example private (noise 1, clip 1)", specs[0], True)]
-    task = bar.add_task("membership", total=len(jobs))
+    task = bar.add_task("membership", total=len(specs) + 1)
     tick = lambda done: bar.update(task, advance=done)  # noqa: E731
-    return [of(name, spec, lambda seed: victim(model, seed), tick, private=private) for name, spec, private in jobs]
+    return [of(spec, lambda seed: victim(model, seed), tick) for spec in (*specs, str(grace(PRIVATE)))]
 
 
 @contextmanager

@@ -128,8 +128,8 @@ def test_the_payload_is_what_the_collectives_carry(text):
     """Every piece that is attacked is part of the bytes of a collective, and together they are all of its payload."""
     rank = ObservedRank(f"{text} + none")
     with tapped() as seen:
-        rank.step({"w": matrix()})
-    pieces = rank._eavesdropper.tapped["w"].payload
+        leak = rank.step({"w": matrix()})
+    pieces = leak.sent["w"].payload
     wire = b"".join(collective.buffers[0] for collective in seen)
     carried = [piece.tobytes() for piece in pieces]
     if text == "scaled_int":  # an integer sum travels in wider integers in this cluster
@@ -186,10 +186,11 @@ def test_who_knows_the_compressor_recovers_no_less(digits, name):
 
 
 def test_noise_keeps_the_input_private(digits):
-    found = rows(study.Plan(digits, ["analytic"], images=3), "gaussian(clip=1, noise_multiplier=1) | none")
-    for attacker in inversion.ATTACKERS:
-        row = found["gaussian(clip=1, noise_multiplier=1) | none", "analytic", attacker]
-        assert row.psnr < 12 and row.ssim < 0.3
+    for spec in ("gaussian(clip=1, noise_multiplier=1) | none", "gaussian(unit='example', batch=1.0) | topk(ratio=0.1) + residual"):
+        found = rows(study.Plan(digits, ["analytic"], images=3), spec)
+        for attacker in inversion.ATTACKERS:
+            row = found[spec, "analytic", attacker]
+            assert row.psnr < 12 and row.ssim < 0.3
 
 
 def test_error_feedback_blurs_later_steps(digits):
@@ -247,8 +248,8 @@ def test_matching_gradients_recovers_an_image_and_its_label(small):
 def test_members_have_lower_losses_and_noise_hides_them():
     """A network that knows 100 digits by heart; compression changes nothing much, noise on each example does."""
     auc = {
-        name: membership.infer(name, spec, lambda seed: victim("mlp", seed), nothing, private=private, seeds=2, members=100, epochs=40)
-        for name, spec, private in (("dense", "none", False), ("topk", "topk(ratio=0.1) + residual", False), ("private", "none", True))
+        name: membership.infer(spec, lambda seed: victim("mlp", seed), nothing, seeds=2, members=100, epochs=40)
+        for name, spec in (("dense", "none"), ("topk", "topk(ratio=0.1) + residual"), ("private", membership.PRIVATE))
     }
     assert auc["dense"].train == 1 and auc["dense"].auc > 0.6
     assert auc["topk"].auc == pytest.approx(auc["dense"].auc, abs=0.02)
@@ -323,14 +324,14 @@ def test_the_command_prints_a_table_and_draws_a_picture(tmp_path):
 
 
 def test_the_command_prints_one_document(monkeypatch):
-    monkeypatch.setattr(membership, "infer", lambda name, *_, **__: membership.Membership(name, 0.5, 1.0, 0.9))
+    monkeypatch.setattr(membership, "infer", lambda spec, *_: membership.Membership(spec, 0.5, 1.0, 0.9))
     options = ["privacy", "topk(ratio=0.1)", "gaussian | none", "--model", "mlp", "--attack", "analytic", "--images", "1", "--membership"]
     done = CliRunner().invoke(app, [*options, "--json"])
     found = json.loads(done.stdout)
     specs = ["none @ allreduce", "topk(ratio=0.1) + residual @ allgather", "gaussian(clip=1.0, noise_multiplier=1.0) | none @ allreduce"]
     assert [row["spec"] for row in found["rows"]] == [spec for spec in specs for _ in range(2)] + ["-"]
     assert [row["attacker"] for row in found["rows"][:2]] == ["naive", "adaptive"] and found["rows"][0]["psnr"] == 100
-    assert [row["spec"] for row in found["membership"]][:3] == specs and "private" in found["membership"][3]["spec"]
+    assert [row["spec"] for row in found["membership"]][:3] == specs and "unit='example'" in found["membership"][3]["spec"]
     assert found["verdict"].startswith("Compression is not a defence") and len(found["notices"]) == 1
 
 
