@@ -35,7 +35,10 @@ MODEL = (
     "\\[batch, ...] to scores \\[batch, classes]. The default loss is the cross-entropy; the default data are MNIST, \\[batch, 1, 28, 28] "
     "from 0 to 1."
 )
-ATTACK = "analytic (the first layer must be fully connected), dlg (L-BFGS) or cosine (Adam); may be repeated; default: all that apply."
+ATTACK = (
+    "analytic (the first layer must be fully connected), cosine (Adam) or dlg (L-BFGS, which is slow and often fails); may be repeated; "
+    "default: analytic if it applies, and cosine."
+)
 STEP = "The step that is attacked, after steps on other batches, with the same weights: error feedback adds to what is sent."
 MEMBERSHIP = "Also train on 500 examples with each spec, and with noise, and tell them from others by their losses."
 VERDICT = (
@@ -104,7 +107,7 @@ def texts(specs: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def applicable(asked: Sequence[str] | None, victim: Victim, model: str) -> list[str]:
-    """Returns the attacks that are asked for, or all that apply to the model. Raises ParameterError for one that is unknown or does not."""
+    """Returns the attacks that are asked for, or the usual ones. Raises ParameterError for one that is unknown or cannot be made."""
     for name in asked or ():
         if name not in ATTACKS:
             raise ParameterError(f"--attack is one of {', '.join(ATTACKS)}, got {name!r}")
@@ -114,7 +117,7 @@ def applicable(asked: Sequence[str] | None, victim: Victim, model: str) -> list[
             f"--attack analytic needs a model whose first layer is fully connected and has a bias, and that of {model!r} is another: use "
             "dlg or cosine, or --model mlp"
         )
-    return list(dict.fromkeys(asked or [name for name in ATTACKS if name != "analytic" or analytic]))
+    return list(dict.fromkeys(asked or (["analytic", "cosine"] if analytic else ["cosine"])))
 
 
 def infer(model: str, specs: Sequence[str], bar: Progress) -> list[Membership]:

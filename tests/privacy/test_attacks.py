@@ -23,6 +23,7 @@ from grace_ext.attacks import inversion, membership, study  # noqa: E402
 from grace_ext.attacks.observer import ObservedRank  # noqa: E402
 from grace_ext.attacks.victim import Victim, checked, mlp, mnist, victim  # noqa: E402
 from grace_ext.cli.app import app  # noqa: E402
+from grace_ext.cli.privacy import applicable  # noqa: E402
 from grace_ext.compressors.base import whole  # noqa: E402
 from grace_ext.errors import GraceError, ModelError, ParameterError, UnsupportedError  # noqa: E402
 from grace_ext.testing.worlds import tapped  # noqa: E402
@@ -342,6 +343,11 @@ def test_the_command_prints_one_document(monkeypatch):
 def test_mistakes_are_told_before_anything_is_attacked(options, told):
     outcome = CliRunner().invoke(app, ["privacy", *options])
     assert isinstance(outcome.exception, GraceError) and told in str(outcome.exception), outcome.exception
+
+
+def test_the_usual_attacks_are_those_that_are_quick(digits, small):
+    assert applicable(None, digits, "mlp") == ["analytic", "cosine"] and applicable(None, small, "small") == ["cosine"]
+    assert applicable(["dlg", "analytic", "dlg"], digits, "mlp") == ["dlg", "analytic"]
 
 
 def test_without_torch_the_command_says_what_to_install(monkeypatch):
