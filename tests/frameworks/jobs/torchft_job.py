@@ -35,7 +35,7 @@ PATIENCE = timedelta(seconds=10)
 
 
 def lighthouse(least: int) -> None:
-    server = LighthouseServer(bind="0.0.0.0:0", min_replicas=least, join_timeout_ms=500, heartbeat_timeout_ms=1500)
+    server = LighthouseServer(bind="0.0.0.0:0", min_replicas=least, join_timeout_ms=20000, heartbeat_timeout_ms=1500)
     print(server.address().rsplit(":", 1)[1], flush=True)
     signal.pause()
 
