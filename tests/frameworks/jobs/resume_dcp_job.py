@@ -26,11 +26,11 @@ class Job(resume_torch_job.Job):
 
     def states(self, ranks: int | None) -> dict:
         if isinstance(self.holder, hvd.LocalOptimizer):  # DistributedState has its optimizer, too
-            return {"model": self.model.state_dict(), "grace_ext": self.memory(ranks)}
+            return {"model": self.model.state_dict(), "grace_ext": self.distributed(ranks)}
         model, optimizer = get_state_dict(self.forward, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "grace_ext": self.memory(ranks)}
+        return {"model": model, "optimizer": optimizer, "grace_ext": self.distributed(ranks)}
 
-    def memory(self, ranks: int | None) -> hvd.DistributedState:
+    def distributed(self, ranks: int | None) -> hvd.DistributedState:
         return hvd.DistributedState(self.holder, ranks=ranks)
 
     def save(self, path: Path) -> None:
