@@ -64,7 +64,10 @@ def test_torch_wrapper(spec, plain):
     import grace_ext.frameworks.torch as hvd
 
     hvd.init()
-    got = torch_weights(spec, lambda optimizer, w: hvd.DistributedOptimizer(optimizer, named_parameters=[("w", w)], compression=spec))
+    try:
+        got = torch_weights(spec, lambda optimizer, w: hvd.DistributedOptimizer(optimizer, named_parameters=[("w", w)], compression=spec))
+    finally:
+        hvd.shutdown()  # other tests of this process begin without it
     assert np.allclose(got, with_momentum(spec, plain), rtol=1e-5, atol=1e-6)
 
 
