@@ -60,25 +60,23 @@ def signs(x: np.ndarray) -> np.ndarray:
 
 def paper(twice: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Computes 1-bit Adam as Tang et al. 2021 write it (algorithm 1): every worker adds its gradient to the momentum that all share, and
-    compresses the sum and its own error; with `twice` the server (here one per half of the elements) does the same with the mean. Adam's
+    compresses the sum and its own error; with `twice` the server (one rank, for so small a tensor) does the same with the mean. Adam's
     corrections of the bias and the decay of AdamW are added; the correction of the variance is that of the last dense step. Returns the
     weights after each step, and the workers' errors at the end."""
     x, m, v, path = np.ones(SHAPE), np.zeros(SHAPE), np.zeros(SHAPE), []
     worker, server = [np.zeros(SHAPE)] * RANKS, np.zeros(SHAPE)
-    pieces = (slice(0, 3), slice(3, 6)) if twice else (slice(None),)
-    compress = lambda p: np.concatenate([signs(p[piece]) for piece in pieces])  # noqa: E731
     for step in range(STEPS):
         t, each = step + 1, [B1 * m + (1 - B1) * g for g in gradients(step)]
         if t <= FREEZE:
             m, v = sum(each) / RANKS, B2 * v + (1 - B2) * (sum(gradients(step)) / RANKS) ** 2
         else:
             compensated = [own + error for own, error in zip(each, worker, strict=True)]
-            sent = [compress(p) for p in compensated]
+            sent = [signs(p) for p in compensated]
             worker = [p - s for p, s in zip(compensated, sent, strict=True)]
             m = sum(sent) / RANKS
             if twice:
                 whole = m + server
-                m = compress(whole)
+                m = signs(whole)
                 server = whole - m
         x = x - LR * DECAY * x
         x = x - LR * (m / (1 - B1**t)) / (np.sqrt(v / (1 - B2 ** min(t, FREEZE))) + EPS)
