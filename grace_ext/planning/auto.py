@@ -63,6 +63,7 @@ class Auto(Policy):
     varies: ClassVar[bool] = True
     learns: ClassVar[bool] = True
     whole_model: ClassVar[bool] = True
+    timed: ClassVar[bool] = True
     candidates: Any = made_knob(None, "specs to choose from, besides dense; None: a few that keep accuracy", "a list of specs", _specs)
     steps: int = knob(3, "number of dense steps before it chooses", low=2, high=1e6)
     exchanges: int = knob(3, "number of candidates whose exchanges are timed, besides dense", low=0, high=100)

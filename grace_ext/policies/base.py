@@ -36,6 +36,8 @@ class Policy(Part, Route):
     varies: ClassVar[bool] = False
     #: Whether it keeps state of its own, from gradients that all ranks know alike.
     learns: ClassVar[bool] = False
+    #: Whether it decides by measured times, so that two runs of the same steps may choose differently.
+    timed: ClassVar[bool] = False
     #: Whether it decides for all its tensors at once (`settle`), so that one driver must hold them.
     whole_model: ClassVar[bool] = False
 

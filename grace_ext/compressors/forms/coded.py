@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...parts.field import Field
 from ...parts.ops import Array, Ops
 from ...parts.tensor import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Coder(Protocol):
