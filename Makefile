@@ -3,6 +3,7 @@
 # make test           runs lint and all tests, Horovod included
 # make horovod        installs Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
 # make test-oldest    runs the tests that need no launcher with the oldest versions that setup.cfg permits, in an environment of their own
+# make papers         reproduces the papers' claims that have no result yet, and writes docs/papers.md; QUICK=1: all, smaller, writes nothing
 # make lint           runs ruff and mypy
 # make clean          removes .venv and everything that was built
 
@@ -17,7 +18,7 @@ OLDEST := .venv-oldest
 # Options of `uv pip install`, such as --index-url of a CPU build of torch.
 OLDEST_OPTIONS ?=
 
-.PHONY: demo demo-horovod test test-oldest horovod lint clean
+.PHONY: demo demo-horovod test test-oldest horovod papers lint clean
 
 demo: $(VENV)/.demo-installed
 	$(PY) examples/demo.py $(DEMO_OPTIONS)
@@ -33,6 +34,9 @@ test: horovod lint
 # tests/project tests this repository: its types, docs and tools, with their newest versions.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n 2 tests --ignore tests/frameworks --ignore tests/examples --ignore tests/project
+
+papers: $(VENV)/.all-installed
+	$(PY) benchmarks/papers/papers.py $(if $(QUICK),--quick)
 
 horovod: $(VENV)/.all-installed
 	$(PY) tools/build_horovod.py --no-check

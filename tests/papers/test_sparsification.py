@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grace_ext.compressors.forms.positions import index_bytes
+from benchmarks.papers.problems import Logistic, descend, elements_sent, state_of
 from grace_ext.exchange.message import HEADER
-
-from .problems import Logistic, descend, state_of
 
 WORKERS, ROWS, COLUMNS = 20, 1200, 300
 
@@ -25,13 +23,12 @@ def run(spec: str, problem, steps: int) -> tuple[dict[int, float], float, float]
     generator = np.random.default_rng(100)
     picks = [[i * (ROWS // WORKERS) + int(generator.integers(ROWS // WORKERS)) for i in range(WORKERS)] for _ in range(steps)]
     gap, error, sent = {}, [], []
-    counts = {HEADER.size + 8 + 4 * m + index_bytes(m, COLUMNS): m for m in range(200)}
 
     def watch(step, x, cluster):
         gap[step] = logistic.value(x) - logistic.value(best)
         error.append(np.mean([np.sum((logistic.gamma * e.astype(np.float64)) ** 2) for e in state_of(cluster, "residual")]))
         if "threshold" in spec:
-            sent.extend(counts[size] for size in cluster.wire_bytes)
+            sent.extend(elements_sent(size, COLUMNS) for size in cluster.wire_bytes)
 
     gradients = lambda x, step: [logistic.gradient(x, [row]) for row in picks[min(step, steps - 1)]]  # noqa: E731
     descend(spec, gradients, best + 0.3, logistic.gamma, steps, watch)

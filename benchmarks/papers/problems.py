@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 import grace_ext
+from grace_ext.compressors.forms.positions import index_bytes
+from grace_ext.exchange.message import HEADER
 
 
 @dataclass
@@ -25,7 +28,12 @@ class Logistic:
         rows = np.abs(generator.standard_normal((m, d)))
         rows /= rows.max()
         labels = np.sign((rows - rows.mean(0)) @ generator.standard_normal(d) + 0.5 * generator.standard_normal(m))
-        smoothness = np.linalg.norm(rows, 2) ** 2 / (4 * m)
+        return cls.of(rows, labels, condition)
+
+    @classmethod
+    def of(cls, rows: np.ndarray, labels: np.ndarray, condition: float) -> Logistic:
+        """Returns the problem of these rows, with mu = condition L."""
+        smoothness = np.linalg.norm(rows, 2) ** 2 / (4 * len(rows))
         return cls(rows, labels, smoothness * condition, 1 / (smoothness * (1 + condition)))
 
     def value(self, x: np.ndarray) -> float:
@@ -65,6 +73,18 @@ def descend(
         x = x - rate * np.asarray(mean, np.float64)
         watch(step + 1, x, cluster)
     return x
+
+
+def elements_sent(nbytes: int, d: int) -> int:
+    """Returns how many values compressor threshold has in a message of so many bytes, of a tensor of d elements."""
+    return _elements(d)[nbytes]
+
+
+@lru_cache
+def _elements(d: int) -> dict[int, int]:
+    counts = HEADER.size + 8
+    sparse = {counts + 4 * m + index_bytes(m, d): m for m in range(d)}
+    return {**sparse, counts + 4 * d: d}  # all of them need no positions
 
 
 def state_of(cluster: grace_ext.LocalCluster, key: str) -> list[np.ndarray]:

@@ -1,0 +1,62 @@
+"""What every experiment has: a description, which the run, the page and the picture use, and the outcome of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+#: Is told, as a share of 1, how much of an experiment is done.
+Progress = Callable[[float], None]
+
+
+class Check(NamedTuple):
+    """One condition of an experiment's criterion, in words, and whether the measured value meets it."""
+
+    text: str
+    measured: float
+    holds: bool
+
+
+class Curve(NamedTuple):
+    """One line of the picture."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass
+class Outcome:
+    """What a run has measured. checks: the parts of the criterion; all must hold."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+    checks: list[Check]
+    curves: list[Curve] = field(default_factory=list)
+    axes: tuple[str, str] = ("", "")  # the picture's labels; its y axis is logarithmic
+
+    def __post_init__(self) -> None:  # plain values, for JSON
+        self.rows = [[cell.item() if hasattr(cell, "item") else cell for cell in row] for row in self.rows]
+        self.checks = [Check(text, float(measured), bool(holds)) for text, measured, holds in self.checks]
+
+    @property
+    def reproduced(self) -> bool:
+        return all(check.holds for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Describes one experiment. run(quick, progress) makes it; quick: smaller, for a check in minutes.
+
+    claim: what the paper says, in our words. figure: the paper's own number, or 'not available'. minutes: on two free cores."""
+
+    name: str
+    title: str
+    paper: str
+    claim: str
+    figure: str
+    recipe: str
+    criterion: str
+    minutes: float
+    run: Callable[[bool, Progress], Outcome]
