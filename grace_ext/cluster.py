@@ -99,8 +99,7 @@ class LocalCluster:
     def _describe(self, gradient: Any) -> tuple[tuple[int, ...], str]:
         """Returns the parameter's shape and dtype."""
         shape, dtype = self.ops.describe(gradient)
-        examples = self.grace.privacy is not None and self.grace.privacy.unit == "example"
-        return shape[1:] if examples else shape, dtype
+        return shape[1:] if self.grace.per_example else shape, dtype
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of every rank, from which `load_state_dict` resumes bit for bit."""

@@ -25,6 +25,7 @@ from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 import grace_ext
+from grace_ext.frameworks.torch.private import gradients_of_examples
 from grace_ext.privacy import Privacy
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
@@ -52,19 +53,6 @@ SPECS = (
 )
 
 
-def per_example(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns each example's own gradients, by parameter."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    if not len(images):
-        return {name: p.new_zeros(0, *p.shape) for name, p in weights.items()}
-
-    def loss(its: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(torch.func.functional_call(model, its, (x[None],)), y[None])
-
-    found: dict[str, torch.Tensor] = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
-    return found
-
-
 def train(spec: str, epsilon: float, seed: int, data: tuple[torch.Tensor, ...], tick: Any) -> dict[str, float]:
     """Trains once. Returns the accuracy in percent, the bytes per rank and step, and the noise multiplier."""
     images, labels, test_images, test_labels = data
@@ -82,7 +70,7 @@ def train(spec: str, epsilon: float, seed: int, data: tuple[torch.Tensor, ...], 
         for rank in range(RANKS):
             mine = torch.arange(rank, len(images), RANKS)
             mine = mine[torch.rand(len(mine), generator=sampling) < rate]
-            gradients.append(per_example(model, images[mine], labels[mine]))
+            gradients.append(gradients_of_examples(model, cross_entropy, images[mine], labels[mine])[0])
         mean = cluster.step(gradients, lr=LR)
         with torch.no_grad():
             for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What every experiment has: a description, which the run, the page and the picture use, and the outcome of a run."""
+"""Defines what every experiment has: a description, which the run, the page and the picture use, and the outcome of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Progress = Callable[[float], None]
 
 
 class Check(NamedTuple):
-    """One condition of an experiment's criterion, in words, and whether the measured value meets it."""
+    """Says one condition of an experiment's criterion in words, and whether the measured value meets it."""
 
     text: str
     measured: float
@@ -19,7 +19,7 @@ class Check(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of the picture."""
+    """Describes one line of the picture."""
 
     label: str
     x: list[float]
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a run has measured. checks: the parts of the criterion; all must hold."""
+    """Holds what a run has measured. checks: the parts of the criterion; all must hold."""
 
     columns: list[str]
     rows: list[list[Any]]

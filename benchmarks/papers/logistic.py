@@ -18,7 +18,8 @@ AT = 50
 
 @dataclass
 class Trace:
-    """What one descent has shown, by step: f - f*; the mean over the workers of |gamma e_i|^2; the elements that each worker sent."""
+    """Holds, for each step of one descent, f - f*, the mean over the workers of |gamma e_i|^2, and the number of elements that each worker
+    sent."""
 
     gap: list[float]
     error: list[float]
@@ -145,8 +146,8 @@ EXTREME = Experiment(
     "extreme_sparsity",
     "Extreme sparsity: the threshold wins although a worker often sends nothing",
     PAPER,
-    "On madelon, with less than an element per iteration, the threshold sends nothing in many iterations, and is faster than Top-1 all the "
-    "same, because its total error is smaller (figure 7).",
+    "On madelon, where each worker sends at most one element per iteration in the mean, the threshold sends nothing in many iterations, "
+    "and is faster than Top-1 all the same, because its total error is smaller (figure 7).",
     "curves only",
     "The generator of the Madelon data, 2,000 x 500, mean 480. " + SETTING.format("0.0001") + " k = 1.",
     "Top-1's f - f* at step 50 is above 10 times the threshold's, its total error above 5 times; a worker sends nothing at over 20% of its "

@@ -43,6 +43,10 @@ class Logistic:
         rows, labels = self.rows[which], self.labels[which]
         return -(rows * (labels / (1 + np.exp(labels * (rows @ x))))[:, None]).mean(0) + self.mu * x
 
+    def shares(self, workers: int) -> list[slice]:
+        """Returns the rows of each worker."""
+        return [slice(i * len(self.rows) // workers, (i + 1) * len(self.rows) // workers) for i in range(workers)]
+
     def minimum(self) -> np.ndarray:
         """Returns x*, by damped Newton steps."""
         x = np.zeros(self.rows.shape[1])

@@ -136,14 +136,10 @@ class ObservedRank:
             if leaf.communicator.two_level:
                 raise _in_pieces(leaf.communicator)
         self.cluster = LocalCluster(grace, 1, framework="torch")
-        self.privacy = grace.privacy
+        #: Whether `step` takes the gradients of the examples, one by one, because each of them is made private.
+        self.per_example = grace.per_example
         self._eavesdropper = _Eavesdropper()
         self.cluster.drivers[0].observe(self._eavesdropper)
-
-    @property
-    def per_example(self) -> bool:
-        """Whether `step` takes the gradients of the examples, one by one, because each of them is made private."""
-        return self.privacy is not None and self.privacy.unit == "example"
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float | None = None) -> Leak:
         """Makes one exchange, and returns what it gave away of the gradients that were compressed."""

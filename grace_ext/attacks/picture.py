@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ParameterError, UnsupportedError
+from ..errors import UnsupportedError
+from ..planning.picture import pyplot, save
 from .study import Recovered
 
 COLUMNS = 10
@@ -18,14 +19,7 @@ def draw(originals: torch.Tensor, rows: Sequence[Recovered], box: tuple[float, f
     the file cannot be written."""
     if originals.ndim != 4 or originals.shape[1] not in (1, 3):
         raise UnsupportedError(f"--picture draws images of one or three channels; inputs of shape {list(originals.shape[1:])} are none")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError("--picture needs matplotlib: pip install 'grace_ext[privacy]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(COLUMNS, len(originals))
+    plt, columns = pyplot("privacy"), min(COLUMNS, len(originals))
     lines = [("original", originals), *((f"{row.spec}\n{row.attack}, {row.attacker}\n{said(row)}", row.inputs) for row in rows)]
     figure, grid = plt.subplots(
         len(lines), columns, figsize=(3.6 + 0.8 * columns, 0.85 * len(lines)), squeeze=False, facecolor="white",
@@ -38,12 +32,7 @@ def draw(originals: torch.Tensor, rows: Sequence[Recovered], box: tuple[float, f
             for edge in place.spines.values():
                 edge.set(color="#aaaaaa", linewidth=0.6)
         axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, color="#222222")
-    try:
-        figure.savefig(file, dpi=110)
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"cannot write the picture {str(file)!r}: {error}") from None
-    finally:
-        plt.close(figure)
+    save(figure, file)
 
 
 def said(row: Recovered) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
 from ..errors import ModelError, UnsupportedError
+from ..frameworks.torch.private import gradients_of_examples
 from ..planning.models import made, names_code, on_its_own
 
 HOW = (
@@ -53,12 +53,7 @@ class Victim:
 
     def gradients_of_examples(self, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the gradient of each example by parameter, with one dimension more, in front, which counts the examples."""
-
-        def loss(parameters: dict[str, torch.Tensor], example: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return self.loss(functional_call(self.model, parameters, (example[None],)), target[None])
-
-        named = {name: p.detach() for name, p in self.parameters.items()}
-        return vmap(grad(loss), in_dims=(None, 0, 0))(named, inputs, targets)
+        return gradients_of_examples(self.model, self.loss, inputs, targets)[0]
 
     def label_gradient(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Returns the gradient of the last linear layer's bias, which gives the labels away; without a bias, the sums of the rows of its

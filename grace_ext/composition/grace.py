@@ -135,6 +135,11 @@ class Grace:
         return Grace(self.route, self.seed, privacy)
 
     @property
+    def per_example(self) -> bool:
+        """Whether an exchange takes the gradients of a rank's examples one by one, because each of them is made private."""
+        return self.privacy is not None and self.privacy.unit == "example"
+
+    @property
     def acts_alone(self) -> bool:
         """Whether a rank's result differs from its gradient even if nothing needs to be sent: it is made private, a memory is the momentum
         of the training, or the result is a vote or the signs of a mean."""

@@ -57,7 +57,7 @@ NOT_PRIVATE = (
     "the gradient of {!r} was about to leave this rank without noise, because this way of training does not make gradients private. Ways "
     "that do are listed in docs/privacy.md: hvd.DistributedOptimizer(privacy=...) is one"
 )
-NO_EXAMPLES = (
+ADDED_UP = (
     "the gradients of each example have one dimension more than the parameter, in front; that of {!r}, of shape {}, has shape {}. Examples "
     "cannot be clipped one by one any more when they are added up"
 )
@@ -240,9 +240,9 @@ class Driver:
             return dict(gradients)
         for name, gradient in gradients.items():
             shape, dtype = self.ops.describe(gradient)
-            if self.mechanism.privacy.unit == "example":
+            if self.grace.per_example:
                 if len(shape) != len(specs[name].shape) + 1:
-                    raise UnsupportedError(f"{self.grace}: {NO_EXAMPLES.format(name, specs[name].shape, shape)}")
+                    raise UnsupportedError(f"{self.grace}: {ADDED_UP.format(name, specs[name].shape, shape)}")
                 shape, dtype = shape[1:], specs[name].dtype
             layout.check_tensor(specs, name, shape, dtype)
         self._private = self.mechanism.release(gradients, specs, self.step_info())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import ParameterError, UnsupportedError
 from . import simulate
@@ -69,13 +70,7 @@ def titled(model: Model, link: Link, fitted: bool) -> str:
 def draw(model: Model, link: Link, advice: Recommendation, file: Path, *, fitted: bool = False) -> None:
     """Writes the picture in the format of the file's extension. fitted: whether the link was measured among the model's workers. Raises
     UnsupportedError without matplotlib, and ParameterError if the file cannot be written."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UnsupportedError("--picture needs matplotlib: pip install 'grace_ext[examples]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("examples")
     figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
     for number, (name, points) in enumerate(curves(model, link).items()):
         look = f"C{number % 10}" + "os^Dv"[number % 5] + ("-", "--", ":")[number // 10 % 3]  # colours repeat after ten
@@ -85,6 +80,26 @@ def draw(model: Model, link: Link, advice: Recommendation, file: Path, *, fitted
     axes.set_xscale("log", base=2)
     figure.legend(fontsize="small", loc="outside right upper")
     axes.grid(True, alpha=0.3)
+    save(figure, file)
+
+
+def pyplot(extra: str) -> Any:
+    """Returns matplotlib.pyplot, which draws into files. Raises UnsupportedError, naming the extra that brings it, if it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UnsupportedError(f"--picture needs matplotlib: pip install 'grace_ext[{extra}]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, file: Path) -> None:
+    """Writes a figure of matplotlib.pyplot in the format of the file's extension, and closes it. Raises ParameterError if the file cannot
+    be written."""
+    import matplotlib.pyplot as plt
+
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:

@@ -13,6 +13,11 @@ from . import accounting
 if TYPE_CHECKING:
     import numpy as np
 
+BATCH_NORM = (
+    "the model has {} layers of batch normalization ({}, ...), which mix the examples of a batch and keep their means and variances in the "
+    "model, without noise: no clip bounds what one example does to them. "
+)
+
 
 @mechanisms.register("gaussian")
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.papers.problems import Logistic, descend, elements_sent, state_of
+from benchmarks.papers.ef_star import shifted
+from benchmarks.papers.linear_speedup import floor
+from benchmarks.papers.logistic import trace
+from benchmarks.papers.problems import Logistic, descend, state_of
 from grace_ext.exchange.message import HEADER
 
-WORKERS, ROWS, COLUMNS = 20, 1200, 300
+ROWS, COLUMNS = 1200, 300
 
 
 @pytest.fixture(scope="module")
@@ -17,32 +20,14 @@ def problem() -> tuple[Logistic, np.ndarray]:
     return logistic, logistic.minimum()
 
 
-def run(spec: str, problem, steps: int) -> tuple[dict[int, float], float, float]:
-    """Returns (f - f* by step, the sum over steps of the mean |gamma e_i|^2, values sent per worker and step). A batch is one row."""
-    logistic, best = problem
-    generator = np.random.default_rng(100)
-    picks = [[i * (ROWS // WORKERS) + int(generator.integers(ROWS // WORKERS)) for i in range(WORKERS)] for _ in range(steps)]
-    gap, error, sent = {}, [], []
-
-    def watch(step, x, cluster):
-        gap[step] = logistic.value(x) - logistic.value(best)
-        error.append(np.mean([np.sum((logistic.gamma * e.astype(np.float64)) ** 2) for e in state_of(cluster, "residual")]))
-        if "threshold" in spec:
-            sent.extend(elements_sent(size, COLUMNS) for size in cluster.wire_bytes)
-
-    gradients = lambda x, step: [logistic.gradient(x, [row]) for row in picks[min(step, steps - 1)]]  # noqa: E731
-    descend(spec, gradients, best + 0.3, logistic.gamma, steps, watch)
-    return gap, sum(error), float(np.mean(sent)) if sent else 1.0
-
-
 def test_a_hard_threshold_beats_topk_at_equal_volume(problem):
     """Both send one element per worker and step. Top-1's error peaks early and slows it down; the threshold's stays bounded."""
-    steps, gamma = 110, problem[0].gamma
-    top, top_error, _ = run("topk(ratio=0.003) + residual", problem, steps)
-    hard, hard_error, volume = run(f"threshold(threshold={0.9 / gamma}) + residual", problem, steps)
-    assert volume == pytest.approx(1.0, rel=0.1)
-    assert top_error > 3 * hard_error
-    assert top[100] > 10 * hard[100]
+    logistic, best = problem
+    top = trace(logistic, best, 0.3, "topk(ratio=0.003) + residual", 110, 100)
+    hard = trace(logistic, best, 0.3, f"threshold(threshold={0.9 / logistic.gamma}) + residual", 110, 100)
+    assert hard.sent.mean() == pytest.approx(1.0, rel=0.1)
+    assert sum(top.error) > 3 * sum(hard.error)
+    assert top.gap[99] > 10 * hard.gap[99]
 
 
 def test_threshold_error_is_bounded_whatever_the_gradient_is(problem):
@@ -63,14 +48,8 @@ def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
     rows, columns, workers, steps = 400, 100, 5, 1500
     logistic = Logistic.random(rows, columns, 1e-3)
     best = logistic.minimum()
-    shares = [slice(i * rows // workers, (i + 1) * rows // workers) for i in range(workers)]
-    gradients = lambda x, step: [logistic.gradient(x, share) for share in shares]  # noqa: E731
+    gradients = lambda x, step: [logistic.gradient(x, share) for share in logistic.shares(workers)]  # noqa: E731
     threshold = 1e-3 / logistic.gamma
-
-    def shifted(cluster):
-        for driver, share in zip(cluster.drivers, shares, strict=True):
-            state = {"residual/x": np.zeros(columns, np.float32), "shift/x": logistic.gradient(best, share).astype(np.float32)}
-            driver.load_state_dict({**driver.state_dict(), "state": state})
 
     sent: dict[str, list[int]] = {"residual": [], "ef_star": []}
     gaps = {}
@@ -78,7 +57,7 @@ def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
         watch = lambda step, x, cluster, memory=memory: sent[memory].append(sum(cluster.wire_bytes))  # noqa: E731
         x = descend(
             f"threshold(threshold={threshold}) + {memory}", gradients, best + 0.3, logistic.gamma, steps, watch,
-            shifted if memory == "ef_star" else lambda cluster: None,
+            shifted(logistic, best, workers) if memory == "ef_star" else lambda cluster: None,
         )  # fmt: skip
         gaps[memory] = logistic.value(x) - logistic.value(best)
     overhead = workers * (HEADER.size + 8)
@@ -92,13 +71,7 @@ def test_the_shift_keeps_a_threshold_sparse_near_the_optimum():
 )
 def test_linear_speed_up(spec, sizes):
     """The noise floor of SGD with error feedback falls about as 1/n, for f = |x|^2 / 2 and unit noise on every worker's gradient."""
-    floors = {}
-    for n in sizes:
-        generator = np.random.default_rng(7)
-        late: list[float] = []
-        gradients = lambda x, step, n=n: [x + generator.standard_normal(50) for _ in range(n)]  # noqa: E731, B023
-        descend(spec, gradients, np.zeros(50), 0.02, 1200, lambda step, x, cluster: late.append(x @ x / 2) if step > 400 else None)  # noqa: B023
-        floors[n] = np.mean(late)
+    floors = {n: floor(spec, n, seed=7, steps=1200) for n in sizes}
     assert all(2.5 < floors[n] / floors[m] < 6 for n, m in zip(sizes, sizes[1:], strict=False))
 
 

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from ...errors import ParameterError, UnsupportedError
+from ...privacy import settings
 from ...privacy.settings import Privacy
 from .variables import variable_of
 
@@ -21,11 +22,7 @@ LOCAL = (
     "variables of one rank alone cannot be used with privacy: they would learn from this rank's gradients without noise. Let all variables "
     "be exchanged, or freeze these (trainable=False)"
 )
-BATCH_NORM = (
-    "the model has {} layers of batch normalization ({}, ...), which mix the examples of a batch and keep their means and variances in the "
-    "model, without noise: no clip bounds what one example does to them. Use keras.layers.GroupNormalization or LayerNormalization, or set "
-    "trainable=False for these layers"
-)
+BATCH_NORM = settings.BATCH_NORM + ("Use keras.layers.GroupNormalization or LayerNormalization, or set trainable=False for these layers")
 SPARSE = (
     "the gradient of {!r} is sparse (IndexedSlices), and which rows it has tells about the examples, whatever noise is on them: pass "
     "sparse_as_dense=True"

@@ -12,14 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...driver.driver import Driver
 from ...errors import ParameterError, UnsupportedError, few
 from ...parts.tensor import TensorSpec
+from ...privacy import settings
 from ...privacy.settings import Privacy
 from .ops import describe
 
 Parameters = Mapping[str, torch.nn.Parameter]
-BATCH_NORM = (
-    "the model has {} layers of batch normalization ({}, ...), which mix the examples of a batch and keep their means and variances in the "
-    "model, without noise: no clip bounds what one example does to them. Use GroupNorm or LayerNorm, or set these layers to eval()"
-)
+BATCH_NORM = settings.BATCH_NORM + "Use GroupNorm or LayerNorm, or set these layers to eval()"
 SCALER = (
     "scaler= cannot be used with privacy: a gradient that is not finite counts as 0, because a skipped step would tell about one example, "
     "so the scaler would never lower its scale. Train in bfloat16 (torch.autocast), which needs no scaler"
@@ -128,9 +126,23 @@ def per_example_backward(model: torch.nn.Module, loss: Callable[[Any, Any], torc
     if len(inputs) != len(targets):
         raise ParameterError(f"inputs and targets must be of the same examples, got {len(inputs)} and {len(targets)}")
     _refuse_batch_norm([model])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients, losses = gradients_of_examples(model, loss, inputs, targets)
+    for name, parameter in model.named_parameters() if len(losses) else ():
+        if name in gradients:
+            before = getattr(parameter, "grad_sample", None)
+            earlier = [] if before is None else before if isinstance(before, list) else [before]
+            parameter.grad_sample = [*earlier, gradients[name]]  # type: ignore[attr-defined]
+    return losses
+
+
+def gradients_of_examples(
+    model: torch.nn.Module, loss: Callable[[Any, Any], torch.Tensor], inputs: Any, targets: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns (the gradients of each example, by parameter that is trained, with one dimension more in front; the examples' losses). The
+    arguments are those of `per_example_backward`."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not len(inputs):
-        return torch.zeros(0)
+        return {name: p.new_zeros(0, *p.shape) for name, p in trained.items()}, torch.zeros(0)
     fixed = {**{name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}, **dict(model.named_buffers())}
 
     def loss_of(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -138,9 +150,5 @@ def per_example_backward(model: torch.nn.Module, loss: Callable[[Any, Any], torc
         return loss(outputs, y.unsqueeze(0))
 
     each = torch.func.vmap(torch.func.grad_and_value(loss_of), in_dims=(None, 0, 0), randomness="different")
-    gradients, losses = each({name: p.detach() for name, p in trained.items()}, inputs, targets)
-    for name, parameter in trained.items():
-        before = getattr(parameter, "grad_sample", None)
-        earlier = [] if before is None else before if isinstance(before, list) else [before]
-        parameter.grad_sample = [*earlier, gradients[name]]  # type: ignore[attr-defined]
-    return losses.detach()
+    gradients, losses = each(trained, inputs, targets)
+    return gradients, losses.detach()
