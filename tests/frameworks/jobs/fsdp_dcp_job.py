@@ -51,6 +51,14 @@ def everything(model, optimizer, state, **options):
     return {"model": weights, "optimizer": momentum, "grace_ext": hvd.DistributedState(state, **options)}
 
 
+@contextlib.contextmanager
+def checkpoint_of(model, optimizer, state):
+    """Yields a folder to which all ranks have saved everything."""
+    with shared_folder() as folder:
+        dcp.save(everything(model, optimizer, state), checkpoint_id=folder)
+        yield folder
+
+
 def load(folder, model, optimizer, state, **options):
     found = everything(model, optimizer, state, **options)
     dcp.load(found, checkpoint_id=folder)
@@ -59,10 +67,9 @@ def load(folder, model, optimizer, state, **options):
 
 def case_resume_bit_for_bit():
     for g in (TOPK, POWERSGD, "lgreco(base=powersgd(rank=2) + residual, every=3, window=2)"):
-        with shared_folder() as folder:
-            first = hooked(g)
-            train(*first[:2], range(4))
-            dcp.save(everything(*first), checkpoint_id=folder)
+        first = hooked(g)
+        train(*first[:2], range(4))
+        with checkpoint_of(*first) as folder:
             again = hooked(g)
             load(folder, *again)
             assert_memory(again[2], memory_of(first[2]))
@@ -93,10 +100,9 @@ def case_other_meshes():
     """Saved by 2 replicas x 2 shards, loaded on other meshes: each element's memory is where the element is now. If the number of replicas
     is the same it has the same bits, and else it is the mean."""
     for g, meshes in ((TOPK, ((1, 1, 4), (1, 4, 1), (2, 2, 1), (2, 1, 2))), (POWERSGD, ((1, 1, 4), (2, 2, 1)))):
-        with shared_folder() as folder:
-            first = hooked(g)
-            train(*first[:2], range(4))
-            dcp.save(everything(*first), checkpoint_id=folder)
+        first = hooked(g)
+        train(*first[:2], range(4))
+        with checkpoint_of(*first) as folder:
             by_replica = whole_residuals(first[2])
             for jobs, replicas, shards in meshes:
                 model, optimizer, state, mesh = on_mesh(g, jobs, replicas, shards)
@@ -117,10 +123,9 @@ def case_other_meshes():
 
 
 def case_meshes_that_are_not_told():
-    with shared_folder() as folder:
-        first = hooked()
-        train(*first[:2], range(2))
-        dcp.save(everything(*first), checkpoint_id=folder)
+    first = hooked()
+    train(*first[:2], range(2))
+    with checkpoint_of(*first) as folder:
         model, optimizer, state, _ = on_mesh(TOPK, 1, 1, 4)
         text = "pass them to DistributedState as shards= and ranks="
         raises(dcp.api.CheckpointException, text, lambda: load(folder, model, optimizer, state, ranks=2))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fsdp_setup
 import torch
-import torch.distributed.checkpoint as dcp
-from fsdp_dcp_job import everything, load, on_mesh, shared_folder, whole_residuals
+from fsdp_dcp_job import checkpoint_of, load, on_mesh, whole_residuals
 from fsdp_setup import (
     MESH,
     POWERSGD,
@@ -188,10 +187,9 @@ def case_resume():
 
 def case_checkpoints_of_other_meshes():
     """Q of whole matrices goes on on every mesh; what was not sent is where its element is now."""
-    with shared_folder() as folder:
-        first = shared()
-        train(*first[:2], range(4))
-        dcp.save(everything(*first), checkpoint_id=folder)
+    first = shared()
+    train(*first[:2], range(4))
+    with checkpoint_of(*first) as folder:
         by_replica, saved = whole_residuals(first[2]), memory_of(first[2])
         for jobs, replicas, shards in ((1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 1), (1, 2, 2)):
             model, optimizer, state, mesh = on_mesh(POWERSGD, jobs, replicas, shards, share_low_rank=True)
@@ -213,10 +211,9 @@ def case_checkpoints_of_other_meshes():
 def case_checkpoints_of_the_other_setting():
     """What was not sent is kept, and Q starts anew; without saying `shards` it is an error."""
     for before, after in ((False, True), (True, False)):
-        with shared_folder() as folder:
-            first = hooked(POWERSGD, share_low_rank=before)
-            train(*first[:2], range(4))
-            dcp.save(everything(*first), checkpoint_id=folder)
+        first = hooked(POWERSGD, share_low_rank=before)
+        train(*first[:2], range(4))
+        with checkpoint_of(*first) as folder:
             memory = memory_of(first[2])
             model, optimizer, state = hooked(POWERSGD, share_low_rank=after)
             text = "hvd.DistributedState(state, shards=...)"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from fsdp_dcp_job import everything, load, on_mesh, shared_folder
+from fsdp_dcp_job import checkpoint_of, load, on_mesh
 from fsdp_setup import POWERSGD, TOPK, assert_equal, hvd, in_clusters, local_of, loss_of, make_model, run_cases, sgd, sharded, train, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -31,8 +30,7 @@ def owed(cluster, average):
 
 def moved(g, first, replicas, average, **saved_by):
     """Saves, loads the checkpoint on meshes of this many replicas, and returns what is there now. Asserts that nothing unsent is lost."""
-    with shared_folder() as folder:
-        dcp.save(everything(*first), checkpoint_id=folder)
+    with checkpoint_of(*first) as folder:
         model, optimizer, state, _ = on_mesh(g, 4 // replicas, replicas, 2, average=average)
         load(folder, model, optimizer, state, **saved_by)
     before, after = states_of(first[2], saved_by["ranks"]), states_of(state, replicas)
@@ -111,10 +109,9 @@ def case_tensor_parallelism():
 
 
 def case_tensor_parallelism_resumes():
-    with shared_folder() as folder:
-        first = in_parallel(TOPK)
-        train_in_parallel(*first[:2], range(3))
-        dcp.save(everything(*first), checkpoint_id=folder)
+    first = in_parallel(TOPK)
+    train_in_parallel(*first[:2], range(3))
+    with checkpoint_of(*first) as folder:
         again = in_parallel(TOPK)
         load(folder, *again)
     for one in (first, again):
