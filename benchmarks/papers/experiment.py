@@ -10,6 +10,18 @@ from typing import Any, NamedTuple
 Progress = Callable[[float], None]
 
 
+def in_units(progress: Progress, units: float) -> Callable[..., None]:
+    """Returns a function that is told what has been done, in units of which there are so many, and tells `progress` the share of all."""
+    done = 0.0
+
+    def add(more: float = 1.0) -> None:
+        nonlocal done
+        done += more
+        progress(min(done / units, 1.0))
+
+    return add
+
+
 class Check(NamedTuple):
     """Says one condition of an experiment's criterion in words, and whether the measured value meets it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,12 @@ PRIVATE = f"gaussian(clip=1.0, noise_multiplier=1.0, unit='example', batch={BATC
 
 
 def infer(
-    spec: making.Spec, make: Callable[[int], Victim], tick: Tick, *, seeds: int = 3, members: int = 500, epochs: int = 60
+    spec: making.Spec, make: Callable[[int], Victim], tick: Tick, *, seeds: Sequence[int] = (0, 1, 2), members: int = 500, epochs: int = 60
 ) -> Membership:
     """Trains a model on `members` examples with the spec, so long that it knows them by heart, and tells them by their losses. Returns
     means over seeds."""
-    found = [_once(spec, make(seed), seed, members, epochs, lambda done: tick(done / seeds)) for seed in range(seeds)]
-    return Membership(str(spec), *(sum(column) / seeds for column in zip(*found, strict=True)))
+    found = [_once(spec, make(seed), seed, members, epochs, lambda done: tick(done / len(seeds))) for seed in seeds]
+    return Membership(str(spec), *(sum(column) / len(seeds) for column in zip(*found, strict=True)))
 
 
 def _once(spec: making.Spec, victim: Victim, seed: int, members: int, epochs: int, tick: Tick) -> tuple[float, float, float]:
