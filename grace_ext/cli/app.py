@@ -1,5 +1,5 @@
-"""The command line `grace-ext list | show NAME | check | bench | plan | privacy | compile`. With --json it prints one document on stdout,
-and nothing else."""
+"""The command line `grace-ext list | show NAME | check | bench | compare | plan | privacy | compile`. With --json a command prints one
+document on stdout, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..errors import Afterwards, GraceError, UnknownPartError
 from ..parts.spec import named_by
 from . import check
 from .catalogue import KINDS, describe
+from .compare import compare
 from .plan import plan
 from .privacy import privacy
 
@@ -176,6 +177,7 @@ def bench_parts(
         console.print(f"Note: {notice}.", style="yellow", highlight=False, markup=False)
 
 
+app.command("compare")(compare)
 app.command("plan")(plan)
 app.command("privacy")(privacy)
 

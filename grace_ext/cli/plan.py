@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import ModelError, ParameterError, UnsupportedError
@@ -144,6 +145,14 @@ def check_picture(picture: Path | None) -> None:
     """Raises ParameterError if the picture cannot be written."""
     if picture and not (picture.suffix.lower() in PICTURES and picture.parent.is_dir()):
         raise ParameterError(f"cannot write the picture {str(picture)!r}: it must end in {', '.join(PICTURES)}, in an existing folder")
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Shows bars on stderr, with the time that has passed."""
+    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar
 
 
 @contextmanager

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from ..composition.making import grace
 from ..errors import ParameterError, UnsupportedError
 from ..parts.spec import parse
 from ..planning.candidates import completed, completions
-from .plan import check_picture
+from .plan import check_picture, progress
 
 if TYPE_CHECKING:
     from ..attacks.membership import Membership
@@ -129,13 +128,6 @@ def infer(model: str, specs: Sequence[str], bar: Progress) -> list[Membership]:
     task = bar.add_task("membership", total=len(specs) + 1)
     tick = lambda done: bar.update(task, advance=done)  # noqa: E731
     return [of(spec, lambda seed: victim(model, seed), tick) for spec in (*specs, str(grace(PRIVATE)))]
-
-
-@contextmanager
-def progress() -> Iterator[Progress]:
-    columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
 
 
 def as_row(row: Recovered) -> dict[str, Any]:

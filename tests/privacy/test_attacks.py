@@ -21,11 +21,12 @@ from torch import nn  # noqa: E402
 import grace_ext  # noqa: E402
 from grace_ext.attacks import inversion, membership, study  # noqa: E402
 from grace_ext.attacks.observer import ObservedRank  # noqa: E402
-from grace_ext.attacks.victim import Victim, checked, mlp, mnist, victim  # noqa: E402
+from grace_ext.attacks.victim import Victim, checked, mlp, victim  # noqa: E402
 from grace_ext.cli.app import app  # noqa: E402
 from grace_ext.cli.privacy import applicable  # noqa: E402
 from grace_ext.compressors.base import whole  # noqa: E402
 from grace_ext.errors import GraceError, ModelError, ParameterError, UnsupportedError  # noqa: E402
+from grace_ext.studies.data import mnist  # noqa: E402
 from grace_ext.testing.worlds import tapped  # noqa: E402
 
 from ..catalog import COMPRESSORS  # noqa: E402
