@@ -46,7 +46,8 @@ class Outcome:
     rows: list[list[Any]]
     checks: list[Check]
     curves: list[Curve] = field(default_factory=list)
-    axes: tuple[str, str] = ("", "")  # the picture's labels; its y axis is logarithmic
+    axes: tuple[str, str] = ("", "")  # the picture's labels
+    scales: tuple[str, str] = ("linear", "log")  # of its axes
 
     def __post_init__(self) -> None:  # plain values, for JSON
         self.rows = [[cell.item() if hasattr(cell, "item") else cell for cell in row] for row in self.rows]
@@ -59,7 +60,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Describes one experiment. run(quick, progress) makes it; quick: smaller, for a check in minutes.
+    """Describes one experiment. run(quick, progress) makes it; quick: smaller, for a check in minutes. quick: whether `make papers QUICK=1`
+    runs it.
 
     claim: what the paper says, in our words. figure: the paper's own number, or 'not available'. minutes: on two free cores."""
 
@@ -72,3 +74,4 @@ class Experiment:
     criterion: str
     minutes: float
     run: Callable[[bool, Progress], Outcome]
+    quick: bool = True

@@ -2,7 +2,7 @@
 
     python benchmarks/papers/papers.py                 all experiments that have no result yet; then writes docs/papers.md
     python benchmarks/papers/papers.py NAME ...        these experiments, again
-    python benchmarks/papers/papers.py --quick         all, smaller, in minutes; writes nothing
+    python benchmarks/papers/papers.py --quick         those that take minutes, smaller; writes nothing
     python benchmarks/papers/papers.py --list          what there is
     python benchmarks/papers/papers.py --page          writes docs/papers.md and its pictures from the results
 
@@ -24,14 +24,24 @@ from rich.progress import Progress as Bars
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 from benchmarks.common import record  # noqa: E402
-from benchmarks.papers import counterexample, ef_star, linear_speedup, logistic  # noqa: E402
+from benchmarks.papers import (  # noqa: E402
+    accordion,
+    counterexample,
+    ef_star,
+    linear_speedup,
+    logistic,
+    no_feedback,
+    volumes,
+    which_momentum,
+)
 from benchmarks.papers.experiment import Experiment, Outcome  # noqa: E402
 from benchmarks.papers.page import write_page  # noqa: E402
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, linear_speedup.EXPERIMENT, counterexample.EXPERIMENT,
+        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.EXPERIMENT,
+        no_feedback.EXPERIMENT, which_momentum.EXPERIMENT, accordion.EXPERIMENT, linear_speedup.EXPERIMENT, counterexample.EXPERIMENT,
     )
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
@@ -65,7 +75,7 @@ def main() -> int:
         for one in EXPERIMENTS.values():
             console.print(f"[bold]{one.name:<18}[/] {one.title} ({one.paper}; {one.minutes:g} min)", highlight=False)
         return 0
-    lacking = [name for name in EXPERIMENTS if options.quick or not (RESULTS / f"{name}.json").exists()]
+    lacking = [name for name, one in EXPERIMENTS.items() if (one.quick if options.quick else not (RESULTS / f"{name}.json").exists())]
     with Bars(console=console, disable=not console.is_terminal) as bars:
         for name in [] if options.page else options.names or lacking:
             bar, begun = bars.add_task(name, total=1.0), time.monotonic()

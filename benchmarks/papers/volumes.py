@@ -1,0 +1,69 @@
+"""The score at equal volume: a threshold against Top-k, by layer and of the whole model, at four densities, on two tasks."""
+
+from __future__ import annotations
+
+import statistics
+
+from grace_ext.studies.training import TUNING_SEED, Trainings, amount
+
+from .compared import COLUMNS, RATES, SEEDS, TUNED, at_least, mean, nbytes, row, sd
+from .experiment import Check, Curve, Experiment, Outcome, Progress, in_units
+
+DENSITIES, TASKS = (0.001, 0.003, 0.01, 0.03), ("mnist", "charlm")
+#: A threshold of the same volume is looked for between these, by so many bisections.
+LOW, HIGH, BISECTIONS = 1e-5, 1.0, 6
+
+
+def thresholds(trainings: Trainings, volumes: list[float], bisections: int, add, **options) -> list[str]:
+    """Returns a spec per volume, with the lowest threshold found that sends no more, in a training with the seed for tuning."""
+    low, high = [LOW] * len(volumes), [HIGH] * len(volumes)
+    for _ in range(bisections):
+        tried = [(a * b) ** 0.5 for a, b in zip(low, high, strict=True)]
+        runs = [trainings.start(f"threshold(threshold={value:.6g}) + residual", TUNING_SEED, **options) for value in tried]
+        for place, (run, value) in enumerate(zip(runs, tried, strict=True)):
+            (high if run.result().nbytes <= volumes[place] else low)[place] = value
+            add()
+    return [f"threshold(threshold={value:.6g}) + residual" for value in high]
+
+
+def run(quick: bool, progress: Progress) -> Outcome:
+    seeds, rates, bisections = (1, (1.0,), 2) if quick else (SEEDS, RATES, BISECTIONS)
+    options = {"total_error": True, **({"steps": 40} if quick else {})}
+    kinds = {name: [f"{name}(ratio={density:g}) + residual" for density in DENSITIES] for name in ("topk", "global_topk")}
+    add = in_units(progress, len(TASKS) * (3 * amount(DENSITIES, range(seeds), rates) + bisections * len(DENSITIES)))
+    rows, checks, curves = [], [], []
+    for name in TASKS:
+        with Trainings(name) as trainings:
+            runs = trainings.runs([*kinds["topk"], *kinds["global_topk"]], range(seeds), rates, add, **options)
+            found = {kind: [runs[spec] for spec in specs] for kind, specs in kinds.items()}
+            specs = thresholds(trainings, [nbytes(one) for one in found["topk"]], bisections, add, **options)
+            found["threshold"] = list(trainings.runs(specs, range(seeds), rates, add, **options).values())
+            higher = trainings.task.higher_is_better
+        errors = {kind: [statistics.mean(run.total_error for run in one) for one in of] for kind, of in found.items()}
+        for kind, of in found.items():
+            rows += [[name, density, *row(one), error] for density, one, error in zip(DENSITIES, of, errors[kind], strict=True)]
+            worse = [100 - mean(one) if higher else mean(one) for one in of]
+            curves.append(Curve(f"{name}, {kind}", [nbytes(one) for one in of], worse))
+        for place, density in enumerate(DENSITIES):
+            mine, other = found["threshold"][place], found["topk"][place]
+            checks.append(at_least(f"{name}, density {density:g}, threshold and topk", mine, other, sd(other), higher))
+            ratio = errors["threshold"][place] / errors["topk"][place]
+            checks.append(Check(f"{name}, density {density:g}: the threshold's total error is below topk's", ratio, ratio < 1))
+    columns = ["task", "density", *COLUMNS, "total error"]
+    return Outcome(columns, rows, checks, curves, ("bytes per rank and step", "100 - accuracy, %; bits per character"), ("log", "log"))
+
+
+EXPERIMENT = Experiment(
+    "volumes",
+    "At every volume a hard threshold is as good as Top-k, with a smaller total error",
+    "Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization)",
+    "The hard threshold has the best metric at every data volume, on vision and language models (figures 3 to 6).",
+    "curves only; ResNet-18 on CIFAR-10, LSTM on Wikitext and others, on 8 and 16 GPUs",
+    "Two simulated ranks; the small CNN on MNIST's digits (accuracy), and the Transformer with 113,000 parameters on English text (bits "
+    "per character), as `grace-ext compare` trains them. Top-k of each layer and of the whole model keep 0.1% to 3%; the threshold is "
+    f"found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
+    "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error lower",
+    25,
+    run,
+    quick=False,
+)
