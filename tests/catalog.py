@@ -40,7 +40,9 @@ COMPRESSOR_VARIANTS = {
     "vqsgd": ("vqsgd(repeats=1)", "vqsgd(repeats=300, hull='l1')"),
     "signsgd": ("signsgd(ties='plus')", "signsgd(block=64)", "signsgd(ties='plus', block=1)"),
     "powersgd": ("powersgd(rank=4, feedback='mean')", "powersgd(rank=1, warm_start=False)"),
-    "powersgd_plus": ("powersgd_plus(rank=3, refresh_period=2, refresh='randomized', feedback='mean')", "powersgd_plus(refresh_period=5)"),
+    "powersgd_plus": ("powersgd_plus(rank=3, refresh_period=2, refresh='randomized', feedback='mean')", "powersgd_plus(refresh_period=5)",
+                      "powersgd_plus(refresh_period=1)", "powersgd_plus(rank=3, refresh_period=1, refresh='gram')",
+                      "powersgd_plus(refresh_period=2, refresh='gram', feedback='mean')"),
     "lqsgd": ("lqsgd(rank=3, bits=4, alpha=50)",),
 }
 MEMORY_VARIANTS = {
@@ -60,8 +62,8 @@ POLICY_VARIANTS = {
     "warmup": ("warmup(steps=2, then=topk(ratio=0.1) + residual)",),
     "ratio_warmup": ("ratio_warmup(steps=3, then=topk(ratio=0.1) + residual)",),
     "every": ("every(n=2, then=topk(ratio=0.1) + residual, otherwise=none)",),
-    "accordion": ("accordion",),
-    "lgreco": ("lgreco",),
+    "accordion": ("accordion", "accordion(high=lgreco(every=2, window=1), interval=2)"),
+    "lgreco": ("lgreco", "lgreco(every=2, window=1, base=qsgd(bits=4))", "lgreco(every=3, window=2, measure=compensated)"),
     "auto": ("auto(steps=2, candidates=['topk(ratio=0.01) + residual'])",),
 }
 

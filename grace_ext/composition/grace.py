@@ -65,6 +65,8 @@ class Grace:
 
     def _check_levels(self) -> None:
         """If one spec is hierarchical, all go in two levels, so each must be able to."""
+        for policy in self.policies if self.two_level else ():
+            policy.check_two_level()
         for leaf in self.leaves if self.two_level else ():
             if not leaf.communicator.two_level:
                 try:

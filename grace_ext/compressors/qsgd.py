@@ -112,7 +112,9 @@ class QSGD(_NormQuantizer):
     Draws are private to each rank, from (seed, parameter, step, rank). Source: Alistarh et al. 2017, sec. 3.
     """
 
-    bits: int | None = knob(None, "bits per element, sign included; 8 if neither bits nor levels is given", low=2, high=8)
+    #: What `bits` stands for if neither bits nor levels is given.
+    DEFAULT_BITS: ClassVar[int] = 8
+    bits: int | None = knob(None, "bits per element, sign included; 8 if neither bits nor levels is given", low=2, high=16)
     levels: int | None = knob(None, "number of levels s, instead of bits", low=1, high=32767)
     bucket: int = bucket_knob()
 
@@ -124,7 +126,7 @@ class QSGD(_NormQuantizer):
     @property
     def s(self) -> int:
         """The number of levels above zero."""
-        return self.levels if self.levels is not None else 2 ** ((self.bits or 8) - 1) - 1
+        return self.levels if self.levels is not None else 2 ** ((self.bits or self.DEFAULT_BITS) - 1) - 1
 
     def omega(self, d):
         return self.variance(self.s, d)

@@ -7,12 +7,12 @@ until it ends.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ..composition.composition import Parts, Query
+from ..composition.composition import Parts, Query, Route
 from ..composition.grace import Grace
 from ..errors import PayloadError
 from ..exchange.effects import Collective
@@ -98,8 +98,15 @@ class Choices:
     # --- policies that learn ------------------------------------------------------------------------------------------
     def measure(self, ops: Ops, spec: TensorSpec, grad: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
         """Returns the tensor's state after its policies have measured this rank's gradient."""
+        compensated = None
         for path, policy in self._learners[spec] if spec.size else ():
-            state = {**state, **as_state(path, policy.measure(ops, grad, spec, info, own_state(path, state)))}
+            seen = grad
+            if policy.inspects_compensated(info.step):
+                if compensated is None:
+                    memory = self.parts[spec.name][1]
+                    compensated = memory.before(ops, grad, spec, info, {**state, **memory.absorb(ops, grad, spec, info, state)})
+                seen = compensated
+            state = {**state, **as_state(path, policy.inspect(ops, seen, spec, info, own_state(path, state)))}
         return state
 
     def observe(self, ops: Ops, spec: TensorSpec, aggregate: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
@@ -107,6 +114,13 @@ class Choices:
         for path, policy in self._learners[spec] if spec.size else ():
             state = {**state, **as_state(path, policy.observe(ops, aggregate, spec, info, own_state(path, state)))}
         return state
+
+    def _in_use(self, route: Route, query: Query) -> Iterator[str]:
+        """Yields the places of the policies by which the tensor may be sent until one of them learns something new."""
+        if isinstance(route, Policy):
+            yield query.path
+            for knob, child in route.open_branches(query).items():
+                yield from self._in_use(child, query.under(knob))
 
     def _due(self, step: int, states: States) -> dict[str, tuple[Policy, list[TensorSpec]]]:
         """Returns, by place, the policies that decide at the end of this step for all their tensors."""
@@ -126,6 +140,13 @@ class Choices:
         sent = 0
         said: list[str] = []
         for path, (policy, specs) in self._due(info.step, before).items():
+            if policy.only_in_use:
+                queries = [Query(spec, info.step + 1, after[spec.name]) for spec in specs]
+                specs = [query.spec for query in queries if path in self._in_use(self.grace.route, query)]
+                for spec in {query.spec for query in queries}.difference(specs):
+                    after[spec.name].update(as_state(path, policy.init(transport.ops, spec)))
+                if not specs:
+                    continue
             states = {spec: own_state(path, after[spec.name]) for spec in specs}
             found = yield from policy.survey(transport, specs, compute, f"{prefix}/survey/{path}")
             report = transport.ops.upload(policy.report(transport.ops, states, found).view(np.uint8))

@@ -42,20 +42,29 @@ class Accordion(Policy):
     def __post_init__(self):
         super().__post_init__()
         high = max(leaf.mean_nbytes(SAMPLE) for leaf in self.high.leaves)
-        low = max((leaf.mean_nbytes(SAMPLE) for leaf in self.low.leaves if _predictable(leaf)), default=0.0)
+        # A policy's leaves send more or less: only what surely sends less than `low` is an error.
+        low = min((leaf.mean_nbytes(SAMPLE) for leaf in self.low.leaves if _predictable(leaf)), default=0.0)
         if high < low:
             raise ParameterError(
                 f"accordion: high must send at least as much as low, but for a 512 x 512 gradient {self.high} is expected to send "
                 f"{high:,.0f} bytes and {self.low} {low:,.0f}. Swap them"
             )
 
-    def choose(self, query):
+    @staticmethod
+    def _knob(query) -> str:
         regime = query.own("regime")
-        which = "high" if regime is None or float(regime[1]) else "low"
+        return "high" if regime is None or float(regime[1]) else "low"
+
+    def choose(self, query):
+        which = self._knob(query)
         return getattr(self, which).choose(query.under(which))
 
     def branches(self, spec):
         return {"high": self.high, "low": self.low}
+
+    def open_branches(self, query):
+        which = self._knob(query)
+        return {which: getattr(self, which)}
 
     @property
     def leaves(self):

@@ -40,6 +40,8 @@ class Policy(Part, Route):
     timed: ClassVar[bool] = False
     #: Whether it decides for all its tensors at once (`settle`), so that one driver must hold them.
     whole_model: ClassVar[bool] = False
+    #: Whether it decides for the tensors only that will go through it (`open_branches`); the others begin anew, as `init` says.
+    only_in_use: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, query: Query) -> Composition:
@@ -53,6 +55,10 @@ class Policy(Part, Route):
     def branches(self, spec: TensorSpec) -> Mapping[str, Route]:
         """Returns, by knob, the compositions and policies in its knobs that such a tensor may go through."""
         return {}
+
+    def open_branches(self, query: Query) -> Mapping[str, Route]:
+        """Returns those of `branches` that the tensor may go through until this policy learns something new, whatever the step."""
+        return self.branches(query.spec)
 
     def variants(self, spec: TensorSpec) -> Sequence[Composition]:
         """Returns the compositions that the policy makes itself for such a tensor."""
@@ -84,10 +90,17 @@ class Policy(Part, Route):
         """Returns its state of a tensor before the first step, by keys of its own. What `choose` reads is always equal on all ranks."""
         return {}
 
-    def measure(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
+    def inspect(self, ops: Ops, grad: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
         """Returns what changes in its state by this rank's own gradient, float[d], before it is compressed; for `report`. The gradient must
         not be kept or changed."""
         return {}
+
+    def inspects_compensated(self, step: int) -> bool:
+        """Whether `inspect` is given at this step what the tensor's memory makes of the gradient, which is what will be compressed."""
+        return False
+
+    def check_two_level(self) -> None:
+        """Raises IncompatiblePartsError if it cannot decide where gradients are summed inside nodes before they are compressed."""
 
     def observe(self, ops: Ops, aggregate: Array, spec: TensorSpec, info: StepInfo, state: State) -> dict[str, Array]:
         """Returns what changes in its state by the result of a step, float[d], the same on all ranks. It must not be kept or changed."""

@@ -20,6 +20,8 @@ def knob_of(composition: Composition, names: Sequence[str], asker: str) -> tuple
         value = getattr(owner, name, None) if name in {field.name for field in dataclasses.fields(owner)} else None
         if value is not None:
             return name, value
+    if "bits" in names and owner.name == "qsgd" and owner.levels is None:
+        return "bits", owner.DEFAULT_BITS
     raise IncompatiblePartsError(
         f"{asker} changes {' or '.join(names)} of a compressor, and {composition.compressor} has none that is set; use one such as "
         "topk(ratio=0.01), powersgd(rank=4) or qsgd(bits=4)"
@@ -33,6 +35,15 @@ def with_value(composition: Composition, name: str, value: Any) -> Composition:
     if compressor.name == "pipeline":
         owner = dataclasses.replace(compressor, select=owner)  # type: ignore[call-arg]
     return dataclasses.replace(composition, compressor=owner)
+
+
+def allowed(composition: Composition, name: str, value: float) -> float:
+    """Returns the value of that knob that is nearest to this one, of those that the compressor allows."""
+    rule = next(field.metadata for field in dataclasses.fields(_owner(composition.compressor)) if field.name == name)
+    if rule["choices"]:
+        return min(rule["choices"], key=lambda choice: abs(choice - value))
+    low, high = (limit if limit is not None else value for limit in (rule["low"], rule["high"]))
+    return min(max(value, low), high)
 
 
 def _owner(compressor: Any) -> Any:

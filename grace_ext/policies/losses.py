@@ -39,13 +39,19 @@ def losses(ops: Ops, x: Array, spec: TensorSpec, choices: list[Composition], kno
     return [0.0 if dense else float(loss) for dense, loss in zip(sent_dense, found, strict=True)]
 
 
-def of_adam(lost: list[float], x: np.ndarray) -> list[float]:
-    """Returns sqrt(d) (||x|| - ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: how much less an Adam step descends. A step is
-    about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||. Top-k and low
-    rank are projections: <x, C(x)> = ||C(x)||^2 = ||x||^2 - ||x - C(x)||^2."""
-    norm = float(np.linalg.norm(x.astype(np.float64)))
+def of_adam(lost: list[float], x: np.ndarray, *, unbiased: bool = False) -> list[float]:
+    """Returns sqrt(d) (||x|| - <x, C(x)> / ||C(x)||) for each of `lost` = ||x - C(x)||, x: float[d]: how much less an Adam step descends. A
+    step is about lr sqrt(d) long, however long the gradient is, so along C(x) the loss falls by lr sqrt(d) <x, C(x)> / ||C(x)||.
+
+    Top-k and low rank are projections: <x, C(x)> = ||C(x)||^2 = ||x||^2 - ||x - C(x)||^2. `unbiased` compressors add noise, which in the
+    mean is orthogonal to x: <x, C(x)> = ||x||^2 and ||C(x)||^2 = ||x||^2 + ||x - C(x)||^2."""
+    norm, root = float(np.linalg.norm(x.astype(np.float64))), float(np.sqrt(len(x)))
+    if unbiased:
+        # n - n^2 / c with c = sqrt(n^2 + e^2), as n e^2 / (c (c + n)): small losses are not rounded away.
+        sent = [float(np.hypot(norm, e)) for e in lost]
+        return [root * norm * (e / c) * (e / (c + norm)) if e else 0.0 for e, c in zip(lost, sent, strict=True)]
     # a - b as (a^2 - b^2) / (a + b): small losses are not rounded away, and a loss above ||x|| still gives a larger result.
-    return [float(np.sqrt(len(x))) * e**2 / (norm + np.sqrt(max(0.0, norm**2 - e**2))) if e else 0.0 for e in lost]
+    return [root * e**2 / (norm + np.sqrt(max(0.0, norm**2 - e**2))) if e else 0.0 for e in lost]
 
 
 def _beyond_the_largest(x: np.ndarray, counts: list[int]) -> list[float]:

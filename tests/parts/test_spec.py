@@ -130,7 +130,7 @@ def test_a_name_like_no_other():
 NOT_A_RATIO = [0, -0.1, 2, 1.0001, float("nan"), float("inf"), "0.1", None, True, [0.1], 1j]
 BAD = (
     [(f"{c}", "ratio", v, r"a number in \(0, 1\]") for c in ("topk", "randomk") for v in NOT_A_RATIO]
-    + [("qsgd", "bits", v, r"a whole number in \[2, 8\] or None") for v in (9, 1, 0, -2, 4.5, "8", True, float("nan"), 1e400)]
+    + [("qsgd", "bits", v, r"a whole number in \[2, 16\] or None") for v in (17, 1, 0, -2, 4.5, "8", True, float("nan"), 1e400)]
     + [("qsgd", "levels", v, r"a whole number in \[1, 32767\] or None") for v in (40000, 0, 32768, 0.5)]
     + [("qsgd", "bucket", v, r"a whole number in \[1, ") for v in (0, -5, None, 1.5, 2**25)]
     + [("powersgd", "rank", v, r"a whole number in \[1, 4096\]") for v in (0, -1, 1.5, "2", None, 5000)]
