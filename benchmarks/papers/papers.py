@@ -28,9 +28,14 @@ from benchmarks.papers import (  # noqa: E402
     accordion,
     counterexample,
     ef_star,
+    lgreco,
     linear_speedup,
     logistic,
+    lqsgd,
     no_feedback,
+    plus_text,
+    powersgd,
+    time_to_target,
     volumes,
     which_momentum,
 )
@@ -40,8 +45,9 @@ from benchmarks.papers.page import write_page  # noqa: E402
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.EXPERIMENT,
-        no_feedback.EXPERIMENT, which_momentum.EXPERIMENT, accordion.EXPERIMENT, linear_speedup.EXPERIMENT, counterexample.EXPERIMENT,
+        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.EXPERIMENT, no_feedback.EXPERIMENT, which_momentum.EXPERIMENT,
+        accordion.EXPERIMENT, linear_speedup.EXPERIMENT, powersgd.EXPERIMENT, time_to_target.EXPERIMENT, counterexample.EXPERIMENT,
+        plus_text.EXPERIMENT, lqsgd.EXPERIMENT, lgreco.FAMILIES, lgreco.WITH_ACCORDION,
     )
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]

@@ -62,7 +62,8 @@ EXPERIMENT = Experiment(
     "Two simulated ranks; the small CNN on MNIST's digits (accuracy), and the Transformer with 113,000 parameters on English text (bits "
     "per character), as `grace-ext compare` trains them. Top-k of each layer and of the whole model keep 0.1% to 3%; the threshold is "
     f"found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
-    "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error lower",
+    "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error is "
+    "lower",
     25,
     run,
     quick=False,
