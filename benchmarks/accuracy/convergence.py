@@ -1,10 +1,11 @@
-"""Measures what each compressor costs in accuracy: trains the network of examples/torch_mnist.py with its natural memory and communicator.
+"""Measures what each compressor costs in accuracy, at two or three settings each: trainings of `grace-ext compare` on MNIST.
 
-    python benchmarks/accuracy/convergence.py [SPEC ...] [--seeds 0 1 2] [--epochs 8] [--out convergence.json] [--table docs/accuracy.md]
+    python benchmarks/accuracy/convergence.py [SPEC ...] [--seeds 3] [--rates 0.5 1 2] [--out convergence.json] [--page docs/accuracy.md]
 
-Two ranks are simulated in this process (LocalCluster), which gives the results of real ranks. Without SPECs, every registered compressor
-is trained. Prints each row when it is known, and writes all as JSON. Exits with 1 if a compressor loses more than 2 points against dense
-in the mean over the seeds, except those that are documented to work without error feedback (EXEMPT).
+Two ranks are simulated in each process (LocalCluster), which gives the results of real ranks; as many trainings run at a time as there are
+cores. Each spec gets the best of the learning rates, found with another seed. Without SPECs, all settings of benchmarks/common/settings.py
+are trained. Prints each row when it is known, and writes all as JSON; specs that are already in --out are not trained again. Exits with 1
+if no setting of a compressor comes within 2 points of dense training, except those that have no error feedback (EXEMPT).
 """
 
 from __future__ import annotations
@@ -16,127 +17,102 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch.nn.functional import cross_entropy
 
-import grace_ext
+from grace_ext.planning.candidates import completed
+from grace_ext.studies.comparison import Row, rows
+from grace_ext.studies.picture import draw, name_of
+from grace_ext.studies.task import task
+from grace_ext.studies.training import Run, Trainings, amount
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import torch_mnist  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
+from benchmarks.common import record, settings
 
-RANKS, BATCH, LR = 2, 16, 0.01
+DENSE, DATA = str(completed("none")), "mnist"
+RESULTS = Path(__file__).parents[1] / "results"
 MOST_LOST = 2.0  # percentage points
-#: Compressors without error feedback, or whose result does not suit SGD's learning rate: their documentation states the loss instead.
+#: Compressors without error feedback, whose documentation states the loss instead.
 EXEMPT = ("signsgd", "signum", "vqsgd", "strom")
-#: Entries of a vote have magnitude 1, whatever the gradient's magnitudes are, so votes need a smaller learning rate.
-RATE_OF_VOTES = 0.0005
-
-#: Random elements need more than 1% within the 744 steps of this training; the largest 1% is enough.
-KNOBS = {"randomk": {"ratio": 0.05}, "wangni": {"ratio": 0.05}, "randblock": {"ratio": 0.1}}
 
 
-def natural(name: str) -> str:
-    """Returns the spec of a compressor with its natural memory."""
-    part = grace_ext.compressors.get(name).create((), KNOBS.get(name, {}))
-    return str(grace_ext.grace(f"{part} + {part.natural_memory}")) if part.natural_memory != "none" else f"{part} + none"
+def as_rows(found: dict[str, Any]) -> list[Row]:
+    """Returns the stored results as rows of a comparison; their times, which were not measured, are 0."""
+    runs = {
+        spec: [Run(spec, seed, of["rate"], score, of["nbytes"], []) for seed, score in enumerate(of["scores"])]
+        for spec, of in found.items()
+    }
+    return rows(task(DATA), runs, dict.fromkeys(runs, (0.0, 0.0)), {})
 
 
-def train(spec: str, seed: int, epochs: int, data: tuple[torch.Tensor, ...], tick: Any) -> dict[str, float]:
-    """Trains once. Returns the accuracy in percent, and the bytes per rank and step."""
-    images, labels, test_images, test_labels = data
-    g = grace_ext.grace(spec)
-    torch.manual_seed(seed)
-    model = torch_mnist.make_model()
-    cluster = grace_ext.LocalCluster(g, RANKS, framework="torch")
-    votes = any(leaf.compressor.result == "vote" for leaf in g.leaves)
-    rate = RATE_OF_VOTES if votes else LR
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.0 if votes or any(m.is_momentum for m in g.memories) else 0.9)
-    steps = torch_mnist.TRAIN // (BATCH * RANKS)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps * epochs, pct_start=0.2, cycle_momentum=False)
-    sent = []
-    for _ in range(epochs):
-        model.train()
-        order = torch.randperm(torch_mnist.TRAIN)
-        shares = [order[rank::RANKS].split(BATCH)[:steps] for rank in range(RANKS)]
-        for batches in zip(*shares, strict=True):
-            gradients = []
-            for batch in batches:
-                optimizer.zero_grad()
-                cross_entropy(model(images[batch]), labels[batch]).backward()
-                gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-            mean = cluster.step(gradients, lr=optimizer.param_groups[0]["lr"])
-            for name, p in model.named_parameters():
-                p.grad = mean[name]
-            optimizer.step()
-            schedule.step()
-            sent.append(cluster.wire_bytes[0])
-            tick()
-    return {"accuracy": torch_mnist.test(model, test_images, test_labels), "bytes": statistics.mean(sent)}
-
-
-def page(results: dict[str, Any], options: argparse.Namespace) -> str:
-    """Returns docs/accuracy.md in Markdown."""
-    dense = results["none"]
-    seeds = ", ".join(map(str, options.seeds))
+def page(document: dict[str, Any], bench: dict[str, Any]) -> str:
+    """Returns docs/accuracy.md in Markdown. bench: the rows of bench.json by spec."""
+    all_rows = as_rows(document["results"])
+    dense = next(row for row in all_rows if row.spec == DENSE)
+    rates = ", ".join(f"{rate:g}" for rate in document["rates"])
     lines = [
         "# What compression costs in accuracy", "",
-        "`python benchmarks/accuracy/convergence.py --table docs/accuracy.md` writes this page. It trains the network of",
-        f"`examples/torch_mnist.py` on 3,000 images and tests it on 2,000 others: {options.epochs} epochs, {RANKS} simulated ranks, mean",
-        f"of the seeds {seeds}. All rows use the recipe of dense training (learning rate, schedule, momentum), except that votes use a",
-        "twentieth of the rate and no momentum. `points lost` is the accuracy of dense training (`none`) less that of the row;",
-        "`times smaller` is the bytes of dense gradients divided by the bytes sent.", "",
-        "| parts | accuracy | points lost | times smaller |", "|---|---|---|---|",
+        "`python benchmarks/accuracy/convergence.py --page docs/accuracy.md` writes this page, by the trainings of `grace-ext compare`: a",
+        "small CNN (29,762 parameters) on 3,000 of MNIST's digits, tested on 2,000 others; 744 steps, 2 simulated ranks. Mean and standard",
+        f"deviation of {document['seeds']} seeds. Each row has the best of {rates} times dense training's learning rate, found with",
+        "another seed; votes start from a twentieth of it, without momentum. `points lost`: the accuracy of dense training less that of the",
+        "row; differences below the standard deviations are noise. `times smaller`: bytes of dense gradients divided by the bytes sent.",
+        "`encode` and `decode` are those of [performance.md](performance.md) for the same spec: multiples of a copy of a gradient of 25",
+        f"million elements. A star marks the Pareto front. {document['date']}, commit {document['commit']}.", "",
+        "![accuracy against bytes](pictures/accuracy.png)", "",
+        "| parts | accuracy, % | points lost | times smaller | learning rate | encode | decode |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    rows = sorted(results.items(), key=lambda item: item[1]["lost"])
-    lines += [f"| `{s}` | {r['accuracy']:.2f} % | {r['lost']:.2f} | {dense['bytes'] / r['bytes']:.1f} |" for s, r in rows]
+    for row in sorted(all_rows, key=lambda row: -row.score):
+        timing = bench.get(row.spec)
+        speed = [f"{timing['encode']:.1f}", f"{timing['decode']:.1f}" if timing["decode"] else "-"] if timing else ["", ""]
+        cells = [
+            f"`{row.spec}`{' *' if row.front else ''}", f"{row.score:.2f} ± {row.sd:.2f}", f"{dense.score - row.score:.2f}",
+            f"{row.smaller:.1f}", f"{row.rate:g}", *speed,
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
-        "", f"The limit of {MOST_LOST:g} points does not apply to {', '.join(EXEMPT)}, which have no error feedback. Compressors",
-        "that choose positions at random send 5% of the elements (blocks: 10%), because 1% is too few for so short a training; of the",
-        "largest elements, 1% is enough.", "",
+        "", f"{', '.join(EXEMPT)} have no error feedback in these specs. Compressors that choose positions at random need more of them",
+        "than those that send the largest elements: 5% (blocks: 10%).", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def earlier(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the output file's results for the same seeds and epochs, so that an interrupted run can continue."""
-    if not options.out or not options.out.exists():
-        return {}
-    found = json.loads(options.out.read_text())
-    return found["results"] if (found["seeds"], found["epochs"]) == (options.seeds, options.epochs) else {}
+def bench_rows() -> dict[str, Any]:
+    file = RESULTS / "bench.json"
+    return {row["spec"]: row for row in json.loads(file.read_text())["rows"]} if file.exists() else {}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", metavar="SPEC")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this file; specs already in it are not run again")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the results as a Markdown page")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 2.0])
+    parser.add_argument("--out", type=Path, metavar="FILE", default=RESULTS / "convergence.json")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also write the results as a Markdown page, with a picture")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    specs = options.specs or [natural(name) for name in grace_ext.compressors.names() if name != "none"]
-    data, results = torch_mnist.load(), earlier(options)
-    console = Console(width=140)
-    total = len(options.seeds) * options.epochs * (torch_mnist.TRAIN // (BATCH * RANKS))
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for spec in [s for s in ["none", *specs] if s not in results]:
-            task = progress.add_task(spec, total=total)
-            runs = [train(spec, seed, options.epochs, data, lambda task=task: progress.advance(task)) for seed in options.seeds]
-            progress.remove_task(task)
-            accuracies = [run["accuracy"] for run in runs]
-            results[spec] = {"accuracies": accuracies, "accuracy": statistics.mean(accuracies), "bytes": runs[0]["bytes"]}
-            dense = results["none"]
-            results[spec]["lost"] = dense["accuracy"] - results[spec]["accuracy"]
-            accuracy, lost, ratio = results[spec]["accuracy"], results[spec]["lost"], dense["bytes"] / results[spec]["bytes"]
-            console.print(f"{spec:<72} {accuracy:6.2f} %  lost {lost:5.2f}  {ratio:7.1f}x smaller", highlight=False)
-            if options.out:
-                summary = {"seeds": options.seeds, "epochs": options.epochs, "torch": torch.__version__, "results": results}
-                options.out.write_text(json.dumps(summary, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(page(results, options))
-    failed = [s for s, r in results.items() if r["lost"] > MOST_LOST and not s.startswith(EXEMPT)]
+    specs = list(dict.fromkeys([DENSE, *(str(completed(text)) for text in options.specs)])) if options.specs else settings.specs()
+    document: dict[str, Any] = {**record.stamp(), "seeds": options.seeds, "rates": options.rates, "results": {}}
+    if options.out.exists():
+        known = json.loads(options.out.read_text())
+        if (known["seeds"], known.get("rates")) == (options.seeds, options.rates):
+            document["results"] = known["results"]
+    console, results = Console(width=140), document["results"]
+    lacking = [spec for spec in specs if spec not in results]
+    with Progress(console=console, disable=not console.is_terminal) as progress, Trainings(DATA) as trainings:
+        bar = progress.add_task("training", total=amount(lacking, range(options.seeds), options.rates))
+        for spec in lacking:
+            runs = trainings.runs([spec], range(options.seeds), options.rates, lambda done: progress.advance(bar, done))[spec]
+            scores = [run.score for run in runs]
+            results[spec] = {"scores": scores, "nbytes": statistics.mean(run.nbytes for run in runs), "rate": runs[0].rate}
+            console.print(f"{spec:<80} {statistics.mean(scores):6.2f} %  {results[spec]['nbytes']:9,.0f} bytes", highlight=False)
+            options.out.write_text(json.dumps(document, indent=1) + "\n")
+    if options.page:
+        options.page.write_text(page(document, bench_rows()))
+        draw(task(DATA), as_rows(results), f"{DATA}, 2 ranks, {options.seeds} seeds", options.page.parent / "pictures" / "accuracy.png")
+    best: dict[str, float] = {}
+    for spec, of in results.items():
+        best[name_of(spec)] = max(best.get(name_of(spec), 0.0), statistics.mean(of["scores"]))
+    failed = [name for name, score in best.items() if score < statistics.mean(results[DENSE]["scores"]) - MOST_LOST and name not in EXEMPT]
     if failed:
         console.print(f"more than {MOST_LOST} points lost: {', '.join(failed)}", style="red")
     return int(bool(failed))
