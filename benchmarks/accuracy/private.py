@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from benchmarks.accuracy.private_page import draw, write  # noqa: E402
 from benchmarks.common import record  # noqa: E402
 
 RANKS, STEPS, BATCH, LR, CLIP, DELTA = 2, 300, 256, 0.5, 1.0, 1e-5
+EPSILONS, RESULTS = (math.inf, 8.0, 1.0), Path(__file__).parents[1] / "results" / "private.json"
 MOST_LOST = 3.0  # percentage points, with error feedback
 SPECS = (
     "none",
@@ -53,7 +55,7 @@ SPECS = (
 )
 
 
-def train(spec: str, epsilon: float, seed: int, data: tuple[torch.Tensor, ...], tick: Any) -> dict[str, float]:
+def train(spec: str, epsilon: float, seed: int, data: tuple[torch.Tensor, ...], tick: Callable[[], None]) -> dict[str, float]:
     """Trains once. Returns the accuracy in percent, the bytes per rank and step, and the noise multiplier."""
     images, labels, test_images, test_labels = data
     rate, g = BATCH / len(images), grace_ext.grace(spec, seed=seed)
@@ -79,35 +81,48 @@ def train(spec: str, epsilon: float, seed: int, data: tuple[torch.Tensor, ...], 
     return {"accuracy": 100 * mnist.accuracy(model, test_images, test_labels), "bytes": cluster.wire_bytes[0], "noise": noise}
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains what the file lacks, and returns the results: by spec and epsilon the accuracies of the seeds, bytes and noise."""
-    found = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results = found.get("results", {}) if found.get("seeds") == options.seeds else {}
-    console, data = Console(width=140), mnist.load()
-    missing = [(spec, e) for spec in options.specs for e in options.epsilons if f"{e:g}" not in results.get(spec, {})]
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=len(missing) * len(options.seeds) * STEPS)
-        for spec, epsilon in missing:
-            runs = [train(spec, epsilon, seed, data, lambda: progress.advance(task)) for seed in options.seeds]
-            accuracies = [one["accuracy"] for one in runs]
-            row = {"accuracies": accuracies, "accuracy": statistics.mean(accuracies), "bytes": runs[0]["bytes"], "noise": runs[0]["noise"]}
-            results.setdefault(spec, {})[f"{epsilon:g}"] = row
-            console.print(f"{spec:<40} epsilon {epsilon:<5g} {row['accuracy']:6.2f} %  {row['bytes']:>8} bytes", highlight=False)
-            head = {"seeds": options.seeds, "steps": STEPS, "batch": BATCH, "rate": LR, "clip": CLIP, "delta": DELTA, "ranks": RANKS}
-            options.out.write_text(json.dumps({**record.stamp(), **head, "results": results}, indent=1) + "\n")
-    return json.loads(options.out.read_text())  # type: ignore[no-any-return]
+def cell(spec: str, epsilon: float, seeds: Sequence[int], data: tuple[torch.Tensor, ...], tick: Callable[[], None]) -> dict[str, Any]:
+    """Trains once per seed. Returns the accuracies, their mean, the bytes and the noise multiplier."""
+    runs = [train(spec, epsilon, seed, data, tick) for seed in seeds]
+    accuracies = [one["accuracy"] for one in runs]
+    return {"accuracies": accuracies, "accuracy": statistics.mean(accuracies), "bytes": runs[0]["bytes"], "noise": runs[0]["noise"]}
+
+
+def complete(
+    specs: Sequence[str], epsilons: Sequence[float], seeds: Sequence[int], out: Path, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    """Trains what the file lacks of these settings, and returns what it then holds: by spec and epsilon the cells. progress: is told the
+    share that is done."""
+    head = {"seeds": [*seeds], "steps": STEPS, "batch": BATCH, "rate": LR, "clip": CLIP, "delta": DELTA, "ranks": RANKS}
+    found = json.loads(out.read_text()) if out.exists() else {}
+    results = found.get("results", {}) if all(found.get(key) == value for key, value in head.items()) else {}
+    missing, data, done = [(spec, e) for spec in specs for e in epsilons if f"{e:g}" not in results.get(spec, {})], mnist.load(), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress(done / (len(missing) * len(seeds) * STEPS))
+
+    for spec, epsilon in missing:
+        results.setdefault(spec, {})[f"{epsilon:g}"] = row = cell(spec, epsilon, seeds, data, tick)
+        print(f"{spec:<40} epsilon {epsilon:<5g} {row['accuracy']:6.2f} %  {row['bytes']:>8} bytes", flush=True)
+        out.write_text(json.dumps({**record.stamp(), **head, "results": results}, indent=1) + "\n")
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", metavar="SPEC", default=SPECS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[math.inf, 8.0, 1.0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "private.json", metavar="FILE")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table into this page, and the picture beside it")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = run(options)
+    console = Console(width=140)
+    with Progress(console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task("training", total=1.0)
+        found = complete(options.specs, options.epsilons, options.seeds, options.out, lambda share: bars.update(task, completed=share))
     if options.page:
         draw(found, options.page.parent / "pictures" / "private.png")
         write(found, options.page)
