@@ -26,28 +26,29 @@ class LGreCo(Policy):
 
         minimize  sum_l bytes(l, c_l)   subject to   sum_l err(l, c_l) <= alpha sum_l err(l, base)
 
-    over c_l in a grid of at most `choices` values of the base's ratio, rank or bits (the first of these that its compressor has), from `low`
-    to `high` times the base's value (which is among them), at least one element, rank 1 or 2 bits. err is the 2-norm of what compression
-    loses of the sum of a rank's last `window` gradients, averaged over the ranks. measure='gradient' takes the gradients before error
-    feedback; 'compensated' takes what the memory makes of them (gradient plus residual), which is what is compressed at these steps: a
-    layer that has waited long then counts more. It needs a memory with error feedback. Every `every` steps each rank measures its errors, and one small gather (4
-    bytes per tensor and choice) brings all errors to every rank. Each rank then solves the same problem exactly, by dynamic programming
-    over errors in 1/10,000 of the budget, rounded up, so all use the same choices from the next step on. Residuals are kept, and so are
-    the columns of powersgd's Q that old and new rank share; new ones come from the shared seed. Before the first solution, and if no choice
-    keeps the budget (which is logged), every layer uses `base`. Aggregates would need no gather, but contain only what was sent, so they
-    would hide the errors that are to be measured.
-    Errors are computed from sorted magnitudes for top-k, from singular values for low rank, and by compressing for anything else. Tensors
-    that are sent dense have none. Inside a policy that switches by what it learns (accordion), only the tensors that will go through this one
-    share the budget; the others are at `base` when they come back.
+    over c_l in a grid of at most `choices` values of the base's ratio, rank or bits (the first of these that its compressor has), from
+    `low` to `high` times the base's value (which is among them), at least one element, rank 1 or 2 bits. err is the 2-norm of what
+    compression loses of the sum of a rank's last `window` gradients, averaged over the ranks. Every `every` steps each rank measures
+    its errors, and one small gather (4 bytes per tensor and choice) brings all errors to every rank. Each rank then solves the same
+    problem exactly, by dynamic programming over errors in 1/10,000 of the budget, rounded up, so all use the same choices from the next
+    step on. Residuals are kept, and so are the columns of powersgd's Q that old and new rank share; new ones come from the shared seed.
+    Before the first solution, and if no choice keeps the budget (which is logged), every layer uses `base`. Aggregates would need no
+    gather, but contain only what was sent, so they would hide the errors that are to be measured.
+    Errors are computed from sorted magnitudes for top-k, from singular values for low rank, and by compressing for anything else.
+    Tensors that are sent dense have none. Inside a policy that switches by what it learns (accordion), only the tensors that will go
+    through this one share the budget; the others begin at `base` when they come back.
+    measure='gradient' takes the gradients before error feedback. 'compensated' takes what the memory makes of them, gradient plus
+    residual, which is what is compressed at these steps: what a layer has not sent yet then counts, once per step of the window. It
+    needs a memory with error feedback, and no 'hierarchical'.
     State: `setting`, float32[1], the number of the choice, and `sum`, float[d] within a window, else empty.
     A lower `low` saves more bytes at the same error of one step; what large layers do not send then waits longer in their residuals.
-    The 2-norm is the paper's error, and suits SGD. With error='adam', err is sqrt(d) (||x|| - ||C(x)||), where x is that sum and C(x) what
-    is sent of it: the descent that is lost, because Adam's steps are as long for small gradients as for large ones. Use it with Adam, AdamW
-    and similar optimizers, where the 2-norm sends too little of layers with small gradients, which costs accuracy.
-    alpha below 1 asks for less error, above 1 for more savings.
-    A longer window measures less noise. Solving more often costs time.
-    Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code measures compensated
-    gradients of rank 0, has different random columns on every rank, can choose rank 0, and leaves NaN in its tables.
+    The 2-norm is the paper's error, and suits SGD. With error='adam', err is sqrt(d) (||x|| - <x, C(x)> / ||C(x)||), where x is that
+    sum and C(x) what is sent of it: the descent that is lost, because Adam's steps are as long for small gradients as for large ones.
+    Use it with Adam, AdamW and similar optimizers, where the 2-norm sends too little of layers with small gradients, which costs
+    accuracy.
+    alpha below 1 asks for less error, above 1 for more savings. A longer window measures less noise. Solving more often costs time.
+    Source: Markov, Alimohammadi, Frantar, Alistarh 2022, whose ranks are 0.5 to 2 times the base's; the authors' code measures rank 0's
+    compensated gradients, has different random columns on every rank, can choose rank 0, and leaves NaN in its tables.
     """
 
     varies: ClassVar[bool] = True
@@ -93,7 +94,7 @@ class LGreCo(Policy):
     def check_two_level(self):
         if self.measure == "compensated":
             raise IncompatiblePartsError(
-                f"{self}: with 'hierarchical' a residual belongs to the gradients of a whole node, and each rank measures its own gradient, "
+                f"{self}: with 'hierarchical' a residual belongs to the gradients of a whole node, and each rank measures its own, "
                 "so they cannot be added; use measure='gradient', or a flat communicator"
             )
 
