@@ -128,6 +128,10 @@ class BiasedCompressorWarning(UserWarning):
     """A biased compressor is used without a memory."""
 
 
+class DoubtfulSettingWarning(UserWarning):
+    """A compressor's knobs are valid, but are known to train badly or to cost more than they save (`Compressor.caution`)."""
+
+
 def warn_user(
     message: str, category: type[Warning] = UserWarning, *, every_rank: bool = False, environ: Mapping[str, str] = os.environ
 ) -> None:

@@ -6,7 +6,16 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import BiasedCompressorWarning, ParameterError, SpecSyntaxError, UnstableFeedbackWarning, few, shown, warn_user
+from ..errors import (
+    BiasedCompressorWarning,
+    DoubtfulSettingWarning,
+    ParameterError,
+    SpecSyntaxError,
+    UnstableFeedbackWarning,
+    few,
+    shown,
+    warn_user,
+)
 from ..parts.part import Part
 from ..parts.registry import communicators, compressors, mechanisms, memories, policies
 from ..parts.spec import parse, part_from
@@ -89,6 +98,8 @@ def compose(compressor: Any, memory: Any = None, communicator: Any = None) -> Co
             f"'{chosen} + {chosen.natural_memory}' (or write '+ none' if you mean it)",
             BiasedCompressorWarning,
         )
+    if chosen.caution is not None:
+        warn_once(f"caution: {chosen}", f"{chosen} {chosen.caution}", DoubtfulSettingWarning)
     omega = chosen.omega(4096) if chosen.unbiased and remembers.feeds_back else None
     if omega is not None and omega >= 1:
         warn_once(

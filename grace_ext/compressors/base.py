@@ -166,6 +166,12 @@ class Compressor(FastPath, Part):
     def check(self) -> None:
         """Raises IncompatiblePartsError if the compressors that it is made of do not fit."""
 
+    @property
+    def caution(self) -> str | None:
+        """What users are told once if they compose it with these knobs, which are valid, but train badly or cost more than they save: the
+        rest of a sentence that begins with the compressor, and the way out. None for most."""
+        return None
+
     # --- decoding the ranks' payloads ---------------------------------------------------------------------------------
     def positions(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array | None:
         """int64[m], ascending: where the payload has values; None if it has one for every element. Raises PayloadError."""

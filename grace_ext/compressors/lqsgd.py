@@ -57,6 +57,16 @@ class LQSGD(_LowRank):
     alpha: float = knob(10.0, "curvature of the logarithmic scale", above=0, high=1e6)
 
     @property
+    def caution(self):
+        if self.bits >= 4:
+            return None
+        return (
+            f"codes each factor with {self.levels} level{'s' if self.levels > 1 else ''} per sign, and the residual feeds back an error as "
+            "large as what is sent: training diverges, or stalls at two to three times the loss. Use bits=4 or more (and a lower rank, if "
+            "bytes matter)"
+        )
+
+    @property
     def levels(self) -> int:
         """The number of levels per sign."""
         return 2 ** (self.bits - 1) - 1

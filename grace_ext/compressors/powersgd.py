@@ -15,10 +15,11 @@ from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows, share
 
 
 class Factors(NamedTuple):
-    """The factors of one exchange. p: P, float[a, r]. q: Q of the mean, and q_sent: Q of what the memory subtracts, each float[r, b]."""
+    """The factors of one exchange, P: float[a, r] and Q: float[r, b]. p, q: of the result. p_sent, q_sent: of what the memory subtracts."""
 
     p: Any
     q: Any
+    p_sent: Any
     q_sent: Any
 
 
@@ -44,9 +45,13 @@ class _TwoSums(_LowRank):
         before = start.reshape(r, b)
         p_sum = yield AllReduce((x.reshape(a, b) @ before.T).reshape(-1) if p_own is None else p_own, "float32")
         p_host = orthonormalize(ops.host((yield from all_rows(ops, p_sum, spec, r))).reshape(-1, r))
+        return (yield from self._projection(ops, x, spec, info, before, p_host))
+
+    def _projection(self, ops, x, spec, info, before, p_host):
+        """Computes Q for the orthonormal columns of P, and returns what `_two_sums` does."""
         p = ops.upload(own_rows(p_host, spec))
-        q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(r, b)
-        q = (yield from mean_in_shares(ops, q_own.reshape(-1), spec)).reshape(r, b)
+        q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(before.shape)
+        q = (yield from mean_in_shares(ops, q_own.reshape(-1), spec)).reshape(before.shape)
         if not ops.all_finite(q):  # a rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
             return None, before.reshape(-1)
         return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
@@ -57,7 +62,7 @@ class _TwoSums(_LowRank):
         return ops.project(p, x).reshape(-1) if spec.size else ops.zeros(r * b)
 
     def _factors(self, info, p, q, q_own) -> Factors:
-        return Factors(p, q, q_own if self.feedback == "local" else q * (info.divisor / info.size))
+        return Factors(p, q, p, q_own if self.feedback == "local" else q * (info.divisor / info.size))
 
     def fused_rounds(self, ops, grad, feedback, spec, info, state, out):
         if feedback.residual is None or not spec.size or not ops.compiles(grad) or (start := self._start(ops, spec, info, state)) is None:
@@ -74,7 +79,8 @@ class _TwoSums(_LowRank):
             unsent[:] = x
             return ops.zeros(spec.size), unsent, self._state(spec, q)
         aggregate = ops.empty(spec.size) if out is None else out
-        ops.kernels.products(x, *(np.ascontiguousarray(factor).reshape(-1) for factor in factors), a, r, unsent, aggregate)
+        flat = (np.ascontiguousarray(factor).reshape(-1) for factor in (factors.p, factors.q, factors.q_sent))
+        ops.kernels.products(x, *flat, a, r, unsent, aggregate)
         return aggregate, unsent, self._state(spec, q)
 
     def _state(self, spec, q):
@@ -100,8 +106,8 @@ def outcome(ops, spec, factors: Factors | None) -> Exchanged:
     """Returns the approximations that the factors stand for; zeros if there are none, because nothing was sent."""
     if factors is None or not spec.size:
         return Exchanged(ops.zeros(spec.size), lambda: ops.zeros(spec.size), {})
-    p, q, q_sent = factors
-    return Exchanged(ops.product(p, q), lambda: ops.product(p, q_sent), {}, remove=lambda x: ops.subtract_product(x, p, q_sent))
+    p, q, p_sent, q_sent = factors
+    return Exchanged(ops.product(p, q), lambda: ops.product(p_sent, q_sent), {}, remove=lambda x: ops.subtract_product(x, p_sent, q_sent))
 
 
 def feedback_knob():

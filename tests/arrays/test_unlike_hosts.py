@@ -23,7 +23,8 @@ from .. import catalog
 
 OTHERS = [w for w in WORLDS if w.name in ("numpy-plain", "torch-device", "tensorflow")]
 SHAPES = {"wide": (7, 131), "tall": (65, 9), "kernel": (32, 3, 5, 5), "vector": (300,)}
-LOW_RANK = ("powersgd", "powersgd(feedback='mean')", "powersgd_plus(refresh_period=2)", "lqsgd", "atomo")
+LOW_RANK = ("powersgd", "powersgd(feedback='mean')", "powersgd_plus(refresh_period=2)", "powersgd_plus(refresh_period=2, refresh='gram')",
+            "lqsgd", "atomo")  # fmt: skip
 
 
 def gradients(step: int, size: int = 3) -> list[dict[str, np.ndarray]]:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.errors import GraceError, IncompatiblePartsError, LearningRateError, ParameterError, PayloadError, UnstableFeedbackWarning
+from grace_ext.composition import making
+from grace_ext.errors import (
+    DoubtfulSettingWarning,
+    GraceError,
+    IncompatiblePartsError,
+    LearningRateError,
+    ParameterError,
+    PayloadError,
+    UnstableFeedbackWarning,
+)
 from grace_ext.frameworks.optimizers import rate_of
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
@@ -113,6 +122,27 @@ def test_feedback_of_a_high_variance_is_said_once():
     x, cluster = inputs.normal(0, 0, shapes={"v": (4000,)}), NUMPY.cluster(g, 2)
     sizes = [np.linalg.norm(NUMPY.step(cluster, [x, x])["v"]) for _ in range(16)]
     assert sizes[-1] > 7 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("lqsgd(bits=3, rank=2) + residual", r"^lqsgd\(rank=2, bits=3\) codes .* Use bits=4 or more"),
+        ("by_size(large=lqsgd(bits=2) + residual)", r"^lqsgd\(rank=1, bits=2\) codes .* Use bits=4 or more"),
+        ("powersgd_plus(refresh_period=1) + residual", r"more bytes than no compression. Use refresh='gram'"),
+    ],
+)
+def test_a_doubtful_setting_is_said_once(spec, says, monkeypatch):
+    """The warning says why and what to use instead, once; the settings that it names are composed without one."""
+    monkeypatch.setattr(making, "warned", set())
+    with pytest.warns(DoubtfulSettingWarning, match=says) as found:
+        grace_ext.grace(spec)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grace_ext.grace(spec)
+        for good in ("lqsgd(bits=4)", "powersgd_plus(refresh_period=1, refresh='gram')", "powersgd_plus(refresh_period=2)"):
+            grace_ext.grace(f"{good} + residual")
 
 
 def test_parameter_groups_of_different_rates():

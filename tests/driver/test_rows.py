@@ -133,6 +133,8 @@ def off_by(got, expected):
         "powersgd(rank=2, warm_start=False) + residual",
         "powersgd_plus(rank=2, refresh_period=4) + residual",
         "powersgd_plus(rank=2, refresh_period=5, refresh='randomized') + residual",
+        "powersgd_plus(rank=2, refresh_period=4, refresh='gram') + residual",
+        "powersgd_plus(rank=2, refresh_period=1, refresh='gram', feedback='mean') + residual",
         f"by_size(min_elements=700, small=none, large={POWERSGD})",
         f"warmup(steps=3, then={POWERSGD})",
     ],

@@ -35,17 +35,33 @@ def basis_of(matrix: np.ndarray) -> np.ndarray:
 
 
 class Plus:
-    """Is PowerSGD, but takes the best approximation of the mean (by its SVD) at every multiple of the period."""
+    """Is PowerSGD, but takes the best approximation of the mean (by its SVD) at every multiple of the period; or, with gram, projects all
+    gradients on the first eigenvectors of the mean of M_i^T M_i, or of M_i M_i^T if that is smaller."""
 
-    def __init__(self, q, period, feedback):
-        self.power, self.period, self.step = oracles.PowerSGD(q, feedback), period, 0
+    def __init__(self, q, period, feedback, gram=False):
+        self.power, self.period, self.step, self.gram = oracles.PowerSGD(q, feedback), period, 0, gram
 
     def __call__(self, p):
-        if self.step % self.period == 0:
-            average = oracles.mean([x.reshape(x.shape[0], -1) for x in p])
-            self.power.q = np.linalg.svd(average)[2][: self.power.q.shape[1]].T
         self.step += 1
+        if (self.step - 1) % self.period:
+            return self.power(p)
+        if self.gram:
+            return self.projected(p)
+        average = oracles.mean([x.reshape(x.shape[0], -1) for x in p])
+        self.power.q = np.linalg.svd(average)[2][: self.power.q.shape[1]].T
         return self.power(p)
+
+    def projected(self, p):
+        matrices, r = [x.reshape(x.shape[0], -1) for x in p], self.power.q.shape[1]
+        (a, b), average = matrices[0].shape, oracles.mean(matrices)
+        if b <= a:
+            v = np.linalg.eigh(oracles.mean([m.T @ m for m in matrices]))[1][:, ::-1][:, :r]
+            project, self.power.q = (lambda m: m @ v @ v.T), v
+        else:
+            u = np.linalg.eigh(oracles.mean([m @ m.T for m in matrices]))[1][:, ::-1][:, :r]
+            project, self.power.q = (lambda m: u @ (u.T @ m)), average.T @ u
+        sent = [project(average if self.power.feedback == "mean" else m).reshape(p[0].shape) for m in matrices]
+        return project(average).reshape(p[0].shape), sent
 
 
 def gaussian(size: int, step: int, shape) -> list[np.ndarray]:
@@ -62,13 +78,16 @@ def gaussian(size: int, step: int, shape) -> list[np.ndarray]:
 @RUNS
 @pytest.mark.parametrize("memory", ["none", "residual", "powersgd"])
 @pytest.mark.parametrize("knobs", ["rank=2, refresh_period=3", "rank=2, refresh_period=2, feedback='mean'", "rank=1, refresh_period=5",
-                                   "rank=2, refresh_period=3, refresh='randomized', iterations=40"])  # fmt: skip
+                                   "rank=2, refresh_period=3, refresh='randomized', iterations=40", "rank=2, refresh_period=1",
+                                   "rank=2, refresh_period=1, refresh='gram'",
+                                   "rank=2, refresh_period=3, refresh='gram', feedback='mean'"])  # fmt: skip
 @pytest.mark.parametrize("shape", [MATRIX, KERNEL])
 def test_powersgd_plus(world, shape, knobs, memory, size):
     """PowerSGD+ equals its equations at refreshes and between them; enough power iterations give the same subspace as the SVD."""
     g = grace_ext.grace(f"powersgd_plus({knobs}) + {memory}")
     cluster = world.cluster(g, size)
-    oracle = Plus(start(shape, g.compressor.rank), g.compressor.refresh_period, g.compressor.feedback)
+    gram = g.compressor.refresh == "gram"
+    oracle = Plus(start(shape, g.compressor.rank), g.compressor.refresh_period, g.compressor.feedback, gram)
     expected = oracles.Feedback(oracle, size, on=memory != "none")
     for step in range(STEPS):
         given = gaussian(size, step, shape)
@@ -94,6 +113,77 @@ def test_the_rounds_of_powersgd_plus_are_the_same_at_every_step(world):
     assert all(one == seen[0] for one in seen)
 
 
+@pytest.mark.parametrize(("shape", "side", "longer"), [(MATRIX, 18, 24), ((18, 24), 18, 24), (KERNEL, 8, 75)])
+@pytest.mark.parametrize("period", [1, 3])
+def test_the_rounds_of_a_gram_matrix(world, shape, side, longer, period):
+    """A refresh sums one triangle of the smaller Gram matrix, and then the projections, in the rounds of every other step; what is declared
+    is the mean over a period. With period 1 it is below dense, and so is rank 2 of a square matrix."""
+    g = grace_ext.grace(f"powersgd_plus(rank=2, refresh_period={period}, refresh='gram') + residual")
+    cluster, (a, b), total, kinds = world.cluster(g, 2), (shape[0], int(np.prod(shape[1:]))), 0, []
+    for step in range(3):
+        with tapped() as wire:
+            world.step(cluster, [{"w": x} for x in gaussian(2, step, shape)])
+        first, second = (side * (side + 1) // 2, 2 * longer) if step % period == 0 else (2 * a, 2 * b)
+        assert [s.nbytes for s in wire] == [[4 * (first + 1)] * 2, [4 * (second + 1)] * 2]
+        kinds.append([(s.kind, s.label, s.dtype) for s in wire])
+        total += first + second
+    assert all(one == kinds[0] for one in kinds)
+    spec = TensorSpec("w", shape)
+    assert np.isclose(g.compressor.mean_nbytes(spec), 4 * total / 3) and g.compressor.nbytes(spec) >= g.compressor.mean_nbytes(spec)
+    assert g.compressor.mean_nbytes(spec) < spec.nbytes
+    assert grace_ext.grace("powersgd_plus(rank=2, refresh_period=1, refresh='gram')+ none").nbytes(TensorSpec("w", (64, 64))) < 4 * 64 * 64
+
+
+@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
+def test_a_fresh_subspace_at_every_step(world, refresh):
+    """refresh_period=1 compresses whatever powersgd does, although dense sums cost more than no compression: the result of the first and
+    of every other step has the wanted rank, and the least error. Smaller matrices are sent dense, as by powersgd."""
+    g = grace_ext.grace(f"powersgd_plus(rank=2, refresh_period=1, refresh={refresh!r}, iterations=40) + none")
+    cluster = world.cluster(g, 1)
+    for step in range(3):
+        (m,) = gaussian(1, step, MATRIX)
+        left = m - world.step(cluster, [{"w": m}])["w"].astype(np.float64)
+        sizes = np.linalg.svd(m.astype(np.float64))[1]
+        assert np.isclose((left**2).sum(), (sizes[2:] ** 2).sum(), rtol=1e-4)
+    for shape in ((4, 4), (3, 7), (5, 5), (100, 3), (100, 2)):
+        spec = TensorSpec("w", shape)
+        assert g.compressor.sends_dense(spec) == grace_ext.grace("powersgd(rank=2) + none").compressor.sends_dense(spec)
+
+
+@pytest.mark.parametrize("shape", [(24, 18), (18, 24)])
+def test_which_subspace_a_gram_matrix_gives(world, shape):
+    """Where ranks differ, 'gram' leaves the least in their memories, within (1 - r / min(a, b)) of what they had; 'svd' leaves the least of
+    the mean. Neither is the other's best."""
+    generator, size, r = np.random.default_rng(3), 4, 2
+    given = [generator.standard_normal(shape) * 3.0 ** -np.arange(shape[1]) for _ in range(size)]  # columns of very different sizes
+    given = [(x + 2 * np.outer(np.ones(shape[0]), np.arange(shape[1]) == 9)).astype(np.float32) for x in given]  # one that all agree on
+    left, of_mean = {}, {}
+    for refresh in ("svd", "gram"):
+        cluster = world.cluster(grace_ext.grace(f"powersgd_plus(rank={r}, refresh_period=1, refresh={refresh!r}) + residual"), size)
+        out = world.step(cluster, [{"w": x} for x in given])["w"]
+        left[refresh] = np.mean([(held["residual/w"].astype(np.float64) ** 2).sum() for held in states(cluster, world)])
+        of_mean[refresh] = ((oracles.mean(given) - out.astype(np.float64)) ** 2).sum()
+    assert left["gram"] < left["svd"] and of_mean["svd"] < of_mean["gram"]
+    sides = [x.T @ x if shape[1] <= shape[0] else x @ x.T for x in (x.astype(np.float64) for x in given)]
+    values = np.linalg.eigvalsh(oracles.mean(sides))
+    assert np.isclose(left["gram"], values[:-r].sum(), rtol=1e-3)
+    assert left["gram"] <= (1 - r / min(shape)) * values.sum()
+
+
+@pytest.mark.parametrize("shape", [(24, 18), (18, 24)])
+def test_squares_out_of_range_send_nothing(world, shape):
+    """If the squares of a refresh overflow or vanish, the result is zero, and the memory and the subspace keep what they had."""
+    for factor in (1e25, 1e-24):
+        cluster = world.cluster(grace_ext.grace("powersgd_plus(rank=2, refresh_period=2, refresh='gram') + residual"), 2)
+        given = [{"w": x * np.float32(factor)} for x in gaussian(2, 0, shape)]
+        with np.errstate(all="ignore"):
+            assert not world.step(cluster, given)["w"].any()
+        for rank, held in enumerate(states(cluster, world)):
+            assert np.array_equal(held["residual/w"].reshape(shape), given[rank]["w"])
+            assert np.array_equal(held["powersgd_q/w"].reshape(2, -1), start(shape, 2).T)
+        assert world.step(cluster, given)["w"].any()  # the next step is no refresh
+
+
 def test_a_refresh_contracts(world):
     """At a refresh the unsent part has at most (1 - r / min(a, b)) of the mean's squared norm, whatever the subspace was before; PowerSGD
     that starts orthogonally to the gradient sends almost nothing of it."""
@@ -114,7 +204,9 @@ def test_a_refresh_contracts(world):
     assert grace_ext.grace("powersgd_plus + none").compressor.delta(spec.size) is None  # no bound between refreshes
 
 
-@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=2)", "powersgd_plus(refresh='randomized')", "lqsgd(rank=2)"])
+@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=2)", "powersgd_plus(refresh='randomized')",
+                                  "powersgd_plus(refresh_period=1)", "powersgd_plus(refresh_period=1, refresh='gram')",
+                                  "lqsgd(rank=2)"])  # fmt: skip
 def test_deficient_and_zero_gradients(world, text):
     """A matrix rank below r, a zero gradient and an overflow leave no NaN, and later steps compress as before."""
     cluster = world.cluster(grace_ext.grace(f"{text} + residual"), 2)
@@ -266,7 +358,10 @@ def test_rounds_are_not_dropped_in_silence():
             grace_ext.grace(f"{text} + residual @ {communicator}")
 
 
-@pytest.mark.parametrize("text", ["powersgd", "powersgd_plus(refresh_period=4)", "lqsgd"])
+PLUS = ("powersgd_plus(refresh_period=4)", "powersgd_plus(refresh_period=4, refresh='gram')")
+
+
+@pytest.mark.parametrize("text", ["powersgd", *PLUS, "lqsgd"])
 def test_all_ranks_have_one_subspace_and_keep_it(world, text):
     """GRACE's bug 4: every rank draws Q from its own generator, anew at each step. Here Q has the same bits on all ranks, whatever the
     global generators do, and moves towards the gradient's singular vectors from step to step."""

@@ -12,7 +12,7 @@ def test_powersgd_never_sees_what_is_orthogonal_to_its_subspace():
     assert distances("powersgd(rank=1) + residual", 2000, 0.0)[-1] == pytest.approx(13**0.5, abs=1e-4)
 
 
-@pytest.mark.parametrize("refresh", ["svd", "randomized"])
+@pytest.mark.parametrize("refresh", ["svd", "randomized", "gram"])
 def test_powersgd_plus_escapes(refresh):
     """A refresh of the subspace every 10 steps finds the largest part that was not sent."""
     assert distances(f"powersgd_plus(rank=1, refresh_period=10, refresh={refresh!r}) + residual", 2000, 0.0)[-1] < 1e-2
