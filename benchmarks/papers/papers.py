@@ -26,15 +26,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 from benchmarks.common import record  # noqa: E402
 from benchmarks.papers import (  # noqa: E402
     accordion,
+    batch_times,
     counterexample,
+    dp_compression,
     ef_star,
+    inversion,
     lgreco,
     linear_speedup,
     logistic,
     lqsgd,
+    membership,
     no_feedback,
     plus_text,
     powersgd,
+    qsparse,
     time_to_target,
     volumes,
     which_momentum,
@@ -48,6 +53,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.EXPERIMENT, no_feedback.EXPERIMENT, which_momentum.EXPERIMENT,
         accordion.EXPERIMENT, linear_speedup.EXPERIMENT, powersgd.EXPERIMENT, time_to_target.EXPERIMENT, counterexample.EXPERIMENT,
         plus_text.EXPERIMENT, lqsgd.EXPERIMENT, lgreco.FAMILIES, lgreco.WITH_ACCORDION,
+        batch_times.EXPERIMENT, qsparse.EXPERIMENT, dp_compression.EXPERIMENT, inversion.EXPERIMENT, membership.EXPERIMENT,
     )
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
