@@ -57,7 +57,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
 EXPERIMENT = Experiment(
     "batch_times",
     "Where the time of a batch goes: PowerSGD saves wall-clock time on slow links",
-    "Vogels et al. 2019 (PowerSGD)",
+    "Vogels, Karimireddy, Jaggi 2019 (PowerSGD)",
     "PowerSGD is the only evaluated method with consistent wall-clock speed-ups over SGD with an optimized communication backend.",
     "not available: the paper's tables could not be read; its GPUs and network are others",
     "The network of PyTorch's basic MNIST example (1.2 million parameters), batch 8 per rank, torchrun over Gloo, one thread per rank, "

@@ -83,7 +83,8 @@ def judged(found: dict[str, Seen]) -> list[Check]:
 EXPERIMENT = Experiment(
     "inversion",
     "Compression hides images from a careless attacker, not from one who knows the compressor",
-    "Li et al. 2025 (LQ-SGD); Li et al. 2024 (Trustworthiness of stochastic gradient descent in distributed learning)",
+    "Li, Bai, Wu, Chadli, Mammar, Bouvry 2025 (LQ-SGD); Li, Wu, Chadli, Mammar, Bouvry 2024 (Trustworthiness of stochastic gradient "
+    "descent in distributed learning)",
     "LQ-SGD and other compression methods resist gradient inversion better than SGD.",
     "not available: the papers' bodies could not be read",
     "One rank's first step on single digits of MNIST, by grace_ext.attacks. LeNet of the DLG paper: cosine and total variation by Adam "

@@ -43,7 +43,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
 EXPERIMENT = Experiment(
     "membership",
     "Compression hardly changes membership inference; noise does",
-    "Li et al. 2024 (Trustworthiness of stochastic gradient descent in distributed learning)",
+    "Li, Wu, Chadli, Mammar, Bouvry 2024 (Trustworthiness of stochastic gradient descent in distributed learning)",
     "Whether gradients are compressed hardly changes how well membership inference works.",
     "not available: the paper's body could not be read",
     "An MLP 784-128-10 learns 500 digits of MNIST by heart (60 epochs, batch 50, rate 0.2 for all rows, one rank), and calls an example a "

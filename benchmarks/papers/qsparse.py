@@ -143,7 +143,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
 EXPERIMENT = Experiment(
     "qsparse",
     "Local steps and compression together need far fewer bytes to a target than top-k at every step",
-    "Basu et al. 2019 (Qsparse-local-SGD)",
+    "Basu, Data, Karakus, Diggavi 2019 (Qsparse-local-SGD)",
     "Quantization, sparsification and local steps together save significantly in the bits that reach a target, also if workers do not "
     "synchronize at the same steps.",
     "not available: the paper's body could not be read",
