@@ -108,6 +108,8 @@ class Adviser(Recorder):
         growing = 0 if watch.residual <= last else growing + 1
         self._seen[name] = gradient, worst, watch.residual, growing
         compressor, memory, _ = self.driver.parts[name]
+        if compressor.whole_model:  # chooses among all tensors: nothing bounds what waits in a single one
+            return
         allowed = allowed_residual(compressor, memory, watch.spec.size, gradient, self.info.lr, worst)
         if gradient and growing >= LOOKS and not watch.residual <= SLACK * allowed:
             self._warn("residual", name, (

@@ -186,6 +186,16 @@ def test_a_residual_within_its_bound_is_not_spoken_of(caplog, spec, constant):
     assert told(caplog, spec, lambda step, rank: noise(0 if constant else step, rank), 120) == []
 
 
+def test_a_tensor_that_waits_for_larger_ones_does_not_explode(caplog):
+    """global_topk bounds the residual of the whole model alone: a tensor of small gradients may send nothing for a long time."""
+
+    def unlike(step: int, rank: int) -> dict[str, np.ndarray]:
+        made = inputs.normal(rank, step, shapes={"large": (64, 64), "small": (40,)})
+        return {**made, "small": np.abs(made["small"]) * np.float32(1e-4)}  # one sign, so that it adds up
+
+    assert told(caplog, "global_topk(ratio=0.01) + residual", unlike, 120) == []
+
+
 def test_the_bound_of_a_residual():
     topk = grace_ext.grace("topk(ratio=0.5) + residual(gamma=2)")
     assert allowed_residual(topk.compressor, topk.memory, 100, 3.0, None) == pytest.approx(2 * 0.5**0.5 / 0.5 * 6)
