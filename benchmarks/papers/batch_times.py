@@ -10,8 +10,7 @@ from pathlib import Path
 
 from benchmarks.exchange.jobs import Hosts, launched, why
 from benchmarks.netlab.netlab import why_not
-
-from .experiment import Check, Experiment, Outcome, Progress
+from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
 
 SPECS = ("none", "powersgd(rank=2) + residual", "topk(ratio=0.01) + residual", "efsignsgd + residual")
 PARTS = ("forward", "backward", "encode", "exchange", "decode", "update")

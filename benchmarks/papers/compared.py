@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from grace_ext.papers.experiment import Check, Progress, in_units
 from grace_ext.studies.training import Run, Trainings, amount
-
-from .experiment import Check, Progress, in_units
 
 SEEDS, RATES = 3, (0.5, 1.0, 2.0)
 #: How all of these experiments choose learning rates, for their recipes.

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import private
-
-from .experiment import Check, Experiment, Outcome, Progress, in_units
+from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress, in_units
 
 SUPPORT, RANDOM = "gaussian(support=0.1) | none", "randomk(ratio=0.1) + none"
 #: Without error feedback. Their payloads are at most a tenth of the gradient.

@@ -7,9 +7,9 @@ import statistics
 import numpy as np
 
 import grace_ext
+from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
 
 from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row
-from .experiment import Check, Experiment, Outcome, Progress
 
 RANKS, BITS, WORKERS = (1, 2, 4), (4, 8), (2, 4, 8, 16, 32, 64)
 MANY, MANY_RANK = 16, 2

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from .experiment import Experiment  # noqa: E402
+from grace_ext.papers.experiment import Experiment  # noqa: E402
 
 #: Curves of fewer points have a marker at each.
 MARKED = 12

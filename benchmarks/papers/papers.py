@@ -27,25 +27,19 @@ from benchmarks.common import record  # noqa: E402
 from benchmarks.papers import (  # noqa: E402
     accordion,
     batch_times,
-    counterexample,
     dp_compression,
-    ef_star,
-    inversion,
     lgreco,
-    linear_speedup,
-    logistic,
     lqsgd,
-    membership,
     no_feedback,
     plus_text,
     powersgd,
-    qsparse,
     time_to_target,
     volumes,
     which_momentum,
 )
-from benchmarks.papers.experiment import Experiment, Outcome  # noqa: E402
 from benchmarks.papers.page import write_page  # noqa: E402
+from grace_ext.papers import counterexample, ef_star, inversion, linear_speedup, logistic, membership, qsparse  # noqa: E402
+from grace_ext.papers.experiment import Experiment, Outcome  # noqa: E402
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment

@@ -8,13 +8,13 @@ import time
 
 import torch
 
+from grace_ext.papers.experiment import Check, Curve, Experiment, Outcome, Progress
 from grace_ext.planning.cost import Link
 from grace_ext.studies.comparison import predicted
 from grace_ext.studies.task import Task, task
 from grace_ext.studies.training import Run, batches, gradient
 
 from .compared import TUNED, compared
-from .experiment import Check, Curve, Experiment, Outcome, Progress
 
 TARGETS = {"mnist": 95.0, "charlm": 3.2}
 SPECS = ("none", *(f"powersgd(rank={rank}) + residual" for rank in (1, 2, 4)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from grace_ext.papers.experiment import Check, Curve, Experiment, Outcome, Progress, in_units
 from grace_ext.studies.training import TUNING_SEED, Trainings, amount
 
 from .compared import COLUMNS, RATES, SEEDS, TUNED, at_least, mean, nbytes, row, sd
-from .experiment import Check, Curve, Experiment, Outcome, Progress, in_units
 
 DENSITIES, TASKS = (0.001, 0.003, 0.01, 0.03), ("mnist", "charlm")
 #: A threshold of the same volume is looked for between these, by so many bisections.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import grace_ext
-from benchmarks.papers.problems import descend
+from grace_ext.papers.problems import descend
 
 # f_i(x) = <a_i, x>^2 + |x|^2 / 4
 CUBE = np.array([[-3.0, 2, 2], [2, -3, 2], [2, 2, -3]])

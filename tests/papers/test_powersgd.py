@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.papers.counterexample import distances
+from grace_ext.papers.counterexample import distances
 
 
 def test_powersgd_never_sees_what_is_orthogonal_to_its_subspace():

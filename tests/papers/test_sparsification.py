@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.papers.ef_star import shifted
-from benchmarks.papers.linear_speedup import floor
-from benchmarks.papers.logistic import trace
-from benchmarks.papers.problems import Logistic, descend, state_of
 from grace_ext.exchange.message import HEADER
+from grace_ext.papers.ef_star import shifted
+from grace_ext.papers.linear_speedup import floor
+from grace_ext.papers.logistic import trace
+from grace_ext.papers.problems import Logistic, descend, state_of
 
 ROWS, COLUMNS = 1200, 300
 

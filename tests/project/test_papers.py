@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from benchmarks.papers import counterexample
-from benchmarks.papers.experiment import Check, Outcome
 from benchmarks.papers.page import page
 from benchmarks.papers.papers import EXPERIMENTS, PAGE, RESULTS
+from grace_ext.papers import counterexample
+from grace_ext.papers.experiment import Check, Outcome
 
 
 def results():

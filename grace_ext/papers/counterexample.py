@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-import grace_ext
-from grace_ext.parts.tensor import TensorSpec
-
+from ..cluster import LocalCluster
+from ..parts.tensor import TensorSpec
 from .experiment import Check, Curve, Experiment, Outcome, Progress
 
 TARGET, RATE = np.diag([1.0, 2.0, 3.0]), 0.1
@@ -23,7 +22,7 @@ def distances(spec: str, steps: int, noise: float, seed: int = 0) -> list[float]
 
     The subspace starts as the first axis. noise: the deviation of normal noise on the gradient's diagonal at every step; it leaves the
     gradients diagonal, as noise of the data does where features never occur together."""
-    cluster, generator = grace_ext.LocalCluster(spec, 1), np.random.default_rng(seed)
+    cluster, generator = LocalCluster(spec, 1), np.random.default_rng(seed)
     driver = cluster.drivers[0]
     first = driver.grace.compressor.init(driver.ops, TensorSpec("X", TARGET.shape), driver.step_info())
     state = {f"{key}/X": np.asarray(array) for key, array in first.items()}

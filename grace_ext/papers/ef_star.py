@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from grace_ext import LocalCluster
-
+from ..cluster import LocalCluster
 from .experiment import Check, Curve, Experiment, Outcome, Progress
 from .problems import Logistic, descend, elements_sent
 

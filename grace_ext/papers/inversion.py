@@ -3,47 +3,73 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from .experiment import Check, Experiment, Outcome, Progress, in_units, with_torch
 
-from grace_ext.attacks import study
-from grace_ext.attacks.study import GUESS, Recovered
-from grace_ext.attacks.victim import Victim, victim
-from grace_ext.cli.privacy import USUAL, texts
+if TYPE_CHECKING:
+    import torch
 
-from .experiment import Check, Experiment, Outcome, Progress, in_units
+    from ..attacks.study import Recovered
+    from ..attacks.victim import Victim
 
-NOISE = "gaussian(clip=1.0, noise_multiplier=1.0) | none"
+SPECS = (
+    "none",
+    "topk(ratio=0.1) + residual",
+    "powersgd(rank=1) + residual",
+    "lqsgd(rank=1) + residual",
+    "topk(ratio=0.01) + residual",
+    "powersgd(rank=4) + residual",
+)
+QUICK = SPECS[:4]
 #: For the fully connected network, whose attack takes no search.
-MORE = ("atomo", "fp16", "qsgd(bits=4)", "demo", "randblock(ratio=0.25)", "efsignsgd", "signsgd", NOISE)
-QUICK = ("topk(ratio=0.1)", "powersgd(rank=1)", "lqsgd")
+MORE = (
+    "atomo(rank=2)",
+    "fp16",
+    "qsgd(bits=4)",
+    "demo(topk=32) + residual",
+    "randblock(ratio=0.25) + residual(beta=0.9)",
+    "efsignsgd + residual",
+    "signsgd",
+    "gaussian(clip=1.0, noise_multiplier=1.0) | none",
+)
 ROUNDING = 0.1  # dB
-Seen = dict[str, dict[str, Recovered]]  # by spec, without its communicator, and attacker
+Seen = dict[str, dict[str, "Recovered"]]  # by spec and attacker
 
 
 def attacked(
-    model: Victim, attack: str, specs: list[str], images: int, tick: Callable[[float], None]
+    model: Victim, attack: str, specs: Sequence[str], images: int, tick: Callable[[float], None]
 ) -> tuple[Seen, Recovered, torch.Tensor]:
     """Returns what both attackers recover by spec, what a guess does, and the originals."""
-    plan, seen = study.Plan(model, [attack], images), Seen()
+    import torch
+
+    from ..attacks import study
+
+    seen: Seen = {}
+    plan = study.Plan(model, [attack], images)
     *rows, guess = study.run(plan, specs, tick)
-    assert guess.attack == GUESS
     for row in rows:
-        seen.setdefault(row.spec.partition(" @ ")[0], {})[row.attacker] = row
+        seen.setdefault(row.spec, {})[row.attacker] = row
     return seen, guess, torch.cat([model.inputs[plan.chosen(number, 1)] for number in range(plan.batches)])
 
 
 def cells(model: Victim, originals: torch.Tensor, row: Recovered) -> list[str]:
     """Returns the PSNR, with its standard deviation over the images, and the SSIM."""
-    each = [study.compared(model, a[None], b[None])[1] for a, b in zip(originals, row.inputs, strict=True)]
+    from ..attacks.study import compared
+
+    each = [compared(model, a[None], b[None])[1] for a, b in zip(originals, row.inputs, strict=True)]
     return [f"{row.psnr:.1f} ± {statistics.pstdev(each):.1f}", f"{row.ssim:.2f}"]
 
 
 def run(quick: bool, progress: Progress) -> Outcome:
-    torch.set_num_threads(1)
-    usual, more = texts(QUICK if quick else USUAL)[0], texts(QUICK if quick else (*USUAL, *MORE))[0]
-    plans = {"lenet": ("cosine", usual, 2 if quick else 4), "mlp": ("analytic", more, 2 if quick else 10)}
+    with_torch()
+    from ..attacks.victim import victim
+
+    plans = {
+        "lenet": ("cosine", QUICK if quick else SPECS, 2 if quick else 4),
+        "mlp": ("analytic", QUICK if quick else (*SPECS, *MORE), 2 if quick else 10),
+    }
     tick = in_units(progress, sum(2 * len(specs) * images for _, specs, images in plans.values()))
     rows, found = [], {}
     for name, (attack, specs, images) in plans.items():
@@ -54,7 +80,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
             naive, adaptive = by["naive"], by["adaptive"]
             labels = f"{naive.labels * images:.0f} of {images}"
             rows.append([name, attack, spec, *cells(model, originals, naive), *cells(model, originals, adaptive), labels])
-        rows.append([name, GUESS, "-", *cells(model, originals, guess), "", "", ""])
+        rows.append([name, "guess", "-", *cells(model, originals, guess), "", "", ""])
     head = ["model", "attack", "spec", "naive: PSNR, dB", "SSIM", "adaptive: PSNR, dB", "SSIM", "labels"]
     return Outcome(head, rows, judged(found))
 

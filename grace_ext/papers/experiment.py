@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ..errors import UnsupportedError
+
 #: Is told, as a share of 1, how much of an experiment is done.
 Progress = Callable[[float], None]
 
@@ -20,6 +22,15 @@ def in_units(progress: Progress, units: float) -> Callable[..., None]:
         progress(min(done / units, 1.0))
 
     return add
+
+
+def with_torch() -> None:
+    """Makes torch use one thread, because the models are small. Raises UnsupportedError without it."""
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError("this experiment trains models, for which it needs torch: pip install 'grace_ext[torch,privacy]'") from None
+    torch.set_num_threads(1)
 
 
 class Check(NamedTuple):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-import torch
-
-from grace_ext.attacks.membership import PRIVATE, infer
-from grace_ext.attacks.victim import victim
-
-from .experiment import Check, Experiment, Outcome, Progress, in_units
+from .experiment import Check, Experiment, Outcome, Progress, in_units, with_torch
 
 MOST = 2.0  # points of the AUC
 SPECS = (
@@ -22,7 +17,10 @@ SPECS = (
 
 
 def run(quick: bool, progress: Progress) -> Outcome:
-    torch.set_num_threads(1)
+    with_torch()
+    from ..attacks.membership import PRIVATE, infer
+    from ..attacks.victim import victim
+
     specs, seeds = SPECS[1:4:2] if quick else SPECS, (0,) if quick else (0, 1, 2)
     tick, rows, auc = in_units(progress, (len(specs) + 2) * len(seeds)), [], {}
     for spec in ("none", *specs, PRIVATE):

