@@ -1,5 +1,5 @@
-"""The command line `grace-ext list | show NAME | check | bench | compare | plan | privacy | compile`. With --json a command prints one
-document on stdout, and nothing else."""
+"""The command line `grace-ext list | show NAME | check | bench | compare | plan | privacy | papers | compile`. With --json a command
+prints one document on stdout, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..parts.spec import named_by
 from . import check
 from .catalogue import KINDS, describe
 from .compare import compare
+from .papers import papers
 from .plan import plan
 from .privacy import privacy
 
@@ -180,6 +181,7 @@ def bench_parts(
 app.command("compare")(compare)
 app.command("plan")(plan)
 app.command("privacy")(privacy)
+app.add_typer(papers, name="papers")
 
 
 @app.command("compile")
