@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,9 @@ def shifted(problem: Logistic, best: np.ndarray, workers: int) -> Callable[[Loca
 
 
 def run(quick: bool, progress: Progress) -> Outcome:
-    problem, steps, rows, curves = Logistic.random(ROWS, COLUMNS, 1e-3), 2500 if quick else 8000, [], []
+    problem, steps = Logistic.random(ROWS, COLUMNS, 1e-3), 2500 if quick else 8000
+    rows: list[list[Any]] = []
+    curves = []
     best, threshold = problem.minimum(), f"threshold(threshold={float(THRESHOLD / problem.gamma)!r})"
     specs = {
         f"Top-{K}, EF-GDstar": f"topk(ratio={K / COLUMNS}) + ef_star",
@@ -52,7 +55,11 @@ def run(quick: bool, progress: Progress) -> Outcome:
         "threshold, plain error feedback": f"{threshold} + residual",
     }
     for number, (label, spec) in enumerate(specs.items()):
-        gap, sent = descent(problem, best, spec, steps, lambda share, number=number: progress((number + share) / len(specs)))
+
+        def part(share: float, number: int = number) -> None:
+            progress((number + share) / len(specs))
+
+        gap, sent = descent(problem, best, spec, steps, part)
         rows.append([WORKERS, label, gap[-1], sent])
         curves.append(Curve(label, list(range(20, steps + 1, 20)), [max(value, 1e-17) for value in gap]))
     _, (*_, gap_at_end, shifted_sends), (*_, plain_sends) = rows

@@ -28,8 +28,8 @@ def floor(spec: str, n: int, seed: int, steps: int) -> float:
 def run(quick: bool, progress: Progress) -> Outcome:
     seeds, rows, checks = range(1 if quick else 3), [], []
     for place, spec in enumerate(SPECS):
-        floors = [np.mean([floor(spec, n, seed, 1200) for seed in seeds]) for n in SIZES]
-        rows.append([spec, *(float(value) for value in floors)])
+        floors = [float(np.mean([floor(spec, n, seed, 1200) for seed in seeds])) for n in SIZES]
+        rows.append([spec, *floors])
         for one, more, first, second in zip(SIZES, SIZES[1:], floors, floors[1:], strict=False):
             checks.append(
                 Check(f"{spec}: the floor of {one} over that of {more} workers is 2.5 to 6", first / second, 2.5 < first / second < 6)

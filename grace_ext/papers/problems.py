@@ -46,7 +46,7 @@ class Logistic:
     @classmethod
     def of(cls, rows: np.ndarray, labels: np.ndarray, condition: float) -> Logistic:
         """Returns the problem of these rows, with mu = condition L."""
-        smoothness = np.linalg.norm(rows, 2) ** 2 / (4 * len(rows))
+        smoothness = float(np.linalg.norm(rows, 2)) ** 2 / (4 * len(rows))
         return cls(rows, labels, smoothness * condition, 1 / (smoothness * (1 + condition)))
 
     def value(self, x: np.ndarray) -> float:

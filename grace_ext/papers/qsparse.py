@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ SPECS = {
 RATES, TUNING = (0.1, 0.2, 0.4, 0.8, 1.6), 100
 TARGET, MOST_LOST = 0.4, 0.5
 APART = 4  # steps at least from one evaluation to the next
-Model = dict[str, np.ndarray]
+Model = Mapping[str, Any]
 
 
 class Digits:
@@ -41,7 +41,7 @@ class Digits:
         scores = self.images[which] @ model["weight"] + model["bias"]
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
-    def gradient(self, model: Model, which: np.ndarray) -> Model:
+    def gradient(self, model: Model, which: np.ndarray) -> dict[str, np.ndarray]:
         off = np.exp(self.scores(model, which))
         off[np.arange(len(which)), self.labels[which]] -= 1
         return {"weight": self.images[which].T @ off / len(which), "bias": off.mean(0)}
