@@ -44,7 +44,7 @@ from grace_ext.papers.experiment import Experiment, Outcome  # noqa: E402
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
-        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.EXPERIMENT, no_feedback.EXPERIMENT, which_momentum.EXPERIMENT,
+        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.IMAGES, volumes.TEXT, no_feedback.EXPERIMENT, which_momentum.EXPERIMENT,
         accordion.EXPERIMENT, linear_speedup.EXPERIMENT, powersgd.EXPERIMENT, time_to_target.EXPERIMENT, counterexample.EXPERIMENT,
         plus_text.EXPERIMENT, lqsgd.EXPERIMENT, lgreco.FAMILIES, lgreco.WITH_ACCORDION,
         batch_times.EXPERIMENT, qsparse.EXPERIMENT, dp_compression.EXPERIMENT, inversion.EXPERIMENT, membership.EXPERIMENT,
