@@ -24,32 +24,15 @@ from rich.progress import Progress as Bars
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the checkout
 from benchmarks.common import record  # noqa: E402
-from benchmarks.papers import (  # noqa: E402
-    accordion,
-    batch_times,
-    dp_compression,
-    lgreco,
-    lqsgd,
-    no_feedback,
-    plus_text,
-    powersgd,
-    time_to_target,
-    volumes,
-    which_momentum,
-)
+from benchmarks.papers import batch_times, dp_compression  # noqa: E402
 from benchmarks.papers.page import write_page  # noqa: E402
-from grace_ext.papers import counterexample, ef_star, inversion, linear_speedup, logistic, membership, qsparse  # noqa: E402
+from grace_ext.papers import listed  # noqa: E402
 from grace_ext.papers.experiment import Experiment, Outcome  # noqa: E402
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment
-    for experiment in (
-        logistic.FIGURE_1, logistic.EXTREME, ef_star.EXPERIMENT, volumes.IMAGES, volumes.TEXT, no_feedback.EXPERIMENT, which_momentum.EXPERIMENT,
-        accordion.EXPERIMENT, linear_speedup.EXPERIMENT, powersgd.EXPERIMENT, time_to_target.EXPERIMENT, counterexample.EXPERIMENT,
-        plus_text.EXPERIMENT, lqsgd.EXPERIMENT, lgreco.FAMILIES, lgreco.WITH_ACCORDION,
-        batch_times.EXPERIMENT, qsparse.EXPERIMENT, dp_compression.EXPERIMENT, inversion.EXPERIMENT, membership.EXPERIMENT,
-    )
-}  # fmt: skip
+    **listed.EXPERIMENTS,
+    **{experiment.name: experiment for experiment in (batch_times.EXPERIMENT, dp_compression.EXPERIMENT)},
+}
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "papers", ROOT / "docs" / "papers.md"
 

@@ -24,6 +24,11 @@ def in_units(progress: Progress, units: float) -> Callable[..., None]:
     return add
 
 
+def part(progress: Progress, begins: float, length: float) -> Progress:
+    """Returns what a part of an experiment tells its progress, which begins at a share of the whole and has this length."""
+    return lambda share: progress(begins + length * share)
+
+
 def with_torch() -> None:
     """Makes torch use one thread, because the models are small. Raises UnsupportedError without it."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,17 @@ def timed(its: Task, spec: str, ranks: int) -> tuple[float, float]:
         cluster.step([gradient(its, model, named, rows) for rows in chosen], lr=its.lr)
     total = metrics.report()["total"]
     return 1000 * total["encode_seconds"], 1000 * total["decode_seconds"]
+
+
+def computing(its: Task) -> float:
+    """Returns the seconds of computing of one rank's forward and backward pass, in one thread: the median of TIMED."""
+    model, seconds = its.model(), []
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for _, chosen in zip(range(TIMED), batches(its, 0, 1), strict=False):
+        began = time.thread_time()
+        gradient(its, model, named, chosen[0])
+        seconds.append(time.thread_time() - began)
+    return statistics.median(seconds)
 
 
 def predicted(its: Task, specs: Sequence[str], link: Link, workers: int, tell: Callable[[str], None]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import statistics
@@ -21,14 +22,12 @@ from .task import Task, task
 
 #: Entries of a vote have magnitude 1, whatever the gradient's magnitudes are: votes use this share of a task's learning rate.
 RATE_OF_VOTES = 1 / 20
-#: Learning rates are tried on a training with this seed, which is none of those that are reported.
-TUNING_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class Run:
     """Holds what one training came to. score: on the test data, at the end; nbytes: that rank 0 handed to collectives, mean per step;
-    curve: (step, score) at every `every`-th step; total_error: the sum over steps and tensors of ||C(p) - p||^2 on rank 0 (None unless
+    curve: (step, score) at every `every`-th step; total_error: the sum over steps and tensors of ||C(p) - p||^2 on rank 0 (NaN unless
     it was asked for)."""
 
     spec: str
@@ -37,7 +36,7 @@ class Run:
     score: float
     nbytes: float
     curve: list[tuple[int, float]]
-    total_error: float | None = None
+    total_error: float = math.nan
 
 
 def check(g: Grace) -> None:
@@ -118,7 +117,7 @@ def train(
             if every and step % every == 0:
                 curve.append((step, its.scored(model)))
             tick()
-        error = float(metrics.report()["total"]["total_error"]) if metrics else None
+        error = float(metrics.report()["total"]["total_error"]) if metrics else math.nan
         return Run(spec, seed, peak, its.scored(model), statistics.mean(sent), curve, error)
 
 
@@ -138,6 +137,9 @@ class Trainings:
     """Runs trainings of one task side by side. A context; options are those of `train`.
 
     name: of the task. jobs: the number of processes, by default one per core that this process may use."""
+
+    #: Learning rates are tried on trainings with this seed, which is none of those that are reported.
+    tuning_seed = 1_000_003
 
     def __init__(self, name: str, jobs: int | None = None):
         self.name, self.task = name, task(name)
@@ -165,7 +167,7 @@ class Trainings:
         many trainings have ended, of `amount(...)`."""
         rate = dict.fromkeys(specs, rates[0])
         if len(rates) > 1:
-            tried = {spec: [self.start(spec, TUNING_SEED, rate=each, **options) for each in rates] for spec in specs}
+            tried = {spec: [self.start(spec, self.tuning_seed, rate=each, **options) for each in rates] for spec in specs}
             rate |= {spec: rates[self._best([_ended(run, tick).score for run in runs])] for spec, runs in tried.items()}
         started = {spec: [self.start(spec, seed, rate=rate[spec], **options) for seed in seeds] for spec in specs}
         return {spec: [_ended(run, tick) for run in runs] for spec, runs in started.items()}

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("torch", reason="pip install 'grace_ext[torch]'")
 
-from benchmarks.papers import lqsgd, time_to_target, volumes  # noqa: E402
-from benchmarks.papers.compared import at_least, mean, nbytes, row, sd  # noqa: E402
+from grace_ext.papers import lqsgd, time_to_target, volumes  # noqa: E402
+from grace_ext.papers.compared import at_least, mean, nbytes, row, sd  # noqa: E402
 from grace_ext.studies.training import Run  # noqa: E402
 
 
@@ -36,11 +36,11 @@ def test_a_threshold_of_the_same_volume_sends_no_more():
         value = float(spec.partition("threshold=")[2].partition(")")[0])
         return SimpleNamespace(result=lambda: Run(spec, seed, 0.01, 0.0, 1 / value, []))
 
-    found = volumes.thresholds(SimpleNamespace(start=start), [10.0, 1000.0], 12, lambda: done.append(1), steps=3)
+    found = volumes.thresholds(SimpleNamespace(start=start, tuning_seed=7), [10.0, 1000.0], 12, lambda: done.append(1), steps=3)
     values = [float(spec.partition("threshold=")[2].partition(")")[0]) for spec in found]
     assert values == [pytest.approx(0.1, rel=0.01), pytest.approx(0.001, rel=0.01)]
     assert all(1 / value <= most for value, most in zip(values, (10.0, 1000.0), strict=True))
-    assert len(asked) == len(done) == 24 and {options["steps"] for _, options in asked} == {3} and len({seed for seed, _ in asked}) == 1
+    assert len(asked) == len(done) == 24 and {options["steps"] for _, options in asked} == {3} and {seed for seed, _ in asked} == {7}
 
 
 def test_steps_to_a_target():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grace_ext.papers.experiment import Check, Progress, in_units
-from grace_ext.studies.training import Run, Trainings, amount
+from .experiment import Check, Progress, in_units, with_torch
+
+if TYPE_CHECKING:
+    from ..studies.training import Run
 
 SEEDS, RATES = 3, (0.5, 1.0, 2.0)
 #: How all of these experiments choose learning rates, for their recipes.
@@ -22,6 +24,9 @@ def compared(
     task: str, specs: Sequence[str], quick: bool, progress: Progress, *, seeds: int = SEEDS, rates: Sequence[float] = RATES, **options: Any
 ) -> dict[str, list[Run]]:
     """Returns the trainings of each spec; quick: one short one each. options: those of grace_ext.studies.training.train."""
+    with_torch()
+    from ..studies.training import Trainings, amount
+
     if quick:
         seeds, rates, options = 1, (1.0,), {**options, "steps": 40}
     add = in_units(progress, amount(specs, range(seeds), rates))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
 from .compared import COLUMNS, TUNED, compared, mean, row
+from .experiment import Check, Experiment, Outcome, Progress
 
 RATES = (0.25, 0.5, 1.0, 2.0)
 DENSE, RANK_2, UNFED = "none", "powersgd(rank=2) + residual", "powersgd(rank=2) + none"

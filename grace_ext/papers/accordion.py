@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
 from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row, sd
+from .experiment import Check, Experiment, Outcome, Progress
 
 HIGH, LOW = "topk(ratio=0.01) + residual", "topk(ratio=0.001) + residual"
 ACCORDION = f"accordion(interval=93, high={HIGH}, low={LOW})"

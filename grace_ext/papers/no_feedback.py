@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .compared import COLUMNS, TUNED, compared, mean, row
-from .experiment import Check, Experiment, Outcome, Progress
+from .experiment import Check, Experiment, Outcome, Progress, part
 
 #: The densities with error feedback, by task; those without it are ten times as high.
 DENSITIES = {"mnist": (0.001, 0.01), "charlm": (0.01,)}
@@ -15,7 +15,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
     for place, (task, densities) in enumerate(DENSITIES.items()):
         both = sorted({ratio * times for ratio in densities for times in (1, 10)})
         specs = ["none + none", *(f"topk(ratio={ratio:g}) + {memory}" for ratio in both for memory in ("residual", "none"))]
-        runs = compared(task, specs, quick, lambda share, place=place: progress((place + share) / len(DENSITIES)), rates=RATES)  # type: ignore[misc]
+        runs = compared(task, specs, quick, part(progress, place / len(DENSITIES), 1 / len(DENSITIES)), rates=RATES)
         rows += [[task, *row(of)] for of in runs.values()]
         for ratio in densities:
             fed, plain = mean(runs[f"topk(ratio={ratio:g}) + residual"]), mean(runs[f"topk(ratio={10 * ratio:g}) + none"])

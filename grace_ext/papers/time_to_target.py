@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
+from typing import TYPE_CHECKING
 
-import torch
-
-from grace_ext.papers.experiment import Check, Curve, Experiment, Outcome, Progress
-from grace_ext.planning.cost import Link
-from grace_ext.studies.comparison import predicted
-from grace_ext.studies.task import Task, task
-from grace_ext.studies.training import Run, batches, gradient
-
+from ..planning.cost import Link
 from .compared import TUNED, compared
+from .experiment import Check, Curve, Experiment, Outcome, Progress, part, with_torch
+
+if TYPE_CHECKING:
+    from ..studies.training import Run
 
 TARGETS = {"mnist": 95.0, "charlm": 3.2}
 SPECS = ("none", *(f"powersgd(rank={rank}) + residual" for rank in (1, 2, 4)))
@@ -26,24 +23,15 @@ def steps_to(run: Run, target: float, higher_is_better: bool) -> float:
     return next((step for step, score in run.curve if (score >= target) == higher_is_better or score == target), math.inf)
 
 
-def computing(its: Task) -> float:
-    """Returns the seconds of computing of one rank's forward and backward pass, in one thread, the median of 20."""
-    torch.manual_seed(0)
-    model, seconds = its.model(), []
-    named = dict(model.named_parameters())
-    for _, chosen in zip(range(20), batches(its, 0, 1), strict=False):
-        began = time.thread_time()
-        gradient(its, model, named, chosen[0])
-        seconds.append(time.thread_time() - began)
-    return statistics.median(seconds)
-
-
 def run(quick: bool, progress: Progress) -> Outcome:
-    torch.set_num_threads(1)
+    with_torch()
+    from ..studies.comparison import computing, predicted
+    from ..studies.task import task
+
     rows, checks, curves = [], [], []
     for place, (name, target) in enumerate(TARGETS.items()):
         its = task(name)
-        runs = compared(name, SPECS, quick, lambda share, place=place: progress((place + share) / len(TARGETS)), every=EVERY)
+        runs = compared(name, SPECS, quick, part(progress, place / len(TARGETS), 1 / len(TARGETS)), every=EVERY)
         exchange = predicted(its, SPECS, Link.of(LINK, 50e-6), WORKERS, lambda text: None)
         step, took = computing(its), {}
         for spec, of in runs.items():

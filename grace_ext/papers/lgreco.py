@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
 from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row, sd
+from .experiment import Check, Experiment, Outcome, Progress
 
 BASES = ("topk(ratio=0.01) + residual", "powersgd(rank=4) + residual", "qsgd(bits=4) + residual")
 MEASURES = ("gradient", "compensated")

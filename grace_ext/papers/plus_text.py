@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
 from .compared import COLUMNS, TUNED, compared, mean, row
+from .experiment import Check, Experiment, Outcome, Progress
 
 RANK, PERIODS = 4, (1, 10, 50, 200)
 PLAIN = f"powersgd(rank={RANK}) + residual"

@@ -6,10 +6,9 @@ import statistics
 
 import numpy as np
 
-import grace_ext
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
+from ..cluster import LocalCluster
 from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row
+from .experiment import Check, Experiment, Outcome, Progress, part
 
 RANKS, BITS, WORKERS = (1, 2, 4), (4, 8), (2, 4, 8, 16, 32, 64)
 MANY, MANY_RANK = 16, 2
@@ -20,7 +19,7 @@ LINES = ("powersgd(rank=1) + residual", "lqsgd(rank=1) + residual", "lqsgd(rank=
 def sent(spec: str, workers: int) -> int:
     """Returns the bytes that a worker receives per step, in the mean over the workers, of a matrix of 1,000 x 1,000: by an all-reduce
     nearly twice its buffer, by a gather all others' payloads. By a reduce-scatter it is a little less: headers are counted twice."""
-    cluster = grace_ext.LocalCluster(spec, workers)
+    cluster = LocalCluster(spec, workers)
     cluster.step([{"w": np.random.default_rng(rank).standard_normal((1000, 1000)).astype(np.float32)} for rank in range(workers)])
     own = statistics.mean(cluster.wire_bytes)
     carried = {"allreduce": 2 * (workers - 1) / workers, "allgather": workers - 1, "reduce_scatter": 2 * (workers - 1) / workers}
@@ -30,10 +29,10 @@ def sent(spec: str, workers: int) -> int:
 def run(quick: bool, progress: Progress) -> Outcome:
     plain = {rank: f"powersgd(rank={rank}) + residual" for rank in RANKS}
     coded = {(rank, bits): f"lqsgd(rank={rank}, bits={bits}) + residual" for rank in RANKS for bits in BITS}
-    runs = compared("mnist", ["none", *plain.values(), *coded.values()], quick, lambda share: progress(0.7 * share))
+    runs = compared("mnist", ["none", *plain.values(), *coded.values()], quick, part(progress, 0.0, 0.7))
     checks = [at_least(f"rank {rank}, {bits} bits", runs[spec], runs[plain[rank]], SLACK) for (rank, bits), spec in coded.items()]
     many = [f"powersgd(rank={MANY_RANK}) + residual", f"lqsgd(rank={MANY_RANK}) + residual @ reduce_scatter"]
-    wide = compared("mnist", many, quick, lambda share: progress(0.7 + 0.25 * share), ranks=MANY, steps=250)
+    wide = compared("mnist", many, quick, part(progress, 0.7, 0.25), ranks=MANY, steps=250)
     checks.append(at_least(f"{MANY} workers, rank {MANY_RANK}", wide[many[1]], wide[many[0]], SLACK))
     share = nbytes(wide[many[1]]) / nbytes(wide[many[0]])
     checks.append(Check(f"{MANY} workers, reduce_scatter: bytes handed to collectives, over powersgd's, are below 1", share, share < 1))
@@ -60,8 +59,8 @@ EXPERIMENT = Experiment(
     f"Simulated ranks, the small CNN on MNIST's digits: two ranks, 744 steps; and {MANY} ranks, 250 steps, over reduce_scatter, where "
     f"each sum is quantized once more. Three seeds. {TUNED} Bytes received are those of one matrix of 1,000 x 1,000.",
     f"the accuracy is at most {SLACK:g} points below that of PowerSGD at the same rank, with 4 and 8 bits, and with {MANY} workers, "
-    "where it sends less; reduce_scatter brings fewer bytes than PowerSGD at every number of workers; the number from which allgather brings more "
-    "is stated",
+    "where it sends less; reduce_scatter brings fewer bytes than PowerSGD at every number of workers; the number from which allgather "
+    "brings more is stated",
     6,
     run,
     quick=False,

@@ -1,26 +1,29 @@
-"""The score at equal volume: a threshold against Top-k, by layer and of the whole model, at four densities, on two tasks, one experiment each."""
+"""The score at equal volume: a threshold against Top-k, by layer and of the whole model; one experiment per task."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
-
-from grace_ext.papers.experiment import Check, Curve, Experiment, Outcome, Progress, in_units
-from grace_ext.studies.training import TUNING_SEED, Trainings, amount
+from typing import TYPE_CHECKING, Any
 
 from .compared import COLUMNS, RATES, SEEDS, TUNED, at_least, mean, nbytes, row, sd
+from .experiment import Check, Curve, Experiment, Outcome, Progress, in_units, with_torch
+
+if TYPE_CHECKING:
+    from ..studies.training import Trainings
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03)
 #: A threshold of the same volume is looked for between these, by so many bisections.
 LOW, HIGH, BISECTIONS = 1e-5, 1.0, 6
 
 
-def thresholds(trainings: Trainings, volumes: list[float], bisections: int, add, **options) -> list[str]:
+def thresholds(trainings: Trainings, volumes: list[float], bisections: int, add: Callable[[], None], **options: Any) -> list[str]:
     """Returns a spec per volume, with the lowest threshold found that sends no more, in a training with the seed for tuning."""
     low, high = [LOW] * len(volumes), [HIGH] * len(volumes)
     for _ in range(bisections):
         tried = [(a * b) ** 0.5 for a, b in zip(low, high, strict=True)]
-        runs = [trainings.start(f"threshold(threshold={value:.6g}) + residual", TUNING_SEED, **options) for value in tried]
+        runs = [trainings.start(f"threshold(threshold={value:.6g}) + residual", trainings.tuning_seed, **options) for value in tried]
         for place, (run, value) in enumerate(zip(runs, tried, strict=True)):
             (high if run.result().nbytes <= volumes[place] else low)[place] = value
             add()
@@ -28,10 +31,13 @@ def thresholds(trainings: Trainings, volumes: list[float], bisections: int, add,
 
 
 def run(name: str, quick: bool, progress: Progress) -> Outcome:
+    with_torch()
+    from ..studies.training import Trainings, amount
+
     seeds, rates, bisections = (1, (1.0,), 2) if quick else (SEEDS, RATES, BISECTIONS)
-    options = {"total_error": True, **({"steps": 40} if quick else {})}
+    options: dict[str, Any] = {"total_error": True, **({"steps": 40} if quick else {})}
     kinds = {kind: [f"{kind}(ratio={density:g}) + residual" for density in DENSITIES] for kind in ("topk", "global_topk")}
-    add = in_units(progress, 3 * amount(DENSITIES, range(seeds), rates) + bisections * len(DENSITIES))
+    add = in_units(progress, 3 * amount(kinds["topk"], range(seeds), rates) + bisections * len(DENSITIES))
     with Trainings(name) as trainings:
         runs = trainings.runs([*kinds["topk"], *kinds["global_topk"]], range(seeds), rates, add, **options)
         found = {kind: [runs[spec] for spec in specs] for kind, specs in kinds.items()}
@@ -60,10 +66,10 @@ def described(name: str, task: str, what: str, title: str, minutes: float) -> Ex
         "Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization)",
         "The hard threshold has the best metric at every data volume, on vision and language models (figures 3 to 6).",
         "curves only; ResNet-18 on CIFAR-10, LSTM on Wikitext and others, on 8 and 16 GPUs",
-        f"Two simulated ranks; {what}, as `grace-ext compare --data {task}` trains it. Top-k of each layer and of the whole model keep 0.1% to "
-        f"3%; the threshold is found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
-        "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error is "
-        "lower",
+        f"Two simulated ranks; {what}, as `grace-ext compare --data {task}` trains it. Top-k of each layer and of the whole model keep "
+        f"0.1% to 3%; the threshold is found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
+        "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error "
+        "is lower",
         minutes,
         partial(run, task),
         quick=False,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from grace_ext.papers.experiment import Check, Experiment, Outcome, Progress
-
 from .compared import COLUMNS, TUNED, compared, mean, row
+from .experiment import Check, Experiment, Outcome, Progress
 
 KEPT, RATES = (0.01, 0.001), (0.125, 0.25, 0.5, 1.0)
 
