@@ -176,6 +176,10 @@ class Driver:
         for sentence in sentences if self.transport.rank == 0 else ():
             LOG.warning(sentence)
 
+    def log_notices(self) -> None:
+        """Logs on rank 0 what policies have to say about the parameters; `agree` does so."""
+        self._log(self._choices.notices())
+
     def regroup(self, groups: Iterable[Iterable[str]]) -> None:
         """Packs the registered parameters into these buckets instead, for a framework that makes buckets of its own. All ranks must pass
         the same groups. State is kept by name, so nothing else changes. Buckets that have started in this step must stay as they are."""
@@ -468,7 +472,7 @@ class Driver:
                 )
             yield Split(self._two_level.groups)
             self.compressing = self._two_level.nodes > 1
-        self._log(self._choices.notices())
+        self.log_notices()
         number = max(other["number"] for other in said)
         Driver._next_number = number + 1
         self.prefix = f"grace/{number}"

@@ -109,8 +109,8 @@ class LocalSGDCluster:
         if not self._messages and self.models[0].together:
             return list(models)
         after = self._synchronize(models, list(range(self.size)))
-        for driver in self.for_gradients if self.settings.grace.memory.diverges and self.for_models[0].committed else ():
-            driver.clear_state(self.settings.grace.memory.unsent_key)
+        for driver in self.for_gradients if self.settings.diverges and self.for_models[0].committed else ():
+            driver.clear_state(self.settings.for_gradients.memory.unsent_key)
         return after
 
     def _synchronize(self, models: Sequence[Mapping[str, Any]], due: Sequence[int]) -> list[Mapping[str, Any]]:

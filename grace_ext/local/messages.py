@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..compressors.base import sent_by
+from ..driver import layout
 from ..driver.driver import Driver
 from ..errors import NOT_FLAGGED, PayloadError
 from ..exchange.effects import Collective
@@ -45,6 +46,7 @@ class Messages:
         p_i = m_i + x_i - y_i;   c_i = C(p_i);   m_i <- p_i - c_i                      `encode` makes the message
         x_i <- x_i - c_j / R for every message c_j since the last time;   y_i <- x_i   `apply`, in the order of the server's log
     R is the number of ranks, not of messages. A rank whose drift is not finite sends an empty message and goes back to the master copy.
+    With a policy, a message is decoded by what the policy says for its sender's number of the message.
     The driver is the usual one, in a world of one rank: its memory sees this rank's own messages only.
     """
 
@@ -53,10 +55,6 @@ class Messages:
         self._outbox = _Outbox(model.ops, rank)
         self.driver = Driver(with_allgather(model.settings.grace), model.ops, self._outbox)
         self.driver.skip_agreement()
-
-    def begin(self) -> None:
-        """Registers the parameters; called once the model knows them."""
-        self.driver.register(self.model.drift_specs)
 
     def encode(self, values: Mapping[str, Any]) -> bytes:
         """Returns the message of this rank's drift, empty if the drift is not finite. The memory counts it as sent."""
@@ -89,13 +87,15 @@ class Messages:
         changes = {}
         buckets = [bucket for bucket in self.driver.buckets if any(spec.size for spec in bucket.specs)]
         for bucket, message in zip(buckets, split_messages(self.ops, data, len(buckets)), strict=True):
-            body, finite = open_message(self.ops, message, digest=bucket.digest, step=entry.number, rank=entry.rank)
+            parts = {spec.name: self.driver.grace.parts_for(spec, entry.number) for spec in bucket.specs}
+            digest = layout.digest(self.driver.grace, bucket.specs, parts) if self.driver.grace.route.changes else bucket.digest
+            body, finite = open_message(self.ops, message, digest=digest, step=entry.number, rank=entry.rank)
             if not finite:
                 raise PayloadError("is of a drift that was not finite, which must not be sent", entry.rank)
             specs = [spec for spec in bucket.specs if spec.size]
-            parts = [self.driver.grace.parts_for(spec)[0] for spec in specs]
-            layout = [(spec.name, compressor.fields(spec)) for spec, compressor in zip(specs, parts, strict=True)]
-            for spec, compressor, payload in zip(specs, parts, unpack(self.ops, body, layout, entry.rank), strict=True):
+            sent = [parts[spec.name][0] for spec in specs]
+            fields = [(spec.name, compressor.fields(spec)) for spec, compressor in zip(specs, sent, strict=True)]
+            for spec, compressor, payload in zip(specs, sent, unpack(self.ops, body, fields, entry.rank), strict=True):
                 with sent_by(entry.rank, spec.name):
                     changes[spec.name] = compressor.decompress(self.ops, payload, spec, info)
                     if not self.ops.all_finite(changes[spec.name]):

@@ -101,17 +101,17 @@ class LocalModel:
     @property
     def together(self) -> bool:
         """Whether the rank's model is still the one that all ranks had after the last synchronization."""
-        return self.last == self.step and not self.settings.grace.memory.diverges
+        return self.last == self.step and not self.settings.diverges
 
     @property
     def sends_models(self) -> bool:
         """Whether y is sent instead of x - y: without compression, and with CSER."""
-        return self.settings.lossless or self.settings.grace.memory.diverges
+        return self.settings.lossless or self.settings.diverges
 
     def incoming(self, means: Mapping[str, Any], committed: bool) -> dict[str, Any] | None:
         """Returns the new model in the user's tensors. means: what the driver returned for `outgoing`; committed: whether every rank was
         finite. Returns None if each rank keeps its own model."""
-        if not committed and self.settings.grace.memory.diverges:  # CSER keeps no earlier model that all ranks had
+        if not committed and self.settings.diverges:  # CSER keeps no earlier model that all ranks had
             warn_user(
                 f"a rank's model was not finite at step {self.step}: no mean is taken, and every rank keeps its own model and its errors"
             )

@@ -52,6 +52,8 @@ class Worker:
             self.for_models.register(self.model.drift_specs)
             perform(agree(self.ops, self.transport, mine), self.transport, {})
             self._connect()
+            if self.messages:
+                self.for_models.log_notices()
         except BaseException:  # nothing has begun, so that the caller may try again
             self.model.specs = {}
             if not loaded:
@@ -115,9 +117,9 @@ class Worker:
         if self.model.together:
             return None
         new = self.synchronize(values)
-        if self.settings.grace.memory.diverges and self.for_models.committed:
+        if self.settings.diverges and self.for_models.committed:
             # CSER: the mean of the models contains everything that was not sent.
-            self.for_gradients.clear_state(self.settings.grace.memory.unsent_key)
+            self.for_gradients.clear_state(self.settings.for_gradients.memory.unsent_key)
         return new
 
     def post(self, values: Mapping[str, Any], gather: bool = False) -> dict[str, Any]:

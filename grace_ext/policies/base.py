@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..composition.composition import Composition, Query, Route
 from ..composition.making import route_from
+from ..errors import IncompatiblePartsError
 from ..parts.part import Part, made_knob
 from ..parts.state import State
 from ..parts.tensor import StepInfo, TensorSpec
@@ -84,6 +85,16 @@ class Policy(Part, Route):
     def notices(self, specs: Sequence[TensorSpec]) -> list[str]:
         """Returns sentences for the user's log, once the parameters that the policy decides about are known."""
         return []
+
+    def check_drifts(self) -> None:
+        """Raises IncompatiblePartsError if it cannot decide about how far models have moved, which LocalSGD sends in place of gradients. A
+        step is a synchronization then."""
+        if self.timed:
+            raise IncompatiblePartsError(
+                f"policy {self.name!r} goes by the times of steps that exchange gradients during the backward pass, but LocalSGD exchanges "
+                "after some steps, with nothing beside it; name a spec, or use by_name, by_size, warmup, ratio_warmup, every, accordion or "
+                "lgreco"
+            )
 
     # --- for a policy that learns -------------------------------------------------------------------------------------
     def init(self, ops: Ops, spec: TensorSpec) -> dict[str, Array]:

@@ -98,6 +98,14 @@ class LGreCo(Policy):
                 "so they cannot be added; use measure='gradient', or a flat communicator"
             )
 
+    def check_drifts(self):
+        super().check_drifts()
+        if self.error == "adam":
+            raise IncompatiblePartsError(
+                "lgreco: error='adam' measures what an Adam step loses that is made of the result, but LocalSGD's ranks make such steps "
+                "before they send how far they moved; use error='norm'"
+            )
+
     @cached_property
     def _knob(self) -> tuple[str, Any]:
         return knob_of(self.base, tuple(KNOBS), self.name)

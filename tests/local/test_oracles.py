@@ -221,6 +221,8 @@ def test_the_same_models_in_every_array_library(world):
         ("topk(ratio=0.2) > qsgd(bits=4) + residual", {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9}),
         ("none", {"every": 2}),
         (TOPK, {"every": [2, 3], "asynchronous": True, "sync": True}),
+        (f"accordion(high=lgreco(base={TOPK}, every=2, window=1), low=topk(ratio=0.1) + residual, interval=2)", {"every": 1}),
+        (f"every(n=2, then=none, otherwise=by_size(min_elements=10, large={TOPK}))", {"every": [2, 3], "asynchronous": True}),
     ):
         there, _ = in_cluster(spec, 2, 9, dtype=np.float32, make=make, **options)
         here, _ = in_cluster(spec, 2, 9, dtype=np.float32, **options)

@@ -109,12 +109,6 @@ def test_asynchronous_ranks_have_no_common_step(options):
         settings_of("none", asynchronous=True, **options)
 
 
-@pytest.mark.parametrize("spec", ["by_size", "warmup(then=topk + residual)", "lgreco", "auto"])
-def test_policies_are_refused(spec):
-    with pytest.raises(UnsupportedError, match="LocalSGD sends all drifts through one composition: name that"):
-        settings_of(spec)
-
-
 def test_what_ranks_compare():
     """Settings that must agree have equal texts on all ranks; asynchronous ranks may have different schedules."""
     assert str(settings_of("topk(ratio=0.1) + residual", every=4)) == "LocalSGD(every 4 steps) of topk(ratio=0.1) + residual @ allgather"

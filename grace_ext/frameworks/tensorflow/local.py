@@ -17,6 +17,7 @@ from ...parts.tensor import TensorSpec
 from .exchanges import is_alone, names_of
 from .graph import GraphExchange, HorovodTransport
 from .in_front import InFront, check_keras_optimizer, in_front_of
+from .loop import LoopExchange
 from .ops import numpy_function
 from .variables import variable_of
 
@@ -53,7 +54,7 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
         outer_momentum=outer_momentum, timeout=timeout,
     )  # fmt: skip
     check_keras_optimizer(settings.grace, optimizer)
-    if settings.grace.memory.diverges and hasattr(optimizer, "inner_optimizer"):
+    if settings.diverges and hasattr(optimizer, "inner_optimizer"):
         raise UnsupportedError("cser would keep errors at one loss scale and undo them at another; train in bfloat16, without loss scaling")
     if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
         raise UnsupportedError(
@@ -87,13 +88,15 @@ class _Local:
             return
         self.worker.begin(specs, _values(variables))
         by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
-        rehearsed = [0, self.settings.schedule.gap - 1] if self.settings.grace.memory.diverges else [0]
+        rehearsed = [0, self.settings.schedule.gap - 1] if self.settings.diverges else [0]
         self._by_gradients = [
             GraphExchange(by_gradients.grace, specs, self._process_set, average=True, driver=by_gradients, rehearsed=step)
             for step in rehearsed
         ]
         if not self.settings.asynchronous:
-            self._by_models = GraphExchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
+            as_loop = by_models.grace.route.changes and not by_models.grace.two_level
+            exchange = LoopExchange if as_loop else GraphExchange
+            self._by_models = exchange(by_models.grace, (), self._process_set, average=True, driver=by_models)
 
     def _saveable(self) -> Saveable:
         return nothing_saveable(self._takes_part) if self.idle else self.worker.saveable()

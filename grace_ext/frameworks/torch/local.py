@@ -171,8 +171,8 @@ class LocalOptimizer(InFront):
             loss = super().step(evaluate, **options)
             if len(calls) != 1:
                 raise GraceError(
-                    f"{type(self).__name__}.step() called its closure {len(calls)} times, and memory {worker.settings.grace.memory} "
-                    "exchanges the gradients of one evaluation per step: call backward(), and step() without a closure"
+                    f"{type(self).__name__}.step() called its closure {len(calls)} times, and {worker.settings} exchanges "
+                    "the gradients of one evaluation in this step: call backward(), and step() without a closure"
                 )
         self._take(worker.models(self._values()))
         return loss

@@ -20,6 +20,10 @@ from tests.frameworks.support import local_training, training  # noqa: E402
 from tests.frameworks.support.cases import assert_same, raises, run_cases  # noqa: E402
 from tests.frameworks.support.local_training import QSPARSE, make_optimizer, run, train  # noqa: E402
 
+#: One policy that goes by the name, and one that learns; both decide otherwise within a few synchronizations.
+BY_NAME = f"by_name({{'*.bias': none}}, default={QSPARSE})"
+LEARNING = f"accordion(high=lgreco(base=topk(ratio=0.1) + residual, every=2, window=1), low={QSPARSE}, interval=2)"
+
 
 def same_on_all_ranks(model):
     mine = b"".join(w.tobytes() for w in training.weights_of(model).values())
@@ -43,6 +47,9 @@ def case_the_clusters_bits():
         ("none", {"every": 2, "outer_lr": 0.7, "outer_momentum": 0.9}),
         (QSPARSE, {"schedule": hvd.post_local(start=4, every=3)}),
         ("topk(ratio=0.1) + cser(reset_period=4)", {}),
+        (BY_NAME, {"every": 3}),
+        (LEARNING, {"every": 1}),
+        (f"warmup(steps=2, then={LEARNING})", {"every": 2, "outer_lr": 0.7, "outer_momentum": 0.9}),
     ):
         model, optimizer = train(hvd, spec, 10, **options)
         assert_same(training.weights_of(model), local_training.train_in_cluster(spec, 2, 10, **options)[hvd.rank()])
@@ -77,7 +84,11 @@ def case_momentum_and_batch_statistics_stay_local():
 
 
 def case_resume():
-    for spec, options in ((QSPARSE, {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9}), ("topk(ratio=0.1) + cser(reset_period=4)", {})):
+    for spec, options in (
+        (LEARNING, {"every": 1}),
+        (QSPARSE, {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9}),
+        ("topk(ratio=0.1) + cser(reset_period=4)", {}),
+    ):
         straight, _ = train(hvd, spec, 10, **options)
         model, optimizer = train(hvd, spec, 4, **options)
         saved = io.BytesIO()
@@ -128,6 +139,21 @@ def case_asynchronous_and_compressed():
     run(hvd, model, optimizer, range(20, 24))  # training can continue
     optimizer.sync()
     assert same_on_all_ranks(model)
+
+
+def case_asynchronous_with_a_policy():
+    """Ranks that have made different numbers of messages decode each other's by the sender's number."""
+    for spec in (BY_NAME, f"every(n=3, then=none, otherwise={BY_NAME})"):
+        model, optimizer = train(hvd, spec, 9 + 3 * hvd.rank(), every=2 + hvd.rank(), asynchronous=True)
+        optimizer.sync()
+        assert same_on_all_ranks(model)
+        saved = optimizer.state_dict()["grace_ext"]
+        again = hvd.LocalSGD(make_optimizer(model, spec), model.named_parameters(), spec, every=2 + hvd.rank(), asynchronous=True)
+        again.load_state_dict({**optimizer.state_dict(), "grace_ext": saved})
+        run(hvd, model, again, range(20, 26))
+        again.sync()
+        assert same_on_all_ranks(model)
+    raises(IncompatiblePartsError, "policy 'accordion' learns", lambda: train(hvd, LEARNING, 1, asynchronous=True))
 
 
 def case_nobody_waits_for_a_slow_rank():

@@ -20,6 +20,8 @@ from tests.local import problem  # noqa: E402
 COMM = MPI.COMM_WORLD
 QSPARSE = "topk(ratio=0.2) > qsgd(bits=4) + residual"
 
+LEARNING = "accordion(high=lgreco(base=topk(ratio=0.2) + residual, every=2, window=1, high=2), low=topk(ratio=0.1) + residual, interval=2)"
+
 
 class Engine:
     """Provides the functions of an engine that run_cases needs."""
@@ -54,6 +56,8 @@ def case_the_clusters_bits():
         (QSPARSE, {"schedule": post_local(start=3, every=3), "outer_lr": 0.7, "outer_momentum": 0.9}),
         ("topk(ratio=0.2) + cser(reset_period=4)", {}),
         ("none", {"every": 4}),
+        (LEARNING, {"every": 1}),
+        ("by_name({'b': topk(ratio=0.4) + residual}, default=topk(ratio=0.1) + residual)", {"every": 3}),
     ):
         weights, local = train(spec, range(10), **options)
         models, _ = problem.in_cluster(spec, COMM.size, 10, dtype=np.float32, **options)
@@ -65,7 +69,12 @@ def case_the_clusters_bits():
 
 
 def case_asynchronous():
-    weights, local = train(QSPARSE, range(8 + 2 * COMM.rank), every=2 + COMM.rank, asynchronous=True)
+    for spec in (QSPARSE, f"warmup(steps=3, then={QSPARSE})"):
+        check_asynchronous(spec)
+
+
+def check_asynchronous(spec):
+    weights, local = train(spec, range(8 + 2 * COMM.rank), every=2 + COMM.rank, asynchronous=True)
     raises(GraceError, "call sync()", local.state_dict)
     weights = local.sync(weights)
     assert same_on_all_ranks(weights)

@@ -19,6 +19,7 @@ import tf_training as problem  # noqa: E402
 from cases import raises, run_cases  # noqa: E402
 
 QSPARSE = "topk(ratio=0.1) > qsgd(bits=4) + residual"
+LEARNING = f"accordion(high=lgreco(base=topk(ratio=0.1) + residual, every=2, window=1), low={QSPARSE}, interval=2)"
 tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
@@ -64,6 +65,8 @@ def case_the_clusters_models():
             (QSPARSE, {"every": 3, "outer_lr": 0.7, "outer_momentum": 0.9}),
             (QSPARSE, {"schedule": hvd.post_local(start=3, every=2)}),
             ("topk(ratio=0.1) + cser(reset_period=4)", {}),
+            (f"by_size(min_elements=20, large={QSPARSE})", {"every": 3}),
+            (LEARNING, {"every": 1}),
         ):
             variables, optimizer = trained(spec, range(8), graph, **options)
             expected = in_cluster(spec, range(8), [v.path for v in variables], **options)
@@ -121,6 +124,16 @@ def case_fit():
         assert same_on_all_ranks([v.numpy() for v in model.trainable_variables])
         assert not same_on_all_ranks([v.numpy() for v in model.non_trainable_variables])  # BatchNorm's statistics are each rank's own
         assert model.optimizer.grace_state_dict()["model"]["step"] == 24
+
+
+def case_fit_with_a_policy():
+    for spec, asynchronous in ((LEARNING, False), (f"warmup(steps=1, then={QSPARSE})", False), (f"warmup(steps=1, then={QSPARSE})", True)):
+        model = tiny_model()
+        optimizer = hvd.LocalSGD(keras.optimizers.SGD(0.1, momentum=0.9), spec, every=3, asynchronous=asynchronous)
+        history = fit(model, optimizer, [hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
+        assert history.history["loss"][-1] < 0.8 * history.history["loss"][0], history.history["loss"]
+        model.optimizer.sync()
+        assert same_on_all_ranks([v.numpy() for v in model.trainable_variables])
 
 
 def case_fit_of_models_that_differ():
