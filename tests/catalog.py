@@ -20,6 +20,7 @@ COMPRESSOR_VARIANTS = {
     "adaq": ("adaq(ratio=0.25)", "adaq(ratio=1)", "adaq(ratio=0.1, index='packed')"),
     "strom": ("strom(threshold=0.5)", "strom(threshold=0.5, multi=True)", "strom(threshold=0.001, multi=True)"),
     "wangni": ("wangni(ratio=0.25)", "wangni(ratio=1)"),
+    "random_projection": ("random_projection(rank=1)", "random_projection(rank=8)"),
     "atomo": ("atomo(rank=1)", "atomo(rank=4)"),
     "demo": ("demo(topk=4)", "demo(chunk=8, topk=8, values='fp32')", "demo(topk=4, values='fp16', sign=True)"),
     "induced": ("induced(biased=topk(ratio=0.25), rest=qsgd(bits=4))",

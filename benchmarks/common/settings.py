@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "powersgd": ("powersgd(rank=1)", "powersgd", "powersgd(rank=4)"),
     "powersgd_plus": ("powersgd_plus(rank=1)", "powersgd_plus", "powersgd_plus(rank=4)"),
     "lqsgd": ("lqsgd", "lqsgd(rank=4)"),
+    "random_projection": ("random_projection(rank=1)", "random_projection"),
     "atomo": ("atomo(rank=1)", "atomo"),
     "vqsgd": ("vqsgd", "vqsgd(repeats=1000)"),
     "induced": ("induced",),

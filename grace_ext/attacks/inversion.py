@@ -19,6 +19,9 @@ ATTACKS = ("analytic", "dlg", "cosine")
 ATTACKERS = ("naive", "adaptive")
 Target = Mapping[str, Observed]
 Tick = Callable[[float], None]
+#: Conjugate gradients end at this share of the first squared residual: below it are the rounding errors of operators in float32, which
+#: would turn up as huge inputs where several inputs fit (as those of a random projection do).
+ROUNDING = 1e-12
 #: L-BFGS has found the input if the squared distance of the gradients is this share of the target's squared norm.
 EQUAL = 1e-10
 
@@ -93,7 +96,7 @@ def _fitted(observed: Observed, rows: torch.Tensor, size: int, steps: int = 50) 
     before = residual @ residual
     first = before
     for _ in range(steps):
-        if before <= 1e-20 * first or not first:
+        if before <= ROUNDING * first or not first:
             break
         product = backward(forward(direction))
         step = before / (direction @ product)

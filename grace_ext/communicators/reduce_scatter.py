@@ -81,6 +81,11 @@ class ReduceScatter(Communicator):
                 f"{compressor.name!r} payloads can be summed as they are, and compressing the mean again would pick other positions; use "
                 "communicator 'allreduce'"
             )
+        if compressor.matrices_only:
+            raise IncompatiblePartsError(
+                f"{compressor.name!r} compresses matrices, and 'reduce_scatter' flat shards of them; use communicator "
+                f"'{'allreduce' if compressor.summable else 'allgather'}'"
+            )
         if self.feedback and compressor.unbiased and compressor.name != "none":
             raise IncompatiblePartsError(
                 f"{compressor} is random and unbiased: error feedback of its second compression can grow without bound; leave out "

@@ -44,6 +44,7 @@ class Atomo(Compressor):
     """
 
     unbiased: ClassVar[bool] = True
+    matrices_only: ClassVar[bool] = True
     deterministic_bytes: ClassVar[bool] = False  # linear algebra libraries round differently
     rank: int = knob(2, "singular triplets sent on average", low=1, high=4096, headline=True)
 

@@ -94,6 +94,8 @@ class Compressor(FastPath, Part):
     result: ClassVar[str] = "mean"
     #: The names of the communicators that can carry its own rounds (PowerSGD: P, then Q, by all-reduce); () for one payload.
     rounds: ClassVar[tuple[str, ...]] = ()
+    #: Whether it compresses matrices only, so that flat shards of a tensor cannot be compressed one by one.
+    matrices_only: ClassVar[bool] = False
     #: Whether it looks at all tensors of the model at once, so that they travel in one bucket.
     whole_model: ClassVar[bool] = False
     #: Whether the same input gives the same payload in every array library, byte for byte.

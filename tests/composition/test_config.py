@@ -104,7 +104,7 @@ def test_str_shows_what_differs_from_the_defaults():
 
 def test_natural_communicators():
     """The default is allreduce if payloads can be summed, otherwise allgather, for any world size."""
-    summed = {"none", "fp16", "bf16", "randomk", "randblock", "powersgd", "powersgd_plus", "scaled_int"}
+    summed = {"none", "fp16", "bf16", "randomk", "randblock", "powersgd", "powersgd_plus", "random_projection", "scaled_int"}
     for name in grace_ext.compressors.names():
         assert catalog.natural(name) == ("allreduce" if name in summed else "allgather"), name
 

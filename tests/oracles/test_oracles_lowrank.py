@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import grace_ext
-from grace_ext.errors import IncompatiblePartsError, PayloadError
+from grace_ext.composition import making
+from grace_ext.errors import IncompatiblePartsError, PayloadError, UnstableFeedbackWarning
 from grace_ext.parts import rng
 from grace_ext.parts.tensor import StepInfo, TensorSpec
 from grace_ext.testing import inputs
@@ -317,6 +318,69 @@ def test_lqsgd_checks_what_arrives():
         changed[place] = np.full_like(payload[place], 0xFF)
         with pytest.raises(PayloadError, match="above 14"):
             compressor.decompress(NUMPY.ops, changed, spec, info)
+
+
+# --- random projection -------------------------------------------------------------------------------------------------
+def random_columns(shape, r: int, step: int, seed: int = 0) -> np.ndarray:
+    """Returns float64[b, r]: what all ranks draw for parameter 'w' at this step."""
+    b = int(np.prod(shape[1:]))
+    key = StepInfo(step=step, rank=0, size=1, divisor=1, seed=seed).shared_key("w", "random_projection")
+    return rng.normals(key, b * r).reshape(r, b).T.astype(np.float64) / np.sqrt(r)
+
+
+@RUNS
+@pytest.mark.parametrize("communicator", ["allreduce", "allgather"])
+@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("shape", [MATRIX, KERNEL])
+def test_random_projection(world, shape, r, communicator, size):
+    """The result is mean(M) U U^T on every rank, bit for bit; one collective carries 4 a r bytes."""
+    cluster = world.cluster(grace_ext.grace(f"random_projection(rank={r}) @ {communicator}"), size)
+    for step in range(3):
+        given = gaussian(size, step, shape)
+        with tapped() as seen:
+            returned = world.everywhere(cluster, [{"w": x} for x in given])
+        u, average = random_columns(shape, r, step), oracles.mean([x.astype(np.float64).reshape(shape[0], -1) for x in given])
+        assert all(np.array_equal(returned[0]["w"], other["w"]) for other in returned)
+        assert np.abs(returned[0]["w"] - (average @ u @ u.T).reshape(shape)).max() <= 2e-6 * np.abs(average).max() * u.shape[0]
+        assert [s.kind for s in seen] == [communicator]
+        assert cluster.wire_bytes == [4 * shape[0] * r + (4 if communicator == "allreduce" else 24)] * size
+
+
+def test_the_random_projection_is_unbiased_with_the_variance_that_it_states():
+    """Over 4,000 steps the mean is the gradient, and the mean squared error is (b + 1) / r times its squared norm, within 6 deviations."""
+    g, shape, r, steps = grace_ext.grace("random_projection(rank=3)"), (6, 11), 3, 4000
+    x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    cluster = NUMPY.cluster(g, 1)
+    found = np.array([NUMPY.step(cluster, [{"w": x}])["w"] for _ in range(steps)], np.float64)
+    assert (np.abs(found.mean(axis=0) - x) <= 6 * found.std(axis=0) / np.sqrt(steps)).all()
+    errors = ((found - x) ** 2).sum(axis=(1, 2)) / (x.astype(np.float64) ** 2).sum()
+    assert abs(errors.mean() - (shape[1] + 1) / r) <= 6 * errors.std() / np.sqrt(steps)
+    assert g.compressor.omega(x.size) >= (shape[1] + 1) / r
+
+
+def test_which_tensors_are_projected():
+    """Vectors, and matrices with no more columns than the rank, are sent dense. Shards of rows, which have the name of the whole matrix,
+    are projected by the same columns. Flat shards cannot be, so reduce_scatter is refused."""
+    g = grace_ext.grace("random_projection(rank=2)")
+    assert [g.compressor.sends_dense(TensorSpec("w", shape)) for shape in ((50,), (9, 2), (9, 3), (1, 3))] == [True, True, False, False]
+    (m,) = gaussian(1, 0, MATRIX)
+    whole, upper = (NUMPY.step(NUMPY.cluster(g, 1), [{"w": x}])["w"] for x in (m, m[:7]))
+    assert np.allclose(whole[:7], upper, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    with pytest.raises(IncompatiblePartsError, match="flat shards of them; use communicator 'allreduce'"):
+        grace_ext.grace("random_projection @ reduce_scatter")
+    with pytest.warns(UnstableFeedbackWarning):
+        making.warned.discard("random_projection(rank=2) + residual(beta=0.5) @ allreduce")
+        grace_ext.grace("random_projection(rank=2) + residual(beta=0.5)")
+
+
+def test_a_projection_that_overflows(world):
+    """The largest floats saturate in one rank's payload. If the ranks' sum overflows, all of them skip the step."""
+    cluster = world.cluster(grace_ext.grace("random_projection(rank=1)"), 2)
+    with np.errstate(all="ignore"):
+        out = world.everywhere(cluster, [{"w": np.full((4, 5), x, np.float32)} for x in (3e37, -3e37)])
+        assert all(np.abs(o["w"]).max() < 1e33 for o in out)  # they cancel but for rounding
+        out = world.everywhere(cluster, [{"w": np.full((4, 5), 3e38, np.float32)}] * 2)
+    assert all(np.isnan(o["w"]).all() for o in out)
 
 
 # --- sizes and GRACE's bugs --------------------------------------------------------------------------------------------

@@ -187,6 +187,16 @@ def test_who_knows_the_compressor_recovers_no_less(digits, name):
     assert adaptive.psnr >= naive.psnr - 0.5
 
 
+def test_of_many_inputs_that_fit_the_least_is_found():
+    """A projection on two columns tells two numbers of an input: the least squares are found, and no rounding errors are added to them."""
+    x, rows = torch.rand(784), torch.randn(32)
+    seen = ObservedRank("random_projection(rank=2)").step({"w": torch.outer(rows, x)}).observed["w"]
+    found = inversion._fitted(seen, rows, 784)
+    assert float(found.norm()) <= float(x.norm())
+    again = seen.operator(torch.outer(rows, found.float()).reshape(-1))
+    assert float((again - seen.values).norm()) <= 1e-5 * float(seen.values.norm())
+
+
 def test_noise_keeps_the_input_private(digits):
     for spec in ("gaussian(clip=1, noise_multiplier=1) | none", "gaussian(unit='example', batch=1.0) | topk(ratio=0.1) + residual"):
         found = rows(study.Plan(digits, ["analytic"], images=3), spec)

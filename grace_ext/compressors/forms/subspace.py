@@ -60,10 +60,9 @@ def top_of_gram(sent: np.ndarray, side: int, start: np.ndarray) -> np.ndarray:
     Orthogonal iterations from `start`, float[r, side], in the arithmetic of `exact_product`: all ranks compute the same bits, which LAPACK
     on different processors does not, so nobody has to send the result. Eigenvectors whose eigenvalues differ by little may be mixed: then
     each of them is about as good."""
-    gram = np.zeros(side * side, np.float32)
-    gram[triangle(side)] = sent
-    gram = gram.reshape(side, side)
-    gram = gram + np.triu(gram, 1).T
+    upper = np.zeros((side, side), np.float32)
+    upper.reshape(-1)[triangle(side)] = sent
+    gram = upper + np.triu(upper, 1).T
     if not (np.isfinite(gram).all() and gram.any()):
         return np.zeros_like(start, np.float32)
     found, ops = orthonormalize(start.T).T, NumpyOps()
