@@ -13,7 +13,7 @@ from ..parts.field import ITEMSIZE
 from ..parts.tensor import StepInfo, TensorSpec
 from . import inputs
 from .checks import accepted, check_in_place, check_no_view, check_one_bad_rank, check_registered, check_resume, check_shapes, legal, suite
-from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
+from .worlds import NUMPY, WITH_DEVICE, World, same_bits, states, tapped
 
 #: A communicator is tested with those of these compressors that it accepts.
 COMPRESSORS = (
@@ -40,7 +40,10 @@ def communicator_contract(*texts: str) -> type:
     specs = {text: [f"{compressor} + none @ {text}" for compressor in accepted(COMPRESSORS, f"+ none @ {text}")] for text in texts}
     # Other libraries differ from the reference in their arithmetic only, for which one compressor is enough.
     pairs = [
-        pytest.param(w, spec, id=f"{w.name}-{spec}") for w in WORLDS for text in texts for spec in specs[text][: None if w is NUMPY else 1]
+        pytest.param(w, spec, id=f"{w.name}-{spec}")
+        for w in WITH_DEVICE
+        for text in texts
+        for spec in specs[text][: None if w is NUMPY else 1]
     ]
     return suite(
         "TestCommunicatorContract",

@@ -31,12 +31,10 @@ from .checks import (
     legal,
     suite,
 )
-from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
+from .worlds import NUMPY, WITH_DEVICE, World, same_bits, states, tapped
 
-INFO = StepInfo(step=3, rank=1, size=2, divisor=2)
+INFO = StepInfo(step=3, rank=1, size=2, divisor=2, elements=2000)
 SHAPES = ((), (1,), (2,), (7,), (64,), (600,), (5, 3), (24, 50), (4, 3, 5, 5))
-#: The worlds that compute with arrays of their own. The others use numpy inside, so that only their conversions need tests.
-OWN = [w for w in WORLDS if type(w.ops).pack is not type(NUMPY.ops).pack]
 QUIET: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -49,8 +47,7 @@ def contract(*texts: str) -> type:
     resuming, damaged payloads, and what the compressor declares of its error (unbiased, omega, delta, kappa, summable).
     """
     first = {compressor_of(text).name: text for text in reversed(texts)}.values()
-    # Worlds that use numpy inside differ in their conversions only, for which one spec of each compressor is enough.
-    pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WORLDS for t in texts if w in (NUMPY, *OWN) or t in first]
+    pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WITH_DEVICE for t in texts if w.computes or t in first]
     return suite("TestContract", (Everywhere, "world, text", pairs), (Declared, "text", texts))
 
 

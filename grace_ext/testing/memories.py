@@ -28,7 +28,7 @@ from .checks import (
     legal,
     suite,
 )
-from .worlds import NUMPY, WORLDS, World, same_bits, states, tapped
+from .worlds import NUMPY, WITH_DEVICE, World, same_bits, states, tapped
 
 #: A memory is tested with those of these compressors that it accepts.
 COMPRESSORS = ("topk(ratio=0.25)", "threshold(threshold=0.5)", "randomk(ratio=0.25)", "efsignsgd", "qsgd(bits=4)", "powersgd", "none")
@@ -45,7 +45,10 @@ def memory_contract(*texts: str) -> type:
     specs = {text: [f"{compressor} + {text}" for compressor in accepted(COMPRESSORS, f"+ {text}")] for text in texts}
     # Other libraries differ from the reference in their arithmetic only, for which one compressor is enough.
     pairs = [
-        pytest.param(w, spec, id=f"{w.name}-{spec}") for w in WORLDS for text in texts for spec in specs[text][: None if w is NUMPY else 1]
+        pytest.param(w, spec, id=f"{w.name}-{spec}")
+        for w in WITH_DEVICE
+        for text in texts
+        for spec in specs[text][: None if w is NUMPY else 1]
     ]
     return suite(
         "TestMemoryContract",

@@ -13,7 +13,7 @@ from ..parts.tensor import TensorSpec
 from ..policies.base import Policy
 from . import inputs
 from .checks import check_registered, check_resume, suite
-from .worlds import NUMPY, WORLDS, World, same_bits, states
+from .worlds import NUMPY, WITH_DEVICE, World, same_bits, states
 
 SHAPES = {"embed.weight": (60, 40), "layer.0.weight": (24, 18), "layer.0.bias": (24,), "scale": (), "empty": (0, 3)}
 STEPS = 6
@@ -26,7 +26,7 @@ def policy_contract(*texts: str) -> type:
     alike at every step; shapes and dtypes, equal results on all ranks, the same bits in every tensor library, NaN on one rank, resuming;
     and that the policy's state lies under its own keys.
     """
-    pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WORLDS for t in texts]
+    pairs = [pytest.param(w, t, id=f"{w.name}-{t}") for w in WITH_DEVICE for t in texts]
     return suite("TestPolicyContract", (Everywhere, "world, text", pairs), (Declared, "text", texts))
 
 

@@ -23,7 +23,8 @@ LR = 0.125
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """One implementation of the array protocol. tensor, array: convert numpy arrays to its user's tensors, and back."""
+    """One implementation of the array protocol. tensor, array: convert numpy arrays to its user's tensors, and back. computes: whether its
+    array code is its own. The others run code that another world tests, on tensors of their own: one spec of each part is enough."""
 
     name: str
     framework: str
@@ -32,6 +33,7 @@ class World:
     array: Callable[[Any], np.ndarray]
     mutable: bool = True  # whether a user can write into these tensors
     native: bool = True  # whether LocalCluster(framework=...) uses these ops by itself
+    computes: bool = False
 
     def cluster(self, g: Grace, size: int, ranks_per_node: int = 1) -> LocalCluster:
         if self.native:
@@ -78,18 +80,20 @@ def _numpy() -> list[World]:
 
     plain, compiled = NumpyOps(), host_ops(NumpyOps)
     return [
-        World("numpy", "numpy", compiled, lambda a: a, np.asarray),
-        World("numpy-plain", "numpy", plain, lambda a: a, np.asarray, native=False),
+        World("numpy", "numpy", compiled, lambda a: a, np.asarray, computes=True),
+        World("numpy-plain", "numpy", plain, lambda a: a, np.asarray, native=False, computes=True),
     ]
 
 
-def _torch() -> list[World]:
+def _torch() -> tuple[list[World], list[World]]:
+    """Returns the worlds of tensors on the host, and that of the pretended device."""
     import torch
 
     torch.set_num_threads(1)  # the tensors are small, and the machine may be shared
 
     from ..arrays.compiled import host_ops
     from ..frameworks.torch.ops import HostOps, TorchOps
+    from .pretended_device import DeviceTensor, PretendedOps
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         if array.dtype.name == "bfloat16":
@@ -99,17 +103,24 @@ def _torch() -> list[World]:
         return made.copy_(torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape)))
 
     def array(t: torch.Tensor) -> np.ndarray:
-        assert isinstance(t, torch.Tensor)
+        assert isinstance(t, torch.Tensor) and not isinstance(t, DeviceTensor)
         if t.dtype is torch.bfloat16:
             import ml_dtypes
 
             return t.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return t.numpy()
 
+    def to_device(array: np.ndarray) -> DeviceTensor:
+        return DeviceTensor(tensor(array))
+
+    def from_device(t: torch.Tensor) -> np.ndarray:
+        assert isinstance(t, DeviceTensor), "a result is not on the device of the gradients"
+        return array(t.held)
+
     return [
         World("torch-host", "torch", host_ops(HostOps), tensor, array),
-        World("torch-device", "torch", TorchOps("cpu"), tensor, array, native=False),
-    ]
+        World("torch-device", "torch", TorchOps("cpu"), tensor, array, native=False, computes=True),
+    ], [World("torch-cuda", "torch", PretendedOps(), to_device, from_device, native=False)]
 
 
 def _tensorflow() -> list[World]:
@@ -133,7 +144,11 @@ def _there(module: str) -> bool:
         return False
 
 
-WORLDS = _numpy() + (_torch() if _there("torch") else []) + (_tensorflow() if _there("tensorflow") else [])
+_ON_HOST, _ON_DEVICE = _torch() if _there("torch") else ([], [])
+WORLDS = _numpy() + _ON_HOST + (_tensorflow() if _there("tensorflow") else [])
+#: WORLDS, and one whose tensors are on a pretended device. It runs the code of world torch-device, so that only tests of parts as a whole
+#: need it: they show that nothing mixes devices.
+WITH_DEVICE = WORLDS + _ON_DEVICE
 NUMPY = WORLDS[0]
 
 

@@ -20,7 +20,7 @@ from grace_ext.metrics.advice import allowed_residual
 from grace_ext.metrics.metrics import Metrics, scalars
 from grace_ext.parts.tensor import TensorSpec
 from grace_ext.testing import inputs
-from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states
+from grace_ext.testing.worlds import NUMPY, WITH_DEVICE, same_bits, states
 
 from .. import catalog
 
@@ -47,7 +47,7 @@ def test_results_states_and_bytes_are_those_without_metrics(spec):
     assert all(type(driver.observer) is Observer for driver in plain.drivers) and plain.metrics() == []
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
+@pytest.mark.parametrize("world", WITH_DEVICE, ids=lambda world: world.name)
 def test_values_are_those_of_an_independent_computation(world):
     cluster = world.cluster(grace_ext.grace("topk(ratio=0.1) + residual"), 2)
     cluster.measure(every=1)
