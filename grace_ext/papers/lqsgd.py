@@ -58,7 +58,8 @@ EXPERIMENT = Experiment(
     "not available: the paper's body could not be read",
     f"Simulated ranks, the small CNN on MNIST's digits: two ranks, 744 steps; and {MANY} ranks, 250 steps, over reduce_scatter, where "
     f"each sum is quantized once more. Six seeds with two ranks, three with {MANY}. {TUNED} (With three seeds, rank 2 with 8 bits lost "
-    f"0.33 points, at half the rate of the other rows, and with 4 bits 0.10; standard deviations are 0.1 to 0.4.) Bytes received are those of one matrix of 1,000 x 1,000.",
+    f"0.33 points, at half the rate of the other rows, and with 4 bits 0.10; standard deviations are 0.1 to 0.4.) "
+    "Bytes received are those of one matrix of 1,000 x 1,000.",
     f"the accuracy is at most {SLACK:g} points below that of PowerSGD at the same rank, with 4 and 8 bits, and with {MANY} workers, "
     "where it sends less; reduce_scatter brings fewer bytes than PowerSGD at every number of workers; the number from which allgather "
     "brings more is stated",
