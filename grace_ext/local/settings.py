@@ -94,13 +94,14 @@ def settings_of(
             f"{chosen} makes each step's gradient private, but LocalSGD makes steps with gradients that are not and sends what they add up "
             "to: use DistributedOptimizer(privacy=...), or Exchange, which exchange every step"
         )
-    cser = next((memory for memory in chosen.memories if isinstance(memory, CSER)), None)
-    if cser and chosen.policy is not None:
+    if chosen.policy is not None and chosen.diverges:
+        memory = next(memory for memory in chosen.memories if memory.diverges)
         raise IncompatiblePartsError(
-            f"{chosen}: with memory {cser} every step exchanges gradients, by one schedule, and with other memories only synchronizations "
-            "exchange anything; name one composition with 'cser' for all tensors, or use memory 'residual'"
+            f"{chosen}: with memory {memory} every step exchanges gradients, by one schedule, and with other memories only synchronizations "
+            f"exchange anything; name one composition with {memory.name!r} for all tensors, or use memory 'residual'"
         )
-    if cser:
+    cser = chosen.memories[0]
+    if isinstance(cser, CSER):
         every = cser.reset_period if every is None else every
         if schedule is not None or every != cser.reset_period:
             raise ParameterError(f"memory {cser} sets the schedule by its reset_period: leave out every= and schedule=")

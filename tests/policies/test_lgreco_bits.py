@@ -17,7 +17,8 @@ from grace_ext.testing.worlds import NUMPY
 
 from .test_lgreco import SHAPES, gradients, settings
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
+#: By the base's bits: those that are chosen from.
+CHOICES = {4: (2, 3, 4, 5, 6, 7, 8), 8: (4, 5, 6, 7, 8, 10, 12, 14, 16)}
 
 
 def quantized(x: np.ndarray, bits: int, name: str) -> np.ndarray:
@@ -37,12 +38,13 @@ def nbytes(elements: int, bits: int) -> int:
     return math.ceil(elements * bits / 8) + 4 * math.ceil(elements / 512)
 
 
+@pytest.mark.parametrize("base", CHOICES)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_decision_is_the_best_of_all(world, seed):
-    """The bits that 2 ranks choose over qsgd(bits=4) send least of all combinations within the budget of errors; tables in float64 are the
+def test_the_decision_is_the_best_of_all(world, seed, base):
+    """The bits that 2 ranks choose over qsgd(bits=base) send least of all combinations within the budget of errors; tables in float64 are the
     mean of the ranks' errors, each for its own sum of the window's gradients. The next steps send fewer bytes than a uniform choice."""
-    cluster = world.cluster(grace_ext.grace("lgreco(every=5, window=3, base=qsgd(bits=4))"), 2)
-    assert cluster.grace.policy.values == BITS
+    cluster, bits = world.cluster(grace_ext.grace(f"lgreco(every=5, window=3, base=qsgd(bits={base}))"), 2), CHOICES[base]
+    assert cluster.grace.policy.values == bits
     sums, sent = {name: np.zeros((2, math.prod(shape))) for name, shape in SHAPES.items()}, []
     for step in range(6):
         by_rank = gradients(100 * seed + step)
@@ -50,12 +52,12 @@ def test_the_decision_is_the_best_of_all(world, seed):
         sent.append(cluster.wire_bytes[0])
         for name, rank in itertools.product(SHAPES, range(2)) if 2 <= step < 5 else ():
             sums[name][rank] += by_rank[rank][name].astype(np.float64).reshape(-1)
-    errors = {n: [np.mean([np.linalg.norm(x - quantized(x, b, n)) for x in xs]) for b in BITS] for n, xs in sums.items()}
-    sizes = {name: [nbytes(xs.shape[1], b) for b in BITS] for name, xs in sums.items()}
-    budget = sum(of_name[BITS.index(4)] for of_name in errors.values())
+    errors = {n: [np.mean([np.linalg.norm(x - quantized(x, b, n)) for x in xs]) for b in bits] for n, xs in sums.items()}
+    sizes = {name: [nbytes(xs.shape[1], b) for b in bits] for name, xs in sums.items()}
+    budget = sum(of_name[bits.index(base)] for of_name in errors.values())
 
     def best(allowed: float) -> int:
-        combinations = itertools.product(range(len(BITS)), repeat=3)
+        combinations = itertools.product(range(len(bits)), repeat=3)
         within = [c for c in combinations if sum(errors[n][i] for n, i in zip(SHAPES, c, strict=True)) <= allowed]
         return min(sum(sizes[n][i] for n, i in zip(SHAPES, c, strict=True)) for c in within)
 
@@ -63,7 +65,7 @@ def test_the_decision_is_the_best_of_all(world, seed):
     assert settings(cluster)[0] == settings(cluster)[1]
     assert best(budget) <= sum(sizes[n][chosen[n]] for n in SHAPES) <= best(budget * (1 - 3e-4))
     assert sum(errors[n][chosen[n]] for n in SHAPES) <= budget * (1 + 1e-6)
-    assert sum(sizes[n][chosen[n]] for n in SHAPES) < sum(sizes[n][BITS.index(4)] for n in SHAPES)
+    assert sum(sizes[n][chosen[n]] for n in SHAPES) < sum(sizes[n][bits.index(base)] for n in SHAPES)
     assert sent[5] < sent[0]
 
 

@@ -52,7 +52,7 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
 
     optimizer: any torch optimizer. The result shares its parameter groups and state, and is of its class, so schedulers work.
     named_parameters: model.named_parameters(); it must name every parameter of the optimizer that trains. None numbers the parameters.
-    compression: a Grace or a spec string; None sends everything.
+    compression: a Grace or a spec string; None sends everything. A step of a policy is a synchronization.
     every: the number of local steps between two synchronizations, by default 8.
     schedule: replaces `every`: post_local(start, every), an increasing sequence of steps, or a function of the step (counted from 1).
     max_gap: the most steps between two synchronizations; a function as schedule needs it, and a sequence must keep it.
