@@ -51,7 +51,9 @@ def row(runs: Sequence[Run]) -> list[Any]:
     return [runs[0].spec, f"{mean(runs):.2f} ± {sd(runs):.2f}", nbytes(runs), runs[0].rate]
 
 
-def at_least(what: str, mine: Sequence[Run], other: Sequence[Run], slack: float, higher_is_better: bool = True) -> Check:
-    """Checks that `mine` has a score no worse than that of `other`, less `slack`. Measures by how much it is better."""
+def at_least(what: str, mine: Sequence[Run], other: Sequence[Run], slack: float | None = None, higher_is_better: bool = True) -> Check:
+    """Checks that `mine` has a score no worse than that of `other`, less `slack`; by default less the standard deviation of the seeds,
+    pooled over both. Measures by how much it is better."""
+    slack = ((sd(mine) ** 2 + sd(other) ** 2) / 2) ** 0.5 if slack is None else slack
     better = mean(mine) - mean(other) if higher_is_better else mean(other) - mean(mine)
     return Check(f"{what}: the score less that of the other is at least {-slack:.2f}", better, better >= -slack)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row, sd
+from .compared import COLUMNS, TUNED, at_least, compared, nbytes, row
 from .experiment import Check, Experiment, Outcome, Progress
 
-BASES = ("topk(ratio=0.01) + residual", "powersgd(rank=4) + residual", "qsgd(bits=4) + residual")
-MEASURES = ("gradient", "compensated")
+#: The measures of each family. Quantizers without bias have no residual that could be measured, too: error feedback of them explodes.
+MEASURES = {
+    "topk(ratio=0.01) + residual": ("gradient", "compensated"),
+    "powersgd(rank=4) + residual": ("gradient", "compensated"),
+    "qsgd(bits=4) + none": ("gradient",),
+}
 SEEDS = 6
 SPARSE, SPARSER = "topk(ratio=0.01) + residual", "topk(ratio=0.001) + residual"
 ACCORDION = f"accordion(interval=93, high={SPARSE}, low={SPARSER})"
@@ -19,12 +23,14 @@ def less(what: str, mine, other) -> Check:
 
 
 def run(quick: bool, progress: Progress) -> Outcome:
-    specs = {(base, measure): f"lgreco(every=31, measure={measure}, base={base})" for base in BASES for measure in MEASURES}
-    runs = compared("mnist", ["none", *BASES, *specs.values()], quick, progress, seeds=SEEDS)
+    specs = {
+        (base, measure): f"lgreco(every=31, measure={measure}, base={base})" for base, measures in MEASURES.items() for measure in measures
+    }
+    runs = compared("mnist", ["none", *MEASURES, *specs.values()], quick, progress, seeds=SEEDS)
     checks = []
     for (base, measure), spec in specs.items():
         checks.append(less(f"{base}, {measure}", runs[spec], runs[base]))
-        checks.append(at_least(f"{base}, {measure}", runs[spec], runs[base], sd(runs[base])))
+        checks.append(at_least(f"{base}, {measure}", runs[spec], runs[base]))
     return Outcome(COLUMNS, [row(of) for of in runs.values()], checks)
 
 
@@ -32,7 +38,7 @@ def run_mixed(quick: bool, progress: Progress) -> Outcome:
     runs = compared("mnist", [SPARSE, SPARSER, ACCORDION, MIXED], quick, progress, seeds=SEEDS)
     checks = [
         less("L-GreCo in both regimes of Accordion", runs[MIXED], runs[ACCORDION]),
-        at_least("L-GreCo in Accordion, and Accordion", runs[MIXED], runs[ACCORDION], sd(runs[ACCORDION])),
+        at_least("L-GreCo in Accordion, and Accordion", runs[MIXED], runs[ACCORDION]),
     ]
     return Outcome(COLUMNS, [row(of) for of in runs.values()], checks)
 
@@ -46,8 +52,8 @@ FAMILIES = Experiment(
     "up to 5 times the compression, and 2.5 times the speed, on ResNets and Transformers",
     "Two simulated ranks, the small CNN on MNIST's digits, solved three times per epoch, errors measured on the ranks' gradients (the "
     f"default) or on gradient and residual (as the authors' hook does). {SEEDS} seeds. {TUNED}",
-    "fewer bytes than the uniform choice, with an accuracy at least the uniform one less the standard deviation of its seeds, for each "
-    "family and measure",
+    "fewer bytes than the uniform choice, with an accuracy at least the uniform one less the seeds' standard deviation, pooled over both, for "
+    "each family and measure",
     20,
     run,
     quick=False,
@@ -60,7 +66,7 @@ WITH_ACCORDION = Experiment(
     "+50% compression",
     f"Two simulated ranks, the small CNN on MNIST's digits; Accordion decides once per epoch between Top-k of 1% and 0.1%, uniform or by "
     f"L-GreCo. {SEEDS} seeds. {TUNED}",
-    "fewer bytes than Accordion alone, with an accuracy at least that of Accordion less the standard deviation of its seeds",
+    "fewer bytes than Accordion alone, with an accuracy at least that of Accordion less the seeds' standard deviation",
     6,
     run_mixed,
     quick=False,

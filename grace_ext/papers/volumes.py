@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .compared import COLUMNS, RATES, SEEDS, TUNED, at_least, mean, nbytes, row, sd
+from .compared import COLUMNS, RATES, SEEDS, TUNED, at_least, mean, nbytes, row
 from .experiment import Check, Curve, Experiment, Outcome, Progress, in_units, with_torch
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(name: str, quick: bool, progress: Progress) -> Outcome:
         curves.append(Curve(kind, [nbytes(one) for one in of], worse))
     for place, density in enumerate(DENSITIES):
         mine, other = found["threshold"][place], found["topk"][place]
-        checks.append(at_least(f"density {density:g}, threshold and topk", mine, other, sd(other), higher))
+        checks.append(at_least(f"density {density:g}, threshold and topk", mine, other, higher_is_better=higher))
         ratio = errors["threshold"][place] / errors["topk"][place]
         checks.append(Check(f"density {density:g}: the threshold's total error over topk's is below 1", ratio, ratio < 1))
     axes = ("bytes per rank and step", "100 - accuracy, %" if higher else "bits per character")
@@ -68,8 +68,7 @@ def described(name: str, task: str, what: str, title: str, minutes: float) -> Ex
         "curves only; ResNet-18 on CIFAR-10, LSTM on Wikitext and others, on 8 and 16 GPUs",
         f"Two simulated ranks; {what}, as `grace-ext compare --data {task}` trains it. Top-k of each layer and of the whole model keep "
         f"0.1% to 3%; the threshold is found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
-        "at every volume the threshold's score is at least that of Top-k less the standard deviation of Top-k's seeds, and its total error "
-        "is lower",
+        "at every volume the threshold's score is at least that of Top-k less the seeds' standard deviation, and its total error is lower",
         minutes,
         partial(run, task),
         quick=False,
