@@ -52,8 +52,8 @@ FAMILIES = Experiment(
     "up to 5 times the compression, and 2.5 times the speed, on ResNets and Transformers",
     "Two simulated ranks, the small CNN on MNIST's digits, solved three times per epoch, errors measured on the ranks' gradients (the "
     f"default) or on gradient and residual (as the authors' hook does). {SEEDS} seeds. {TUNED}",
-    "fewer bytes than the uniform choice, with an accuracy at least the uniform one less the seeds' standard deviation, pooled over both, for "
-    "each family and measure",
+    "fewer bytes than the uniform choice, with an accuracy at least the uniform one less the seeds' standard deviation, pooled over both, "
+    "for each family and measure",
     20,
     run,
     quick=False,
