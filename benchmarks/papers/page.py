@@ -26,9 +26,14 @@ HEAD = [
 
 def text_of(cell: Any) -> str:
     """Returns a cell of a table as text."""
-    return (
-        f"{cell:.4g}" if isinstance(cell, float) else f"`{cell}`" if isinstance(cell, str) and ("(" in cell or " + " in cell) else str(cell)
-    )
+    if isinstance(cell, float):
+        return f"{cell:.4g}"
+    return in_table(f"`{cell}`" if isinstance(cell, str) and ("(" in cell or " + " in cell) else str(cell))
+
+
+def in_table(text: str) -> str:
+    """Returns a text for a table, in which a plain '|' would end the cell."""
+    return text.replace("|", r"\|")
 
 
 def section(one: Experiment, found: Mapping[str, Any]) -> list[str]:
@@ -42,10 +47,10 @@ def section(one: Experiment, found: Mapping[str, Any]) -> list[str]:
         f"- **Its figure:** {one.figure}",
         f"- **Done here:** {one.recipe}",
         f"- **Criterion:** {one.criterion}", "",
-        f"| {' | '.join(found['columns'])} |", "|---" * len(found["columns"]) + "|",
+        f"| {' | '.join(map(in_table, found['columns']))} |", "|---" * len(found["columns"]) + "|",
         *(f"| {' | '.join(map(text_of, row))} |" for row in found["rows"]), "",
         "| condition | measured | holds |", "|---|---|---|",
-        *(f"| {text} | {measured:.4g} | {'yes' if holds else '**no**'} |" for text, measured, holds in found["checks"]), "",
+        *(f"| {in_table(text)} | {measured:.4g} | {'yes' if holds else '**no**'} |" for text, measured, holds in found["checks"]), "",
     ]  # fmt: skip
     return [*lines, f"![{one.title}](pictures/papers-{one.name}.png)", ""] if found["curves"] else lines
 

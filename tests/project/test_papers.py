@@ -44,3 +44,10 @@ def test_an_experiment_runs_and_a_condition_that_does_not_hold_is_a_verdict(monk
     monkeypatch.setattr(counterexample, "STUCK", 1.0)
     assert not counterexample.run(True, shares.append).reproduced
     assert not Outcome([], [], [Check("one", 1.0, True), Check("two", 2.0, False)]).reproduced
+
+
+def test_a_bar_in_a_spec_does_not_end_a_cell():
+    found = {"columns": ["spec", "x"], "rows": [["gaussian() | none", 1.0]], "checks": [["a | b", 1.0, True]], "curves": []}
+    stamp = {"reproduced": True, "seconds": 1.0, "date": "", "commit": ""}
+    lines = page({"counterexample": counterexample.EXPERIMENT}, {"counterexample": {**found, **stamp}}).splitlines()
+    assert r"| `gaussian() \| none` | 1 |" in lines and r"| a \| b | 1 | yes |" in lines
