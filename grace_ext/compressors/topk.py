@@ -33,7 +33,7 @@ class TopK(Selecting):
     def swept(self, ops, grad, feedback, spec, info, state):
         return ops.sweep_for(feedback, grad, kept(self.ratio, spec.size))
 
-    def take_each(self, ops, grad, feedback, ends, most):
+    def take_each(self, ops, grad, feedback, ends, most, info):
         if (x := ops.compensate(feedback, grad)) is None:
             return None
         positions = ops.largest_each(x, ends, most)

@@ -114,6 +114,8 @@ class Driver:
         self._foreign = False  # whether the state is another rank's, and lacks what was that rank's own
         self._saved_on = ""  # the node that the state was this rank's on, if it is exchanged in two levels
         self._nodes = 0  # the number of nodes that the state is of, if that is known
+        #: The elements of the whole model: those of the registered parameters, unless the caller sets more, of which these are a part.
+        self.elements = 0
         self.step = 0
         self.agreed = False
         #: Whether the last step's state was committed: every rank was finite in every bucket, and nobody revoked it.
@@ -157,6 +159,7 @@ class Driver:
         (their gradients come first in a backward pass). Raises NamesError, UnsupportedDtypeError, or GraceError if a state that was loaded
         before does not fit them."""
         self.specs = layout.checked(specs)
+        self.elements = sum(spec.whole.size for spec in self.specs.values())
         self._choices = Choices(self.grace, self.specs.values())
         groups = layout.in_buckets(list(self.specs.values()), self.packed)
         self.buckets = [Bucket([self.specs[name] for name in names]) for names in groups]
@@ -434,7 +437,8 @@ class Driver:
 
     def step_info(self) -> StepInfo:
         """Returns what parts are told of the step under way, or of the next one."""
-        return StepInfo(self.step, self.transport.rank, self.transport.size, self.divisor, self.grace.seed, self.read_lr())
+        world = self.transport.rank, self.transport.size, self.divisor
+        return StepInfo(self.step, *world, self.grace.seed, self.read_lr(), self.elements)
 
     def _job(self, spec: TensorSpec, info: StepInfo) -> Job:
         before = self._choices.fitting(self.ops, spec, self.state.get(spec.name, {}), info)

@@ -57,7 +57,8 @@ class TensorSpec:
 @dataclass(frozen=True)
 class StepInfo:
     """Describes a step for parts: `step` counts from 0, `size` is the world size, `divisor` is the world size for a mean and 1 for a sum,
-    `lr` is the current learning rate if an optimizer is bound. All but `rank` is equal on all ranks."""
+    `lr` is the current learning rate if an optimizer is bound. `elements` are those of all parameters that are exchanged, other ranks'
+    shards included; 0 if that is not known. All but `rank` is equal on all ranks."""
 
     step: int
     rank: int
@@ -65,6 +66,7 @@ class StepInfo:
     divisor: int
     seed: int = 0
     lr: float | None = None
+    elements: int = 0
 
     def shared_key(self, name: str, use: str, step: int | None = None) -> tuple[int, int]:
         """Returns 64 bits that every rank derives alike from (seed, parameter, use, step), as two 32-bit words; see rng.py."""

@@ -144,7 +144,7 @@ class _Run:
 
     def step(self, gradient: np.ndarray, number: int) -> tuple[float, float]:
         """Makes one step; returns the seconds of encoding, and those of decoding per rank."""
-        info = StepInfo(number, self.rank, RANKS, RANKS)
+        info = StepInfo(number, self.rank, RANKS, RANKS, elements=self.spec.size)
         self.state = self.state or initial_state(self.ops, self.spec, self.parts, info)
         running = exchange_tensor(self.ops, Job(self.spec, *self.parts, gradient, self.state, gradient), info)
         spent, answer, self.nbytes, self.decoding = 0.0, None, 0, 0.0

@@ -189,7 +189,7 @@ class Selecting(AtPositions):
         return None if x is None else (x, None)
 
     def take_each(
-        self, ops: FastOps, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray
+        self, ops: FastOps, grad: Array, feedback: Feedback, ends: np.ndarray, most: np.ndarray, info: StepInfo
     ) -> tuple[Array, Array, Array] | None:
         """Does `swept` and chooses, for the tensors that end at `ends` in `grad`, for `MergedSelecting`. Returns (what is compressed, with
         zeros at what is sent if there is a residual; positions; values); None if it is not finite. Subclasses that have it set `merges`."""
@@ -260,7 +260,7 @@ class MergedSelecting(Merged):
         return np.array([self.each.most(spec.size) for spec in self.specs])
 
     def fused(self, ops, grad, feedback, spec, info, state):
-        taken = self.each.take_each(ops, grad, feedback, self.ends, self.most)
+        taken = self.each.take_each(ops, grad, feedback, self.ends, self.most, info)
         if taken is None:
             return None
         x, positions, values = taken

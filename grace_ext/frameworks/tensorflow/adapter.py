@@ -126,6 +126,7 @@ class BoundCompression(Measured):
                 self._agreement = self._agree()
         if spec.name not in self._exchanges:
             exchange = exchange_of(self.grace, [spec], self._process_set, average=self._average, before_step=self._settle)
+            exchange.driver.elements = sum(known.size for known in self._specs)
             exchange.driver.join_agreement(f"{self._agreement[0].prefix}/{self._specs.index(spec)}")
             self._attach(exchange.driver)
             if spec.name in self._saved:

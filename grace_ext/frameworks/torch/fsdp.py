@@ -139,15 +139,28 @@ def _check_trains(optimizer: torch.optim.Optimizer, parameters: Mapping[str, tor
 class ShardedSession(Session):
     """The exchange of one rank's shards. The ranks of a replica decide together whether they may start, and whether they commit.
 
-    rows: by name, the matrices that they exchange as one."""
+    rows: by name, the matrices that they exchange as one. sizes: by name, the elements of the whole parameters."""
 
-    def __init__(self, shards: ShardRanks, rows: Mapping[str, Rows], read: Callable[[], dict[str, Any]], *args: Any, **options: Any):
+    def __init__(
+        self,
+        shards: ShardRanks,
+        rows: Mapping[str, Rows],
+        sizes: Mapping[str, int],
+        read: Callable[[], dict[str, Any]],
+        *args: Any,
+        **options: Any,
+    ):
         super().__init__(*args, **options)
-        self._shards, self._rows, self._read = shards, rows, read
+        self._shards, self._rows, self._sizes_of_wholes, self._read = shards, rows, sizes, read
 
     def agree(self, names: Iterable[str]) -> None:
         self.parameters = self._read()  # FSDP2 may have made new local tensors (model.to, load_state_dict)
         self._shards.together(lambda: Session.agree(self, names), self._shared)
+
+    def _register(self, names: Iterable[str]) -> None:
+        names = list(names)
+        super()._register(names)
+        self.driver.elements = sum(self._sizes_of_wholes[name] for name in names)
 
     def _spec(self, name: str) -> TensorSpec:
         return dataclasses.replace(super()._spec(name), rows=self._rows.get(name))
@@ -226,6 +239,7 @@ class FSDPState(HookState):
         self._made = ShardedSession(
             self._shards,
             rows,
+            {name: parameter.numel() for name, parameter in self._parameters.items()},
             self._tensors,
             g,
             check_parameters(cast(Any, self._tensors().items())),

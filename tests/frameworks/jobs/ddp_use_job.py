@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import math
 import weakref
 
 import torch
@@ -54,6 +55,17 @@ def case_bytes():
     train(ddp, layers_loss, range(3))
     _, expected = in_cluster(Layers, layers_loss, range(3))
     assert state.wire_bytes == expected[hvd.rank()], (state.wire_bytes, expected)
+
+
+def case_a_threshold_by_the_size_of_the_model():
+    """k is for the whole model, although each layer has a bucket of its own."""
+    ddp, state, _ = wrap(Layers(), g="threshold(like_topk=1) + residual")
+    got, each = train(ddp, layers_loss, range(4)), [p.numel() for p in ddp.module.parameters()]
+    assert len(state._made.driver.buckets) == len(each) > 1
+    specs = [f"threshold(threshold={1 / (2 * math.sqrt(k))!r}) + residual" for k in (sum(each), each[0])]
+    expected, by_bucket = (in_cluster(Layers, layers_loss, range(4), spec)[0] for spec in specs)
+    assert_same(got, expected)
+    assert any((expected[name] != by_bucket[name]).any() for name in expected)  # so it matters
 
 
 def case_metrics():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from fsdp_setup import (
     MESH,
@@ -46,6 +48,15 @@ def case_buckets_start_inside_backward():
     assert len(state._made.driver.buckets) > 2
     assert started[0] == 0 and min(started[1:]) >= len(state._made.driver.buckets) - 1, started
     assert_equal(model, in_clusters()[0])
+
+
+def case_a_threshold_by_the_size_of_the_model():
+    """k is for the whole model, of which each rank has a shard."""
+    model, optimizer, state = hooked("threshold(like_topk=1) + residual")
+    train(model, optimizer, range(6))
+    elements = sum(p.numel() for p in make_model().parameters())
+    assert state._made.driver.elements == elements > sum(spec.size for spec in state._made.driver.specs.values())
+    assert_equal(model, in_clusters(f"threshold(threshold={1 / (2 * math.sqrt(elements))!r}) + residual")[0])
 
 
 def case_accumulation_without_gradient_sync():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def case_eager():
 def case_graph():
     for spec in (TOPK, "powersgd(rank=2) + residual"):
         check(spec, graph=True)
+
+
+def case_a_threshold_by_the_size_of_the_model():
+    """k is for the whole model, although each variable has an exchange of its own."""
+    variables = problem.tf_variables()
+    train(variables, grace_ext.grace("threshold(like_topk=1) + residual").bind(variables), graph=True)
+    least = 1 / (2 * math.sqrt(sum(int(np.prod(v.shape)) for v in variables)))
+    expected = problem.train_in_cluster(f"threshold(threshold={least!r}) + residual", 2, [v.name for v in variables])
+    for v, w in zip(variables, expected.values(), strict=True):
+        assert np.abs(v.numpy() - w).max() <= 1e-6
 
 
 def case_metrics():
