@@ -97,8 +97,8 @@ def settings_of(
     if chosen.policy is not None and chosen.diverges:
         memory = next(memory for memory in chosen.memories if memory.diverges)
         raise IncompatiblePartsError(
-            f"{chosen}: with memory {memory} every step exchanges gradients, by one schedule, and with other memories only synchronizations "
-            f"exchange anything; name one composition with {memory.name!r} for all tensors, or use memory 'residual'"
+            f"{chosen}: with memory {memory} every step exchanges gradients, by one schedule, and with other memories only "
+            f"synchronizations exchange anything; name one composition with {memory.name!r} for all tensors, or use memory 'residual'"
         )
     cser = chosen.memories[0]
     if isinstance(cser, CSER):

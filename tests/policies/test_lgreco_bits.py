@@ -41,8 +41,8 @@ def nbytes(elements: int, bits: int) -> int:
 @pytest.mark.parametrize("base", CHOICES)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_decision_is_the_best_of_all(world, seed, base):
-    """The bits that 2 ranks choose over qsgd(bits=base) send least of all combinations within the budget of errors; tables in float64 are the
-    mean of the ranks' errors, each for its own sum of the window's gradients. The next steps send fewer bytes than a uniform choice."""
+    """The bits that 2 ranks choose over qsgd send least of all combinations within the budget of errors; tables in float64 are the mean of
+    the ranks' errors, each for its own sum of the window's gradients. The next steps send fewer bytes than a uniform choice."""
     cluster, bits = world.cluster(grace_ext.grace(f"lgreco(every=5, window=3, base=qsgd(bits={base}))"), 2), CHOICES[base]
     assert cluster.grace.policy.values == bits
     sums, sent = {name: np.zeros((2, math.prod(shape))) for name, shape in SHAPES.items()}, []
