@@ -24,7 +24,11 @@ MASK32 = 0xFFFFFFFF
 
 def ops_for(device: torch.device) -> HostOps | TorchOps:
     """Returns the implementation for tensors of this device."""
-    return host_ops(HostOps) if device.type == "cpu" else TorchOps(device)
+    if device.type == "cpu":
+        return host_ops(HostOps)
+    from .triton import device_ops  # here, because it needs TorchOps
+
+    return device_ops(device)
 
 
 def describe(tensor: Any) -> tuple[tuple[int, ...], str]:
