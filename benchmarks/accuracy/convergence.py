@@ -33,7 +33,7 @@ DENSE, DATA = str(completed("none")), "mnist"
 RESULTS = Path(__file__).parents[1] / "results"
 MOST_LOST = 2.0  # percentage points
 #: Compressors without error feedback, whose documentation states the loss instead.
-EXEMPT = ("signsgd", "signum", "vqsgd", "strom")
+EXEMPT = ("signsgd", "signum", "vqsgd", "random_projection")
 
 
 def as_rows(found: dict[str, Any]) -> list[Row]:

@@ -15,10 +15,11 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib", reason="pip install 'grace_ext[examples]'")
 ROOT = Path(__file__).parents[2]
 import grace_ext  # noqa: E402
-from benchmarks.common import shapes, targets  # noqa: E402
+from benchmarks.common import settings, shapes, targets  # noqa: E402
 from benchmarks.exchange import cost_model, jobs, systems  # noqa: E402
 from benchmarks.levels import hsdp  # noqa: E402
 from benchmarks.local_sgd import local_sgd  # noqa: E402
+from grace_ext.planning.candidates import completed  # noqa: E402
 from grace_ext.planning.cost import Link, allgather, allreduce, alltoall  # noqa: E402
 from grace_ext.planning.probe import SIZES, fitted  # noqa: E402
 
@@ -147,7 +148,8 @@ def test_the_local_benchmark_measures_every_compressor(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "exchange" / "local.py", "--elements", "50000", "--times", "1", "--out", out]
     subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
     rows = json.loads(out.read_text())["rows"]
-    assert {row["asked"].split("(")[0] for row in rows} == set(grace_ext.compressors.names())
+    assert set(settings.SETTINGS) == set(grace_ext.compressors.names())
+    assert {row["spec"] for row in rows} == {str(completed(text)) for text in targets.LOCAL} | set(settings.specs())
     assert {row.what.split(":")[0] for row in targets.of_local(rows)} == set(targets.LOCAL)
 
 
