@@ -14,7 +14,7 @@ from ..parts.payload import pack, unpack
 from ..parts.requests import AllReduce, RowSum, Scatter
 from ..parts.tensor import StepInfo, TensorSpec
 from .effects import Collective
-from .message import HEADER, OTHERWISE, message, open_message
+from .message import HEADER, OTHERWISE, headers_of, message, open_message
 
 #: Expresses a collective by those that an engine has (Transport.carry).
 Carry = Callable[[Collective], Generator[Collective, Any, Any]]
@@ -174,8 +174,9 @@ def _opened(step: BucketStep, group: Group, by_rank: Sequence[Contents], receive
     """Reads the ranks' messages, given what each of them holds: the answer to each request is its payloads, by rank."""
     finite = True
     answers: dict[int, list[Any]] = {index: [] for index, _ in group}
-    for rank, (its_data, (places, fields)) in enumerate(zip(received, by_rank, strict=True)):
-        body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank)
+    headers = headers_of(step.ops, received)
+    for rank, (its_data, header, (places, fields)) in enumerate(zip(received, headers, by_rank, strict=True)):
+        body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank, header=header)
         names = (step.specs[place].name for place in places)
         for place, payload in zip(places, unpack(step.ops, body, zip(names, fields, strict=True), rank), strict=True):
             answers[place].append(payload)

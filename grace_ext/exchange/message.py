@@ -36,12 +36,14 @@ def message(ops: Ops, pieces: Sequence[Array], *, digest: int, step: int, finite
     return ops.concat([ops.upload(np.frombuffer(header, np.uint8).copy()), *pieces])
 
 
-def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) -> tuple[Array, bool]:
+def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int, header: np.ndarray | None = None) -> tuple[Array, bool]:
     """Checks the header of a message that `rank` sent. Returns (what follows the header, whether the sender's gradients were finite).
-    Raises PayloadError, naming the rank."""
+    Raises PayloadError, naming the rank. header: the first bytes on the host, if the caller has read them (`headers_of`)."""
     if len(data) < HEADER.size:
         raise PayloadError(f"{len(data)} bytes are shorter than a header of {HEADER.size}", rank)
-    magic, version, flags, its_step, its_digest, length = HEADER.unpack(ops.host(data[: HEADER.size]).tobytes())
+    magic, version, flags, its_step, its_digest, length = HEADER.unpack(
+        (ops.host(data[: HEADER.size]) if header is None else header).tobytes()
+    )
     if magic != MAGIC:
         raise _of_another_kind(magic, rank)
     if version != VERSION:
@@ -56,6 +58,11 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) ->
     if len(body) != length:
         raise PayloadError(f"is truncated or too long: {len(body)} bytes after the header, which says {length}", rank)
     return body, not flags & NOT_FINITE
+
+
+def headers_of(ops: Ops, messages: Sequence[Array]) -> list[np.ndarray]:
+    """Returns the first bytes of each message on the host."""
+    return ops.hosts([data[: HEADER.size] for data in messages])
 
 
 def _of_another_kind(magic: bytes, rank: int) -> PayloadError:

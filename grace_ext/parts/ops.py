@@ -84,6 +84,10 @@ class Ops(ABC):
     def host(self, array: Array) -> np.ndarray:
         """Returns the array as numpy's, a view if that is possible."""
 
+    def hosts(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Returns 1-D arrays of one dtype as numpy's. The host waits for a device once, not for each of them."""
+        return [self.host(array) for array in arrays]
+
     @abstractmethod
     def concat(self, arrays: Sequence[Array]) -> Array:
         """Concatenates into a new array, even if there is only one: the result never shares memory with its parts."""

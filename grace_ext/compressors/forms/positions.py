@@ -133,11 +133,14 @@ def decode_indices(ops: Ops, data: Array, k: int, d: int, index: str = "auto") -
         positions = _decode_blocks(ops, data, k, d)
     else:
         positions = _decode_unary(ops, data, k, d, coding)
-    if k > 1 and coding != "bitmap" and not bool((positions[1:] > positions[:-1]).all()):
-        raise PayloadError("has indices that repeat or are out of order")
-    if int(positions[-1]) >= d:
+    right = positions[-1] < d
+    if k > 1 and coding != "bitmap":
+        right &= (positions[1:] > positions[:-1]).all()
+    if bool(right):  # one question to a device
+        return positions
+    if int(positions[-1]) >= d and bool((positions[1:] > positions[:-1]).all()):
         raise PayloadError(f"has index {int(positions[-1])}, out of range for {d} elements")
-    return positions
+    raise PayloadError("has indices that repeat or are out of order")
 
 
 def _decode_blocks(ops: Ops, data: Array, k: int, d: int) -> Array:

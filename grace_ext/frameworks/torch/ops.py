@@ -5,6 +5,7 @@ Both give the same bytes. On a CPU the numpy form is faster, and only it has com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from ...parts.ops import Ops
 from ...parts.tensor import TensorSpec
 
 MASK32 = 0xFFFFFFFF
+#: By width: integers of which a code that is no negative number has the right bits.
+NARROW = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
 def ops_for(device: torch.device) -> HostOps | TorchOps:
@@ -49,8 +53,8 @@ def flat(tensor: Any) -> torch.Tensor:
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensor's elements as flat bytes, without a copy if it is contiguous."""
     flat = tensor.contiguous().reshape(-1)
-    if flat.numel() == 1:  # contiguous whatever its stride is, which `view` does not accept
-        flat = flat.as_strided((1,), (1,))
+    if flat.numel() < 2:  # contiguous whatever its stride is, which `view` does not accept
+        flat = flat.as_strided((flat.numel(),), (1,))
     return flat.view(torch.uint8)
 
 
@@ -92,6 +96,8 @@ class TorchOps(Ops):
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
+        # Before 2.7 torch has nonzero_static for CPUs only.
+        self._static = self.device.type == "cpu" or (self.device.type == "cuda" and VERSION >= (2, 7))
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         return describe(tensor)
@@ -116,10 +122,16 @@ class TorchOps(Ops):
         return torch.zeros(size, dtype=getattr(torch, dtype), device=self.device)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+        # CUDA copies pageable memory to a buffer of its own before it returns, so that nobody has to wait. Other devices do not promise it.
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def host(self, array: torch.Tensor) -> np.ndarray:
         return array.cpu().numpy()
+
+    def hosts(self, arrays: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        every, ends = self.host(torch.cat(list(arrays))), np.cumsum([len(array) for array in arrays])
+        return np.split(every, ends[:-1])
 
     def concat(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(arrays))
@@ -160,7 +172,10 @@ class TorchOps(Ops):
         return x.to(torch.int64)
 
     def all_finite(self, x: torch.Tensor) -> bool:
-        return bool(torch.isfinite(x).all())
+        if not x.numel():
+            return True
+        low, high = torch.aminmax(x)  # NaN if there is one; one pass, isfinite makes four
+        return bool((low > -math.inf) & (high < math.inf))
 
     def any_nonzero(self, x: torch.Tensor) -> bool:
         return bool((x != 0).any())
@@ -168,34 +183,45 @@ class TorchOps(Ops):
     def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
         if not len(x):
             return np.zeros(0)
-        rows = sums.in_blocks(self, x, min(block, len(x)))
+        rows = self._rows(x, min(block, len(x)))
         if order == np.inf:
             return rows.abs().amax(dim=1).cpu().numpy()
         found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), self.host)
         return found if order == 1 else np.sqrt(found)
+
+    def _rows(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        """Returns `sums.in_blocks`; without zeros first, if nothing is left of them."""
+        if len(x) % block or (block > sums.PIECE and block % sums.PIECE):
+            return sums.in_blocks(self, x, block)
+        return x.to(torch.float64, copy=True).reshape(-1, block)
 
     def top_k(self, x: torch.Tensor, k: int) -> torch.Tensor:
         if k >= len(x):
             return self.arange(len(x))
         magnitude = x.abs()
         smallest = torch.topk(magnitude, k, sorted=False).values.min()
-        keep = magnitude > smallest
-        equal = torch.nonzero(magnitude == smallest).reshape(-1)
-        keep[equal[: k - int(keep.sum())]] = True
-        return torch.nonzero(keep).reshape(-1)
+        keep, equal = magnitude > smallest, magnitude == smallest
+        keep |= equal & (torch.cumsum(equal, 0, dtype=torch.int32) <= k - keep.sum())
+        return self._ones(keep, k)
+
+    def _ones(self, mask: torch.Tensor, count: int) -> torch.Tensor:
+        """Returns the positions where the mask holds, of which there are `count`; so the host need not wait for their number."""
+        if self._static:
+            return torch.nonzero_static(mask, size=count).reshape(-1)
+        return torch.nonzero(mask).reshape(-1)
 
     def top_k_each(self, x: torch.Tensor, block: int, k: int) -> torch.Tensor:
         magnitude = x.abs().reshape(-1, block)
         smallest = torch.topk(magnitude, k, dim=1).values[:, -1:]
         keep, equal = magnitude > smallest, magnitude == smallest
         keep |= equal & (torch.cumsum(equal, 1) <= k - keep.sum(dim=1, keepdim=True))
-        return torch.nonzero(keep.reshape(-1)).reshape(-1)
+        return self._ones(keep.reshape(-1), k * len(keep))
 
     def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
     def total(self, x: torch.Tensor) -> float:
-        return float(sums.row_sums(sums.in_blocks(self, x, len(x)), self.host)[0]) if len(x) else 0.0
+        return float(sums.row_sums(self._rows(x, len(x)), self.host)[0]) if len(x) else 0.0
 
     def largest(self, x: torch.Tensor) -> float:
         return float(x.abs().max()) if len(x) else 0.0
@@ -256,38 +282,48 @@ class TorchOps(Ops):
         return x ^ (x >> 16)
 
     def pack(self, codes: torch.Tensor, width: int) -> torch.Tensor:
-        if width == 8:
-            return codes.to(torch.uint8)
-        bits = codes.to(torch.int64)[:, None] >> torch.arange(width, device=self.device)
-        return self._pack_bits((bits & 1).reshape(-1))
+        if width in (8, 16, 32):
+            return as_bytes(codes.to(NARROW[width]))
+        if width < 8 and 8 % width == 0:
+            return self._joined(codes.to(torch.uint8), width)
+        bits = codes[:, None] >> torch.arange(width, device=self.device)
+        return self._joined((bits & 1).to(torch.uint8).reshape(-1), 1)
 
-    def _pack_bits(self, bits: torch.Tensor) -> torch.Tensor:
-        padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).reshape(-1, 8)
-        weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=self.device)
-        return (padded * weights).sum(dim=1, dtype=torch.uint8)
+    def _joined(self, codes: torch.Tensor, width: int) -> torch.Tensor:
+        """Packs uint8 codes whose width divides 8: each byte has a whole number of them."""
+        each = 8 // width
+        padded = torch.nn.functional.pad(codes, (0, -len(codes) % each)).reshape(-1, each)
+        return (padded << self._shifts(width)).sum(dim=1, dtype=torch.uint8)
 
-    def _unpack_bits(self, data: torch.Tensor) -> torch.Tensor:
-        return ((data[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.device)) & 1).reshape(-1)
+    def _shifts(self, width: int) -> torch.Tensor:
+        """Returns where the codes of one byte begin in it, in bits."""
+        return torch.arange(0, 8, width, dtype=torch.uint8, device=self.device)
+
+    def _parted(self, data: torch.Tensor, width: int) -> torch.Tensor:
+        """Inverts `_joined`; the padding is there, too."""
+        return ((data[:, None] >> self._shifts(width)) & ((1 << width) - 1)).reshape(-1)
 
     def unpack(self, data: torch.Tensor, width: int, count: int) -> torch.Tensor:
         if width == 8:
             return data[:count].to(torch.int64)
-        bits = self._unpack_bits(data)[: count * width].reshape(count, width).to(torch.int64)
+        if width < 8 and 8 % width == 0:
+            return self._parted(data, width)[:count].to(torch.int64)
+        bits = self._parted(data, 1)[: count * width].reshape(count, width).to(torch.int64)
         return (bits << torch.arange(width, device=self.device)).sum(dim=1)
 
     def pack_signs(self, x: torch.Tensor) -> torch.Tensor:
-        return self._pack_bits(x >= 0)
+        return self._joined((x >= 0).view(torch.uint8), 1)
 
     def unpack_signs(self, data: torch.Tensor, count: int) -> torch.Tensor:
-        return self._unpack_bits(data)[:count].to(torch.float32) * 2 - 1
+        return self._parted(data, 1)[:count].to(torch.float32) * 2 - 1
 
     def set_bits(self, positions: torch.Tensor, bits: int) -> torch.Tensor:
         marked = torch.zeros(bits, dtype=torch.uint8, device=self.device)
         marked[positions] = 1
-        return self._pack_bits(marked)
+        return self._joined(marked, 1)
 
     def bit_positions(self, data: torch.Tensor) -> torch.Tensor:
-        return torch.nonzero(self._unpack_bits(data)).reshape(-1)
+        return torch.nonzero(self._parted(data, 1)).reshape(-1)
 
     def arange(self, count: int) -> torch.Tensor:
         return torch.arange(count, device=self.device)
