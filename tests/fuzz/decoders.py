@@ -183,7 +183,6 @@ class Asynchronous(Target):
         model = LocalModel(settings, self.ops)
         model.begin([TensorSpec(name, x.shape) for name, x in self.values.items()], self.values)
         made = Messages(model, rank, 2)
-        made.begin()
         return made
 
     @staticmethod
