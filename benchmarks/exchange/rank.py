@@ -102,7 +102,7 @@ def links(repeats: int = 7) -> list[tuple[str, int, int, float]]:
     """Times plain collectives of several sizes for the cost model, on grace_ext's transport. Returns probe.Points."""
     from grace_ext.exchange.perform import perform
     from grace_ext.frameworks.torch import engine
-    from grace_ext.frameworks.torch.ops import ops_for
+    from grace_ext.frameworks.torch.devices import ops_for
     from grace_ext.planning.probe import Probe
 
     engine.api.init()

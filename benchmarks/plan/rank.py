@@ -12,7 +12,7 @@ import torch
 
 from grace_ext.exchange.perform import perform
 from grace_ext.frameworks.torch import engine
-from grace_ext.frameworks.torch.ops import ops_for
+from grace_ext.frameworks.torch.devices import ops_for
 from grace_ext.planning import candidates, plan
 from grace_ext.planning.measure import probed, rows_of
 from grace_ext.planning.probe import Probe

@@ -32,7 +32,7 @@ def _torch() -> Iterator[Transport]:
     import torch
 
     from .torch import engine
-    from .torch.ops import ops_for
+    from .torch.devices import ops_for
 
     engine.api.init()
     with Afterwards(engine.api.shutdown):

@@ -15,7 +15,7 @@ import torchft
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.errors import ParameterError, UnsupportedError
-from grace_ext.frameworks.torch.ops import ops_for
+from grace_ext.frameworks.torch.devices import ops_for
 from grace_ext.frameworks.torch.quorum import GroupTransport, QuorumState
 from grace_ext.integrations.torchft import DistributedDataParallel
 from grace_ext.testing import transport_contract

@@ -12,8 +12,8 @@ from ...errors import UnsupportedError
 from ...exchange.perform import perform
 from . import engine
 from .adapter import BoundCompression
+from .devices import ops_for
 from .hook_state import HookState
-from .ops import ops_for
 from .optimizer import CompressedOptimizer
 from .session import Session, digests_of
 

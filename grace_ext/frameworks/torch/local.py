@@ -16,9 +16,10 @@ from ...parts.tensor import TensorSpec
 from ..optimizers import rate_of
 from . import engine
 from .dcp import OfOneRank, refuse_dcp
+from .devices import ops_for
 from .guards import check_alone, check_containers, check_optimizer_kind, check_parameters
 from .in_front import InFront, in_front_of
-from .ops import describe, ops_for
+from .ops import describe
 from .session import check_none_new, check_torch_optimizer
 
 api = engine.api

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ...arrays import sums
-from ...arrays.compiled import host_ops
 from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
 from ...parts.field import HALVES, INTEGERS
@@ -24,15 +23,6 @@ MASK32 = 0xFFFFFFFF
 #: By width: integers of which a code that is no negative number has the right bits.
 NARROW = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
-
-
-def ops_for(device: torch.device) -> HostOps | TorchOps:
-    """Returns the implementation for tensors of this device."""
-    if device.type == "cpu":
-        return host_ops(HostOps)
-    from .triton import device_ops  # here, because it needs TorchOps
-
-    return device_ops(device)
 
 
 def describe(tensor: Any) -> tuple[tuple[int, ...], str]:

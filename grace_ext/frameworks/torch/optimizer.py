@@ -24,10 +24,10 @@ from ..optimizers import rate_of
 from . import engine
 from .arguments import check_groups, named
 from .dcp import called_by_dcp, leaves_out
+from .devices import ops_for
 from .gradients import GradientExchange
 from .guards import check_optimizer_kind
 from .in_front import InFront, in_front_of
-from .ops import ops_for
 from .private import check_private_training, forget_examples
 from .session import check_none_new, check_torch_optimizer, require_sum_or_mean
 

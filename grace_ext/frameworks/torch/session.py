@@ -23,8 +23,9 @@ from ...exchange.transport import Transport
 from ...parts.tensor import TensorSpec
 from ..optimizers import check_optimizer
 from .dcp import OfOneRank
+from .devices import ops_for
 from .guards import check_containers, local_of
-from .ops import HostOps, TorchOps, as_bytes, describe, ops_for
+from .ops import HostOps, TorchOps, as_bytes, describe
 
 
 def check_torch_optimizer(grace: Grace, optimizer: torch.optim.Optimizer | None) -> None:

@@ -15,7 +15,7 @@ import torch
 import grace_ext
 import grace_ext.frameworks.torch as hvd
 from grace_ext.frameworks.torch import engine
-from grace_ext.frameworks.torch.ops import ops_for
+from grace_ext.frameworks.torch.devices import ops_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import heard, run_cases  # noqa: E402

@@ -298,7 +298,7 @@ def case_ddp_whose_ranks_start_differently():
 # --- engines ----------------------------------------------------------------------------------------------------------
 def case_the_pairwise_path_of_gloo_is_used():
     """Whatever way the process group was made: two ranks on Gloo send each other their payloads by one sum."""
-    from grace_ext.frameworks.torch.ops import ops_for
+    from grace_ext.frameworks.torch.devices import ops_for
 
     for backend in (None, "gloo", "cpu:gloo"):
         group = dist.new_group(backend=backend)

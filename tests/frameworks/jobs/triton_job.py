@@ -21,8 +21,8 @@ from grace_ext.arrays import libraries
 from grace_ext.arrays.compiled import CompiledOps, host_ops
 from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.exchange import lockstep
-from grace_ext.frameworks.torch.ops import HostOps, TorchOps, ops_for
-from grace_ext.frameworks.torch.triton import device_ops
+from grace_ext.frameworks.torch.devices import ops_for
+from grace_ext.frameworks.torch.ops import HostOps, TorchOps
 from grace_ext.parts import rng
 from grace_ext.parts.ops import Feedback
 from grace_ext.testing import inputs
@@ -235,14 +235,13 @@ def history(spec, framework, ops, tensor):
 def case_the_choice_of_operations():
     gpu = torch.device("cuda:0")
     with mock.patch.object(torch.cuda, "is_available", lambda: True):
-        assert type(device_ops(gpu)) is TritonOps
-        with mock.patch.dict(os.environ, GRACE_EXT_KERNELS="0"):
-            assert type(device_ops(gpu)) is TorchOps
-        with mock.patch("importlib.util.find_spec", lambda name: None):
-            assert type(device_ops(gpu)) is TorchOps
         assert type(ops_for(gpu)) is TritonOps
+        with mock.patch.dict(os.environ, GRACE_EXT_KERNELS="0"):
+            assert type(ops_for(gpu)) is TorchOps
+        with mock.patch("importlib.util.find_spec", lambda name: None):
+            assert type(ops_for(gpu)) is TorchOps
     for device in (gpu, torch.device("mps"), torch.device("xpu")):
-        assert type(device_ops(device)) is TorchOps
+        assert type(ops_for(device)) is TorchOps
 
 
 run_cases(SimpleNamespace(size=lambda: 1, rank=lambda: 0, allgather_object=lambda held: [held]), globals())
