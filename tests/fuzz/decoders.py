@@ -183,6 +183,7 @@ class Asynchronous(Target):
         model = LocalModel(settings, self.ops)
         model.begin([TensorSpec(name, x.shape) for name, x in self.values.items()], self.values)
         made = Messages(model, rank, 2)
+        made.driver.register(model.drift_specs)
         return made
 
     @staticmethod

@@ -55,7 +55,8 @@ class ExchangeTarget:
         self.specs = [TensorSpec(name, shape) for name, shape in shapes.items()]
         choices = Choices(grace, self.specs)
         choices.choose(STEP, {})
-        self._infos = [StepInfo(STEP, rank, self.size, self.size, 0, 0.1) for rank in range(self.size)]
+        elements = sum(spec.size for spec in self.specs)
+        self._infos = [StepInfo(STEP, rank, self.size, self.size, 0, 0.1, elements=elements) for rank in range(self.size)]
         self._jobs = [self._made(choices, info) for info in self._infos]
         self.slots: list[Slot] = []
         self._replies = self._honest()
