@@ -29,7 +29,8 @@ EXPERIMENT = Experiment(
     "(section 6.3, appendix D).",
     "curves and a table, on CIFAR-10 and CIFAR-100",
     "Two simulated ranks, the small CNN on MNIST's digits; Accordion decides once per epoch between Top-k of 1% and 0.1%; the threshold is "
-    f"`like_topk=0.001`. Five seeds. {TUNED}",
+    f"`like_topk=0.001`. Five seeds. {TUNED} (The rule knows the number of elements, not the size of gradients, so what it sends depends "
+    "on the task: here 8% more than Accordion, at an accuracy that is 0.3 points higher.)",
     "the threshold sends fewer bytes than Accordion, with an accuracy at least that of Accordion less the seeds' standard deviation",
     5,
     run,
