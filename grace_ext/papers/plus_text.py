@@ -26,8 +26,8 @@ EXPERIMENT = Experiment(
     "PowerSGD+ trains language models better than PowerSGD at the same rank.",
     "not available: the paper's body could not be read",
     f"Two simulated ranks, the Transformer with 113,000 parameters on English text, AdamW, rank {RANK}, a refresh by SVD every 1, 10, 50 "
-    f"and 200 steps of 400. Three seeds. {TUNED} (At periods 50 and 200 the difference is about half of the seeds' standard deviation; the more "
-    "often the subspace is computed, the better.)",
+    f"and 200 steps of 400. Three seeds. {TUNED} (At periods 50 and 200 the difference is about half of the seeds' standard deviation; the "
+    "more often the subspace is computed, the better.)",
     "at every period the bits per character are at most 0.01 above those of PowerSGD at the same rank",
     15,
     run,
