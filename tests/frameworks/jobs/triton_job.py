@@ -238,6 +238,8 @@ def case_the_choice_of_operations():
         assert type(ops_for(gpu)) is TritonOps
         with mock.patch.dict(os.environ, GRACE_EXT_KERNELS="0"):
             assert type(ops_for(gpu)) is TorchOps
+        with mock.patch("triton.__version__", "3.5.1"):
+            assert type(ops_for(gpu)) is TorchOps
         with mock.patch("importlib.util.find_spec", lambda name: None):
             assert type(ops_for(gpu)) is TorchOps
     for device in (gpu, torch.device("mps"), torch.device("xpu")):
