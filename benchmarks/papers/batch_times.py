@@ -1,4 +1,4 @@
-"""Where the time of a training batch goes, with and without compression, on 2 and 4 ranks behind links of two rates."""
+"""Measures where the time of a training batch goes, with and without compression, on 2 and 4 ranks behind links of two rates."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ EXPERIMENT = Experiment(
     "than with dense gradients, for 2 and 4 ranks and both rates",
     6,
     run,
-    quick=False,
+    in_quick_run=False,
 )

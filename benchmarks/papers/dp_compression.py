@@ -1,4 +1,4 @@
-"""What the noise of differential privacy costs in accuracy, by compression, and in which order clip, noise and compression cost least."""
+"""Measures what differential privacy's noise costs in accuracy, by compression, and which order of clip, noise and compression is best."""
 
 from __future__ import annotations
 

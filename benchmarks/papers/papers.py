@@ -64,7 +64,8 @@ def main() -> int:
         for one in EXPERIMENTS.values():
             console.print(f"[bold]{one.name:<18}[/] {one.title} ({one.paper}; {one.minutes:g} min)", highlight=False)
         return 0
-    lacking = [name for name, one in EXPERIMENTS.items() if (one.quick if options.quick else not (RESULTS / f"{name}.json").exists())]
+    chosen = (lambda one: one.in_quick_run) if options.quick else (lambda one: not (RESULTS / f"{one.name}.json").exists())
+    lacking = [name for name, one in EXPERIMENTS.items() if chosen(one)]
     with Bars(console=console, disable=not console.is_terminal) as bars:
         for name in [] if options.page else options.names or lacking:
             bar, begun = bars.add_task(name, total=1.0), time.monotonic()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from ..papers.experiment import Experiment, Outcome
 
 HELP = "Reproduces claims of papers on small problems, each with a criterion and a verdict."
-QUICK = "Make the experiment smaller: fewer seeds and cases, and where it says so a looser criterion."
+QUICK = "Make the experiment smaller, to see that it runs: fewer seeds, cases and steps. Only a full run gives a verdict that counts."
 JSON = "Print one JSON document and nothing else."
 papers = typer.Typer(no_args_is_help=True, help=HELP)
 
 
 @papers.command("list")
 def list_experiments(as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False) -> None:
-    """Lists the experiments. The checkout has more, which need other programs: `python benchmarks/papers/papers.py --list`."""
+    """Lists the experiments. A checkout of the repository has more: `python benchmarks/papers/papers.py --list`."""
     from ..papers.listed import EXPERIMENTS
 
     if as_json:
@@ -36,6 +36,7 @@ def list_experiments(as_json: Annotated[bool, typer.Option("--json", help=JSON)]
     for one in EXPERIMENTS.values():
         table.add_row(f"[bold]{one.name}[/]", f"{one.minutes:g}", one.title, one.paper)
     Console().print(table)
+    Console().print("minutes: on two free cores.", style="dim", highlight=False)
 
 
 @papers.command("run")
@@ -49,7 +50,7 @@ def run_experiment(
 
     if name not in EXPERIMENTS:
         raise ParameterError(
-            f"no experiment is named {name!r}: the package has {', '.join(EXPERIMENTS)}. The checkout has more "
+            f"no experiment is named {name!r}: the package has {', '.join(EXPERIMENTS)}. A checkout of the repository has more "
             "(python benchmarks/papers/papers.py --list)"
         )
     one = EXPERIMENTS[name]
@@ -77,7 +78,8 @@ def report(one: Experiment, outcome: Outcome, quick: bool) -> None:
         console.print(f"[bold]{label}:[/] ", end="")
         console.print(text, markup=False, highlight=False)
     if quick:
-        console.print("[bold]Quick:[/] this run was smaller than that, and its conditions may be looser.")
+        verdict = "its conditions may be looser" if one.in_quick_run else "too short for the criterion: its verdict says little"
+        console.print(f"[bold]Quick:[/] this run was smaller than that, and {verdict}.")
     table = Table(box=None, pad_edge=False)
     for heading in outcome.columns:
         table.add_column(heading)

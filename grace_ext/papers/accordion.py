@@ -1,4 +1,4 @@
-"""Accordion, which changes Top-k's density in critical regimes, against a single threshold."""
+"""Compares Accordion, which changes Top-k's density in critical regimes, with a single threshold."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ EXPERIMENT = Experiment(
     "the threshold sends fewer bytes than Accordion, with an accuracy at least that of Accordion less the seeds' standard deviation",
     5,
     run,
-    quick=False,
+    in_quick_run=False,
 )

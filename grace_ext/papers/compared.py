@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from ..studies.training import Run
 
 SEEDS, RATES = 3, (0.5, 1.0, 2.0)
-#: How all of these experiments choose learning rates, for their recipes.
-TUNED = (
-    "All specs have the same initial weights and examples, and each the best of 0.5, 1 and 2 times dense training's learning rate, found "
-    "with another seed."
-)
 COLUMNS = ["spec", "score", "bytes per rank and step", "learning rate"]
+
+
+def tuned(rates: str) -> str:
+    """Returns the sentence of a recipe that says how learning rates are chosen."""
+    return (
+        f"All specs have the same initial weights and examples, and each the best of {rates} times dense training's learning rate, found "
+        "with another seed."
+    )
+
+
+TUNED = tuned("0.5, 1 and 2")
 
 
 def compared(

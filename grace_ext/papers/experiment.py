@@ -76,8 +76,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Describes one experiment. run(quick, progress) makes it; quick: smaller, for a check in minutes. quick: whether `make papers QUICK=1`
-    runs it.
+    """Describes one experiment. run(quick, progress) makes it; quick: smaller, for a check in minutes. in_quick_run: whether
+    `make papers QUICK=1` runs it, because its criterion means something for the smaller run, too.
 
     claim: what the paper says, in our words. figure: the paper's own number, or 'not available'. minutes: on two free cores."""
 
@@ -90,4 +90,4 @@ class Experiment:
     criterion: str
     minutes: float
     run: Callable[[bool, Progress], Outcome]
-    quick: bool = True
+    in_quick_run: bool = True

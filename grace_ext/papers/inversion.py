@@ -1,4 +1,4 @@
-"""What attacks recover of the images behind one gradient, by a careless attacker, and by one who knows the compressor."""
+"""Measures what a careless attacker, and one who knows the compressor, recovers of the images behind one gradient."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run(quick: bool, progress: Progress) -> Outcome:
 
 
 def known(value: float | None) -> float:
-    """Returns a measure that there is for images and this loss."""
+    """Returns a measure of a row. It is never None for images and this loss."""
     assert value is not None
     return value
 

@@ -1,4 +1,4 @@
-"""L-GreCo over three families of compressors, its errors measured on gradients and with the residual; and with Accordion."""
+"""Compares L-GreCo with the uniform choice over three families of compressors, and within Accordion with Accordion alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FAMILIES = Experiment(
     "for each family and measure",
     20,
     run,
-    quick=False,
+    in_quick_run=False,
 )
 WITH_ACCORDION = Experiment(
     "lgreco_accordion",
@@ -69,5 +69,5 @@ WITH_ACCORDION = Experiment(
     "fewer bytes than Accordion alone, with an accuracy at least that of Accordion less the seeds' standard deviation",
     6,
     run_mixed,
-    quick=False,
+    in_quick_run=False,
 )

@@ -1,4 +1,4 @@
-"""Hard threshold against Top-k at equal volume, on logistic regression: dense-like data, and extreme sparsity."""
+"""Compares a hard threshold with Top-k of equal volume on logistic regression: on images, and at extreme sparsity."""
 
 from __future__ import annotations
 

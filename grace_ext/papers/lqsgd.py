@@ -65,5 +65,5 @@ EXPERIMENT = Experiment(
     "brings more is stated",
     6,
     run,
-    quick=False,
+    in_quick_run=False,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compared import COLUMNS, TUNED, compared, mean, row
+from .compared import COLUMNS, compared, mean, row, tuned
 from .experiment import Check, Experiment, Outcome, Progress, part
 
 TASKS, KEPT = ("mnist", "charlm"), 0.01
@@ -28,10 +28,10 @@ EXPERIMENT = Experiment(
     "Without error feedback sparsifiers miss the baseline, even at a higher density than with it.",
     "curves only",
     "Two simulated ranks, the tasks of `grace-ext compare`, Top-k of 1% with memory residual, and of 10% without memory. Three "
-    f"seeds. {TUNED.replace('0.5, 1 and 2', '0.25, 0.5, 1 and 2')} (On text SGD was tried, too, in place of AdamW, at four rates and one "
+    f"seeds. {tuned('0.25, 0.5, 1 and 2')} (On text SGD was tried, too, in place of AdamW, at four rates and one "
     "seed: 3.69 bits with error feedback at 1%, 3.20 without it at 10%, 2.91 dense.)",
     "with error feedback the score is better than without it at ten times the density, on both tasks",
     6,
     run,
-    quick=False,
+    in_quick_run=False,
 )

@@ -1,4 +1,4 @@
-"""PowerSGD+ on a language model, by the period of its refresh."""
+"""Compares PowerSGD+ with PowerSGD on a language model, for several periods of its refresh."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ EXPERIMENT = Experiment(
     "at every period the bits per character are at most 0.01 above those of PowerSGD at the same rank",
     15,
     run,
-    quick=False,
+    in_quick_run=False,
 )

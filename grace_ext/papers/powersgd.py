@@ -1,8 +1,8 @@
-"""PowerSGD's ablations: ranks, warm start, error feedback, the unbiased variant, and other compressors of about the same volume."""
+"""Repeats PowerSGD's ablations: ranks, warm start, error feedback, the unbiased variant, and other compressors of about its volume."""
 
 from __future__ import annotations
 
-from .compared import COLUMNS, TUNED, compared, mean, row
+from .compared import COLUMNS, compared, mean, row, tuned
 from .experiment import Check, Experiment, Outcome, Progress
 
 RATES = (0.05, 0.25, 0.5, 1.0, 2.0)
@@ -43,11 +43,11 @@ EXPERIMENT = Experiment(
     "Rank 2 reaches the accuracy of SGD; warm start is as good as the best approximation; without error feedback training is far worse "
     "(tables 1, 2 and 4).",
     "ResNet-18 on CIFAR-10: SGD 94.3%, rank 2 94.4%, without error feedback 83.4%, unbiased rank 2 76.3%",
-    f"Two simulated ranks, the small CNN on MNIST's digits. Three seeds. {TUNED.replace('0.5, 1 and 2', '0.05, 0.25, 0.5, 1 and 2')} "
+    f"Two simulated ranks, the small CNN on MNIST's digits. Three seeds. {tuned('0.05, 0.25, 0.5, 1 and 2')} "
     "randblock, randomk and topk send about as much as rank 2. (The matrices here are small, at most 64 x 400, so that rank 2 with a warm "
     "start leaves little behind: on this network error feedback is worth less than a point.)",
     "rank 2 loses at most 0.5 points against SGD; rank 2 without error feedback is at least 2 points worse than with it",
     8,
     run,
-    quick=False,
+    in_quick_run=False,
 )

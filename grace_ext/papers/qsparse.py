@@ -1,4 +1,4 @@
-"""Local steps and compression together: bytes to a target loss, by the number of local steps, and accuracy of asynchronous ranks."""
+"""Combines local steps and compression: bytes to a target loss, by the number of local steps, and accuracy of asynchronous ranks."""
 
 from __future__ import annotations
 
@@ -155,5 +155,5 @@ EXPERIMENT = Experiment(
     "synchronous",
     4,
     run,
-    quick=False,
+    in_quick_run=False,
 )

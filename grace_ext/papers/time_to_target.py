@@ -1,4 +1,4 @@
-"""The time to a target by PowerSGD's rank: steps of simulated trainings times the step predicted for a slow network."""
+"""Estimates the time to a target for PowerSGD's ranks: steps of simulated trainings times the step predicted for a slow network."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ EXPERIMENT = Experiment(
     "on the language task a rank of PowerSGD is faster than SGD; times on images are reported",
     10,
     run,
-    quick=False,
+    in_quick_run=False,
 )

@@ -1,4 +1,4 @@
-"""The score at equal volume: a threshold against Top-k, by layer and of the whole model; one experiment per task."""
+"""Compares the scores of a threshold and of Top-k, by layer and of the whole model, at equal volume; one experiment per task."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def described(name: str, task: str, what: str, title: str, minutes: float) -> Ex
         "at every volume the threshold's score is at least that of Top-k less the seeds' standard deviation, and its total error is lower",
         minutes,
         partial(run, task),
-        quick=False,
+        in_quick_run=False,
     )
 
 
