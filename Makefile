@@ -3,7 +3,7 @@
 # make test           runs lint and all tests, Horovod included
 # make horovod        installs Horovod for the torch and TensorFlow of .venv (built once per machine and versions)
 # make test-oldest    runs the tests that need no launcher with the oldest versions that setup.cfg permits, in an environment of their own
-# make papers         reproduces the papers' claims that have no result yet, and writes docs/papers.md; QUICK=1: all, smaller, writes nothing
+# make papers         reproduces the papers' claims that have no result yet, and writes docs/papers.md; QUICK=1: those that take minutes, smaller, writes nothing
 # make lint           runs ruff and mypy
 # make clean          removes .venv and everything that was built
 

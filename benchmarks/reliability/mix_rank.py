@@ -48,7 +48,7 @@ def case_of(seed: int, engine: str) -> Case | None:
     if engine == "ddp" and case.bad:
         tensors = tensors[:1]  # DDP makes buckets of its own, and values that are not finite concern their bucket alone
     per_node = 1 if engine == "local_sgd" else min(case.per_node, SIZE)  # LocalSGDCluster has no nodes
-    if engine == "local_sgd" and ("auto(" in case.spec or seed % 2):  # of most policies some part is refused, but not of most compositions
+    if engine == "local_sgd" and ("auto(" in case.spec or seed % 2):  # it refuses a part of most policies, but few compositions
         case = replace(case, spec=str(grace_ext.grace(case.spec).leaves[-1]))
     shorter = {"size": SIZE, "per_node": per_node, "steps": min(case.steps, 3), "load_at": None, "path": ""}
     return replace(case, tensors=tuple(tensors), **shorter)
