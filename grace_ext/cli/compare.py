@@ -44,11 +44,11 @@ def compare(
     picture: Annotated[Path | None, typer.Option(help="File to draw scores against bytes to (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Trains one task with each spec, under the same settings, and compares accuracy, bytes, time to encode and decode, and the predicted
-    exchange.
+    """Trains one task with each spec, under the same settings, and compares accuracy, bytes and times.
 
-    All specs see the same initial weights, examples and learning rate (or the best of several, --tune). Ranks are simulated in one process,
-    which gives the results of real ranks. A training of mnist takes about 4 s of one core, one of charlm about 8 s.
+    Times are those to encode and decode on this machine, and that of the exchange, predicted for the network that --rate, --latency and
+    --workers describe. All specs see the same initial weights, examples and learning rate (or the best of several, --tune). Ranks are
+    simulated in one process, which gives the results of real ranks. One training of mnist takes about 4 s of a core, of charlm 8 s.
     """
     check_picture(picture)
     multiples = multiples_of(tune)
@@ -61,7 +61,7 @@ def compare(
     from ..studies.task import task
     from ..studies.training import amount, check
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # encoding and decoding are timed here, in one thread as everywhere else
     link, compared = Link.of(rate, seconds(latency)), texts(specs or CANDIDATES)
     for text in compared:
         check(grace(text))

@@ -75,7 +75,7 @@ class RandomProjection(Compressor):
         return ops.from_bytes(ops.to_bytes(decoded, "float32"), "float32")  # too large for float32: saturates
 
     def observed(self, ops, payload, spec, info, state):
-        """M U: somebody who knows the seed knows U."""
+        """An observer sees M U, and knows U if the seed is known."""
         a, b, _ = self._shape(spec)
         u = self._draw(ops, spec, info).T
         return Observed(ops.from_bytes(payload[0], "float32"), lambda x: (x.reshape(a, b) @ u).reshape(-1))

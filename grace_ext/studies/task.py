@@ -98,7 +98,7 @@ def mnist() -> Task:
 
 
 def charlm() -> Task:
-    """Trains a character Transformer (two layers of width 64, 115,000 parameters) on the text that Python's help() prints, in windows of 64
+    """Trains a character Transformer (two layers of width 64, 113,000 parameters) on the text that Python's help() prints, in windows of 64
     letters; 256 windows of the last tenth give the score."""
     (text, letters), context = data.english(), 64
     cut, held_out = len(text) * 9 // 10, 256
@@ -122,7 +122,7 @@ def task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]()
     if not names_code(name):
-        raise ModelError(f"--data {name!r} is none of these. {HOW}")
+        raise ModelError(f"--data {name!r} names no task. {HOW}")
     with on_its_own():
         return checked(name, made(name))
 

@@ -1,4 +1,4 @@
-"""A pretended accelerator: tensors that say they are on cuda:0 and hold their elements on the host.
+"""Pretends an accelerator: its tensors say that they are on cuda:0, and hold their elements on the host.
 
 It shows on a machine without a GPU what code for devices does: an operation that mixes devices raises, as CUDA's would, and COUNTS counts
 what costs time on a device (Counts). It computes with the host's kernels and says nothing about speed, streams or CUDA's own rounding.
@@ -123,7 +123,7 @@ def _nbytes(*tensors: torch.Tensor) -> int:
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor that says it is on cuda:0. held: its elements, on the host."""
+    """Says that it is on cuda:0. held: its elements, on the host."""
 
     held: torch.Tensor
 
@@ -262,7 +262,7 @@ def _run_pretended(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PretendedOps(TorchOps):
-    """The operations for tensors of the pretended device: TorchOps itself, run inside of `pretended()`."""
+    """Runs TorchOps for tensors of the pretended device, each operation inside of `pretended()`."""
 
     def __init__(self) -> None:
         super().__init__(DEVICE)

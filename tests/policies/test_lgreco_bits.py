@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -99,8 +100,7 @@ def test_a_base_at_the_end_of_its_choices_cannot_save_anything_and_says_so(spec,
     notices = grace_ext.grace(f"lgreco({spec})").policy.notices([])
     assert len(notices) == bool(said)
     if said:
-        with pytest.raises(AssertionError, match=said):
-            raise AssertionError(notices[0])
+        assert re.search(said, notices[0])
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

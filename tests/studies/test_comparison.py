@@ -156,7 +156,7 @@ def test_compare_prints_a_table_a_document_and_a_picture(module, tmp_path):
 def test_mistakes_are_named(module, tmp_path):
     with pytest.raises(ModelError, match="returns Linear, not a Task"):
         task("compared:other")
-    with pytest.raises(ModelError, match="'cifar' is none of these"):
+    with pytest.raises(ModelError, match="'cifar' names no task"):
         task("cifar")
     with pytest.raises(ModelError, match="no test data"):
         checked("x", small(test=(torch.zeros(3), torch.zeros(2))))

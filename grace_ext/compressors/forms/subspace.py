@@ -1,4 +1,4 @@
-"""The leading singular subspace of a matrix, as powersgd_plus computes it: from the matrix, or from the sum of its ranks' Gram matrices."""
+"""Computes the leading singular subspace of a matrix for powersgd_plus: from the matrix, or from the sum of its ranks' Gram matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The array protocol for torch tensors on a GPU, with Triton kernels where these move fewer bytes or launch less than torch does."""
+"""Implements the array protocol for torch tensors on a GPU, with Triton kernels where these move or launch less than torch does."""
 
 from __future__ import annotations
 
