@@ -59,13 +59,16 @@ def compare(
     from ..planning.cost import Link
     from ..studies import comparison
     from ..studies.task import task
-    from ..studies.training import amount, check
+    from ..studies.training import amount, batches, check, optimizer_for
 
     torch.set_num_threads(1)  # encoding and decoding are timed here, in one thread as everywhere else
     link, compared = Link.of(rate, seconds(latency)), texts(specs or CANDIDATES)
     for text in compared:
         check(grace(text))
     its = task(data)
+    next(batches(its, 0, ranks))  # this and the next line raise errors that would else come after minutes of training
+    for text in compared:
+        optimizer_for(grace(text), its.model(), its, its.lr)
     with progress() as bar:
         training = bar.add_task("training", total=amount(compared, range(seeds), multiples))
         rows = comparison.compare(

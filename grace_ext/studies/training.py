@@ -42,7 +42,9 @@ class Run:
 def check(g: Grace) -> None:
     """Raises UnsupportedError for a spec that these trainings cannot be of."""
     if g.diverges:
-        raise UnsupportedError(f"{g}: its memory gives each rank a model of its own, and a comparison trains one model; leave it out")
+        raise UnsupportedError(
+            f"{g}: its memory gives each rank a model of its own, and a comparison trains one model; use memory 'residual'"
+        )
     if g.privacy is not None:
         raise UnsupportedError(
             f"{g}: a comparison trains without noise, of which docs/privacy.md shows the cost in accuracy; give only what is behind '|'"
@@ -71,7 +73,10 @@ def batches(its: Task, seed: int, ranks: int) -> Iterator[list[torch.Tensor]]:
     draw, size = torch.Generator().manual_seed(seed), its.batch * ranks
     examples = len(its.train[0])
     if examples < size:
-        raise UnsupportedError(f"{ranks} ranks with {its.batch} examples each need {size} examples per step; the task has {examples}")
+        raise UnsupportedError(
+            f"{ranks} ranks with {its.batch} examples each need {size} examples per step; the task has {examples}: use fewer ranks, or a "
+            "smaller batch in the task"
+        )
     while True:
         for chosen in torch.randperm(examples, generator=draw).split(size)[: examples // size]:
             yield [chosen[rank::ranks] for rank in range(ranks)]

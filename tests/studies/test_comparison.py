@@ -17,6 +17,7 @@ from grace_ext.cli.app import app  # noqa: E402
 from grace_ext.cli.compare import multiples_of, texts  # noqa: E402
 from grace_ext.composition.making import grace  # noqa: E402
 from grace_ext.errors import IncompatiblePartsError, ModelError, ParameterError, UnsupportedError  # noqa: E402
+from grace_ext.studies import comparison  # noqa: E402
 from grace_ext.studies.comparison import Row, front, rows, timed  # noqa: E402
 from grace_ext.studies.task import Task, adamw, bits, checked, task  # noqa: E402
 from grace_ext.studies.training import Run, Trainings, amount, batches, check, train  # noqa: E402
@@ -170,6 +171,19 @@ def test_mistakes_are_named(module, tmp_path):
     assert multiples_of("0.5,1") == [0.5, 1.0] and texts(["none", "fp16", "fp16"]) == ["none @ allreduce", "fp16 @ allreduce"]
     with pytest.raises(ParameterError, match="existing folder"):
         CliRunner().invoke(app, ["compare", "--picture", str(tmp_path / "none" / "c.png")], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["fp16", "--ranks", "25"], UnsupportedError),
+        (["fp16", "topk + dgc", "--data", "charlm"], IncompatiblePartsError),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_trained(module, monkeypatch, options, error):
+    monkeypatch.setattr(comparison, "compare", lambda *args, **options: pytest.fail("has begun to train"))
+    with pytest.raises(error):
+        CliRunner().invoke(app, ["compare", "--data", module, *options], catch_exceptions=False)
 
 
 def test_the_tasks_that_come_along_have_what_they_say():
