@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -138,6 +139,18 @@ def _run(name: str, spec: str, seed: int, options: dict[str, Any]) -> Run:
     return train(task(name), spec, seed, **options)
 
 
+def _end_with_parent() -> None:
+    """Makes this process of a pool end if the one that started it is killed. Otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Trainings:
     """Runs trainings of one task side by side. A context; options are those of `train`.
 
@@ -149,7 +162,8 @@ class Trainings:
     def __init__(self, name: str, jobs: int | None = None):
         self.name, self.task = name, task(name)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.pool = ProcessPoolExecutor(jobs or cores, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(jobs or cores, mp_context=context, initializer=_end_with_parent)
 
     def __enter__(self) -> Trainings:
         return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -171,6 +173,20 @@ def test_mistakes_are_named(module, tmp_path):
     assert multiples_of("0.5,1") == [0.5, 1.0] and texts(["none", "fp16", "fp16"]) == ["none @ allreduce", "fp16 @ allreduce"]
     with pytest.raises(ParameterError, match="existing folder"):
         CliRunner().invoke(app, ["compare", "--picture", str(tmp_path / "none" / "c.png")], catch_exceptions=False)
+
+
+def test_processes_end_with_the_one_that_started_them(module):
+    """If that is killed, the others would keep its output open, so that `run` would wait for them."""
+    text = f"""if True:
+        import os, signal
+        from grace_ext.studies.training import Trainings
+        if __name__ == "__main__":
+            trainings = Trainings({module!r}, 1)
+            trainings.start("none", 0).result()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    ended = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
