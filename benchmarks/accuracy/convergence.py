@@ -58,7 +58,7 @@ def page(document: dict[str, Any], bench: dict[str, Any]) -> str:
         "with another seed; votes start from a twentieth of it, without momentum. `points lost`: accuracy of dense training less that of the",
         "row; differences below the standard deviations are noise. `times smaller`: bytes of dense gradients divided by the bytes sent.",
         "`encode` and `decode` are those of [performance.md](performance.md) for the same spec: multiples of a copy of a gradient of 25",
-        f"million elements. A star marks the Pareto front. {document['date']}, commit {document['commit']}.", "",
+        f"million elements; empty cells were not timed at that setting. A star marks the Pareto front. {document['date']}, commit {document['commit']}.", "",
         "![accuracy against bytes](pictures/accuracy.png)", "",
         "| parts | accuracy, % | points lost | times smaller | learning rate | encode | decode |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
