@@ -48,6 +48,8 @@ def test_never_larger_than_dense(text):
     g = grace_ext.grace(f"{text} + none")
     if not g.compressor.fixed_size or g.compressor.mean_nbytes(MATRIX) != g.compressor.nbytes(MATRIX):
         pytest.skip("how much it sends is known from the values only, or differs from step to step; see its own tests")
+    if g.compressor.caution is not None:
+        pytest.skip("sends more than dense at every step, as was asked for, and warns of it: see its own tests")
     for dtype in inputs.DTYPES:
         for shape in SHAPES:
             tensor = TensorSpec("w", shape, dtype)
