@@ -57,9 +57,9 @@ EXPERIMENT = Experiment(
     "Logarithmic quantization of PowerSGD's factors keeps its accuracy and sends less.",
     "not available: the paper's body could not be read",
     f"Simulated ranks, the small CNN on MNIST's digits: two ranks, 744 steps; and {MANY} ranks, 250 steps, over reduce_scatter, where "
-    f"each sum is quantized once more. Three seeds. {TUNED} Bytes received are those of one matrix of 1,000 x 1,000. (The one row that misses "
-    "the limit, by 0.03 points, got half the learning rate of the others, which one training with another seed decides; the seeds' standard "
-    "deviations are 0.1 to 0.4 points.)",
+    f"each sum is quantized once more. Three seeds. {TUNED} Bytes received are those of one matrix of 1,000 x 1,000. (The one row that "
+    "misses the limit, by 0.03 points, got half the learning rate of the others, which one training with another seed decides; the seeds' "
+    "standard deviations are 0.1 to 0.4 points.)",
     f"the accuracy is at most {SLACK:g} points below that of PowerSGD at the same rank, with 4 and 8 bits, and with {MANY} workers, "
     "where it sends less; reduce_scatter brings fewer bytes than PowerSGD at every number of workers; the number from which allgather "
     "brings more is stated",
