@@ -96,7 +96,8 @@ def written(rows: list[list[Any]]) -> None:
         "text": "Two ranks run the cases of these seeds in one job, with random specs, tensors and gradients, 2 or 3 steps each; results "
         "(for LocalSGD: models) of each step are compared with those of a LocalCluster. 'held' are equal bit for bit on both ranks. "
         "'refused' are specs that the engine or wrapper refuses, alike on both ranks and before anything is exchanged (for example, a "
-        "tape has no learning rate, and LocalSGD takes no momentum of the gradients), and those whose results depend on times (policy auto).",
+        "tape has no learning rate, and LocalSGD takes no momentum of the gradients), and those whose results depend on times (policy "
+        "auto).",
         "columns": ["engine", "what takes the gradients", "seeds", "held", "refused", "failed", "seconds"],
         "rows": rows, "commands": ["python benchmarks/reliability/mix_fuzz.py --real"],
     })  # fmt: skip
