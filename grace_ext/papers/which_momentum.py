@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
     "Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization)",
     "For Top-k, algorithm 2 (compress the gradient, add momentum after the exchange) is better than algorithm 3 (compress the update, "
     "which contains the momentum).",
-    "curves and tables of final accuracy on CIFAR-10; no single figure",
+    "a curve only (figure 13): ResNet-18 on CIFAR-10",
     f"Two simulated ranks, the small CNN on MNIST's digits, Top-k of 1% and 0.1%. Five seeds. Both memories scale the steps by "
     f"1 + 1 / (1 - 0.9), so lower rates are tried: {CHOSEN[0].lower()}{CHOSEN[1:]} (Tried, "
     "too: 200 steps at 1/2 to 4 times the rate, four seeds, where update compression was equal or better, by up to 1.3 points. With two "
