@@ -64,7 +64,7 @@ def described(name: str, task: str, what: str, title: str, minutes: float) -> Ex
         name,
         title,
         "Sahu et al. 2021 (Rethinking gradient sparsification as total error minimization)",
-        "The hard threshold has the best metric at every data volume, on vision and language models (figure 2, and figures 3, 5 and 6 on the total error).",
+        "The hard threshold has the best metric at every data volume, on vision and language models (figure 2; total error: 3, 5, 6).",
         "curves only; ResNet-18 on CIFAR-10, LSTM on WikiText-2 and others, on 8 GPUs",
         f"Two simulated ranks; {what}, as `grace-ext compare --data {task}` trains it. Top-k of each layer and of the whole model keep "
         f"0.1% to 3%; the threshold is found by bisection, so that it sends no more than Top-k of each layer. Three seeds. {TUNED}",
