@@ -37,12 +37,12 @@ EXEMPT = ("signsgd", "signum", "vqsgd", "random_projection")
 
 
 def as_rows(found: dict[str, Any]) -> list[Row]:
-    """Returns the stored results as rows of a comparison; their times, which were not measured, are 0."""
+    """Returns the stored results as rows of a comparison, without times."""
     runs = {
         spec: [Run(spec, seed, of["rate"], score, of["nbytes"], []) for seed, score in enumerate(of["scores"])]
         for spec, of in found.items()
     }
-    return rows(task(DATA), runs, dict.fromkeys(runs, (0.0, 0.0)), {})
+    return rows(task(DATA), runs, {}, {})
 
 
 def page(document: dict[str, Any], bench: dict[str, Any]) -> str:

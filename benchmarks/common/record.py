@@ -11,14 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from grace_ext.planning.bench import processor
+from grace_ext.planning.bench import cores, processor
 
 PACKAGES = ("torch", "tensorflow", "tensorflow-cpu", "horovod", "numpy", "numba", "keras", "mpi4py")
-
-
-def cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> str:

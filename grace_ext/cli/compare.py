@@ -127,11 +127,9 @@ def report(its: Task, rows: Sequence[Row], document: dict[str, Any]) -> None:
     for row in sorted(rows, key=lambda row: (math.isnan(row.score), -row.score if its.higher_is_better else row.score)):
         spread = "" if row.sd is None else f" ± {row.sd:.2f}"
         score = "diverged" if math.isnan(row.score) else f"{row.score:.2f}{spread}"
-        exchange = "-" if row.exchange_ms is None else f"{row.exchange_ms:.3g} ms"
-        table.add_row(
-            f"{'*' if row.front else ' '} {row.spec}", score, f"{row.nbytes:,.0f}", f"x{row.smaller:.1f}", f"{row.encode_ms:.2f} ms",
-            f"{row.decode_ms:.2f} ms", exchange, f"{row.rate:g}",
-        )  # fmt: skip
+        times = ("-" if ms is None else f"{ms:.3g} ms" for ms in (row.encode_ms, row.decode_ms, row.exchange_ms))
+        star = "*" if row.front else " "
+        table.add_row(f"{star} {row.spec}", score, f"{row.nbytes:,.0f}", f"x{row.smaller:.1f}", *times, f"{row.rate:g}")
     console.print(table)
     rates = document["rates"]
     tuned = f", the best of {len(rates)} learning rates per spec" if len(rates) > 1 else ", the learning rate of dense training"

@@ -170,8 +170,8 @@ class Compressor(FastPath, Part):
 
     @property
     def caution(self) -> str | None:
-        """What users are told once if they compose it with these knobs, which are valid, but train badly or cost more than they save: the
-        rest of a sentence that begins with the compressor, and the way out. None for most."""
+        """Returns a warning, given once when it is composed with these knobs: they are valid, but train badly or cost more than they save.
+        It is the rest of a sentence that begins with the compressor, and names the way out. None for most."""
         return None
 
     # --- decoding the ranks' payloads ---------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ class Row:
     """Holds what the trainings with one spec came to, in means over the seeds.
 
     sd: the standard deviation of the scores, None with one seed. smaller: bytes of dense training over `nbytes`. rate: the learning rate.
-    encode_ms, decode_ms: of rank 0 per step, on this machine, in one thread. exchange_ms: the predicted time of one exchange, None for a
-    policy that changes from step to step, of which none can be predicted. front: whether no other spec has a score as good for fewer
-    bytes, or a better one for as many."""
+    encode_ms, decode_ms: of rank 0 per step, on this machine, in one thread; None if they were not measured. exchange_ms: the predicted
+    time of one exchange, None for a policy that changes from step to step, of which none can be predicted. front: whether no other spec
+    has a score as good for fewer bytes, or a better one for as many."""
 
     spec: str
     score: float
@@ -40,25 +40,24 @@ class Row:
     nbytes: float
     smaller: float
     rate: float
-    encode_ms: float
-    decode_ms: float
+    encode_ms: float | None
+    decode_ms: float | None
     exchange_ms: float | None
     front: bool
 
 
 def rows(its: Task, runs: dict[str, list[Run]], times: dict[str, tuple[float, float]], exchanges: dict[str, float]) -> list[Row]:
-    """Returns a row per spec, in the order of `runs`, whose first spec is the dense one. times: ms to encode and decode by spec.
-    exchanges: predicted ms by spec."""
+    """Returns a row per spec, in the order of `runs`, whose first spec is the dense one. times: ms to encode and decode by spec, where they
+    were measured. exchanges: predicted ms by spec."""
     means = {spec: (statistics.mean(run.score for run in of), statistics.mean(run.nbytes for run in of)) for spec, of in runs.items()}
-    dense, best = next(iter(means.values()))[1], front(means, its.higher_is_better)
-    return [
-        Row(
-            spec, means[spec][0], statistics.stdev(run.score for run in of) if len(of) > 1 else None, [run.score for run in of],
-            means[spec][1], dense / means[spec][1] if means[spec][1] else float("inf"), of[0].rate, *times[spec], exchanges.get(spec),
-            spec in best,
-        )
-        for spec, of in runs.items()
-    ]  # fmt: skip
+    dense, best, made = next(iter(means.values()))[1], front(means, its.higher_is_better), []
+    for spec, of in runs.items():
+        score, nbytes = means[spec]
+        scores = [run.score for run in of]
+        sd, smaller = statistics.stdev(scores) if len(of) > 1 else None, dense / nbytes if nbytes else float("inf")
+        encode, decode = times.get(spec, (None, None))
+        made.append(Row(spec, score, sd, scores, nbytes, smaller, of[0].rate, encode, decode, exchanges.get(spec), spec in best))
+    return made
 
 
 def front(means: dict[str, tuple[float, float]], higher_is_better: bool) -> set[str]:

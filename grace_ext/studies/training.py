@@ -19,6 +19,7 @@ from ..composition.grace import Grace
 from ..composition.making import grace
 from ..errors import UnsupportedError
 from ..frameworks.optimizers import check_optimizer
+from ..planning.bench import cores
 from .task import Task, task
 
 #: Entries of a vote have magnitude 1, whatever the gradient's magnitudes are: votes use this share of a task's learning rate.
@@ -161,9 +162,8 @@ class Trainings:
 
     def __init__(self, name: str, jobs: int | None = None):
         self.name, self.task = name, task(name)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs or cores, mp_context=context, initializer=_end_with_parent)
+        self.pool = ProcessPoolExecutor(jobs or cores(), mp_context=context, initializer=_end_with_parent)
 
     def __enter__(self) -> Trainings:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,16 +148,26 @@ def check_one_bad_rank(world: World, spec: str, size: int = 2) -> None:
     assert np.isfinite(world.step(cluster, inputs.ranks(size, 7, shapes=SHAPES))["m"]).all()
 
 
-def check_resume(world: World, spec: str, size: int = 2, steps: int = 4, shapes: dict[str, tuple[int, ...]] = inputs.SHAPES) -> None:
-    """Checks that a fresh cluster that loads the state after two steps continues exactly like the one that was saved."""
+def check_resume(
+    world: World,
+    spec: str,
+    size: int = 2,
+    steps: int = 4,
+    shapes: dict[str, tuple[int, ...]] = inputs.SHAPES,
+    *,
+    at: int = 2,
+    gradients: Callable[[int], Any] | None = None,
+) -> None:
+    """Checks that a fresh cluster that loads the state after `at` steps continues exactly like the one that was saved, up to step `steps`.
+    gradients: returns those of a step, by rank; by default normal ones of these shapes."""
+    given = gradients or (lambda step: inputs.ranks(size, step, shapes=shapes))
     g = grace_ext.grace(spec)
     cluster, fresh = world.cluster(g, size), world.cluster(g, size)
-    for step in range(2):
-        world.step(cluster, inputs.ranks(size, step, shapes=shapes))
+    for step in range(at):
+        world.step(cluster, given(step))
     fresh.load_state_dict(copy.deepcopy(cluster.state_dict()))
-    for step in range(2, steps):
-        gradients = inputs.ranks(size, step, shapes=shapes)
-        assert same_bits(world.step(cluster, gradients), world.step(fresh, gradients))
+    for step in range(at, steps):
+        assert same_bits(world.step(cluster, given(step)), world.step(fresh, given(step)))
         assert all(same_bits(a, b) for a, b in zip(states(cluster, world), states(fresh, world), strict=True))
 
 

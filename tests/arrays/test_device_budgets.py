@@ -1,4 +1,4 @@
-"""What a step costs on a device never rises: launches, waits of the host, copies, and bytes moved, by spec.
+"""Tests that no spec's step costs more on a device than its budget: launches, waits of the host, copies, and bytes moved.
 
 tools/device_budgets.py writes the table. After a change for the better run it, so that the better numbers are held from then on.
 """

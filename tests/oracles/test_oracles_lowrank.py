@@ -153,8 +153,8 @@ def test_a_fresh_subspace_at_every_step(world, refresh):
 
 @pytest.mark.parametrize("shape", [(24, 18), (18, 24)])
 def test_which_subspace_a_gram_matrix_gives(world, shape):
-    """Where ranks differ, 'gram' leaves the least in their memories, within (1 - r / min(a, b)) of what they had; 'svd' leaves the least of
-    the mean. Neither is the other's best."""
+    """If ranks differ, refresh='gram' leaves the least in their memories: at most (1 - r / min(a, b)) of the squared norm that they held.
+    refresh='svd' leaves the least of the mean gradient. Neither is best at both."""
     generator, size, r = np.random.default_rng(3), 4, 2
     given = [generator.standard_normal(shape) * 3.0 ** -np.arange(shape[1]) for _ in range(size)]  # columns of very different sizes
     given = [(x + 2 * np.outer(np.ones(shape[0]), np.arange(shape[1]) == 9)).astype(np.float32) for x in given]  # one that all agree on

@@ -1,4 +1,4 @@
-"""What the experiments compute from trainings: means, conditions, thresholds of equal volume, steps to a target, bytes received."""
+"""Tests the experiments' own computations: means, conditions, thresholds of equal volume, steps to a target, bytes received."""
 
 from __future__ import annotations
 

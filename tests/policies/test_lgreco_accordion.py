@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 
@@ -11,8 +10,8 @@ import pytest
 
 import grace_ext
 from grace_ext.parts.tensor import TensorSpec
-from grace_ext.testing.checks import same_bits
-from grace_ext.testing.worlds import NUMPY, states
+from grace_ext.testing.checks import check_resume
+from grace_ext.testing.worlds import NUMPY
 
 HIGH, LOW = "topk(ratio=0.05) + residual", "topk(ratio=0.005) + residual"
 EVERY = 8
@@ -110,13 +109,7 @@ def test_only_critical_tensors_share_the_budget(world):
 @pytest.mark.parametrize("at", [5, 8, 21])
 def test_resuming(world, spec, at):
     """A fresh cluster that loads the state, in a window, at a decision, or in a later interval, continues bit for bit through decisions."""
-    straight, fresh = (world.cluster(grace_ext.grace(spec), 2) for _ in range(2))
-    for step in range(at):
-        world.step(straight, gradients(step))
-    fresh.load_state_dict(copy.deepcopy(straight.state_dict()))
-    for step in range(at, at + 2 * EVERY):
-        assert same_bits(world.step(straight, gradients(step)), world.step(fresh, gradients(step)))
-        assert all(same_bits(a, b) for a, b in zip(states(straight, world), states(fresh, world), strict=True))
+    check_resume(world, spec, steps=at + 2 * EVERY, at=at, gradients=gradients)
 
 
 @pytest.mark.parametrize(

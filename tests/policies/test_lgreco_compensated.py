@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 
@@ -12,8 +11,8 @@ import pytest
 import grace_ext
 from grace_ext.errors import IncompatiblePartsError
 from grace_ext.parts.tensor import TensorSpec
-from grace_ext.testing.checks import same_bits
-from grace_ext.testing.worlds import NUMPY, states
+from grace_ext.testing.checks import check_resume
+from grace_ext.testing.worlds import NUMPY
 
 from .test_lgreco import settings
 
@@ -157,13 +156,7 @@ def given_to(memory, ops, grad, spec, info, state) -> np.ndarray:
 @pytest.mark.parametrize("at", [4, 9])
 def test_resuming(world, at):
     """A fresh cluster that loads the state, in the middle of a window for example, continues bit for bit through decisions."""
-    straight, fresh = (world.cluster(grace_ext.grace(SPEC), 2) for _ in range(2))
-    for step in range(at):
-        world.step(straight, gradients(step))
-    fresh.load_state_dict(copy.deepcopy(straight.state_dict()))
-    for step in range(at, at + 2 * EVERY):
-        assert same_bits(world.step(straight, gradients(step)), world.step(fresh, gradients(step)))
-        assert all(same_bits(a, b) for a, b in zip(states(straight, world), states(fresh, world), strict=True))
+    check_resume(world, SPEC, steps=at + 2 * EVERY, at=at, gradients=gradients)
 
 
 @pytest.mark.parametrize(
