@@ -69,7 +69,8 @@ def piece_sums(x, sums, n, block, pieces, width, SQUARE: tl.constexpr, PIECE: tl
 
     The order adds the upper half to the lower half, and so on. Lane t loads the element that such halving, of a width that is no power of
     two, brings to where t would be; the middle element of an odd number has no partner, and an empty lane adds a zero."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
+    of_block, of_piece = (pid // pieces).to(tl.int64), (pid % pieces).to(tl.int64)  # divided as int32: int64 would go by way of floats
     lane = tl.arange(0, SIZE)
     at, present = tl.zeros((SIZE,), tl.int64), lane >= 0
     for m in tl.static_range(STEPS):
@@ -78,8 +79,8 @@ def piece_sums(x, sums, n, block, pieces, width, SQUARE: tl.constexpr, PIECE: tl
         present = present & (at < ((width + (1 << (level - 1)) - 1) >> (level - 1)))
     if STEPS == 0:
         present = present & (at < width)
-    within = (pid % pieces) * PIECE + at
-    place = (pid // pieces) * block + within
+    within = of_piece * PIECE + at
+    place = of_block * block + within
     values = tl.load(x + place, mask=present & (within < block) & (place < n), other=0.0).to(tl.float64)
     values = values * values if SQUARE else tl.abs(values)
     for m in tl.static_range(STEPS):
