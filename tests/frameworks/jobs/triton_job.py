@@ -1,7 +1,7 @@
 """Cases of Triton kernels in Triton's interpreter, on the CPU: they give the bytes of the CPU kernels and of the plain forms.
 
 Started with TRITON_INTERPRET=1, in a process of its own: torch may import Triton, which looks at the variable then, and TensorFlow imported
-before Triton may end a process.
+before Triton may end a process. benchmarks/gpu_check.py starts it on a GPU, without the interpreter and with DEVICE=cuda:0.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import run_cases  # noqa: E402
 
 torch.set_num_threads(1)
+DEVICE = os.environ.get("DEVICE", "cpu")
 #: Few and small: the interpreter takes milliseconds per program.
-SIZES = (1, 7, 2 * BLOCK + 1)
+SIZES = (1, 7, 2 * BLOCK + 1) if DEVICE == "cpu" else (1, 7, 300_017)
 SPECS = (
     "efsignsgd + residual(beta=0.9)",
     "efsignsgd(block=500) + residual",
@@ -57,7 +58,7 @@ class Counting(TritonOps):
     """Counts kernel launches by name, so that a case shows that it ran kernels and not the plain form."""
 
     def __init__(self):
-        super().__init__("cpu")
+        super().__init__(DEVICE)
         self.launched = set()
 
     def _run(self, kernel, programs, *args, **sizes):
@@ -65,8 +66,16 @@ class Counting(TritonOps):
         super()._run(kernel, programs, *args, **sizes)
 
 
+def on_device(array) -> torch.Tensor:
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def on_host(found):
+    return found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+
+
 def fits(mine, expected) -> bool:
-    mine = mine.numpy() if isinstance(mine, torch.Tensor) else mine
+    mine = on_host(mine)
     return mine.dtype == expected.dtype and mine.shape == expected.shape and mine.tobytes() == expected.tobytes()
 
 
@@ -74,14 +83,13 @@ def check(kernels: set[str], call, *arrays) -> None:
     """call(ops, *arrays): with Triton it launches these kernels and returns what the others do."""
     ops, compiled = Counting(), host_ops(NumpyOps)
     assert isinstance(compiled, CompiledOps)
-    tensors = [torch.from_numpy(array.copy()) for array in arrays]
+    tensors = [on_device(array.copy()) for array in arrays]
     mine = call(ops, *tensors)
     assert ops.launched == kernels, ops.launched
     assert all(fits(t, array) for t, array in zip(tensors, arrays, strict=True)), "an argument was overwritten"
     for other in (compiled, NumpyOps()):
         assert fits(mine, call(other, *(array.copy() for array in arrays))), [len(a) for a in arrays]
-    plain = call(TorchOps("cpu"), *tensors)
-    assert fits(mine, plain.numpy() if isinstance(plain, torch.Tensor) else plain)
+    assert fits(mine, on_host(call(TorchOps(DEVICE), *tensors)))
 
 
 def gradients():
@@ -130,7 +138,7 @@ def case_block_norms():
 def case_block_norms_that_are_not_finite():
     for x in broken():
         for order in (1, 2):
-            mine = Counting().block_norms(torch.from_numpy(x), 500, order)
+            mine = on_host(Counting().block_norms(on_device(x), 500, order))
             assert np.array_equal(mine, NumpyOps().block_norms(x, 500, order), equal_nan=True)
 
 
@@ -203,7 +211,7 @@ def case_specs():
     launched = set()
     for spec in SPECS:
         ops = Counting()
-        mine = history(spec, "torch", ops, torch.from_numpy)
+        mine = history(spec, "torch", ops, on_device)
         assert mine == history(spec, "numpy", host_ops(NumpyOps), np.asarray), spec
         assert ops.launched, spec
         launched |= ops.launched
@@ -227,7 +235,7 @@ def history(spec, framework, ops, tensor):
             gradients = [{name: tensor(a * np.float32(step == 0 or name != "matrix")) for name, a in each.items()} for each in arrays]
             results = cluster.step(gradients, lr=0.125)
             for mapping in results if isinstance(results, list) else [results]:
-                seen.extend(np.asarray(mapping[name]).tobytes() for name in shapes)
+                seen.extend(on_host(mapping[name]).tobytes() for name in shapes)
     ranks = cluster.state_dict()["ranks"]
     return seen + [(key, ops.host(array).tobytes()) for rank in ranks for key, array in sorted(rank["state"].items())]
 
