@@ -22,7 +22,9 @@ from rich.table import Table
 from ..errors import ModelError, ParameterError, UnsupportedError
 
 if TYPE_CHECKING:
+    from ..planning.host import HostCopies
     from ..planning.plan import Recommendation
+    from ..planning.shapes import Shapes
     from ..planning.trace import Taken, Trace
 
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -32,6 +34,14 @@ RATES = "100mbit, 2.5gbit, '1 Gbit/s', '125 MB/s', ... (b: bits, B: bytes)"
 MEASURE = (
     "Measure the network of the job that this command runs in: horovodrun -np 8 grace-ext plan ..., mpirun -n 8 grace-ext plan ..., or "
     "torchrun --no-python ... grace-ext plan ... (horovodrun prefixes each line of stdout with the rank: for --json use another launcher)."
+)
+HOST_COPY = (
+    "Rate at which one GPU copies to the host, and back, while all GPUs of its node do, given like --rate: adds the copies to each step. "
+    "For gradients on GPUs in TensorFlow and, with --copied collectives, in torch over Gloo (docs/planning.md). Default: no copies."
+)
+COPIED = (
+    "With --host-copy: 'gradients', copied by every spec but dense (TensorFlow; the default), or 'collectives', of which every spec, dense "
+    "too, copies what it sends and receives (torch over Gloo, or Horovod without NCCL)."
 )
 PICTURES = (".png", ".svg", ".pdf")
 #: The options that --measure replaces by measurements, with the values that mean that the user did not give them.
@@ -55,6 +65,8 @@ def plan(
     workers_per_node: Annotated[int, typer.Option(min=1, help="Number of workers that share a node's link.")] = 1,
     inside: Annotated[str, typer.Option(help="Rate between the workers of one node, given like --rate.")] = "20gbit",
     compute_ms: Annotated[float, typer.Option(min=0, help="Time of a forward and backward pass; the exchange may overlap it.")] = 0.0,
+    host_copy: Annotated[str | None, typer.Option(help=HOST_COPY)] = None,
+    copied: Annotated[str | None, typer.Option(help=COPIED)] = None,
     measure: Annotated[bool, typer.Option("--measure", help=MEASURE)] = False,
     exchanges: Annotated[int, typer.Option(min=0, help="With --measure: how many candidates to really exchange, besides dense.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh", help="Time the codecs again, even if their times are in the cache.")] = False,
@@ -82,6 +94,7 @@ def plan(
     if not measure:
         check_picture(picture)
     shapes = shapes_of(model)
+    host = host_copies(host_copy, copied, shapes)
     console = Console(stderr=True)
     with ExitStack() as stack, memory_enough(model):
         status = stack.enter_context(console.status("reading the model"))
@@ -98,7 +111,7 @@ def plan(
             if here.rank == 0:  # only rank 0 draws, so the folder need not exist on other hosts
                 check_picture(picture)
             chosen = candidates(specs or (), here.size)
-            effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell)
+            effects = probed(Probe(here), chosen, shapes, compute=compute_ms / 1000, exchanges=exchanges, tell=tell, host=host)
             made, network, _ = found = perform(effects, here, {})
             rows = rows_of(found)
             link, first = network.link, here.rank == 0
@@ -111,7 +124,7 @@ def plan(
             chosen = candidates(specs or (), workers, workers_per_node)
             recorded = traces(chosen, shapes, fresh=fresh, tell=tell)
             within = Link.of(inside, INSIDE.latency)
-            made = planning.Model(recorded, workers, per_node=workers_per_node, inside=within, compute=compute_ms / 1000)
+            made = planning.Model(recorded, workers, per_node=workers_per_node, inside=within, compute=compute_ms / 1000, host=host)
             rows = made.rows(OnLink(link, workers_per_node, within), link)
     if not first:
         return
@@ -119,7 +132,8 @@ def plan(
     per_node = None if measure else made.per_node  # a measurement shows the network, not which ranks share a node
     document |= {"workers": made.n, "workers_per_node": per_node, "compute_ms": compute_ms, "link": asdict(link), **asdict(advice)}
     document["codecs"] = {spec: codec(trace.taken) for spec, trace in made.traces.items()}
-    document["notices"] = [*completions(specs or ()), *busy(made.traces, measure)]
+    document["host_copy"] = None if host is None else asdict(host)
+    document["notices"] = [*completions(specs or ()), *on_host(host, made.dense), *busy(made.traces, measure)]
     if as_json:
         typer.echo(json.dumps(document, allow_nan=False))
     else:
@@ -139,6 +153,29 @@ def check_options(said: dict[str, Any], measure: bool, compute_ms: float) -> Non
         raise ParameterError("plan needs --rate and --workers of the network, or --measure in a running job")
     if not math.isfinite(compute_ms):
         raise ParameterError(f"--compute-ms must be a number of milliseconds, got {compute_ms}")
+
+
+def host_copies(rate: str | None, copied: str | None, shapes: Shapes) -> HostCopies | None:
+    """Returns the copies between GPU and host that --host-copy and --copied describe; None without --host-copy. Raises ParameterError."""
+    from ..planning.cost import rate_of
+    from ..planning.host import HostCopies
+    from ..planning.shapes import specs_of
+
+    if rate is None:
+        if copied is not None:
+            raise ParameterError("--copied says what is copied between GPU and host: give the rate of these copies, too, by --host-copy")
+        return None
+    return HostCopies(rate_of(rate), copied or "gradients", sum(spec.nbytes for spec in specs_of(shapes)))
+
+
+def on_host(host: HostCopies | None, dense: str) -> list[str]:
+    """Returns a sentence about who copies gradients to the host, if any spec does."""
+    if host is None or host.copied != "gradients":
+        return []
+    return [
+        f"every spec but {dense} copies {host.nbytes / 1e6:.4g} MB of gradients to the host and {host.nbytes / 1e6:.4g} MB back; {dense} "
+        "stands for Horovod's own operations with NCCL, which copy nothing, while 'none' in grace_ext copies like the others"
+    ]
 
 
 def check_picture(picture: Path | None) -> None:
@@ -203,15 +240,17 @@ def report(advice: Recommendation, document: dict[str, Any]) -> None:
 
     console, link = Console(), document["link"]
     console.width = max(console.width, 120)  # specs are long
-    measured = any(row.measured_ms for row in advice.rows)
+    measured, host = any(row.measured_ms for row in advice.rows), document["host_copy"]
     table = Table(box=None, pad_edge=False)
-    headings = ["spec", "sent per worker", "step", "gain", "work", "network", "pays", *(["measured"] if measured else [])]
+    headings = ["spec", "sent per worker", "step", "gain", "work", "network", *(["copies"] if host else []), "pays"]
+    headings += ["measured"] if measured else []
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "spec" else "right")
     for row in sorted(advice.rows, key=lambda row: row.step_ms):
         even = "-" if row.spec == advice.rows[0].spec else " ".join([row.pays, *([rate_text(row.break_even)] if row.break_even else [])])
         seen = [] if not measured else [f"{row.measured_ms:.4g} ms" if row.measured_ms else "-"]
-        cells = (f"{row.step_ms:.4g} ms", f"x{row.gain:.2f}", f"{row.work_ms:.4g} ms", f"{row.network_ms:.4g} ms", even)
+        copies = [f"{row.copy_ms:.4g} ms"] if host else []
+        cells = (f"{row.step_ms:.4g} ms", f"x{row.gain:.2f}", f"{row.work_ms:.4g} ms", f"{row.network_ms:.4g} ms", *copies, even)
         style = "bold" if row.spec == advice.spec else None
         table.add_row(row.spec, f"{row.nbytes / 1e6:.4g} MB", *cells, *seen, style=style)
     console.print(table)
@@ -220,6 +259,9 @@ def report(advice: Recommendation, document: dict[str, Any]) -> None:
     among = f", {per_node} per node; {at}" if per_node else f" of this job; its network was measured: about {at}"
     console.print(f"\n{document['workers']} workers{among}", style="dim", highlight=False)
     console.print("work: encoding and decoding; network: all collectives, one after another; the two overlap if possible.", style="dim")
+    if host:
+        at = f"{host['rate'] / 8e9:.4g} GB/s in each direction, and overlap with nothing; measured exchanges are without them"
+        console.print(f"copies: of {host['copied']}, between GPU and host, at {at}.", style="dim", highlight=False)
     console.print("pays: the link rates at which it is faster than dense. Accuracy is not compared: see docs/accuracy.md.", style="dim")
     console.print(timed(document["codecs"], not per_node), style="dim", highlight=False)
     for notice in document["notices"]:

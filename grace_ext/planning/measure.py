@@ -11,6 +11,7 @@ import numpy as np
 from ..composition.grace import Grace
 from ..driver.driver import Driver
 from ..exchange.effects import Effects
+from .host import HostCopies
 from .plan import Model, Prediction
 from .probe import SIZES, Probe
 from .shapes import Shapes, gradients, specs_of
@@ -23,12 +24,12 @@ WARM = 2
 
 def probed(
     probe: Probe, chosen: dict[str, Grace], shapes: Shapes, *, compute: float, exchanges: int, sizes: Sequence[int] = SIZES,
-    steps: int = 3, tell: Tell = lambda text: None,
+    steps: int = 3, tell: Tell = lambda text: None, host: HostCopies | None = None,
 ) -> Effects:  # fmt: skip
     """Returns (model, network, seconds of real exchanges by spec), the same on all ranks. A generator of effects, as all of Probe.
 
     Really exchanged are: dense, the `exchanges` candidates that are predicted to be fastest, and all candidates in two levels. Codecs are
-    timed on all ranks at once, as they run in training."""
+    timed on all ranks at once, as they run in training. host: copies between GPU and host, which no exchange here makes."""
     tell("the network")
     network = yield from probe.collectives(sizes)
     traces = {}
@@ -36,7 +37,7 @@ def probed(
         tell(text)
         yield from probe.barrier()
         traces[text] = yield from slowest(probe, record(g, shapes, steps=steps, like=probe.transport))
-    model = Model(traces, probe.n, compute=compute)
+    model = Model(traces, probe.n, compute=compute, host=host)
     dense, *others = sorted(traces, key=lambda text: (text != next(iter(traces)), model.timed(text, network).step))
     measured = {}
     levels = [text for text in others[exchanges:] if traces[text].two_level]  # which cannot be predicted: the nodes are not known

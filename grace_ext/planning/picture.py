@@ -48,7 +48,8 @@ def curves(model: Model, link: Link, workers: tuple[int, ...] = WORKERS) -> dict
         made[f"dense, {algorithm}"] = {n: model.of(n).timed(dense, network).exchange for n in sizes}
     per_node = max(2, model.per_node)
     traces = {dense: replace(model.traces[dense], two_level=True)}
-    levels, network = Model(traces, model.n, per_node=per_node, inside=model.inside, compute=model.compute), Played(link, 1, model.inside)
+    levels = Model(traces, model.n, per_node=per_node, inside=model.inside, compute=model.compute, host=model.host)
+    network = Played(link, 1, model.inside)
     made[f"dense, two-level ({per_node} per node)"] = {
         n: levels.of(n).timed(dense, network).exchange for n in sizes if n % per_node == 0 and n > per_node
     }
@@ -64,6 +65,7 @@ def titled(model: Model, link: Link, fitted: bool) -> str:
     if fitted:
         among = f"fitted to {model.n} workers, extrapolated for other numbers"
     start = f"{1e6 * link.latency:.4g} us per message, {1e6 * link.overhead:.4g} us per collective"
+    start += f"\n{model.host.copied} copied between GPU and host at {model.host.rate / 8e9:.3g} GB/s" if model.host else ""
     return f"{among}:\na link of {link.rate / 1e6:.4g} Mbit/s, {start}"
 
 

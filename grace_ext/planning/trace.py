@@ -331,12 +331,13 @@ def _effects(driver: Driver, given: Mapping[str, np.ndarray]) -> Any:
 @dataclass(frozen=True)
 class Timed:
     """Holds the seconds of a step. step: from the beginning of the forward pass to the result; exchange: the step less the forward and
-    backward pass; work: encoding and decoding; network: all collectives, one after another."""
+    backward pass; work: encoding and decoding; network: all collectives, one after another; copies: between GPU and host (host.py)."""
 
     step: float
     exchange: float
     work: float
     network: float
+    copies: float = 0.0
 
 
 def replay(events: Sequence[Event], network: Network, n: int, compute: float = 0.0) -> Timed:

@@ -17,6 +17,7 @@ def test_measure(engine, tmp_path):
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"w": [300, 200], "b": [200]}))
     ask = ["plan", str(file), "topk(ratio=0.01) + residual", "efsignsgd + residual", "--measure", "--exchanges", "1", "--json"]
+    ask += ["--host-copy", "1 GB/s"]
     program = ["grace-ext"] if "--no-python" in engine else ["-m", "grace_ext"]
     said = run([*launcher(engine, 2), *program, *ask])
     (text,) = re.findall(r'\{"model": .*\}', said)
@@ -25,6 +26,9 @@ def test_measure(engine, tmp_path):
     measured = [row["spec"] for row in document["rows"] if row["measured_ms"]]
     assert len(measured) == 2 and measured[0] == "none @ allreduce"
     assert all(row["step_ms"] > 0 and row["work_ms"] > 0 for row in document["rows"])
+    for row in document["rows"]:  # 240,800 bytes to the host and back
+        assert row["copy_ms"] == (0 if row["spec"] == "none @ allreduce" else pytest.approx(0.4816))
+        assert row["step_ms"] == pytest.approx((row["measured_ms"] or row["uncalibrated_ms"]) + row["copy_ms"])
     kinds = {(kind, size) for kind, ranks, size, seconds in document["collectives"] if ranks == 2 and seconds > 0}
     assert {kind for kind, _ in kinds} == {"allreduce", "allgather", "alltoall"} and len(kinds) == 12
     fastest = min(document["rows"], key=lambda row: row["step_ms"])
