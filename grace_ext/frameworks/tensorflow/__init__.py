@@ -2,6 +2,9 @@
 
 It has every public name of horovod.tensorflow. `DistributedOptimizer` (Keras 3) and `DistributedGradientTape` take a Grace or a spec
 string as `compression=`, `broadcast_variables` takes Keras 3 variables, too, and there are `callbacks`. The collectives are Horovod's.
+
+Compression runs on the CPU, in `tf.numpy_function`. If variables are on a GPU, each exchange copies all of their gradients to the host and
+the results back, and rank 0 logs what that costs; docs/tensorflow.md says when it still pays.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ order of the tape's sources, and more than once for the same tensor; TensorFlow 
 because its result is not used. So each variable gets an exchange of its own, and a tensor is identified by its place among those of its
 graph. Horovod passes no variables without a gradient and no sparse ones; they are recognised as skipped by the shapes that follow.
 
+Gradients on a GPU are copied to the host, where they are compressed, and the results back (docs/tensorflow.md).
+
 State is committed per step, not per variable: if one variable's gradients were not finite on some rank, the others' commits of that
 step are rolled back before the next step begins.
 """
@@ -29,6 +31,7 @@ from ...parts.tensor import TensorSpec
 from ...privacy.settings import refuse
 from .exchanges import averages, is_alone, names_of
 from .graph import GraphExchange, HorovodTransport, compare_start, digester
+from .host_copies import mention_host_copies
 from .loop import exchange_of
 
 
@@ -142,9 +145,10 @@ class BoundCompression(Measured):
         transport = HorovodTransport(self._process_set)
         driver = Driver(self.grace, transport.ops, transport)
         driver.register(self._specs)
+        known = [(spec, variable()) for spec, variable in zip(self._specs, self._variables, strict=True) if variable() is not None]
+        mention_host_copies([spec for spec, _ in known], [variable for _, variable in known], transport.rank)
         if self._check_start:
-            named = zip((spec.name for spec in self._specs), self._variables, strict=True)
-            driver.starting, driver.tolerates_start = digester({name: variable() for name, variable in named}), True
+            driver.starting, driver.tolerates_start = digester({spec.name: variable for spec, variable in known}), True
         perform(driver.agree(), transport, {})
         return driver, transport
 

@@ -19,6 +19,7 @@ from ...metrics.metrics import Measured
 from ...parts.tensor import TensorSpec
 from ..launchers import check_alone
 from .graph import GraphExchange, HorovodTransport, digester, digests_of
+from .host_copies import EXAMPLES, GRADIENTS, mention_host_copies
 from .in_front import refuse_xla
 from .loop import exchange_of
 from .private import check_gradients, check_no_batch_norm
@@ -150,6 +151,8 @@ class GradientExchange(Measured):
             starting = digester(variables) if self._check_start and self.process_set.size() > 1 else None
             compressing = self.simulate or self.process_set.size() > 1
             exchange = exchange_of(self.grace, specs, self.process_set, average=self.average, starting=starting, compressing=compressing)
+            per_example = self.grace.privacy is not None and self.grace.privacy.unit == "example"
+            mention_host_copies(specs, list(variables.values()), exchange.transport.rank, EXAMPLES if per_example else GRADIENTS)
             exchange.driver.sparse = sparse
             if self._saved:
                 exchange.driver.load_state_dict(self._saved)

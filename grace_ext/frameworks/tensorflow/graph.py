@@ -5,7 +5,7 @@ The driver is the same generator as on every engine. Here it runs in pieces, eac
 The collectives and their kinds must be known when the graph is traced: a rehearsal with zero gradients on a pretended network finds them
 (sizes may change from step to step, kinds and order do not; so the sizes of an all-to-all's pieces are a tensor, too). A token passes
 through all pieces, so they run in this order whatever graph is around them. No piece ever waits for the network, so any number of models
-may be under way.
+may be under way. TensorFlow runs a piece on the host, and copies what it takes from a GPU, and what a GPU takes of its results.
 
 The agreement of the first step is a blocking collective, made outside the graph when the first graph is traced.
 """

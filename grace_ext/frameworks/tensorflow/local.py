@@ -16,6 +16,7 @@ from ...local.worker import Worker
 from ...parts.tensor import TensorSpec
 from .exchanges import is_alone, names_of
 from .graph import GraphExchange, HorovodTransport
+from .host_copies import MODEL, mention_host_copies
 from .in_front import InFront, check_keras_optimizer, in_front_of
 from .loop import LoopExchange
 from .ops import numpy_function
@@ -44,7 +45,8 @@ def LocalSGD(  # noqa: N802 (the algorithm's name)
 
     The algorithm and the options are those of grace_ext.frameworks.torch.LocalSGD. All ranks must start from the same model: build it
     before fit (an Input layer) and pass hvd.callbacks.BroadcastGlobalVariablesCallback(0). Each rank keeps its own values of all
-    that is no trainable variable: BatchNorm's statistics, and the optimizer's momentum.
+    that is no trainable variable: BatchNorm's statistics, and the optimizer's momentum. Variables on a GPU are copied to the host and
+    back at each synchronization, because drifts are compressed on the CPU.
 
     The result is of the same Keras class. Beyond Keras it has `sync()`, which every rank calls after fit (all have the same model then),
     `wire_bytes`, and `grace_state_dict()` / `load_grace_state_dict()`, which resume bit for bit with every rank's own model.
@@ -71,7 +73,7 @@ class _Local:
         self.settings, self._process_set = settings, process_set
         self.idle = not process_set.included() or (is_alone(process_set) and not simulate)
         transport = HorovodTransport(process_set)
-        self.worker = Worker(settings, transport.ops, transport)
+        self.rank, self.worker = transport.rank, Worker(settings, transport.ops, transport)
         self._takes_part = process_set.included()
         self._by_gradients: list[GraphExchange] = []  # one for usual steps, with CSER one for its resets
         self._by_models: GraphExchange | None = None
@@ -87,6 +89,7 @@ class _Local:
                 raise NamesError(f"the variables differ from those of the first step: {[s.name for s in specs][:5]}; make a new optimizer")
             return
         self.worker.begin(specs, _values(variables))
+        mention_host_copies(specs, variables, self.rank, MODEL)
         by_gradients, by_models = self.worker.for_gradients, self.worker.for_models
         rehearsed = [0, self.settings.schedule.gap - 1] if self.settings.diverges else [0]
         self._by_gradients = [

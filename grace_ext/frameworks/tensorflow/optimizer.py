@@ -39,6 +39,7 @@ def DistributedOptimizer(  # noqa: N802 (Horovod's name)
     privacy: Privacy | None = None,
 ) -> _Distributed:
     """Returns a Keras 3 optimizer whose `apply` first exchanges the gradients of all ranks: for `compile` and `fit`, and for custom loops.
+    It compresses on the CPU: gradients on a GPU are copied to the host and back at each exchange (docs/tensorflow.md).
 
     compression: a Grace, a spec string, None or hvd.Compression.none/.fp16. (Plain Horovod 0.28 reduces nothing under Keras 3, so these
       too go through grace_ext.)

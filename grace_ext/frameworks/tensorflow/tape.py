@@ -165,7 +165,7 @@ def DistributedGradientTape(  # noqa: N802 (Horovod's name)
     privacy: Privacy | None = None,
 ) -> Any:
     """Returns a tape whose `gradient` gives the aggregate of all ranks; for tf.Variables and Keras 3 variables, in eager code and in
-    tf.function.
+    tf.function. It compresses on the CPU: gradients on a GPU are copied to the host and back (docs/tensorflow.md).
 
     compression: a Grace, made once outside the step (its memory is kept for it and the variables; one made anew at each step is rejected),
     a spec string, None or hvd.Compression. metrics: a grace_ext.metrics.Metrics, made once, too. privacy: hvd.Privacy(...) of unit

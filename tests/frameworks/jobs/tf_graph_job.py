@@ -1,18 +1,24 @@
-"""Cases of many simultaneous collectives, and of the ownership of results, in graphs on 2 ranks."""
+"""Cases of many simultaneous collectives, of the ownership of results, and of variables on a GPU, in graphs on 2 ranks."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from unittest import mock
 
+import horovod.tensorflow as horovod
+import keras
 import numpy as np
 import tensorflow as tf
 
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
+from grace_ext.frameworks.tensorflow import host_copies
+from grace_ext.frameworks.tensorflow.graph import HorovodTransport
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from cases import run_cases  # noqa: E402
+from cases import heard, run_cases  # noqa: E402
 
 TOPK = "topk(ratio=0.1) + residual"
 tf.config.threading.set_intra_op_parallelism_threads(1)
@@ -66,6 +72,69 @@ def case_results_are_the_users():
             got = [step(tf.constant(draws[i + hvd.rank()])) for i in range(0, 10, 2)]
             for one, other in zip(got, expected, strict=True):
                 assert np.abs(one.numpy() - other).max() <= 1e-5, (spec, then.__name__)
+
+
+def traced(variables, wrap):
+    """Runs two steps of one graph in which `wrap` makes the tape for the gradients of these variables."""
+
+    @tf.function(autograph=False)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(v) for v in variables)
+        return wrap(tape).gradient(loss, variables)
+
+    step()
+    step()
+
+
+def fitted(wrap):
+    """Trains a Keras model, whose variables have 24 bytes, for three steps with the optimizer that `wrap` makes."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, kernel_initializer="ones")])
+    model.compile(wrap(keras.optimizers.SGD(0.1)), "mse", jit_compile=False)
+    model.fit(np.ones((6, 2)), np.ones((6, 2)), batch_size=2, verbose=0)
+
+
+def case_variables_on_a_gpu_are_told_of_once():
+    """Every wrapper logs on rank 0, once per process, what copies through the host cost; rank 1 logs nothing, and variables on a CPU are
+    not worth a word. No GPU is here: variables only say that they are on one."""
+    where = "/job:localhost/replica:0/task:0/device:{}:0"
+    sizes = [3_000_000, 500_000]
+    g, bound, private = (grace_ext.grace(TOPK) for _ in range(3))
+
+    def bind(variables):
+        compression = bound.bind(variables)
+        traced(variables, lambda tape: horovod.DistributedGradientTape(tape, compression=compression))
+
+    def examples(optimizer):
+        chosen = hvd.Privacy(clip=1.0, noise_multiplier=1.0, unit="example", sample_rate=0.5, batch=2)
+        optimizer = hvd.DistributedOptimizer(optimizer, compression=private, privacy=chosen)
+        variables = [keras.Variable(np.zeros(500_000, np.float32))]
+        optimizer.build(variables)
+        optimizer.apply([tf.ones([2, 500_000])], variables)
+
+    uses = {
+        "2 of 2 variables are on a {} device, .*each exchange copies 14 MB of gradients to the host and 14 MB back": lambda: traced(
+            [tf.Variable(tf.zeros([size])) for size in sizes], lambda tape: hvd.DistributedGradientTape(tape, compression=g)
+        ),
+        "each exchange copies 14 MB of gradients to the host": lambda: bind([tf.Variable(tf.zeros([size])) for size in sizes]),
+        "each exchange copies 2.4e-05 MB of gradients to": lambda: fitted(lambda sgd: hvd.DistributedOptimizer(sgd, compression=TOPK)),
+        "each synchronization copies 2.4e-05 MB of the model": lambda: fitted(lambda sgd: hvd.LocalSGD(sgd, TOPK, every=2)),
+        "each exchange copies 2 MB of gradients per example to the host and 2 MB back": lambda: examples(keras.optimizers.SGD(0.1)),
+    }
+    for device in ("GPU", "XPU", "CPU"):
+        for expected, use in uses.items():
+            host_copies._told.clear()
+            at = mock.PropertyMock(return_value=where.format(device))
+            with heard() as said, mock.patch.object(type(tf.Variable(0.0)), "device", at):
+                use()
+                use()
+            if hvd.rank() == 0 and device != "CPU":
+                assert len(said) == 1, (device, expected, said)
+                assert re.search(expected.format(device), said[0]) and "--host-copy" in said[0], (expected, said)
+            else:
+                assert said == [], (hvd.rank(), device, said)
+    assert host_copies.device_type(tf.Variable(0.0)) == host_copies.device_type(keras.Variable(0.0)) == "CPU"
+    assert HorovodTransport(hvd.global_process_set).rank == hvd.rank()
 
 
 hvd.init()
