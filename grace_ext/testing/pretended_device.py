@@ -4,15 +4,21 @@ It shows on a machine without a GPU what code for devices does: an operation tha
 what costs time on a device (Counts). It computes with the host's kernels and says nothing about speed, streams or CUDA's own rounding.
 
 No C++ and no global patch is needed: every torch function on a `DeviceTensor` comes to `__torch_function__`, before torch asks for a device
-guard. Functions that make tensors (`torch.zeros(3, device="cuda:0")`) come here only inside of `pretended()`.
+guard. Functions that make tensors (`torch.zeros(3, device="cuda:0")`) come here only inside of `pretended()`, which every thread enters by
+itself.
+
+A parameter can be on the device, too: autograd runs on what it holds, and its hooks get the DeviceTensor. Backward passes are not counted,
+what their hooks do is.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +42,8 @@ WAITS = {
 }  # fmt: skip
 #: Questions to a tensor that CUDA answers only for tensors on the host.
 HOST_ONLY = {"numpy", "__array__"}
+#: Functions that run a backward pass, in which hooks run.
+BACKWARD = {"backward", "grad"}
 
 
 class Counts:
@@ -123,9 +131,10 @@ def _nbytes(*tensors: torch.Tensor) -> int:
 
 
 class DeviceTensor(torch.Tensor):
-    """Says that it is on cuda:0. held: its elements, on the host."""
+    """Says that it is on cuda:0. held: its elements, on the host. gradient: the last `.grad` that it gave out or got."""
 
     held: torch.Tensor
+    gradient: DeviceTensor | None = None
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> DeviceTensor:
@@ -165,25 +174,36 @@ class _Counting(TorchDispatchMode):
 
 class _Making(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _call(func, args, kwargs or {})
+        with _asked(False):
+            return _call(func, args, kwargs or {})
 
 
-_active = 0
+class _Thread(threading.local):
+    """active: whether a `_Making` is asked in this thread. Torch does not ask it while it answers, for example with a backward pass."""
+
+    active = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def _asked(active: bool) -> Iterator[None]:
+    before, _thread.active = _thread.active, active
+    try:
+        yield
+    finally:
+        _thread.active = before
 
 
 @contextmanager
 def pretended() -> Iterator[None]:
     """Inside of this, `device="cuda:0"` makes tensors on the pretended device."""
-    global _active
-    if _active:
+    if _thread.active:
         yield
         return
-    _active += 1
-    try:
-        with _Making():
-            yield
-    finally:
-        _active -= 1
+    with _Making(), _asked(True):
+        yield
 
 
 def _is_device(x: Any) -> bool:
@@ -201,6 +221,12 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         what = func.__self__.__name__
         if what in ("device", "is_cuda", "is_cpu"):
             return {"device": DEVICE, "is_cuda": True, "is_cpu": False}[what]
+        if what == "grad":
+            return _gradient_of(args[0])
+    if name == "__set__" and func.__self__.__name__ == "grad":
+        args[0].gradient = args[1]
+    if name == "register_post_accumulate_grad_hook":
+        return func(args[0].held, _with(args[0], args[1]))
     if name in HOST_ONLY:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
     on_host = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, DeviceTensor)]
@@ -220,9 +246,23 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return DeviceTensor(func(*args, **{**kwargs, "device": "cpu"}))
     mine = {id(x.held): x for x in on_device}
     args, kwargs = changed(_inner, args), changed(_inner, kwargs)
-    with _Counting():
+    with nullcontext() if name in BACKWARD else _Counting():
         out = func(*args, **kwargs)
     return changed(lambda x: mine[id(x)] if id(x) in mine else DeviceTensor(x) if isinstance(x, torch.Tensor) else x, out)
+
+
+def _gradient_of(x: DeviceTensor) -> DeviceTensor | None:
+    """Returns its gradient, the same object as before if it is the same gradient, as torch does."""
+    held = x.held.grad
+    if held is None or x.gradient is None or x.gradient.held is not held:
+        x.gradient = None if held is None else DeviceTensor(held)
+    return x.gradient
+
+
+def _with(x: DeviceTensor, hook: Callable[[Any], None]) -> Callable[[torch.Tensor], None]:
+    """Returns a hook for what the tensor holds, which calls `hook` with the tensor."""
+    this = weakref.ref(x)
+    return lambda _: hook(this())
 
 
 def _names(x: Any) -> bool:

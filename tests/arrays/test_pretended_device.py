@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,51 @@ def test_bytes():
     x = on_device(1.0, 2.0, 3.0, 4.0)
     _ = x + 1
     assert (COUNTS.read, COUNTS.written) == (16, 16)
+
+
+def parameter(*values: float) -> DeviceTensor:
+    return torch.nn.Parameter(on_device(*values))
+
+
+def test_autograd_runs_on_it_and_hooks_get_it():
+    x, seen = parameter(1.0, 2.0), []
+
+    def hook(p):
+        with pretended():
+            p.grad.add_(torch.ones(2, device=DEVICE))
+        seen.append((p is x, p.grad is x.grad, p.grad.device))
+
+    x.register_post_accumulate_grad_hook(hook)
+    with pretended():
+        loss = (x * x).sum()
+        COUNTS.clear()
+        loss.backward()
+    assert seen == [(True, True, DEVICE)] and x.grad.cpu().tolist() == [3.0, 5.0]
+    assert (COUNTS.by_name["add"], COUNTS.by_name["ones"], COUNTS.by_name["mul"]) == (1, 1, 0)  # the hook's, and not the pass's
+
+
+def test_an_optimizer_steps_on_it():
+    x = parameter(1.0, 2.0)
+    x.grad = on_device(4.0, 8.0)
+    torch.optim.SGD([x], lr=0.25).step()
+    assert x.detach().cpu().tolist() == [0.0, 0.0]
+    x.grad = None
+    assert x.grad is None
+
+
+def test_each_thread_enters_by_itself():
+    found = []
+
+    def makes():
+        with pretended():
+            found.append(torch.zeros(1, device=DEVICE).device)
+
+    with pretended():
+        threads = [threading.Thread(target=makes) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+    assert found == [DEVICE, DEVICE]
 
 
 def test_nothing_is_left_behind():

@@ -1,0 +1,226 @@
+"""The ways in which torch users exchange gradients, as programs of one rank whose tensors are on the host or on a pretended device.
+
+Each program makes a step for each of the gradients that it gets, and yields what it has made: arrays by name, and whether the memory was
+committed; or the error of the step. A stand-in takes the place of what needs memory on a real device: DDP's buckets, and FSDP2's DTensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.futures import Future
+
+from grace_ext import Grace
+from grace_ext.errors import GraceError
+from grace_ext.frameworks.torch import DistributedOptimizer, LocalSGD, ddp, ddp_comm_hook, engine, fsdp, guards, local, session
+from grace_ext.frameworks.torch.devices import ops_for
+from grace_ext.frameworks.torch.transports import DistTransport, transport_of_its_own
+from grace_ext.testing.pretended_device import DEVICE, DeviceTensor, PretendedOps
+from grace_ext.testing.worlds import LR, WITH_DEVICE, World
+
+RANKS = 2
+HOST, ON_DEVICE = (next(world for world in WITH_DEVICE if world.name == name) for name in ("torch-host", "torch-cuda"))
+#: Last first, as DDP does.
+BUCKETS = (("large", "bias"), ("matrix",))
+SHAPES = {"matrix": (24, 18), "bias": (24,), "large": (70, 90)}
+
+Gradients = Mapping[str, np.ndarray]
+
+
+class Made(NamedTuple):
+    """What one step of one rank has made. error: the class, rank and parameter of what it raised."""
+
+    arrays: dict[str, np.ndarray]
+    committed: bool
+    error: tuple[type, int | None, str | None] | None = None
+
+
+class Parameters(torch.nn.Module):
+    """A model whose gradients are those that its loss is given."""
+
+    def __init__(self, gradients: Gradients, tensor: Callable[[np.ndarray], torch.Tensor]):
+        super().__init__()
+        for name, gradient in gradients.items():
+            self.register_parameter(name, as_parameter(tensor(np.zeros_like(gradient))))
+
+    def loss(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return sum((parameter * gradients[name]).sum() for name, parameter in self.named_parameters())
+
+
+class DTensor(DeviceTensor):
+    """Stands for a shard of a parameter on the pretended device, by its name as by torch's methods."""
+
+    device_mesh: Any = None
+
+    def to_local(self) -> DeviceTensor:
+        return DeviceTensor(self.held)
+
+
+class Bucket(NamedTuple):
+    """Stands for DDP's GradBucket."""
+
+    number: int
+    flat: torch.Tensor
+    views: list[torch.Tensor]
+    whose: list[torch.Tensor]
+
+    def index(self) -> int:
+        return self.number
+
+    def is_last(self) -> bool:
+        return self.number + 1 == len(BUCKETS)
+
+    def buffer(self) -> torch.Tensor:
+        return self.flat
+
+    def gradients(self) -> list[torch.Tensor]:
+        return self.views
+
+    def parameters(self) -> list[torch.Tensor]:
+        return self.whose
+
+
+class Ranks:
+    """Stands for a process set of all ranks."""
+
+    ranks = list(range(RANKS))
+
+    def included(self) -> bool:
+        return True
+
+    def size(self) -> int:
+        return RANKS
+
+
+def as_parameter(tensor: torch.Tensor) -> Any:
+    """Returns this tensor as a parameter (torch.nn.Parameter would make another DTensor a DeviceTensor)."""
+    tensor.requires_grad_(True)
+    tensor._is_param = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=LR)
+
+
+# --- the programs -------------------------------------------------------------------------------------------------------
+def by_optimizer(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
+    first = next(steps)
+    model = Parameters(first, world.tensor)
+    optimizer = DistributedOptimizer(sgd(model), model.named_parameters(), g, process_set=Ranks())
+    for gradients in _with(first, steps):
+        optimizer.zero_grad()
+        model.loss(world.tensors([gradients])[0]).backward()
+        yield _made(world, model, optimizer.synchronize, lambda: optimizer._exchange.session.driver)
+        optimizer.step = lambda: None
+
+
+def by_ddp(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
+    first = next(steps)
+    model = Parameters(first, world.tensor)
+    state, hook = ddp_comm_hook(g, model, sgd(model))
+    for gradients in _with(first, steps):
+        model.zero_grad()
+        model.loss(world.tensors([gradients])[0]).backward()
+        yield _made(world, model, lambda: _through_buckets(model, state, hook), lambda: state._session().driver)
+
+
+def _through_buckets(model: torch.nn.Module, state: Any, hook: Any) -> None:
+    """Does with the gradients what DDP's reducer does at the end of the backward pass."""
+    parameters = dict(model.named_parameters())
+    buckets = []
+    for number, names in enumerate(BUCKETS):
+        whose = [parameters[name] for name in names]
+        flat = torch.cat([p.grad.reshape(-1) for p in whose])
+        views = [x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in whose]), whose, strict=True)]
+        buckets.append(Bucket(number, flat, views, whose))
+    futures = [hook(state, bucket) for bucket in buckets]
+    for bucket, future in zip(buckets, futures, strict=True):
+        assert future.value() is bucket.flat
+        for parameter, view in zip(bucket.whose, bucket.views, strict=True):
+            parameter.grad.copy_(view)
+
+
+def by_fsdp(world: World, g: Grace, steps: Iterator[Gradients], shards: int = 1) -> Iterator[Made]:
+    """The gradients are those of this rank's shards. On the host it would need real DTensors."""
+    assert world is ON_DEVICE
+    first, mesh = next(steps), init_device_mesh("cpu", (RANKS, shards), mesh_dim_names=("replicate", "shard"))
+    model = Parameters(first, lambda array: DTensor(HOST.tensor(array)))
+    for parameter in model.parameters():
+        parameter.device_mesh = mesh["shard"]
+    state = fsdp.fsdp_hook(g, model, mesh["replicate"], sgd(model))
+    for gradients in _with(first, steps):
+        model.zero_grad()
+        loss = model.loss(world.tensors([gradients])[0])
+        yield _made(world, model, loss.backward, lambda: state._session().driver)
+
+
+def by_local_sgd(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
+    """Synchronizes at every second step. What it has made are the parameters."""
+    first = next(steps)
+    model = Parameters(first, world.tensor)
+    optimizer = LocalSGD(sgd(model), model.named_parameters(), g, every=2, process_set=Ranks())
+    for gradients in _with(first, steps):
+        optimizer.zero_grad()
+        model.loss(world.tensors([gradients])[0]).backward()
+        yield _made(world, model, optimizer.step, lambda: optimizer._local.worker.for_models, of=lambda p: p.detach())
+
+
+WAYS = {"DistributedOptimizer": by_optimizer, "ddp_comm_hook": by_ddp, "fsdp_hook": by_fsdp, "LocalSGD": by_local_sgd}
+
+
+def _with(first: Gradients, rest: Iterator[Gradients]) -> Iterator[Gradients]:
+    yield first
+    yield from rest
+
+
+def _made(world: World, model: torch.nn.Module, end_step: Callable[[], Any], driver: Callable[[], Any], of: Any = lambda p: p.grad) -> Made:
+    """Ends the step, and returns what it has made."""
+    try:
+        end_step()
+    except GraceError as error:
+        return Made({}, False, (type(error), getattr(error, "rank", None), getattr(error, "parameter", None)))
+    return Made({name: world.array(of(p)).copy() for name, p in model.named_parameters()}, driver().committed)
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """Puts stand-ins in place of what would ask for a real device, or for a launched job."""
+
+    def pretended(device: torch.device) -> Any:
+        return PretendedOps() if device == DEVICE else ops_for(device)
+
+    with contextlib.ExitStack() as stack:
+        for place, name, other in (
+            (session, "ops_for", pretended),
+            (local, "ops_for", pretended),
+            (ddp, "Future", lambda devices=None: Future()),
+            (engine, "transport", lambda ops, ranks: transport_of_its_own(ops, None)),
+            (guards, "gc", SimpleNamespace(get_objects=lambda: [])),  # no DDP is alive, and a search for one takes a second
+            (fsdp, "sharded_parameters", lambda model, replicas: dict(model.named_parameters())),
+        ):
+            stack.enter_context(mock.patch.object(place, name, other))
+        yield
+
+
+@contextlib.contextmanager
+def damaged(when: Callable[[int], bool]) -> Iterator[None]:
+    """Fills the messages of the ranks for which `when(rank)` is true, behind the header, with ones, before they are sent."""
+    start = DistTransport.start
+
+    def damaging(self: DistTransport, collective: Any, name: str) -> Any:
+        if when(self.rank) and collective.kind == "allgather" and len(collective.array) > 24:
+            array = self.ops.copy(collective.array)
+            array[24:] = 255
+            collective = collective._replace(array=array)
+        return start(self, collective, name)
+
+    with mock.patch.object(DistTransport, "start", damaging):
+        yield
