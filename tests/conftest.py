@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from grace_ext.communicators import shards
-from grace_ext.testing.worlds import WORLDS, World
+from grace_ext.testing.worlds import WITH_DEVICE, World
 
 
-@pytest.fixture(params=WORLDS, ids=lambda world: world.name)
+@pytest.fixture(params=WITH_DEVICE, ids=lambda world: world.name)
 def world(request) -> World:
     """Each installed tensor library in turn."""
     return request.param

@@ -17,16 +17,16 @@ from grace_ext.errors import CheckpointError, UnsupportedError
 from grace_ext.exchange.effects import Effects, Start
 from grace_ext.exchange.message import HEADER
 from grace_ext.parts.field import ITEMSIZE
-from grace_ext.testing.worlds import NUMPY, WORLDS, World, same_bits, states
+from grace_ext.testing.worlds import NUMPY, WITH_DEVICE, World, same_bits, states
 
 from . import mix_long
 from .mix_case import Broken, Case, gradients
 
 State = dict[str, np.ndarray]
-WORLD = {world.name: world for world in WORLDS}
+WORLD = {world.name: world for world in WITH_DEVICE}
 #: By path: the library, and what happens to the cluster before its first step.
 PATHS = {
-    "plain": "numpy-plain", "torch": "torch-host", "device": "torch-device", "tensorflow": "tensorflow",
+    "plain": "numpy-plain", "torch": "torch-host", "device": "torch-cuda", "tensorflow": "tensorflow",
     "in place": "numpy", "torch in place": "torch-host", "metrics": "numpy", "buckets": "numpy",
 }  # fmt: skip
 #: The relative size of a rounding in each dtype, times a few.

@@ -29,7 +29,7 @@ def test_the_same_results_and_states(world, text, dtype):
         given = [{"w": rng.standard_normal((20, 3)).astype(dtype)} for _ in range(2)]
         theirs = native.step(given)
         got = ours.step([{"w": swapped(given[0]["w"])}, given[1]])
-        a, b = (np.asarray(out["w"]) for out in (got, theirs))
+        a, b = (world.array(out["w"]) for out in (got, theirs))
         assert a.dtype == b.dtype == dtype and a.tobytes() == b.tobytes()
     states = [[driver.state_dict() for driver in cluster.drivers] for cluster in (ours, native)]
     assert str(states[0]) == str(states[1])

@@ -7,7 +7,7 @@ import pytest
 
 import grace_ext
 from grace_ext.testing import inputs
-from grace_ext.testing.worlds import NUMPY, WORLDS, same_bits, states, tapped
+from grace_ext.testing.worlds import NUMPY, WITH_DEVICE, WORLDS, same_bits, states, tapped
 
 from .. import catalog
 
@@ -48,7 +48,7 @@ def test_same_bytes(world, spec):
     compare(world, spec, [inputs.ranks(2, step) for step in range(2)])
 
 
-@pytest.mark.parametrize("world", OWN, ids=lambda w: w.name)
+@pytest.mark.parametrize("world", [*OWN, *(w for w in WITH_DEVICE if w not in WORLDS)], ids=lambda w: w.name)
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("spec", catalog.FEEDBACK)
 def test_same_bytes_in_other_dtypes(world, spec, dtype):

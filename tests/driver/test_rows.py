@@ -10,7 +10,6 @@ import pytest
 
 import grace_ext
 from grace_ext.arrays import libraries
-from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.composition.sharing import check_sharing, shares_rows
 from grace_ext.driver.driver import Driver
 from grace_ext.errors import ParameterError, UnsupportedError
@@ -18,7 +17,10 @@ from grace_ext.exchange.effects import Start, Wait
 from grace_ext.exchange.lockstep import LockstepTransport, execute
 from grace_ext.exchange.transport import Transport
 from grace_ext.parts.tensor import Rows, TensorSpec
+from grace_ext.testing.worlds import NUMPY, WITH_DEVICE
 
+#: The libraries without kernels, that of the pretended device among them.
+PLAIN = [world for world in WITH_DEVICE if world.name in ("numpy-plain", "torch-device", "torch-cuda")]
 POWERSGD = "powersgd(rank=2) + residual"
 #: Of 40 x 30, 23 x 50 (uneven shards) and 5 x 4 x 30 (fewer rows than some cuts have shards); vectors are never shared.
 SHAPES = {"a": (40, 30), "bias": (23,), "b": (23, 50), "c": (5, 4, 30)}
@@ -168,12 +170,11 @@ def test_vectors_of_any_length(shards):
         assert all(off_by(results[0][name], expected[name]) < 1e-5 for name in shapes)
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
-def test_without_kernels(framework):
+@pytest.mark.parametrize("world", PLAIN, ids=lambda world: world.name)
+def test_without_kernels(world):
     """Plain arrays, and tensors as on a GPU, give the same."""
-    ops = NumpyOps() if framework == "numpy" else pytest.importorskip("grace_ext.frameworks.torch.ops").TorchOps("cpu")
     for g in (POWERSGD, "powersgd_plus(rank=2, refresh_period=4) + residual"):
-        cluster, sharded = grace_ext.LocalCluster(g, 2), Replicas(g, 2, 8, SHAPES, ops=ops)
+        cluster, sharded = grace_ext.LocalCluster(g, 2), Replicas(g, 2, 8, SHAPES, ops=world.ops)
         for step in range(5):
             gradients = gradients_of(step, 2)
             expected, results = cluster.step(gradients), sharded.step(gradients)
@@ -213,9 +214,10 @@ def test_ranks_that_hold_rows_make_the_same_buckets():
     assert shared_buckets(one_is_small) == [["b", "a"]]
 
 
-def test_what_is_not_finite_on_one_rank_skips_the_step_on_all():
+@pytest.mark.parametrize("world", [NUMPY, *PLAIN], ids=lambda world: world.name)
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(world):
     """NaN in one shard of one replica: no rank commits, and all get NaN for the bucket."""
-    sharded = Replicas(POWERSGD, 2, 3, SHAPES, bucket_bytes=10**6)
+    sharded = Replicas(POWERSGD, 2, 3, SHAPES, bucket_bytes=10**6, ops=world.ops)
     sharded.step(gradients_of(0, 2))
     before = {place: driver.state for place, driver in sharded.drivers.items()}
     gradients = gradients_of(1, 2)

@@ -17,10 +17,12 @@ import numpy as np
 
 import grace_ext
 from grace_ext.driver.choices import Choices
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import PayloadError
 from grace_ext.exchange import fusing
 from grace_ext.exchange.bucket import exchange_bucket
-from grace_ext.exchange.lockstep import execute
+from grace_ext.exchange.effects import Start
+from grace_ext.exchange.lockstep import LockstepTransport, execute
 from grace_ext.exchange.message import HEADER
 from grace_ext.exchange.tensor import Job, initial_state
 from grace_ext.parts.tensor import StepInfo, TensorSpec
@@ -148,6 +150,45 @@ class ExchangeTarget:
             if finite and slot.gathered:
                 # An Inf is allowed, because a sum of finite numbers may overflow, on all ranks alike; a NaN is not.
                 assert not np.isnan(host).any(), "NaN, and not flagged"
+
+
+class StepTarget(ExchangeTarget):
+    """Fuzzes a whole step of rank 0's driver, out of which an error has to come. On a device it may come later than out of the exchange of
+    its bucket, because the host does not wait for checks there."""
+
+    def _run(self, rank: int) -> Any:
+        """Yields the collectives of each round, as `exchange_bucket` does. Returns the results and the driver."""
+        driver = Driver(grace_ext.grace(self.name), self.ops, LockstepTransport(rank, self.size, self.ops, 1), read_lr=lambda: 0.1)
+        driver.register(self.specs)
+        driver.step, driver.agreed = STEP, True
+        gradients = {job.spec.name: self.ops.emit(self.ops.copy(job.grad), job.spec) for job in self._jobs[rank]}
+        effects, answer = driver.exchange(gradients), None
+        started: dict[str, Any] = {}
+        answers: dict[str, Any] = {}
+        while True:
+            try:
+                effect = effects.send(answer)
+            except StopIteration as stop:
+                return stop.value, driver
+            answer = None
+            if isinstance(effect, Start):
+                started[effect.name] = effect.collective
+            elif effect.name not in answers:
+                answers = dict(zip(started, (yield list(started.values())), strict=True))
+                started = {}
+            if not isinstance(effect, Start):
+                answer = answers.pop(effect.name)
+
+    def _check(self, slot: Slot, data: bytes, results: dict[str, Any], driver: Driver) -> None:
+        for spec in self.specs:
+            shape, dtype = self.ops.describe(results[spec.name])
+            assert (shape, dtype) == (spec.shape, spec.dtype), (shape, dtype)
+            host = np.asarray(self.ops.host(self.ops.ingest(results[spec.name])))
+            if driver.committed and slot.gathered:
+                assert not np.isnan(host).any(), "NaN, and not flagged"
+        for job in self._jobs[0] if driver.committed else ():
+            lengths = {key: len(array) for key, array in driver.state[job.spec.name].items()}
+            assert lengths == {key: len(array) for key, array in job.state.items()}, lengths
 
 
 def _carry(collective: Any) -> Any:

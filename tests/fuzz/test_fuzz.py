@@ -9,17 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grace_ext.testing.worlds import WORLDS
+from grace_ext.testing.worlds import WITH_DEVICE
 
 from .. import catalog
-from .decoders import greeted, others
-from .exchanges import LARGE, ExchangeTarget
+from .decoders import greeted, of_whole_steps, others
+from .exchanges import LARGE, ExchangeTarget, StepTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPECS = catalog.NATURAL + [spec for spec in catalog.MIXES if spec not in catalog.NATURAL]
 FIRST = ("numpy", "numpy-plain")
-BY_NAME = {world.name: world for world in WORLDS}
+BY_NAME = {world.name: world for world in WITH_DEVICE}
+DEVICES = [name for name in ("torch-device", "torch-cuda") if name in BY_NAME]
 OTHERS = {(name, target.name): target for name in FIRST for target in others(BY_NAME[name].ops)}
+OTHERS |= {(name, target.name): target for name in DEVICES for target in of_whole_steps(BY_NAME[name].ops)}
 
 
 def run(target, count: int, seed: int = 0) -> dict[str, int]:
@@ -51,15 +53,18 @@ def test_exchanges_of_large_tensors(spec):
 
 @pytest.mark.parametrize(("world", "name"), OTHERS)
 def test_others(world, name):
-    seen = run(OTHERS[world, name], 60 if "report" in name or "agreement" in name else 200)
+    seen = run(OTHERS[world, name], 60 if world in DEVICES or "report" in name or "agreement" in name else 200)
     assert seen["refused"] > 20, seen
 
 
-def test_devices():
+@pytest.mark.parametrize("world", DEVICES)
+def test_devices(world):
     """Torch operations, as used for other devices, hold for one spec per compressor."""
-    if "torch-device" in BY_NAME:
-        for spec in [spec for spec in catalog.PLAIN if "(" not in spec]:
-            run(ExchangeTarget(BY_NAME["torch-device"].ops, spec), 4)
+    total = {"refused": 0, "accepted": 0}
+    for spec in [spec for spec in catalog.PLAIN if "(" not in spec]:
+        for outcome, count in run(StepTarget(BY_NAME[world].ops, spec), 6).items():
+            total[outcome] += count
+    assert min(total.values()) > 30, total
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
