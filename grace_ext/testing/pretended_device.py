@@ -233,6 +233,8 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "cpu" or (name == "to" and any(x in ("cpu", torch.device("cpu")) for x in (*args[1:], kwargs.get("device")) if _names(x))):
         COUNTS.download()
         return args[0].held.clone()
+    if name == "tolist":  # copies to the host, without an operation of the dispatcher
+        COUNTS.download()
     if name == "to" and not on_device:
         COUNTS.upload(not kwargs.get("non_blocking"))
         return _moved(args, kwargs)

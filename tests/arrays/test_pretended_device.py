@@ -55,6 +55,7 @@ def test_writing_into_a_view_changes_the_tensor():
         (lambda x: float(x[0]), 0, 1, 0),
         (lambda x: bool((x > 0).all()), 2, 1, 0),
         (lambda x: x.cpu(), 0, 1, 1),
+        (lambda x: x.tolist(), 0, 1, 1),
         (lambda x: torch.ones(2).to(DEVICE), 0, 1, 1),
         (lambda x: torch.ones(2).to(DEVICE, non_blocking=True), 0, 0, 1),
         (lambda x: torch.tensor([1, 2], device=DEVICE), 0, 1, 1),

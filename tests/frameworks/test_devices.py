@@ -11,9 +11,24 @@ import pytest
 
 import grace_ext
 from grace_ext.errors import PayloadError
+from grace_ext.frameworks.torch import ddp, ddp_comm_hook
 from grace_ext.testing import inputs
+from grace_ext.testing.pretended_device import COUNTS
 
-from .support.device_ways import HOST, ON_DEVICE, SHAPES, WAYS, Made, by_fsdp, by_local_sgd, by_optimizer, damaged, stand_ins
+from .support.device_ways import (
+    HOST,
+    ON_DEVICE,
+    SHAPES,
+    WAYS,
+    Made,
+    Parameters,
+    by_ddp,
+    by_fsdp,
+    by_local_sgd,
+    by_optimizer,
+    damaged,
+    stand_ins,
+)
 from .support.threads import on_threads
 
 TOPK = "topk(ratio=0.1) + residual"
@@ -112,6 +127,25 @@ def test_shards_commit_together():
         assert [made.committed for made in ours] == [step != BAD for step in range(STEPS)], rank
         bad = np.isnan(ours[BAD].arrays["matrix"])
         assert bad.all() if rank % 2 else not bad.any(), rank
+
+
+def test_what_no_rank_used():
+    """DDP gives zeros for a parameter that no rank has used, and the hook what its memory kept; the host waits once for all of them."""
+    for ours, theirs in zip(*(outcomes(functools.partial(by_ddp, used=used), world, TOPK) for world in (ON_DEVICE, HOST)), strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert same(one, other, TOPK)
+        assert ours[BAD].arrays["bias"].any() and not np.array_equal(ours[BAD].arrays["bias"], ours[BAD - 1].arrays["bias"])
+    model = Parameters({name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}, ON_DEVICE.tensor)
+    state, _ = ddp_comm_hook("none", model)
+    results = {name: ON_DEVICE.tensor(np.full(shape, name != "bias", np.float32)) for name, shape in SHAPES.items()}
+    state._taken = [ddp._Taken(results, [], results["bias"], None)]
+    COUNTS.clear()
+    state._keep_unused()
+    assert COUNTS.waits == 1 and [name for name, p in model.named_parameters() if p.grad is None] == ["bias"]
+
+
+def used(name: str, step: int) -> bool:
+    return (name, step) != ("bias", BAD)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

@@ -328,9 +328,11 @@ class DDPState(HookState):
         for_all = [(self._parameters[name], result) for taken in self._taken for name, result in taken.gradients.items()]
         # With gradient_as_bucket_view gradients are views of the bucket, and DDP requires them there.
         views = any(p.grad is not None and p.grad.data_ptr() == result.data_ptr() for p, result in for_all)
+        unused = [result for parameter, result in for_all if parameter.grad is None]
+        holds = iter(torch.stack([result.any() for result in unused]).tolist() if unused else ())  # read at once: a device waits for each
         for parameter, result in for_all:
             if parameter.grad is None:
-                if result.any():  # else it stays None, as without a hook
+                if next(holds):  # else it stays None, as without a hook
                     parameter.grad = result if views else result.clone()
             elif parameter.grad.data_ptr() != result.data_ptr():
                 parameter.grad.copy_(result)

@@ -51,7 +51,7 @@ class Parameters(torch.nn.Module):
             self.register_parameter(name, as_parameter(tensor(np.zeros_like(gradient))))
 
     def loss(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return sum((parameter * gradients[name]).sum() for name, parameter in self.named_parameters())
+        return sum((parameter * gradients[name]).sum() for name, parameter in self.named_parameters() if name in gradients)
 
 
 class DTensor(DeviceTensor):
@@ -122,13 +122,16 @@ def by_optimizer(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator
         optimizer.step = lambda: None
 
 
-def by_ddp(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
+def by_ddp(
+    world: World, g: Grace, steps: Iterator[Gradients], used: Callable[[str, int], bool] = lambda name, step: True
+) -> Iterator[Made]:
+    """used: whether the forward pass uses a parameter, in a step."""
     first = next(steps)
     model = Parameters(first, world.tensor)
     state, hook = ddp_comm_hook(g, model, sgd(model))
-    for gradients in _with(first, steps):
+    for step, gradients in enumerate(_with(first, steps)):
         model.zero_grad()
-        model.loss(world.tensors([gradients])[0]).backward()
+        model.loss(world.tensors([{name: x for name, x in gradients.items() if used(name, step)}])[0]).backward()
         yield _made(world, model, lambda: _through_buckets(model, state, hook), lambda: state._session().driver)
 
 
@@ -138,14 +141,15 @@ def _through_buckets(model: torch.nn.Module, state: Any, hook: Any) -> None:
     buckets = []
     for number, names in enumerate(BUCKETS):
         whose = [parameters[name] for name in names]
-        flat = torch.cat([p.grad.reshape(-1) for p in whose])
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in whose]).detach()
         views = [x.view(p.shape) for x, p in zip(flat.split([p.numel() for p in whose]), whose, strict=True)]
         buckets.append(Bucket(number, flat, views, whose))
     futures = [hook(state, bucket) for bucket in buckets]
     for bucket, future in zip(buckets, futures, strict=True):
         assert future.value() is bucket.flat
         for parameter, view in zip(bucket.whose, bucket.views, strict=True):
-            parameter.grad.copy_(view)
+            if parameter.grad is not None:
+                parameter.grad.copy_(view)
 
 
 def by_fsdp(world: World, g: Grace, steps: Iterator[Gradients], shards: int = 1) -> Iterator[Made]:
