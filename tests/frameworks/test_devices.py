@@ -3,17 +3,21 @@ that is not finite, or whose messages are damaged."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 import grace_ext
 from grace_ext.errors import PayloadError
+from grace_ext.frameworks import torch as hvd
 from grace_ext.frameworks.torch import ddp, ddp_comm_hook
+from grace_ext.frameworks.torch.transports import DistTransport
 from grace_ext.testing import inputs
-from grace_ext.testing.pretended_device import COUNTS
+from grace_ext.testing.pretended_device import COUNTS, pretended
 
 from .support.device_ways import (
     HOST,
@@ -22,6 +26,7 @@ from .support.device_ways import (
     WAYS,
     Made,
     Parameters,
+    Ranks,
     by_ddp,
     by_fsdp,
     by_local_sgd,
@@ -33,7 +38,8 @@ from .support.threads import on_threads
 
 TOPK = "topk(ratio=0.1) + residual"
 SPECS = ("none", "fp16", TOPK, "threshold(threshold=0.5) + residual", "randomk(ratio=0.1) + residual",
-         "efsignsgd + residual", "signsgd + residual", "qsgd(bits=4)", "terngrad", "natural", "powersgd(rank=2) + residual")  # fmt: skip
+         "efsignsgd + residual", "signsgd + residual", "qsgd(bits=4)", "terngrad", "natural", "powersgd(rank=2) + residual",
+         "lgreco(every=2, window=1)", "accordion(high=fp16, low=topk(ratio=0.1) + residual, interval=2)")  # fmt: skip
 STEPS = 6
 BAD = 3  # LocalSGD synchronizes at the end of every second step: this step's gradients are not finite, or its messages are damaged
 
@@ -53,8 +59,12 @@ def outcomes(
                 found["matrix"][3, 4] = value
             yield found
 
+    def program(rank: int) -> list[Made]:
+        with pretended() if world is ON_DEVICE else contextlib.nullcontext():
+            return list(way(world, g, gradients(rank)))
+
     with stand_ins(), damaged(lambda rank: damage and (rank, now.step) == (1, BAD)), np.errstate(all="ignore"):
-        found = on_threads(size, lambda rank: list(way(world, g, gradients(rank))))
+        found = on_threads(size, program)
     errors = [outcome for outcome in found if isinstance(outcome, Exception)]
     if errors:
         raise errors[0]
@@ -127,6 +137,66 @@ def test_shards_commit_together():
         assert [made.committed for made in ours] == [step != BAD for step in range(STEPS)], rank
         bad = np.isnan(ours[BAD].arrays["matrix"])
         assert bad.all() if rank % 2 else not bad.any(), rank
+
+
+@pytest.mark.parametrize("way", [by_optimizer, by_ddp, by_local_sgd], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("spec", [TOPK, "lgreco(every=2, window=1)"])
+def test_resumes(way, spec):
+    """A new exchange that loads the state from the host goes on as on the host, where nothing was loaded."""
+    for ours, theirs in zip(outcomes(functools.partial(way, restart=BAD), ON_DEVICE, spec), on_the_host(way, spec), strict=True):
+        assert all(same(one, other, spec) for one, other in zip(ours, theirs, strict=True))
+
+
+class Scaler(torch.amp.GradScaler):
+    """Scales by 1024."""
+
+    def __init__(self):
+        super().__init__("cpu", enabled=False)
+
+    def get_scale(self):
+        return 1024.0
+
+
+USES = {
+    "two passes": functools.partial(by_optimizer, passes=2),
+    "a sum": functools.partial(by_optimizer, op=hvd.Sum),
+    "clipped before": functools.partial(by_optimizer, clip_before=1.0),
+    "clipped after": functools.partial(by_optimizer, clip_after=1.0),
+    "without overlap": functools.partial(by_optimizer, overlap=False),
+    "scaled": functools.partial(by_optimizer, scaler=Scaler()),
+    "scaled in DDP": functools.partial(by_ddp, scaler=Scaler()),
+    "an outer optimizer": functools.partial(by_local_sgd, outer_lr=0.7, outer_momentum=0.9),
+    "gradients at first": functools.partial(by_local_sgd, every=None, schedule=hvd.post_local(3, 2)),
+}
+
+
+@pytest.mark.parametrize("way", USES.values(), ids=USES)
+def test_other_uses(way):
+    for ours, theirs in zip(*(outcomes(way, world, TOPK) for world in (ON_DEVICE, HOST)), strict=True):
+        assert len(ours) == STEPS
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.committed == other.committed
+            assert all(np.allclose(one.arrays[name], x, rtol=1e-6, atol=1e-7) for name, x in other.arrays.items())
+
+
+def test_cser():
+    """The ranks exchange gradients at every step, and models at every second one."""
+    way = functools.partial(by_local_sgd, every=None)
+    runs = [outcomes(way, world, "topk(ratio=0.1) + cser(reset_period=2)") for world in (ON_DEVICE, HOST)]
+    for ours, theirs in zip(*runs, strict=True):
+        assert all(same(one, other, TOPK) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("way", [by_optimizer, by_ddp], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("spec", [f"{TOPK} @ hierarchical", "qsgd(bits=4) + none @ hierarchical(between=reduce_scatter)"])
+def test_two_nodes(way, spec, monkeypatch):
+    """Four ranks on two nodes, over torch's own groups."""
+    monkeypatch.setattr(Ranks, "size", lambda self: 4)
+    monkeypatch.setattr(Ranks, "ranks", [0, 1, 2, 3])
+    monkeypatch.setattr(DistTransport, "node", property(lambda self: str(self.rank // 2)))
+    runs = [outcomes(way, world, spec, size=4) for world in (ON_DEVICE, HOST)]
+    for ours, theirs in zip(*runs, strict=True):
+        assert all(same(one, other, spec) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_what_no_rank_used():

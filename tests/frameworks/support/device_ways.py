@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,9 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.futures import Future
 
 from grace_ext import Grace
+from grace_ext.driver.driver import Driver
 from grace_ext.errors import GraceError
 from grace_ext.frameworks.torch import DistributedOptimizer, LocalSGD, ddp, ddp_comm_hook, engine, fsdp, guards, local, session
 from grace_ext.frameworks.torch.devices import ops_for
+from grace_ext.frameworks.torch.hook_state import HookState
 from grace_ext.frameworks.torch.transports import DistTransport, transport_of_its_own
 from grace_ext.testing.pretended_device import DEVICE, DeviceTensor, PretendedOps
 from grace_ext.testing.worlds import LR, WITH_DEVICE, World
@@ -111,28 +114,52 @@ def sgd(model: torch.nn.Module) -> torch.optim.SGD:
 
 
 # --- the programs -------------------------------------------------------------------------------------------------------
-def by_optimizer(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
+def by_optimizer(
+    world: World, g: Grace, steps: Iterator[Gradients], restart: int | None = None, passes: int = 1, **options: Any
+) -> Iterator[Made]:
+    """restart: the step before which another optimizer loads the state. passes: the number of equal backward passes per step."""
     first = next(steps)
     model = Parameters(first, world.tensor)
-    optimizer = DistributedOptimizer(sgd(model), model.named_parameters(), g, process_set=Ranks())
-    for gradients in _with(first, steps):
+
+    def make() -> Any:
+        return DistributedOptimizer(
+            sgd(model), model.named_parameters(), g, process_set=Ranks(), backward_passes_per_step=passes, **options
+        )
+
+    optimizer = make()
+    for step, gradients in enumerate(_with(first, steps)):
+        if step == restart:
+            saved = _on_host(world, optimizer.state_dict())
+            optimizer = make()
+            optimizer.load_state_dict(saved)
         optimizer.zero_grad()
-        model.loss(world.tensors([gradients])[0]).backward()
-        yield _made(world, model, optimizer.synchronize, lambda: optimizer._exchange.session.driver)
-        optimizer.step = lambda: None
+        for _ in range(passes):
+            model.loss(world.tensors([gradients])[0]).backward()
+        yield _made(world, model, optimizer.synchronize, optimizer)
+        with optimizer.skip_synchronize():
+            optimizer.step()
 
 
 def by_ddp(
-    world: World, g: Grace, steps: Iterator[Gradients], used: Callable[[str, int], bool] = lambda name, step: True
+    world: World,
+    g: Grace,
+    steps: Iterator[Gradients],
+    restart: int | None = None,
+    used: Callable[[str, int], bool] = lambda name, step: True,
+    **options: Any,
 ) -> Iterator[Made]:
-    """used: whether the forward pass uses a parameter, in a step."""
+    """restart: the step before which another hook loads the state. used: whether the forward pass uses a parameter, in a step."""
     first = next(steps)
     model = Parameters(first, world.tensor)
-    state, hook = ddp_comm_hook(g, model, sgd(model))
+    state, hook = ddp_comm_hook(g, model, sgd(model), **options)
     for step, gradients in enumerate(_with(first, steps)):
+        if step == restart:
+            saved = _on_host(world, state.state_dict())
+            state, hook = ddp_comm_hook(g, model, sgd(model), **options)
+            state.load_state_dict(saved)
         model.zero_grad()
         model.loss(world.tensors([{name: x for name, x in gradients.items() if used(name, step)}])[0]).backward()
-        yield _made(world, model, lambda: _through_buckets(model, state, hook), lambda: state._session().driver)
+        yield _made(world, model, partial(_through_buckets, model, state, hook), state)
 
 
 def _through_buckets(model: torch.nn.Module, state: Any, hook: Any) -> None:
@@ -163,21 +190,42 @@ def by_fsdp(world: World, g: Grace, steps: Iterator[Gradients], shards: int = 1)
     for gradients in _with(first, steps):
         model.zero_grad()
         loss = model.loss(world.tensors([gradients])[0])
-        yield _made(world, model, loss.backward, lambda: state._session().driver)
+        yield _made(world, model, loss.backward, state)
 
 
-def by_local_sgd(world: World, g: Grace, steps: Iterator[Gradients]) -> Iterator[Made]:
-    """Synchronizes at every second step. What it has made are the parameters."""
+def by_local_sgd(
+    world: World, g: Grace, steps: Iterator[Gradients], restart: int | None = None, every: int | None = 2, **options: Any
+) -> Iterator[Made]:
+    """Synchronizes at every second step. What it has made are the parameters. restart: the step before which another optimizer loads the
+    state."""
     first = next(steps)
     model = Parameters(first, world.tensor)
-    optimizer = LocalSGD(sgd(model), model.named_parameters(), g, every=2, process_set=Ranks())
-    for gradients in _with(first, steps):
+
+    def make() -> Any:
+        return LocalSGD(sgd(model), model.named_parameters(), g, every=every, process_set=Ranks(), **options)
+
+    optimizer = make()
+    for step, gradients in enumerate(_with(first, steps)):
+        if step == restart:
+            saved = _on_host(world, optimizer.state_dict())
+            optimizer = make()
+            optimizer.load_state_dict(saved)
         optimizer.zero_grad()
         model.loss(world.tensors([gradients])[0]).backward()
-        yield _made(world, model, optimizer.step, lambda: optimizer._local.worker.for_models, of=lambda p: p.detach())
+        yield _made(world, model, optimizer.step, optimizer, of=lambda p: p.detach())
 
 
 WAYS = {"DistributedOptimizer": by_optimizer, "ddp_comm_hook": by_ddp, "fsdp_hook": by_fsdp, "LocalSGD": by_local_sgd}
+
+
+def _on_host(world: World, saved: Any) -> Any:
+    """Returns a state as a file on the host has it."""
+    if isinstance(saved, Mapping):
+        return {key: _on_host(world, x) for key, x in saved.items()}
+    if isinstance(saved, list):
+        return [_on_host(world, x) for x in saved]
+    assert not isinstance(saved, torch.Tensor) or (saved.device == DEVICE) == (world is ON_DEVICE), saved
+    return saved.cpu() if isinstance(saved, torch.Tensor) else saved
 
 
 def _with(first: Gradients, rest: Iterator[Gradients]) -> Iterator[Gradients]:
@@ -185,13 +233,19 @@ def _with(first: Gradients, rest: Iterator[Gradients]) -> Iterator[Gradients]:
     yield from rest
 
 
-def _made(world: World, model: torch.nn.Module, end_step: Callable[[], Any], driver: Callable[[], Any], of: Any = lambda p: p.grad) -> Made:
+def _made(world: World, model: torch.nn.Module, end_step: Callable[[], Any], exchange: Any, of: Any = lambda p: p.grad) -> Made:
     """Ends the step, and returns what it has made."""
     try:
         end_step()
     except GraceError as error:
         return Made({}, False, (type(error), getattr(error, "rank", None), getattr(error, "parameter", None)))
-    return Made({name: world.array(of(p)).copy() for name, p in model.named_parameters()}, driver().committed)
+    return Made({name: world.array(of(p)).copy() for name, p in model.named_parameters()}, _driver_of(exchange).committed)
+
+
+def _driver_of(exchange: Any) -> Driver:
+    if isinstance(exchange, HookState):
+        return exchange._session().driver
+    return exchange._local.worker.for_models if hasattr(exchange, "_local") else exchange._exchange.session.driver
 
 
 @contextlib.contextmanager
