@@ -15,7 +15,6 @@ import tensorflow as tf
 import grace_ext
 import grace_ext.frameworks.tensorflow as hvd
 from grace_ext.frameworks.tensorflow import host_copies
-from grace_ext.frameworks.tensorflow.graph import HorovodTransport
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cases import heard, run_cases  # noqa: E402
@@ -134,7 +133,6 @@ def case_variables_on_a_gpu_are_told_of_once():
             else:
                 assert said == [], (hvd.rank(), device, said)
     assert host_copies.device_type(tf.Variable(0.0)) == host_copies.device_type(keras.Variable(0.0)) == "CPU"
-    assert HorovodTransport(hvd.global_process_set).rank == hvd.rank()
 
 
 hvd.init()
