@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show(console, one, found, seconds)
             document["sections"][one.name] = written(found, seconds)
             if options.json:  # after each section, so that a run that is ended leaves what it has found
+                options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(document, indent=1) + "\n")
     failed = [name for name, one in document["sections"].items() if not one["holds"]]
     console.print(f"\n{', '.join(failed)}: FAILED" if failed else "\nall checks hold", highlight=False)
