@@ -44,7 +44,7 @@ def on_threads(size: int, program: Callable[[int], Any]) -> list[Any]:
         if hang:
             ProcessLocalGroup.exception_handle(None)
             for thread in threads:
-                thread.join(PATIENCE)
+                thread.join(1.0)
             raise AssertionError(f"ranks {hang} of {size} did not end within {PATIENCE:g} s; the others: {outcomes}")
     finally:
         _uninstall_threaded_pg()
