@@ -1,4 +1,5 @@
-"""Writes tests/arrays/device_budgets.json: what one step costs on a device per rank and spec, counted on a pretended one.
+"""Writes tests/arrays/device_budgets.json, and its table in docs/gpu.md: what one step costs on a device per rank and spec, counted on a
+pretended one.
 
     python tools/device_budgets.py            lowers the numbers that have fallen, and adds specs that are new
     python tools/device_budgets.py --again    writes what is measured, also where it is more
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +95,7 @@ def main() -> None:
         for s, b in written.items()
     ]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    subprocess.run([sys.executable, Path(__file__).with_name("gpu_page.py")], check=True)
 
 
 if __name__ == "__main__":
