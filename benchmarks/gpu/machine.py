@@ -14,6 +14,8 @@ from typing import Any
 
 #: What a section needs beside the package, and the extra that installs it.
 NEEDED = {"torch": "torch", "ml_dtypes": "testing"}
+#: What torch warns of each wait with. (When its mode is set, it warns that it does not "detect all synchronizing operations".)
+SYNCHRONIZED = "called a synchronizing"
 #: The names that CUDA's and ROCm's profilers give to copies between the host and the device.
 UPLOAD, DOWNLOAD = re.compile(r"HtoD|HostToDevice"), re.compile(r"DtoH|DeviceToHost")
 
@@ -113,7 +115,7 @@ def counted(call: Callable[[], Any]) -> dict[str, int]:
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in caught)
+        return sum(SYNCHRONIZED in str(warning.message) for warning in caught)
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
