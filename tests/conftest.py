@@ -12,7 +12,7 @@ from grace_ext.testing.worlds import WITH_DEVICE, World
 
 @pytest.fixture(params=WITH_DEVICE, ids=lambda world: world.name)
 def world(request) -> World:
-    """Each installed tensor library in turn."""
+    """Each installed tensor library in turn, and torch with tensors of a pretended device."""
     return request.param
 
 
