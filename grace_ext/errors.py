@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 
 #: Where launchers say which rank a process is. torchrun's own comes first: srun may have started the torchrun.
 RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -100,6 +101,10 @@ class CollectiveError(GraceError, RuntimeError):
             "step. Training can continue from a checkpoint, or by itself as an elastic job; if a peer is only slow, set a longer "
             "GRACE_EXT_TIMEOUT (docs/faults.md)"
         )
+
+
+#: Who sent the payload that is being decoded, and for which parameter: for requirements that are looked at later (Ops.require).
+sender: ContextVar[tuple[int, str] | None] = ContextVar("sender", default=None)
 
 
 class PayloadError(GraceError, RuntimeError):

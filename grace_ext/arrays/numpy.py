@@ -128,6 +128,9 @@ class NumpyOps(Ops):
     def at_least(self, x: np.ndarray, threshold: float) -> np.ndarray:
         return np.flatnonzero((np.abs(x) >= np.float32(threshold)) & (x != 0))
 
+    def sums_of_rows(self, rows: np.ndarray) -> np.ndarray:
+        return sums.row_sums(sums.filled(self, rows))
+
     def total(self, x: np.ndarray) -> float:
         return float(sums.row_sums(sums.in_blocks(self, x, x.size))[0]) if x.size else 0.0
 

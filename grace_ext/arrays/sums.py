@@ -40,11 +40,26 @@ def in_blocks(ops: Ops, x: Array, block: int) -> Array:
     return rows
 
 
-def row_sums(rows: Array, host: Callable[[Array], np.ndarray] = np.asarray) -> np.ndarray:
-    """Returns the sum of each row of float64[m, n], on the host; overwrites them. n is PIECE at most, or a multiple of it."""
+def in_order(rows: np.ndarray) -> np.ndarray:
+    """Returns the sum of each row of float64[m, n], its elements added one after the other."""
+    return np.add.accumulate(rows, axis=1)[:, -1]
+
+
+def row_sums(rows: Array, add: Callable[[Array], Array] = in_order) -> Array:
+    """Returns the sum of each row of float64[m, n]; overwrites them. n is PIECE at most, or a multiple of it. add: the library's form of
+    `in_order`."""
     number, width = rows.shape
-    pieces = host(fold(rows.reshape(-1, min(width, PIECE)))).reshape(number, -(-width // PIECE))
-    return np.add.accumulate(pieces, axis=1)[:, -1]
+    return add(fold(rows.reshape(-1, min(width, PIECE))).reshape(number, -(-width // PIECE)))
+
+
+def filled(ops: Ops, rows: Array) -> Array:
+    """Returns the rows of float64[m, n], filled up with zeros to what `row_sums` cuts into whole pieces."""
+    number, width = rows.shape
+    if width == _filled(width):
+        return rows
+    more = ops.zeros(number * _filled(width), "float64").reshape(number, -1)
+    more[:, :width] = rows
+    return more
 
 
 def dots(rows: np.ndarray, column: np.ndarray) -> np.ndarray:

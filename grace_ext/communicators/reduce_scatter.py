@@ -5,9 +5,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ..compressors.base import Compressor, Exchanged, sent_by
+from ..compressors.base import Compressor, Exchanged, naming, sent_by
 from ..compressors.fast_path import Payload
-from ..errors import NOT_FLAGGED, IncompatiblePartsError, ParameterError, PayloadError
+from ..errors import NOT_FLAGGED, IncompatiblePartsError, ParameterError
 from ..parts.part import knob
 from ..parts.requests import Gather, Scatter
 from ..parts.tensor import StepInfo, TensorSpec
@@ -125,10 +125,8 @@ class ReduceScatter(Communicator):
         means = {rank: TensorSpec(f"{s.name} mean", s.shape, s.dtype) for rank, s in sent.specs.items()}
         payload, finite, changed = (), True, {}
         if info.rank in means:
-            try:
+            with naming(spec.name):
                 mean = compressor.combine(ops, received, sent.specs[info.rank], info)
-            except PayloadError as error:  # it names the shard, not the parameter
-                raise error.at(error.rank, spec.name) from None
             payload, finite, changed = self._sent_again(ops, compressor, mean, means[info.rank], info, state)
         if self.follow_rate and self.keeps_state(compressor) and not self._idle(info):
             changed["shard_rate"] = ops.zeros(1) + self.learning_rate(info)
@@ -241,8 +239,7 @@ def _opened(ops, compressor, payloads, specs, info, parameter):
     for (rank, spec), payload in zip(specs.items(), payloads, strict=True):
         with sent_by(rank, parameter):
             values = compressor.decompress(ops, payload, spec, info)
-            if not ops.all_finite(values):
-                raise PayloadError(NOT_FLAGGED)
+            ops.require(ops.all_finite(values), NOT_FLAGGED)
         yield values
 
 

@@ -121,7 +121,7 @@ def _mean_to_spread(ops, x) -> float | None:
     if not math.isfinite(mean):
         return None
     pieces = (ops.cast(x[at : at + MOMENTS_PIECE], "float64") - mean for at in range(0, len(x), MOMENTS_PIECE))
-    spread = math.sqrt(math.fsum(ops.block_norms(piece, len(piece), 2)[0] ** 2 for piece in pieces) / len(x))
+    spread = math.sqrt(math.fsum(ops.norm(piece) ** 2 for piece in pieces) / len(x))
     if not math.isfinite(spread) or spread <= 1e-6 * abs(mean):
         return None
     return abs(mean) / spread

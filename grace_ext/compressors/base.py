@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from ..errors import NOT_FLAGGED, PayloadError
+from ..errors import NOT_FLAGGED, PayloadError, sender
 from ..parts.fast_ops import fast
 from ..parts.field import Field
 from ..parts.ops import Zeros
@@ -191,14 +192,12 @@ class Compressor(FastPath, Part):
     def accumulate(self, ops: Ops, total: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
         """Adds one rank's decoded payload to `total`, in place. Sparse compressors add only what they hold. Raises PayloadError."""
         decoded = self.decompress(ops, payload, spec, info)
-        if not ops.all_finite(decoded):
-            raise PayloadError(NOT_FLAGGED)
+        ops.require(ops.all_finite(decoded), NOT_FLAGGED)
         total += decoded
 
     def aggregate(self, ops: Ops, total: Array, spec: TensorSpec, info: StepInfo) -> Array:
         """Turns the sum over ranks, which may be overwritten, into the result: the mean (or, with divisor 1, the sum)."""
-        total /= info.divisor
-        return total
+        return ops.divided(total, info.divisor)
 
     def remove(self, ops: Ops, x: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
         """x -= decompress(payload), in place."""
@@ -248,10 +247,29 @@ def whole(x: Array) -> Array:
     return x
 
 
+#: The name of the parameter whose parts are being decoded under names of their own.
+_named: ContextVar[str | None] = ContextVar("named", default=None)
+
+
+@contextmanager
+def naming(parameter: str) -> Iterator[None]:
+    """Names this parameter in PayloadErrors, in place of the shard that is decoded."""
+    before = _named.set(parameter)
+    try:
+        yield
+    except PayloadError as error:
+        raise (error if error.rank is None else error.at(error.rank, parameter)) from None
+    finally:
+        _named.reset(before)
+
+
 @contextmanager
 def sent_by(rank: int, parameter: str) -> Iterator[None]:
     """Says in a PayloadError who sent the payload, and for what."""
+    before = sender.set(sender.get() or (rank, _named.get() or parameter))  # who said so first knows the parameter's own name
     try:
         yield
     except PayloadError as error:
         raise error.at(rank, parameter) from None
+    finally:
+        sender.reset(before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from ..parts.field import Field
 from ..parts.part import knob
 from . import register
@@ -35,7 +37,7 @@ class EFSignSGD(TwoSided):
         return Field("scales", "float32", blocks(spec.size, self.block)[1]), Field("signs", "uint8", (spec.size + 7) // 8)
 
     def compress(self, ops, x, spec, info, state):
-        scales = ops.block_norms(x, blocks(spec.size, self.block)[0], 1) / counts(spec.size, self.block)
+        scales = ops.block_norms(x, blocks(spec.size, self.block)[0], 1) / ops.upload(counts(spec.size, self.block).astype(np.float64))
         return (floats_to_bytes(ops, scales), ops.pack_signs(x)), state
 
     def sides(self, ops, floats):

@@ -67,6 +67,11 @@ class FastPath:
         other; None if that is no shorter way. For compressors without a state that have `fused`."""
         return None
 
+    def batched(self, specs: tuple[TensorSpec, ...]) -> Any:
+        """As `merged`, for tensors of any size on a device: a compressor whose plain methods start as many operations for many tensors as
+        for one."""
+        return None
+
     def decompress(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array:
         """See Compressor."""
         raise NotImplementedError

@@ -51,6 +51,9 @@ class _Half(Compressor):
     def merged(self, specs):
         return MergedCasts(self, specs)
 
+    def batched(self, specs):
+        return MergedCasts(self, specs)
+
     def add_compiled(self, ops, total, payload, spec, first, divisor):
         if not ops.kernels.narrow:
             return False

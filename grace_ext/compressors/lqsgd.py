@@ -111,7 +111,7 @@ class LQSGD(_LowRank):
     def exchange(self, ops, x, spec, info, state, communicator):
         a, b, r = self._shape(spec)
         m, before = x.reshape(a, b), state["lqsgd_q"].reshape(r, b)
-        _, p_sum = yield from self._sum(ops, "P", m @ before.T, spec, info, communicator)
+        _, p_sum = yield from self._sum(ops, "P", ops.multiply(m, before.T), spec, info, communicator)
         p_host = orthonormalize(p_sum)
         p = ops.upload(p_host)
         q_own, q_sum = yield from self._sum(ops, "Q", ops.project(p, x), spec, info, communicator)
@@ -127,9 +127,9 @@ class LQSGD(_LowRank):
         """Returns the payload of a rank at world size 1: P, then Q. Training runs `exchange` instead."""
         a, b, r = self._shape(spec)
         m = x.reshape(a, b)
-        first = self.encode(ops, _flat(ops, m @ state["lqsgd_q"].reshape(r, b).T))
+        first = self.encode(ops, _flat(ops, ops.multiply(m, state["lqsgd_q"].reshape(r, b).T)))
         p = orthonormalize(self.decode(ops, first, a * r).reshape(a, r))
-        return (*first, *self.encode(ops, _flat(ops, ops.upload(p).T @ m))), state
+        return (*first, *self.encode(ops, _flat(ops, ops.multiply(ops.upload(p).T, m)))), state
 
     def _start(self, ops, spec, info, state):
         return state["lqsgd_q"]

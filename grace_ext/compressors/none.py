@@ -63,3 +63,6 @@ class NoCompression(Compressor):
 
     def merged(self, specs):
         return MergedCasts(self, specs)
+
+    def batched(self, specs):
+        return MergedCasts(self, specs)

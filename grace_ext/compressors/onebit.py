@@ -47,7 +47,8 @@ class OneBit(TwoSided):
         below = x < 0
         sums = [ops.block_norms(ops.where(mask, x, 0.0), block, 1) for mask in (below, ~below)]
         ones = ops.block_norms(ops.cast(ops.as_int(below), "float32"), block, 1)
-        means = [total / np.maximum(count, 1) for total, count in zip(sums, (ones, counts(spec.size, self.block) - ones), strict=True)]
+        others = ops.upload(counts(spec.size, self.block).astype(np.float64)) - ones
+        means = [total / ops.where(count < 1, 1.0, count) for total, count in zip(sums, (ones, others), strict=True)]
         return (floats_to_bytes(ops, 0.0 - means[0]), floats_to_bytes(ops, means[1]), ops.pack_signs(x)), state
 
     def sides(self, ops, floats):

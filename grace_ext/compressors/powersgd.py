@@ -10,7 +10,7 @@ from ..parts.part import knob
 from ..parts.requests import AllReduce
 from . import register
 from .base import Exchanged
-from .forms.lowrank import _LowRank, kept_subspace, orthonormalize
+from .forms.lowrank import _LowRank, kept_subspace, orthonormal
 from .forms.rows import added, all_rows, key_of, mean_in_shares, own_rows, share_of
 
 
@@ -43,18 +43,21 @@ class _TwoSums(_LowRank):
         this rank's rows of it; Q of this replica is the sum over its rows."""
         a, b, r = self._shape(spec)
         before = start.reshape(r, b)
-        p_sum = yield AllReduce((x.reshape(a, b) @ before.T).reshape(-1) if p_own is None else p_own, "float32")
-        p_host = orthonormalize(ops.host((yield from all_rows(ops, p_sum, spec, r))).reshape(-1, r))
-        return (yield from self._projection(ops, x, spec, info, before, p_host))
+        p_sum = yield AllReduce(ops.multiply(x.reshape(a, b), before.T).reshape(-1) if p_own is None else p_own, "float32")
+        p = orthonormal(ops, (yield from all_rows(ops, p_sum, spec, r)).reshape(-1, r))
+        return (yield from self._projection(ops, x, spec, info, before, p))
 
-    def _projection(self, ops, x, spec, info, before, p_host):
+    def _projection(self, ops, x, spec, info, before, p_whole):
         """Computes Q for the orthonormal columns of P, and returns what `_two_sums` does."""
-        p = ops.upload(own_rows(p_host, spec))
+        p = own_rows(p_whole, spec)
         q_own = (yield from added(self._projected(ops, p, x, spec), spec)).reshape(before.shape)
         q = (yield from mean_in_shares(ops, q_own.reshape(-1), spec)).reshape(before.shape)
-        if not ops.all_finite(q):  # a rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
+        finite = ops.all_finite(q)  # else a rank's factor, or their sum, overflowed: nothing is sent, and all stays in the memory
+        if ops.defers:
+            p_whole, p, q, q_own = (ops.kept_if(finite, factor) for factor in (p_whole, p, q, q_own))
+        elif not finite:
             return None, before.reshape(-1)
-        return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_host)
+        return self._factors(info, p, q, q_own), kept_subspace(ops, q, before, p_whole)
 
     def _projected(self, ops, p, x, spec):
         """Returns P^T x, flat: zeros on a rank that has no row."""
@@ -88,7 +91,7 @@ class _TwoSums(_LowRank):
 
     def _alone(self, ops, m, start):
         """Returns the payload of a rank at world size 1, from the subspace `start`: P, then Q."""
-        p = ops.upload(orthonormalize(ops.host(m @ start.T)))
+        p = orthonormal(ops, ops.multiply(m, start.T))
         return tuple(ops.to_bytes(factor.reshape(-1), "float32") for factor in (p, ops.project(p, m.reshape(-1))))
 
     def decompress(self, ops, payload, spec, info):

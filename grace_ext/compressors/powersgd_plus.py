@@ -153,7 +153,7 @@ class PowerSGDPlus(_TwoSums):
             own = self._triangle(ops, rows @ rows.T)
         found = self._eigenvectors(ops, (yield from mean_in_shares(ops, own, spec)), spec, info)
         if not self._tall(spec):
-            return (yield from self._projection(ops, x, spec, info, before, found.T))
+            return (yield from self._projection(ops, x, spec, info, before, ops.upload(found.T)))
         v, p_own = ops.upload(found), (m @ ops.upload(found).T).reshape(-1)
         p = yield AllReduce(p_own, "float32")
         q = kept_subspace(ops, v, before, found.T)

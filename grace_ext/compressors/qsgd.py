@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..errors import ParameterError, PayloadError
+from ..errors import ParameterError
 from ..parts.field import FLOAT32_MAX, Field
-from ..parts.ops import Feedback
+from ..parts.ops import Array, Feedback, Ops
 from ..parts.part import knob
 from . import register
 from .base import Compressor
@@ -32,18 +32,18 @@ class _NormQuantizer(Compressor):
     def norms_field(self, spec) -> Field:
         return Field("norms", "float32", blocks(spec.size, self.bucket)[1])
 
-    def _scales(self, norms: np.ndarray, s: int) -> tuple[np.ndarray, np.ndarray]:
+    def _scales(self, ops: Ops, norms: Array, s: int) -> tuple[Array, Array]:
         """Returns (float32 norms, zero if they are too small to divide by; s / norm, or 0 if the norm is zero)."""
-        norms = np.minimum(norms, LARGEST_NORM).astype(np.float32)
-        norms[norms < smallest_norm(s)] = 0
-        with np.errstate(divide="ignore"):
-            return norms, np.where(norms > 0, np.float32(s) / norms, np.float32(0))
+        norms = ops.cast(ops.where(norms > LARGEST_NORM, LARGEST_NORM, norms), "float32")
+        norms = ops.where(norms < float(smallest_norm(s)), 0.0, norms)
+        levels = norms * 0 + s  # an array: torch would multiply the number by 1 / norm
+        return norms, ops.where(norms > 0, levels / ops.where(norms > 0, norms, 1.0), 0.0)
 
     def quantize(self, ops, x, s: int, spec, info):
         """Returns the wire forms of the norms and of the codes."""
         if done := self.quantize_compiled(ops, x, Feedback(None), s, spec, info):
             return done.payload
-        norms, scales = self._scales(ops.block_norms(x, self.bucket, 2), s)
+        norms, scales = self._scales(ops, ops.block_norms(x, self.bucket, 2), s)
         key = info.private_key(spec.name, "qsgd")
         codes = ops.round_randomly(x, ops.spread(scales, self.bucket, spec.size), s, key)
         codes = codes + ((x < 0) * (1 << (code_width(s) - 1)))
@@ -75,10 +75,9 @@ class _NormQuantizer(Compressor):
         width = code_width(s)
         codes = ops.unpack(codes, width, spec.size)
         levels = codes & ((1 << (width - 1)) - 1)
-        if int(levels.max()) > s:
-            raise PayloadError(f"has a level above {s}")
+        ops.require((levels <= s).all(), f"has a level above {s}")
         signed = ops.cast(levels * (1 - 2 * (codes >> (width - 1))), "float32")
-        return signed * ops.spread(norms / np.float32(s), self.bucket, spec.size)
+        return signed * ops.spread(ops.divided(ops.copy(norms), s), self.bucket, spec.size)
 
 
 def smallest_norm(s: int) -> np.float32:

@@ -41,6 +41,9 @@ class _SharedPositions(Compressor):
     def merged(self, specs):
         return None if self.scale else _Joined(self, specs)
 
+    def batched(self, specs):
+        return self.merged(specs)
+
     @property
     def unbiased(self) -> bool:  # type: ignore[override]
         return self.scale
@@ -128,11 +131,11 @@ class _Joined(_SharedPositions):
         return (Field("values", VALUES[self.values], sum(field.count for _, (field,) in tensors), merged=tensors),)
 
     def positions(self, ops, payload, spec, info):
-        key = info.seed, info.step
+        key = info.seed, info.step, ops.home
         if self.__dict__.get("_drawn", (None,))[0] != key:  # the decoder needs the positions that the encoder drew
             drawn = self.each.draw_each(self.specs, info)
             drawn.flags.writeable = False
-            self.__dict__["_drawn"] = key, drawn
+            self.__dict__["_drawn"] = key, ops.upload(drawn)
         return self.__dict__["_drawn"][1]
 
 

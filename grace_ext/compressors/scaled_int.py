@@ -81,11 +81,11 @@ class ScaledInt(Compressor):
     def _value(self, ops, integers, exponents, spec, divisor: int = 1):
         """Returns integers / (2^k divisor) as float32, saturated."""
         value = ops.cast(integers, "float64") * self._powers(ops, -exponents, spec)
-        value = value / divisor if divisor > 1 else value
+        value = ops.divided(value, divisor) if divisor > 1 else value
         return ops.cast(ops.clamped(value) if ops.largest(value) > FLOAT32_MAX else value, "float32")
 
     def _maxima(self, ops, x, spec) -> np.ndarray:
-        return ops.block_norms(x, blocks(spec.size, self.block)[0], np.inf)
+        return ops.host(ops.block_norms(x, blocks(spec.size, self.block)[0], np.inf))
 
     def compress(self, ops, x, spec, info, state):
         maxima = self._maxima(ops, x, spec)
@@ -93,7 +93,7 @@ class ScaledInt(Compressor):
         return (floats_to_bytes(ops, maxima), ops.to_bytes(integers, self._dtype)), state
 
     def decompress(self, ops, payload, spec, info):
-        exponents = self._exponents(floats_from_bytes(ops, payload[0], "maximum"), self._limit(1))
+        exponents = self._exponents(ops.host(floats_from_bytes(ops, payload[0], "maximum")), self._limit(1))
         integers = ops.from_bytes(payload[1], self._dtype)
         if int(integers.min()) < -self._limit(1):
             raise PayloadError(f"has an integer below {-self._limit(1)}")
@@ -109,7 +109,7 @@ class ScaledInt(Compressor):
         maxima = []
         for rank, (piece,) in enumerate(gathered):
             with sent_by(rank, spec.name):
-                maxima.append(floats_from_bytes(ops, piece, "maximum"))
+                maxima.append(ops.host(floats_from_bytes(ops, piece, "maximum")))
         exponents = self._exponents(np.max(maxima, axis=0), limit)
         integers = self._round(ops, x, exponents, spec, info)
         total = yield AllReduce(integers, self._dtype)

@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..errors import PayloadError
 from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
@@ -34,18 +33,19 @@ class _Vote(Compressor):
 
     def ballot(self, ops, x, spec):
         """Returns the payload: in which blocks this rank votes, and its signs."""
-        return self._paper(ops, ops.pack_signs(x), ops.block_norms(x, self._blocks(spec)[0], np.inf) > 0)
+        votes = ops.block_norms(x, self._blocks(spec)[0], np.inf) > 0
+        return ops.pack(ops.as_int(votes), 1), ops.pack_signs(x)
 
     def _paper(self, ops, signs, votes):
         return ops.upload(np.packbits(votes, bitorder="little")), signs
 
     def _votes(self, ops, payload, spec):
-        """Returns float32 on the host: 1 for each block in which the sender of this payload votes, else 0. Raises PayloadError."""
+        """Returns float32: 1 for each block in which the sender of this payload votes, else 0. Raises PayloadError."""
         number = self._blocks(spec)[1]
-        last, most = int(payload[0][-1]), 2 ** ((number - 1) % 8 + 1) - 1
-        if last > most:
-            raise PayloadError(f"has vote flags that end in {last}, expected at most {most} for {number} blocks")
-        return np.unpackbits(ops.host(payload[0]), count=number, bitorder="little").astype(np.float32)
+        most = 2 ** ((number - 1) % 8 + 1) - 1
+        last = ops.copy(payload[0][-1:])
+        ops.require((last <= most).all(), lambda: f"has vote flags that end in {int(last[0])}, expected at most {most} for {number} blocks")
+        return ops.cast(ops.unpack(payload[0], 1, number), "float32")
 
     def _per_element(self, ops, votes, spec):
         """Returns float32[d]: the value of each element's block."""
@@ -56,7 +56,7 @@ class _Vote(Compressor):
 
     def decompress(self, ops, payload, spec, info):
         votes, signs = self._votes(ops, payload, spec), ops.unpack_signs(payload[1], spec.size)
-        return signs if votes.all() else ops.where(self._per_element(ops, votes, spec) > 0, signs, 0.0)
+        return ops.where((votes if len(votes) == 1 else self._per_element(ops, votes, spec)) > 0, signs, 0.0)
 
     def accumulate(self, ops, total, payload, spec, info):
         total += self.decompress(ops, payload, spec, info)
@@ -96,7 +96,8 @@ class _Vote(Compressor):
         """Returns the result of the vote, given the sum of all ranks' counts."""
         total = ops.cast(counts[: spec.size], "float32")
         if self.ties == "plus":
-            total = total + self._per_element(ops, (ops.host(counts[spec.size :]) > 0) * np.float32(TIE_BREAK), spec)
+            votes = ops.cast(ops.as_int(counts[spec.size :] > 0), "float32")
+            total = total + self._per_element(ops, votes * TIE_BREAK, spec)
         return self.aggregate(ops, total, spec, info)
 
     def recompressor(self):
@@ -116,8 +117,7 @@ class _Elected(Compressor):
 
     def decompress(self, ops, payload, spec, info):
         codes = ops.unpack(payload[0], 2, spec.size)
-        if int(codes.max()) > 2:
-            raise PayloadError("has a code above 2")
+        ops.require((codes <= 2).all(), "has a code above 2")
         return ops.cast(codes - 1, "float32")
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import PayloadError
 from ..parts.field import Field
 from ..parts.ops import Feedback
 from ..parts.part import knob
@@ -53,16 +52,17 @@ class TernGrad(Compressor):
     def compress(self, ops, x, spec, info, state):
         if done := self.fused(ops, x, Feedback(None), spec, info, state):
             return done.payload, state
-        largest = ops.largest(x)
-        scale, magnitudes = self._scale(ops, x, largest, spec), abs(x)
-        if scale < largest:
+        scale, magnitudes = ops.cast(ops.block_norms(x, spec.size, np.inf), "float32"), abs(x)
+        if self.clip:
+            limit = ops.cast(ops.block_norms(x, spec.size, 2) * self.clip / spec.size**0.5, "float32")
+            scale = ops.where(limit < scale, limit, scale)
             magnitudes = ops.where(magnitudes > scale, scale, magnitudes)
-        chances = magnitudes / ops.spread(np.array([scale or 1.0]), spec.size, spec.size)
+        chances = magnitudes / ops.where(scale > 0, scale, 1.0)
         kept = ops.as_int(ops.drawn(chances, info.private_key(spec.name, "terngrad")))
         padding = ops.arange(-spec.size % 5) * 0
         codes = ops.concat([1 + kept * (1 - 2 * ops.as_int(x < 0)), padding])
         packed = sum(codes[i::5] * 3**i for i in range(5))
-        return (floats_to_bytes(ops, np.array([scale])), ops.pack(packed, 8)), state
+        return (floats_to_bytes(ops, scale), ops.pack(packed, 8)), state
 
     def fused(self, ops, grad, feedback, spec, info, state):
         if not ops.compiles(grad):
@@ -91,6 +91,5 @@ class TernGrad(Compressor):
     def decompress(self, ops, payload, spec, info):
         scale = floats_from_bytes(ops, payload[0], "scale")
         packed = ops.unpack(payload[1], 8, len(payload[1]))
-        if int(packed.max()) >= len(TRITS):
-            raise PayloadError(f"has a byte of {int(packed.max())}, but five trits are at most {len(TRITS) - 1}")
-        return ops.upload(TRITS)[packed].reshape(-1)[: spec.size] * ops.spread(scale, spec.size, spec.size)
+        ops.require((packed < len(TRITS)).all(), f"has a byte above {len(TRITS) - 1}, the largest of five trits")
+        return ops.upload(TRITS)[ops.within(packed, len(TRITS))].reshape(-1)[: spec.size] * scale

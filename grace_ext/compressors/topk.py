@@ -20,6 +20,7 @@ class TopK(Selecting):
 
     exactly: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    largest: ClassVar[bool] = True
     ratio: float = ratio_knob()
     values: str = values_knob()
     index: str = index_knob()

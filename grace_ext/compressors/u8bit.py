@@ -68,7 +68,7 @@ class U8Bit(Compressor):
             return done.payload, state
         block, _ = blocks(spec.size, self.block)
         scales = ops.block_norms(x, block, np.inf)
-        relative = abs(x) / ops.spread(np.where(scales > 0, scales, 1.0), block, spec.size)
+        relative = abs(x) / ops.spread(ops.where(scales > 0, scales, 1.0), block, spec.size)
         codes = ops.search(EDGES, relative) + 128 * ops.as_int(x < 0)
         return (floats_to_bytes(ops, scales), ops.pack(codes, 8)), state
 

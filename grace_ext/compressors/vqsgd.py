@@ -50,7 +50,7 @@ class VQSGD(Compressor):
         weights = ops.as_int(ops.floor(abs(ops.cast(x, "float64")) / largest * one))
         running = ops.cumsum(weights)
         mass = int(running[-1])
-        norm = ops.block_norms(x, d, 2)[0] * d**0.5 if self.hull == "l2" else ops.block_norms(x, d, 1)[0]
+        norm = ops.norm(x) * d**0.5 if self.hull == "l2" else float(ops.block_norms(x, d, 1)[0])
         whole = max(mass, int(norm / largest * one)) if self.hull == "l2" else mass
         draws, evenly = _uniform(info.private_key(spec.name, "vqsgd"), self.repeats)
         drawn = np.minimum((draws * whole).astype(np.int64), whole - 1)

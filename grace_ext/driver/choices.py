@@ -20,7 +20,7 @@ from ..exchange.message import message, open_message
 from ..exchange.perform import at_once
 from ..exchange.tensor import initial_state
 from ..exchange.transport import Transport
-from ..parts.ops import Array, Ops
+from ..parts.ops import Array, Flag, Ops
 from ..parts.state import as_state, is_own, own_state
 from ..parts.tensor import StepInfo, TensorSpec
 from ..policies.base import Policy
@@ -109,9 +109,11 @@ class Choices:
             state = {**state, **as_state(path, policy.inspect(ops, seen, spec, info, own_state(path, state)))}
         return state
 
-    def observe(self, ops: Ops, spec: TensorSpec, aggregate: Array, state: dict[str, Array], info: StepInfo) -> dict[str, Array]:
-        """Returns the tensor's state after its policies have observed the result."""
-        for path, policy in self._learners[spec] if spec.size else ():
+    def observe(
+        self, ops: Ops, spec: TensorSpec, aggregate: Array, state: dict[str, Array], info: StepInfo, finite: Flag
+    ) -> dict[str, Array]:
+        """Returns the tensor's state after its policies have observed the result, if it is finite: only for them the host waits to know."""
+        for path, policy in self._learners[spec] if spec.size and self._learners[spec] and finite else ():
             state = {**state, **as_state(path, policy.observe(ops, aggregate, spec, info, own_state(path, state)))}
         return state
 

@@ -43,7 +43,7 @@ from ..exchange.effects import Effects, Split, Start, Wait
 from ..exchange.hierarchy import TwoLevel
 from ..exchange.tensor import Job, Outcome, initial_state, replaced
 from ..exchange.transport import Transport
-from ..parts.ops import Array, Ops
+from ..parts.ops import Array, Flag, Ops
 from ..parts.tensor import StepInfo, TensorSpec
 from ..privacy.mechanism import Mechanism
 from . import layout, state
@@ -97,7 +97,7 @@ class Driver:
                 f"{grace} needs groups of ranks for 'hierarchical', which are not available here; use the communicator between the nodes "
                 "by itself"
             )
-        self.grace, self.ops, self.transport = grace, ops, transport
+        self.grace, self.ops, self.transport = grace, ops.deferring(), transport
         self._two_level: TwoLevel | None = None  # known once ranks have agreed
         self._set_divisor(divisor)
         self.read_lr, self.bucket_bytes = read_lr, bucket_bytes
@@ -313,6 +313,7 @@ class Driver:
                         for name in bucket.waiting:
                             results.append((yield Wait(name, bucket.specs)))
                         yield from self._advance(bucket, results)
+            self._judge()
             if all(bucket.finite for bucket in self.buckets):
                 yield from self._settle()
             return self._commit(commit, revocable)
@@ -356,22 +357,39 @@ class Driver:
             bucket.buffers.append(collective.array)
             yield Start(name, collective, bucket.specs)
 
-    def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: bool) -> None:
+    def _take(self, bucket: Bucket, outcomes: list[Outcome], finite: Flag) -> None:
         """Takes what a bucket's exchange gave: makes the user's tensors at once, keeps the states for later, and empties the list."""
         assert self._info is not None
         bucket.finite = finite
+        together = []  # results that overwrite the gradients
         for spec in reversed(bucket.specs):
             output, after, _ = outcomes.pop()
-            if not finite and spec.size:
-                output = self.ops.full_nan(spec.size)
-            bucket.states[spec.name] = self._choices.observe(self.ops, spec, output, after, self._info) if finite else after
-            gradient = self._arrived.get(spec.name) if self._in_place else None
-            if gradient is not None and self.ops.overwrite(gradient, output, spec):
-                bucket.outputs[spec.name] = gradient
+            bucket.states[spec.name] = self._choices.observe(self.ops, spec, output, after, self._info, finite)
+            if self.ops.defers and self._in_place and spec.name in self._arrived:
+                together.append((self._arrived[spec.name], self.ops.emit(output, spec)))
+                bucket.outputs[spec.name] = self._arrived[spec.name]
             else:
-                bucket.outputs[spec.name] = self.ops.emit(output, spec)
+                self._give(bucket, spec, output)
         del output
+        self.ops.overwrite_all(together)
         self.ops.recycle(bucket.buffers)
+
+    def _give(self, bucket: Bucket, spec: TensorSpec, output: Array) -> None:
+        """Makes the user's tensor of a result: over the gradient, or a new one."""
+        gradient = self._arrived.get(spec.name) if self._in_place else None
+        if gradient is not None and self.ops.overwrite(gradient, output, spec):
+            bucket.outputs[spec.name] = gradient
+        else:
+            bucket.outputs[spec.name] = self.ops.emit(output, spec)
+
+    def _judge(self) -> None:
+        """Learns which buckets were finite on every rank, and makes the results of the others NaN. Here the host waits for a device: once a
+        step, after all was started. Raises PayloadError if a payload was not what it must be."""
+        for bucket, finite in zip(self.buckets, self.ops.judged([bucket.finite for bucket in self.buckets]), strict=True):
+            bucket.finite = finite
+            for spec in () if finite else bucket.specs:
+                if spec.size:
+                    self._give(bucket, spec, self.ops.full_nan(spec.size))
 
     def _settle(self) -> Effects:
         """Lets policies decide by what all ranks report, before the step is committed."""
@@ -432,6 +450,7 @@ class Driver:
         self._arrived, self._private, self._info = {}, {}, None
         self._next = self._bytes = 0
         self.others_finite = True
+        self.ops.forget()
         for bucket in self.buckets:
             bucket.clear()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..composition.grace import Grace
 from ..compressors.forms.merged import SMALL
 from ..errors import NamesError, TensorChangedError, UnsupportedDtypeError, few, shown
-from ..parts.ops import Array
+from ..parts.ops import Array, Flag
 from ..parts.tensor import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Bucket:
         self.buffers: list[Array] = []  # the arrays of its collectives in this step
         self.outputs: dict[str, Any] = {}
         self.states: dict[str, dict[str, Array]] = {}
-        self.finite = True  # on every rank
+        self.finite: Flag = True  # on every rank
 
 
 def check_names(names: Iterable[Any]) -> None:

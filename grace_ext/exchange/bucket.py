@@ -7,16 +7,16 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from ..parts.ops import Ops
+from ..parts.ops import Flag, Ops
 from ..parts.requests import Together
 from ..parts.tensor import StepInfo, TensorSpec
 from .effects import Collective
-from .fusing import BucketStep, Carry, by_kind, fused
+from .fusing import BucketStep, Carry, all_of, by_kind, fused
 from .merge import merge, merge_key, runs
 from .tensor import Job, NotFinite, Outcome, exchange_tensor
 
 #: Yields lists of collectives and is resumed with their results; returns the outcomes, and whether every rank was finite.
-BucketExchange = Generator[list[Collective], list[Any], tuple[list[Outcome], bool]]
+BucketExchange = Generator[list[Collective], list[Any], tuple[list[Outcome], Flag]]
 Requests = list[tuple[int, Any]]
 
 
@@ -29,13 +29,14 @@ def exchange_bucket(ops: Ops, jobs: Sequence[Job], info: StepInfo, digest: int, 
     step = BucketStep(ops, info, digest, carry, specs)
     tensors = side_by_side(exchanges)
     answers: Any = None
-    all_finite, turn = True, 0
+    all_finite: Flag = True
+    turn = 0
     while True:
         try:
             requests = _next_requests(step, tensors, answers)
         except StopIteration as stop:
             found = [outcome for done in stop.value for outcome in ([done] if isinstance(done, Outcome) else done)]
-            return found, all_finite and all(outcome.finite for outcome in found)
+            return found, all_of([all_finite, *(outcome.finite for outcome in found)])
         running = side_by_side([fused(step, kind, group, turn) for kind, group in by_kind(requests).items()])
         replies: Any = None
         while True:
@@ -49,7 +50,7 @@ def exchange_bucket(ops: Ops, jobs: Sequence[Job], info: StepInfo, digest: int, 
         answers = {}
         for group_answers, finite in done:
             answers.update(group_answers)
-            all_finite = all_finite and finite
+            all_finite = all_finite & finite
         turn += 1
 
 
@@ -74,7 +75,7 @@ def side_by_side(generators: Sequence[Generator[Any, Any, Any]]) -> Generator[Re
 def _units(ops: Ops, jobs: Sequence[Job], info: StepInfo) -> Iterator[tuple[TensorSpec, Generator[Any, Any, Outcome | list[Outcome]]]]:
     """Yields what is exchanged as one, in order: runs of small neighbours that go through the same parts, and every other tensor."""
     for key, group in groupby(jobs, lambda job: merge_key(ops, job)):
-        for run in runs(list(group)) if key else ([job] for job in group):
+        for run in runs(ops, list(group)) if key else ([job] for job in group):
             merged = merge(ops, run, info) if len(run) > 1 else None
             if merged:
                 yield merged
@@ -94,7 +95,7 @@ def _next_requests(step: BucketStep, tensors: Generator[Requests, dict[int, Any]
             index, request = asked
             if isinstance(request, NotFinite):
                 told[index] = None
-                step.finite = False
+                step.finite = step.finite & request.finite
             elif isinstance(request, Together):
                 together.setdefault(request.combine, {})[index] = request.value
             else:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import PayloadError
 from ..parts.field import HALVES, INTEGERS, ITEMSIZE, Field
-from ..parts.ops import Array, Ops
+from ..parts.ops import Array, Flag, Ops
 from ..parts.payload import pack, unpack
 from ..parts.requests import AllReduce, RowSum, Scatter
 from ..parts.tensor import StepInfo, TensorSpec
 from .effects import Collective
-from .message import HEADER, OTHERWISE, headers_of, message, open_message
+from .message import HEADER, OTHERWISE, message, open_messages
 
 #: Expresses a collective by those that an engine has (Transport.carry).
 Carry = Callable[[Collective], Generator[Collective, Any, Any]]
 #: Requests of one kind, each with the place of its tensor in the bucket.
 Group = Sequence[tuple[int, Any]]
 #: (the answer to each request, by the place of its tensor; whether every rank was finite)
-Answers = tuple[dict[int, Any], bool]
+Answers = tuple[dict[int, Any], Flag]
 
 
 class Contents(NamedTuple):
@@ -41,7 +42,12 @@ class BucketStep:
     digest: int
     carry: Carry
     specs: Sequence[TensorSpec]
-    finite: bool = True
+    finite: Flag = True
+
+
+def all_of(flags: Sequence[Flag]) -> Flag:
+    """Returns whether all flags hold."""
+    return functools.reduce(operator.and_, {id(flag): flag for flag in flags if flag is not True}.values(), True)
 
 
 def by_kind(requests: Sequence[tuple[int, Any]]) -> dict[str, Group]:
@@ -79,9 +85,11 @@ def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, An
     ops, finite = step.ops, step.finite
     dtype = max((request.dtype for _, request in group), key=ITEMSIZE.__getitem__)
     divisor = step.info.divisor
-    mark = ops.zeros(1) + (step.digest & 1) if finite else ops.full_nan(1)
+    mark = ops.zeros(1) + (step.digest & 1)
+    if finite is not True:
+        mark = ops.where(finite, mark, ops.full_nan(1))
     if dtype in INTEGERS:
-        tail, divisor = ops.arange(1) + int(not finite), 1
+        tail, divisor = ops.arange(1) + (finite ^ True), 1
     elif dtype in HALVES:
         tail = ops.to_bytes(mark, dtype)
     else:
@@ -90,13 +98,13 @@ def _sum(step: BucketStep, group: Group, label: str) -> Generator[Collective, An
     total = yield from step.carry(Collective("allreduce", whole, label, divisor, dtype=dtype))
     told = total[-len(tail) :]
     if dtype in INTEGERS:
-        all_finite = not int(told[0])
+        all_finite = (told == 0).all()
     else:
-        said = float((ops.from_bytes(told, dtype) if dtype in HALVES else told)[0])
-        all_finite = math.isfinite(said)
+        said = ops.from_bytes(told, dtype) if dtype in HALVES else told
+        all_finite = ops.all_finite(said)
         expected = (step.digest & 1) * step.info.size / divisor
-        if all_finite and abs(said - expected) > 0.5 / divisor + 0.01 * expected:  # 16-bit sums are rounded
-            raise PayloadError(f"was summed with a payload that {OTHERWISE}")
+        alike = (abs(said - expected) <= 0.5 / divisor + 0.01 * expected).all()  # 16-bit sums are rounded
+        ops.require(alike | (all_finite ^ True), f"was summed with a payload that {OTHERWISE}")
     return _summed(group, total), all_finite
 
 
@@ -104,10 +112,10 @@ def _sum_rows(step: BucketStep, group: Group, label: str) -> Generator[Collectiv
     """Sums the arrays over the ranks that hold rows of the same matrices, and one element more: NaN if a gradient was not finite. Who hears
     of such a gradient here tells the other replicas in the next round."""
     ops = step.ops
-    whole = ops.concat([*(request.array for _, request in group), ops.zeros(1) if step.finite else ops.full_nan(1)])
+    whole = ops.concat([*(request.array for _, request in group), ops.where(step.finite, ops.zeros(1), ops.full_nan(1))])
     total = yield Collective("allreduce", whole, label, dtype="float32", group="rows")
-    all_finite = math.isfinite(float(total[-1]))
-    step.finite = step.finite and all_finite
+    all_finite = ops.all_finite(total[-1:])
+    step.finite = step.finite & all_finite
     return _summed(group, total), all_finite
 
 
@@ -142,7 +150,7 @@ def _gather(step: BucketStep, kind: str, group: Group, label: str) -> Generator[
     """Sends all ranks one message, with the payloads of all tensors."""
     ops, info = step.ops, step.info
     pieces = [piece for _, request in group for piece in pack(ops, request.fields, request.payload)]
-    finite = step.finite and all(request.finite for _, request in group)
+    finite = all_of([step.finite, *(request.finite for _, request in group)])
     data = message(ops, pieces, digest=step.digest, step=info.step, finite=finite)
     by_rank = _by_rank(group, info.size)
     limits = tuple(_longest(one) for one in by_rank)
@@ -172,13 +180,14 @@ def _longest(contents: Contents) -> int:
 
 def _opened(step: BucketStep, group: Group, by_rank: Sequence[Contents], received: Sequence[Array]) -> Answers:
     """Reads the ranks' messages, given what each of them holds: the answer to each request is its payloads, by rank."""
-    finite = True
     answers: dict[int, list[Any]] = {index: [] for index, _ in group}
-    headers = headers_of(step.ops, received)
-    for rank, (its_data, header, (places, fields)) in enumerate(zip(received, headers, by_rank, strict=True)):
-        body, its_finite = open_message(step.ops, its_data, digest=step.digest, step=step.info.step, rank=rank, header=header)
+    bodies, finite = open_messages(step.ops, received, digest=step.digest, step=step.info.step)
+    for rank, (body, (places, fields)) in enumerate(zip(bodies, by_rank, strict=True)):
         names = (step.specs[place].name for place in places)
-        for place, payload in zip(places, unpack(step.ops, body, zip(names, fields, strict=True), rank), strict=True):
-            answers[place].append(payload)
-        finite = finite and its_finite
+        try:
+            for place, payload in zip(places, unpack(step.ops, body, zip(names, fields, strict=True), rank), strict=True):
+                answers[place].append(payload)
+        except PayloadError:
+            step.ops.judged([])  # what is wrong with the header, if that was put off, says more
+            raise
     return answers, finite

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import PayloadError
-from ..parts.ops import Array, Ops
+from ..parts.ops import Array, Flag, Ops
 
 MAGIC, VERSION = b"GX", 3
 HEADER = struct.Struct("<2sBBIQQ")
+#: Where the byte of the flags is in it.
+FLAGS_AT = 3
 #: The flag that some gradient of the bucket was not finite; the payloads are then of zeros.
 NOT_FINITE = 1
 OTHERWISE = (
@@ -29,21 +31,56 @@ OTHERWISE = (
 )
 
 
-def message(ops: Ops, pieces: Sequence[Array], *, digest: int, step: int, finite: bool) -> Array:
+def message(ops: Ops, pieces: Sequence[Array], *, digest: int, step: int, finite: Flag) -> Array:
     """Returns the header and the pieces as one uint8 array."""
-    length = sum(len(p) for p in pieces)
-    header = HEADER.pack(MAGIC, VERSION, 0 if finite else NOT_FINITE, step & 0xFFFFFFFF, digest, length)
-    return ops.concat([ops.upload(np.frombuffer(header, np.uint8).copy()), *pieces])
+    header = ops.upload(_header(digest, step, sum(len(p) for p in pieces)))
+    header[FLAGS_AT] = (finite ^ True) * NOT_FINITE
+    return ops.concat([header, *pieces])
 
 
-def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int, header: np.ndarray | None = None) -> tuple[Array, bool]:
+def _header(digest: int, step: int, length: int) -> np.ndarray:
+    """Returns the header of a message whose sender's gradients are finite."""
+    return np.frombuffer(HEADER.pack(MAGIC, VERSION, 0, step & 0xFFFFFFFF, digest, length), np.uint8).copy()
+
+
+def open_messages(ops: Ops, messages: Sequence[Array], *, digest: int, step: int) -> tuple[list[Array], Flag]:
+    """Checks the header of each rank's message. Returns (what follows it, by rank; whether all ranks' gradients were finite). Raises
+    PayloadError, naming the rank."""
+    for rank, data in enumerate(messages):
+        _check_size(data, rank)
+    lengths = [len(data) - HEADER.size for data in messages]
+    bodies, headers = [data[HEADER.size :] for data in messages], ops.concat([data[: HEADER.size] for data in messages])
+
+    def checked() -> list[bool]:
+        by_rank = ops.host(headers).reshape(-1, HEADER.size)
+        return [_check(header, length, digest, step, rank) for rank, (header, length) in enumerate(zip(by_rank, lengths, strict=True))]
+
+    if not ops.defers:
+        return bodies, all(checked())
+    found = headers.reshape(-1, HEADER.size)
+    flags = found[:, FLAGS_AT]
+    same = found == ops.upload(np.concatenate([_header(digest, step, length) for length in lengths])).reshape(-1, HEADER.size)
+    same[:, FLAGS_AT] = flags <= NOT_FINITE
+    ops.require(same.all(), checked)
+    return bodies, (flags == 0).all()
+
+
+def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int) -> tuple[Array, bool]:
     """Checks the header of a message that `rank` sent. Returns (what follows the header, whether the sender's gradients were finite).
-    Raises PayloadError, naming the rank. header: the first bytes on the host, if the caller has read them (`headers_of`)."""
+    Raises PayloadError, naming the rank."""
+    _check_size(data, rank)
+    body = data[HEADER.size :]
+    return body, _check(ops.host(data[: HEADER.size]), len(body), digest, step, rank)
+
+
+def _check_size(data: Array, rank: int) -> None:
     if len(data) < HEADER.size:
         raise PayloadError(f"{len(data)} bytes are shorter than a header of {HEADER.size}", rank)
-    magic, version, flags, its_step, its_digest, length = HEADER.unpack(
-        (ops.host(data[: HEADER.size]) if header is None else header).tobytes()
-    )
+
+
+def _check(header: np.ndarray, its_length: int, digest: int, step: int, rank: int) -> bool:
+    """Checks one header, on the host, before so many bytes. Returns whether the sender's gradients were finite. Raises PayloadError."""
+    magic, version, flags, its_step, its_digest, length = HEADER.unpack(header.tobytes())
     if magic != MAGIC:
         raise _of_another_kind(magic, rank)
     if version != VERSION:
@@ -54,15 +91,9 @@ def open_message(ops: Ops, data: Array, *, digest: int, step: int, rank: int, he
         raise PayloadError(f"is of step {its_step}, this is step {step}", rank)
     if flags & ~NOT_FINITE:
         raise PayloadError(f"has unknown flags {flags:#x}", rank)
-    body = data[HEADER.size :]
-    if len(body) != length:
-        raise PayloadError(f"is truncated or too long: {len(body)} bytes after the header, which says {length}", rank)
-    return body, not flags & NOT_FINITE
-
-
-def headers_of(ops: Ops, messages: Sequence[Array]) -> list[np.ndarray]:
-    """Returns the first bytes of each message on the host."""
-    return ops.hosts([data[: HEADER.size] for data in messages])
+    if its_length != length:
+        raise PayloadError(f"is truncated or too long: {its_length} bytes after the header, which says {length}", rank)
+    return not flags & NOT_FINITE
 
 
 def _of_another_kind(magic: bytes, rank: int) -> PayloadError:

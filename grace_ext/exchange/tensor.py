@@ -16,14 +16,17 @@ from ..compressors.fast_path import Fused, Payload, RoundsDone
 from ..memories.base import Memory
 from ..parts.fast_ops import FastOps, fast
 from ..parts.field import FLOAT32_MAX
-from ..parts.ops import Array, Feedback, Ops, Zeros
+from ..parts.ops import Array, Feedback, Flag, Ops, Zeros
 from ..parts.tensor import StepInfo, TensorSpec
 
 State = dict[str, Array]
 
 
 class NotFinite(NamedTuple):
-    """Tells the bucket that this tensor's gradient is not finite on this rank. It asks the network for nothing; the answer is None."""
+    """Tells the bucket that this tensor's gradient is not finite on this rank, or may not be: `finite` is a flag that is still to be read.
+    It asks the network for nothing; the answer is None."""
+
+    finite: Flag
 
 
 class Watch(Protocol):
@@ -44,7 +47,7 @@ class Outcome(NamedTuple):
 
     output: Array
     state: State
-    finite: bool = True
+    finite: Flag = True
 
 
 class Job(NamedTuple):
@@ -76,7 +79,9 @@ def exchange_tensor(ops: Ops, job: Job, info: StepInfo) -> Generator[Any, Any, O
     send = _Sender(ops, job, info, state)
     output, *changes = yield from memory.exchange(ops, send, job.grad, spec, info, state)
     # What a memory keeps of a result that overflowed would never be finite again. All ranks see the same.
-    finite = send.finite and (not _learns(memory) or ops.all_finite(ops.cast(output, "float32")))
+    finite = send.finite
+    if _learns(memory):
+        finite = finite & ops.all_finite(ops.cast(output, "float32"))
     return Outcome(output, _updated(state, *changes), finite)
 
 
@@ -95,14 +100,15 @@ class _Sender:
         ops, info, (spec, compressor, memory, communicator, *_) = self.ops, self.info, self.job
         wide, carried = compressor.keeps_float64 and spec.dtype == "float64", memory.carried(spec)
         x = ops.cast(x, "float64" if wide else "float32")
-        if not _in_range(ops, compressor, x):  # a float64 that float32 cannot hold counts, too
-            yield NotFinite()
-            x = ops.zeros(spec.size)
+        finite = _in_range(ops, compressor, x)  # a float64 that float32 cannot hold counts, too
+        if finite is not True:
+            yield NotFinite(finite)
+            x = ops.kept_if(finite, x)
         done = yield from compressor.exchange(ops, x, carried, info, self.state, communicator)
         if self.job.watch is not None and self.job.watch.closely:
             self.job.watch.sent(ops.norm(x), ops.norm(x - done.values()))
         if wide and _learns(memory):  # it keeps float32
-            self.finite = self.finite and ops.all_finite(ops.cast(done.aggregate, "float32"))
+            self.finite = self.finite & ops.all_finite(ops.cast(done.aggregate, "float32"))
         kept = compressor.on_aggregate(ops, done.aggregate, carried, info, {**self.state, **done.state})
         changed = {**done.state, **kept}
         self.state.update(changed)
@@ -114,10 +120,13 @@ def _learns(memory: Memory) -> bool:
     return bool(memory.shared_state or memory.mean_state) or type(memory).on_aggregate is not Memory.on_aggregate
 
 
-def _in_range(ops: Ops, compressor: Compressor, x: Array) -> bool:
+def _in_range(ops: Ops, compressor: Compressor, x: Array) -> Flag:
     """Whether x is finite, and so is whatever it decodes to, and what that leaves of x. Transforms and products of matrices may be larger
     than every element, but not than the norm."""
-    return ops.all_finite(x) if compressor.deterministic_bytes else ops.norm(x) <= FLOAT32_MAX
+    if compressor.deterministic_bytes or not len(x):
+        return ops.all_finite(x)
+    within = ops.block_norms(x, len(x), 2)[0] <= FLOAT32_MAX
+    return within if ops.defers else bool(within)
 
 
 def compiled(ops: FastOps, job: Job, info: StepInfo, state: State) -> Generator[Any, Any, Outcome] | None:

@@ -111,7 +111,7 @@ class Memory(FastPath, Part):
             sent.remove(compensated)  # it is this memory's own
         else:
             compensated -= sent.values()
-        return compensated if ops.all_finite(compensated) else ops.cast(ops.clamped(compensated), "float32")
+        return ops.saturated(compensated)
 
     def needs_magnitudes(self, compressor: Compressor) -> None:
         """Raises IncompatiblePartsError, for `check`, if the compressor's result is a vote, which has no size."""

@@ -102,10 +102,6 @@ class FastOps(Ops):
         """Returns these elements of what is compressed."""
 
     @abstractmethod
-    def largest_each(self, x: np.ndarray, ends: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns the positions that `top_k` finds of each of the tensors that end there."""
-
-    @abstractmethod
     def magnitudes_above(self, x: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
         """Returns the magnitudes that reach a threshold above zero, in order, and the least of them."""
 

@@ -11,9 +11,10 @@ Integers are int64 in every library (`codes`, `indices`); wire integers are uint
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import PayloadError
 from .field import FLOAT32_MAX
 from .rng import Key, settled
 from .tensor import TensorSpec
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 Array = Any
+#: The answer to a question about values: a bool; from operations that defer, also a bool array of one element on the device.
+Flag = Any
 
 
 class Feedback(NamedTuple):
@@ -46,6 +49,37 @@ class Ops(ABC):
 
     #: Compiled loops (arrays/kernels), by name, for parts that have a fast path; None if there are none.
     kernels: Any = None
+    #: Tells apart where arrays are.
+    home: str = "host"
+    #: Whether answers about values stay on the device until `judged` reads them all at once, so that the host need not wait for each.
+    defers: bool = False
+
+    # --- what is looked at later ------------------------------------------------------------------------------------
+    def deferring(self) -> Ops:
+        """Returns operations for one driver, which may put off to `judged` what the host would have to wait for a device for."""
+        return self
+
+    def require(self, holds: Flag, otherwise: str | Callable[[], object]) -> None:
+        """Raises PayloadError with this text, or what a function returns, which may raise one itself, unless the flag holds. If it is put
+        off, what is computed until then must not fail whatever the payload holds."""
+        if not holds:
+            raise PayloadError(str(otherwise() if callable(otherwise) else otherwise))
+
+    def judged(self, flags: Sequence[Flag]) -> list[bool]:
+        """Returns the flags as bools. Raises what a requirement that was put off says, if one does not hold."""
+        return [bool(flag) for flag in flags]
+
+    def forget(self) -> None:  # noqa: B027
+        """Forgets the requirements that were put off."""
+
+    def kept_if(self, flag: Flag, x: Array) -> Array:
+        """Returns x if the flag holds, else zeros."""
+        return x if flag else self.zeros(len(x), "float64" if x.itemsize == 8 else "float32")
+
+    def within(self, positions: Array, size: int) -> Array:
+        """Returns the positions, which are below `size` if the payload is valid. Operations that defer bring others there, so that nobody
+        reads or writes at a place that does not exist."""
+        return positions
 
     # --- the border to the user's tensors ---------------------------------------------------------------------------
     @abstractmethod
@@ -63,6 +97,9 @@ class Ops(ABC):
     def overwrite(self, tensor: Any, array: Array, spec: TensorSpec) -> bool:
         """Writes what `emit` would return over the user's tensor. Returns False if that cannot be done."""
         return False
+
+    def overwrite_all(self, pairs: Sequence[tuple[Any, Any]]) -> None:  # noqa: B027
+        """Writes what `emit` returned, the second of each pair, over the user's tensor, the first. For operations that defer."""
 
     def compiles(self, x: Array) -> bool:
         """Whether `kernels` take this array."""
@@ -83,10 +120,6 @@ class Ops(ABC):
     @abstractmethod
     def host(self, array: Array) -> np.ndarray:
         """Returns the array as numpy's, a view if that is possible."""
-
-    def hosts(self, arrays: Sequence[Array]) -> list[np.ndarray]:
-        """Returns 1-D arrays of one dtype as numpy's. The host waits for a device once, not for each of them."""
-        return [self.host(array) for array in arrays]
 
     @abstractmethod
     def concat(self, arrays: Sequence[Array]) -> Array:
@@ -125,6 +158,10 @@ class Ops(ABC):
         """Returns x, with the largest number of float32 in place of magnitudes above it; NaN stays NaN."""
         return self.where(x > FLOAT32_MAX, FLOAT32_MAX, self.where(x < -FLOAT32_MAX, -FLOAT32_MAX, x))
 
+    def saturated(self, x: Array) -> Array:
+        """Returns `clamped` as float32; x may be overwritten."""
+        return x if self.all_finite(x) else self.cast(self.clamped(x), "float32")
+
     def to_odd(self, x: Array) -> Array:
         """Returns float32, of finite float64 in its range: what lies between two float32 becomes the one whose last bit is 1. If that is
         rounded to 16 bits, the result is that of one rounding; from the nearest float32, a tie could be made of what is none."""
@@ -139,23 +176,31 @@ class Ops(ABC):
         total = self.from_bytes(pieces[0], dtype)
         for piece in pieces[1:]:
             total = total + self.from_bytes(piece, dtype)
-        return self.to_bytes(total / divisor, dtype)
+        return self.to_bytes(self.divided(total if len(pieces) > 1 else self.copy(total), divisor), dtype)
 
     # --- questions about values -------------------------------------------------------------------------------------
     @abstractmethod
-    def all_finite(self, x: Array) -> bool: ...
+    def all_finite(self, x: Array) -> Flag: ...
 
     @abstractmethod
     def any_nonzero(self, x: Array) -> bool: ...
 
     @abstractmethod
-    def block_norms(self, x: Array, block: int, order: float) -> np.ndarray:
-        """Returns float64[ceil(d / block)] on the host: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64,
-        summed in the order of arrays/sums.py."""
+    def block_norms(self, x: Array, block: int, order: float) -> Array:
+        """Returns float64[ceil(d / block)]: the 1-, 2- or infinity-norm of each block (the last may be shorter), in float64, summed in the
+        order of arrays/sums.py."""
 
     @abstractmethod
     def top_k(self, x: Array, k: int) -> Array:
         """Returns int64[k], ascending: the positions of the k largest |x|; among equals the lowest positions."""
+
+    def largest_each(self, x: Array, ends: np.ndarray, counts: np.ndarray) -> Array:
+        """Returns int64, ascending: the positions that `top_k` finds of each of the tensors that end there."""
+        found, start = [], 0
+        for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
+            found.append(start + self.top_k(x[start:end], count))
+            start = end
+        return self.concat(found)
 
     @abstractmethod
     def top_k_each(self, x: Array, block: int, k: int) -> Array:
@@ -165,6 +210,10 @@ class Ops(ABC):
     @abstractmethod
     def at_least(self, x: Array, threshold: float) -> Array:
         """Returns int64[m], ascending: the positions with |x| >= threshold and x != 0."""
+
+    @abstractmethod
+    def sums_of_rows(self, rows: Array) -> Array:
+        """Returns float64[m]: the sum of each row of float64[m, n], which may be overwritten, in the order of arrays/sums.py."""
 
     @abstractmethod
     def total(self, x: Array) -> float:
@@ -229,8 +278,8 @@ class Ops(ABC):
         """Returns x with its axes in this order; contiguous."""
 
     @abstractmethod
-    def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> Array:
-        """Returns float32[size] (or float64): element j is per_block[j // block]."""
+    def spread(self, per_block: Array, block: int, size: int, dtype: str = "float32") -> Array:
+        """Returns float32[size] (or float64): element j is per_block[j // block]. per_block: may be on the host."""
 
     def drawn(self, chances: Array, key: Key) -> Array:
         """Returns bools that hold with these chances, float32 or float64, exactly. The draw for element j is (word j of the stream) >> 8,
@@ -250,6 +299,11 @@ class Ops(ABC):
         codes = self.as_int(low) + self.as_int(self.drawn(scaled - low, key))
         return self.where(codes > levels, levels, codes)
 
+    def divided(self, x: Array, by: float) -> Array:
+        """Returns x / by, rounded once; x may be overwritten. Devices divide, too, where they would multiply by 1 / by for a number."""
+        x /= by
+        return x
+
     def product(self, a: Array, b: Array) -> Array:
         """Returns the elements of the matrix a @ b, the same bits in every library and on every processor: 0, plus the first column of a
         times the first row of b, plus the second, and so on; products and sums are rounded. For what all ranks compute alike."""
@@ -258,10 +312,14 @@ class Ops(ABC):
             total += a[:, r : r + 1] * b[r]
         return total.reshape(-1)
 
+    def multiply(self, a: Array, b: Array) -> Array:
+        """Returns the matrix a @ b in the full precision of its dtype, whatever the user allows elsewhere. Libraries add in orders of their
+        own: it is for what a rank computes of its own gradient."""
+        return a @ b
+
     def project(self, a: Array, x: Array) -> Array:
-        """Returns a^T M: float[columns of a, columns of M]. M is the elements x as a matrix with as many rows as a. Libraries add in their
-        own order: for what a rank computes of its own gradient."""
-        return a.T @ x.reshape(len(a), -1)
+        """Returns a^T M: float[columns of a, columns of M], as `multiply` does. M is the elements x as a matrix with as many rows as a."""
+        return self.multiply(a.T, x.reshape(len(a), -1))
 
     def subtract_product(self, x: Array, a: Array, b: Array) -> None:
         """Subtracts in place: x -= product(a, b)."""
@@ -301,6 +359,11 @@ class Ops(ABC):
     @abstractmethod
     def bit_positions(self, data: Array) -> Array:
         """Returns int64: the positions of the ones, ascending."""
+
+    def ones_of(self, data: Array, count: int) -> tuple[Array, Flag]:
+        """Returns `bit_positions` and whether they are `count`. Operations that defer return int64[count], whatever the bits are."""
+        found = self.bit_positions(data)
+        return found, len(found) == count
 
     @abstractmethod
     def arange(self, count: int) -> Array:

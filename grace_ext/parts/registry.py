@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -20,6 +21,10 @@ from .part import Part
 C = TypeVar("C", bound=type)
 
 
+#: Held while parts are imported; one for all kinds, which may need each other.
+LOADING = threading.RLock()
+
+
 class Registry:
     """Holds the known parts of one kind. package: the package of the built-in parts, and the name of the entry-point group. also: modules
     of other packages that contain built-in parts, too."""
@@ -27,6 +32,7 @@ class Registry:
     def __init__(self, kind: str, package: str, also: tuple[str, ...] = ()):
         self.kind, self.package, self._also = kind, package, also
         self._classes: dict[str, type] = {}
+        self._begun = False
         self._loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -69,7 +75,13 @@ class Registry:
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # set first, so that a part that looks up a name while it is imported does not recurse
+        with LOADING:  # other threads wait until all parts are there; a part that is imported may look up a name itself
+            if not self._begun:
+                self._begun = True
+                self._import()
+                self._loaded = True
+
+    def _import(self) -> None:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")

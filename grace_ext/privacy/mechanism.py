@@ -73,7 +73,7 @@ class Mechanism:
             raise GraceError(f"the parameters have per-example gradients of different numbers of examples ({few(map(str, counts))})")
         if not any(counts):
             return {}
-        norms = np.sqrt(sum(self.ops.block_norms(matrix.reshape(-1), matrix.shape[1], 2) ** 2 for matrix in rows.values()))
+        norms = np.sqrt(sum(self.ops.host(self.ops.block_norms(matrix.reshape(-1), matrix.shape[1], 2)) ** 2 for matrix in rows.values()))
         finite = np.flatnonzero(np.isfinite(norms))
         if len(finite) < len(norms):
             rows = {name: matrix[self.ops.upload(finite)] for name, matrix in rows.items()}

@@ -222,7 +222,7 @@ BROKEN = [
     ("onebit", 0, floats(np.inf), "a mean that is not finite"),
     ("onebit", 1, floats(np.nan), "a mean that is not finite"),
     ("terngrad", 0, floats(-1), "a scale that is negative"),
-    ("terngrad", 1, bytes([242, 243]), "a byte of 243"),
+    ("terngrad", 1, bytes([242, 243]), "a byte above 242"),
     ("natural", 0, bytes([0, 255] * 5), "an exponent of Inf"),
     ("u8bit(block=5)", 0, floats(1, np.inf), "a scale that is negative or not finite"),
     ("inceptionn", 0, bytes([0xFF, 0, 0]), "0 bytes of values, but its tags stand for 16"),

@@ -10,6 +10,7 @@ import numpy as np
 from ...arrays import kernels
 from ...arrays.sums import dots
 from ...parts import rng
+from ...parts.ops import Array, Ops
 from ..base import Compressor, Observed
 
 
@@ -28,6 +29,31 @@ def orthonormalize(matrix: np.ndarray) -> np.ndarray:
         norm = np.sqrt(dots(column[None], column)[0])
         column *= 1 / norm if norm > 1e-7 * before else 0.0
     return columns.T.astype(np.float32, order="C")
+
+
+def orthonormal(ops: Ops, matrix: Array) -> Array:
+    """Returns `orthonormalize` of a matrix float32[a, r] of the library's. A device for which the host need not wait computes the
+    same bits by itself."""
+    if not ops.defers:
+        return ops.upload(orthonormalize(ops.host(matrix)))
+    a, r = matrix.shape
+    rows = ops.cast(ops.transpose(matrix, (1, 0)).reshape(-1), "float64").reshape(r, a)
+    for j in range(r):
+        column = rows[j]
+        before = _length(ops, column)
+        for _ in range(2 if j else 0):
+            factors = ops.sums_of_rows(rows[:j] * column)
+            for i in range(j):
+                column = column - rows[i] * factors[i]
+        norm = _length(ops, column)
+        alive = norm > before * 1e-7
+        rows[j] = column * ops.where(alive, 1 / ops.where(alive, norm, 1.0), 0.0)
+    return ops.transpose(ops.cast(rows.reshape(-1), "float32").reshape(r, a), (1, 0))
+
+
+def _length(ops: Ops, column: Array) -> Array:
+    """Returns float64[1]: the 2-norm."""
+    return ops.block_norms(column, len(column), 2)
 
 
 class _LowRank(Compressor):
@@ -78,11 +104,9 @@ class _LowRank(Compressor):
         return ops.upload(rng.normals(info.shared_key(spec.name, "powersgd", step), b * r))
 
 
-def kept_subspace(ops, q, before, p_host: np.ndarray):
+def kept_subspace(ops: Ops, q: Array, before: Array, p: Array) -> Array:
     """Returns the subspace that the next step starts from, flat: q (float[r, b]), but the row of `before` for a column of P that is all
-    zeros."""
-    alive = p_host.any(axis=0)
-    if alive.all():
-        return ops.copy(q.reshape(-1))
-    alive = ops.upload(alive.astype(np.float32)).reshape(-1, 1)
-    return (q * alive + before * (1 - alive)).reshape(-1)
+    zeros. P may be on the host."""
+    alive = (p != 0).any(0)
+    alive = ops.upload(alive) if isinstance(alive, np.ndarray) else alive
+    return ops.where(alive.reshape(-1, 1), q, before).reshape(-1)

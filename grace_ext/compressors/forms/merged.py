@@ -115,6 +115,15 @@ class MergedCasts(Merged):
     def fused(self, ops, grad, feedback, spec, info, state):
         return self.each.fused(ops, grad, feedback, spec, info, state)
 
+    def compress(self, ops, x, spec, info, state):
+        return self.each.compress(ops, x, spec, info, state)
+
+    def decompress(self, ops, payload, spec, info):
+        return self.each.decompress(ops, payload, spec, info)
+
+    def combine(self, ops, payloads, spec, info, out=None):
+        return super().combine(ops, payloads, spec, info, out) if ops.kernels else self.each.combine(ops, payloads, spec, info, out)
+
     def decompress_into(self, ops, payload, spec, info, out):
         return self.each.decompress_into(ops, payload, spec, info, out)
 

@@ -84,6 +84,16 @@ def max_index_bytes(most: int, d: int, index: str = "auto") -> int:
     return max(bounds, default=0) + (16 if d < 4 else 0)
 
 
+@lru_cache(maxsize=4096)
+def parts_of_code(k: int, d: int) -> tuple[int, int, int]:
+    """Returns, of the coding 'auto': (the low bits of each position; what the next position adds to the bit of its high part, 1 or, in a
+    bitmap, 0; the bytes of all low bits, which come first)."""
+    if k in (0, d) or _coding(k, d, "auto") == "bitmap":
+        return 0, 0, 0
+    low = _low_bits(k, d)
+    return low, 1, _bytes(k * low)
+
+
 def encode_indices(ops: Ops, positions: Array, d: int, index: str = "auto") -> Array:
     """Encodes positions, int64[k], ascending and distinct, as uint8[index_bytes(k, d, index)]; for golomb, at most so many."""
     k = len(positions)
@@ -133,14 +143,11 @@ def decode_indices(ops: Ops, data: Array, k: int, d: int, index: str = "auto") -
         positions = _decode_blocks(ops, data, k, d)
     else:
         positions = _decode_unary(ops, data, k, d, coding)
-    right = positions[-1] < d
     if k > 1 and coding != "bitmap":
-        right &= (positions[1:] > positions[:-1]).all()
-    if bool(right):  # one question to a device
-        return positions
-    if int(positions[-1]) >= d and bool((positions[1:] > positions[:-1]).all()):
-        raise PayloadError(f"has index {int(positions[-1])}, out of range for {d} elements")
-    raise PayloadError("has indices that repeat or are out of order")
+        ops.require((positions[1:] > positions[:-1]).all(), "has indices that repeat or are out of order")
+    last = ops.copy(positions[-1:])
+    ops.require((last < d).all(), lambda: f"has index {int(last[0])}, out of range for {d} elements")
+    return ops.within(positions, d)
 
 
 def _decode_blocks(ops: Ops, data: Array, k: int, d: int) -> Array:
@@ -154,9 +161,8 @@ def _decode_blocks(ops: Ops, data: Array, k: int, d: int) -> Array:
 def _decode_unary(ops: Ops, data: Array, k: int, d: int, coding: str) -> Array:
     low = {"bitmap": lambda: 0, "golomb": lambda: _rice_bits(k, d), "elias_fano": lambda: _low_bits(k, d)}[coding]()
     low_bytes = _bytes(k * low)
-    ones = ops.bit_positions(data[low_bytes:])
-    if len(ones) != k:
-        raise PayloadError(f"marks {len(ones)} indices, expected {k}")
+    ones, right = ops.ones_of(data[low_bytes:], k)
+    ops.require(right, f"marks another number of indices than {k}")
     if coding == "bitmap":
         return ones
     positions = ones - ops.arange(k)

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import PayloadError
 from ...parts.field import FLOAT32_MAX
 
 if TYPE_CHECKING:
     from ...parts.ops import Array, Ops
-
-#: The largest finite float32.
 
 
 def blocks(size: int, block: int | None) -> tuple[int, int]:
@@ -29,14 +26,16 @@ def counts(size: int, block: int | None) -> np.ndarray:
     return sizes
 
 
-def floats_to_bytes(ops: Ops, values: np.ndarray) -> Array:
-    """Returns the wire form of floats on the host: float32; values beyond its finite range saturate."""
-    return ops.upload(np.minimum(np.maximum(values, -FLOAT32_MAX), FLOAT32_MAX).astype(np.float32).view(np.uint8))
+def floats_to_bytes(ops: Ops, values: Array) -> Array:
+    """Returns the wire form of floats, which may be on the host: float32; values beyond its finite range saturate."""
+    if isinstance(values, np.ndarray):
+        return ops.upload(np.minimum(np.maximum(values, -FLOAT32_MAX), FLOAT32_MAX).astype(np.float32).view(np.uint8))
+    return ops.to_bytes(values, "float32")
 
 
-def floats_from_bytes(ops: Ops, data: Array, what: str, *, signed: bool = False) -> np.ndarray:
-    """Returns the floats, on the host: all finite, and not negative unless `signed`. Raises PayloadError otherwise."""
-    values = ops.host(ops.from_bytes(data, "float32"))
-    if not ((values >= (-FLOAT32_MAX if signed else 0)) & (values <= FLOAT32_MAX)).all():
-        raise PayloadError(f"has a {what} that is {'' if signed else 'negative or '}not finite")
+def floats_from_bytes(ops: Ops, data: Array, what: str, *, signed: bool = False) -> Array:
+    """Returns the floats: all finite, and not negative unless `signed`. Raises PayloadError otherwise."""
+    values = ops.from_bytes(data, "float32")
+    right = (values >= (-FLOAT32_MAX if signed else 0)) & (values <= FLOAT32_MAX)
+    ops.require(right.all(), f"has a {what} that is {'' if signed else 'negative or '}not finite")
     return values

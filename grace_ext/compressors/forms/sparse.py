@@ -16,6 +16,7 @@ from ...parts.ops import Zeros
 from ...parts.part import knob
 from ..base import Compressor, sent_by
 from ..fast_path import Fused
+from .batched import BatchedSelecting
 from .merged import Merged
 from .positions import CODINGS, decode_indices, encode_indices, index_bytes, max_index_bytes
 
@@ -56,8 +57,7 @@ def kept(ratio: float, d: int) -> int:
 
 def finite(ops: Ops, values: Array) -> Array:
     """Returns the values, which a peer sent. Raises PayloadError if one is not finite, because no rank compresses such values."""
-    if not ops.all_finite(values):
-        raise PayloadError("has a value that is not finite")
+    ops.require(ops.all_finite(values), "has a value that is not finite")
     return values
 
 
@@ -135,6 +135,8 @@ class Selecting(AtPositions):
     exactly: ClassVar[bool] = False
     #: Whether it has `take_each`.
     merges: ClassVar[bool] = False
+    #: Whether it sends the `most` elements of largest magnitude of each tensor.
+    largest: ClassVar[bool] = False
     # A subclass has knobs of these names, or keeps these values.
     values = "fp32"
     index = "auto"
@@ -197,6 +199,9 @@ class Selecting(AtPositions):
 
     def merged(self, specs):
         return MergedSelecting(self, specs) if self.merges and self.index == "auto" else None
+
+    def batched(self, specs):
+        return BatchedSelecting(self, specs) if self.largest and self.index == "auto" else None
 
     def among(self, ops: Ops, values: Array, spec: TensorSpec, info: StepInfo, state: State) -> tuple[Array, State] | None:
         """Returns (which of these candidates to send: bool[m]; the new state); None if `select` has to choose instead."""

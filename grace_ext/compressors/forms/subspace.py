@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...arrays.numpy import NumpyOps
-from ...arrays.sums import dots, in_blocks, row_sums
+from ...arrays.sums import dots
 from .lowrank import orthonormalize
 
 #: Elements of a matrix that are multiplied at a time.
@@ -44,7 +44,7 @@ def exact_product(ops, matrix, rows: np.ndarray) -> np.ndarray:
     for at in range(0, a, step):
         piece = ops.cast(matrix[at : at + step].reshape(-1), "float64").reshape(-1, b)
         products = [(piece * ops.cast(ops.upload(row), "float64")).reshape(-1) for row in rows]
-        found.append([row_sums(in_blocks(ops, each, b), ops.host) for each in products])
+        found.append([ops.host(ops.sums_of_rows(each.reshape(-1, b))) for each in products])
     return np.concatenate(found, axis=1)
 
 

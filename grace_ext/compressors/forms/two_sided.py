@@ -29,7 +29,7 @@ class TwoSided(Compressor):
 
     @abstractmethod
     def sides(self, ops: Ops, floats: Payload) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what elements below zero decode to, and the others: float32[number of blocks] each, on the host. Raises PayloadError."""
+        """Returns what elements below zero decode to, and the others: float32[number of blocks] each. Raises PayloadError."""
 
     @abstractmethod
     def floats(self, ops: Ops, sums: np.ndarray, d: np.ndarray) -> Payload:

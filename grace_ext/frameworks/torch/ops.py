@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from ...arrays import sums
 from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
 from ...parts.field import HALVES, INTEGERS
-from ...parts.ops import Ops
+from ...parts.ops import Flag
 from ...parts.tensor import TensorSpec
+from .deferring import DeferringOps
+from .precision import full_precision
 
 MASK32 = 0xFFFFFFFF
 #: By width: integers of which a code that is no negative number has the right bits.
@@ -81,13 +84,15 @@ class HostOps(NumpyOps):
         return tensor.numpy()
 
 
-class TorchOps(Ops):
+class TorchOps(DeferringOps):
     """Operations for torch tensors on one device, by torch operations only."""
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
         # Before 2.7 torch has nonzero_static for CPUs only.
         self._static = self.device.type == "cpu" or (self.device.type == "cuda" and VERSION >= (2, 7))
+        self.home = str(self.device)
+        self._required = []
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         return describe(tensor)
@@ -101,6 +106,10 @@ class TorchOps(Ops):
     def overwrite(self, tensor: torch.Tensor, array: torch.Tensor, spec: TensorSpec) -> bool:
         tensor.detach().copy_(self.emit(array, spec))
         return True
+
+    def overwrite_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if pairs:
+            torch._foreach_copy_([tensor.detach() for tensor, _ in pairs], [array for _, array in pairs])
 
     def as_torch(self, array: torch.Tensor) -> torch.Tensor:
         return array
@@ -119,10 +128,6 @@ class TorchOps(Ops):
     def host(self, array: torch.Tensor) -> np.ndarray:
         return array.cpu().numpy()
 
-    def hosts(self, arrays: Sequence[torch.Tensor]) -> list[np.ndarray]:
-        every, ends = self.host(torch.cat(list(arrays))), np.cumsum([len(array) for array in arrays])
-        return np.split(every, ends[:-1])
-
     def concat(self, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(arrays))
 
@@ -131,6 +136,11 @@ class TorchOps(Ops):
 
     def cast(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         return x.to(getattr(torch, dtype))
+
+    def saturated(self, x: torch.Tensor) -> torch.Tensor:
+        if self.defers and x.dtype == torch.float32:
+            return x.clamp_(-LARGEST["float32"], LARGEST["float32"])  # NaN stays NaN
+        return super().saturated(x)
 
     def to_bytes(self, x: torch.Tensor, dtype: str) -> torch.Tensor:
         return as_bytes(x.to(getattr(torch, dtype)) if dtype in INTEGERS else self._narrowed(x, dtype))
@@ -161,23 +171,31 @@ class TorchOps(Ops):
     def as_int(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.int64)
 
-    def all_finite(self, x: torch.Tensor) -> bool:
+    def all_finite(self, x: torch.Tensor) -> Flag:
         if not x.numel():
             return True
         low, high = torch.aminmax(x)  # NaN if there is one; one pass, isfinite makes four
-        return bool((low > -math.inf) & (high < math.inf))
+        finite = (low > -math.inf) & (high < math.inf)
+        return finite if self.defers else bool(finite)
 
     def any_nonzero(self, x: torch.Tensor) -> bool:
         return bool((x != 0).any())
 
-    def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
+    def block_norms(self, x: torch.Tensor, block: int, order: float) -> torch.Tensor:
         if not len(x):
-            return np.zeros(0)
+            return self.zeros(0, "float64")
         rows = self._rows(x, min(block, len(x)))
         if order == np.inf:
-            return rows.abs().amax(dim=1).cpu().numpy()
-        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), self.host)
-        return found if order == 1 else np.sqrt(found)
+            return rows.abs().amax(dim=1)
+        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), self._in_order)
+        return found if order == 1 else found.sqrt()
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns `sums.in_order`: running sums down the columns of a matrix are made in order, those of a vector may be made in a tree."""
+        if rows.shape[1] == 1:
+            return rows[:, 0]
+        columns = rows.T if len(rows) > 1 else torch.cat([rows, torch.zeros_like(rows)]).T
+        return torch.cumsum(columns.contiguous(), 0)[-1, : len(rows)]
 
     def _rows(self, x: torch.Tensor, block: int) -> torch.Tensor:
         """Returns `sums.in_blocks`; without zeros first, if nothing is left of them."""
@@ -193,6 +211,20 @@ class TorchOps(Ops):
         keep, equal = magnitude > smallest, magnitude == smallest
         keep |= equal & (torch.cumsum(equal, 0, dtype=torch.int32) <= k - keep.sum())
         return self._ones(keep, k)
+
+    def largest_each(self, x: torch.Tensor, ends: np.ndarray, counts: np.ndarray) -> torch.Tensor:
+        if not self.defers or x.dtype != torch.float32:
+            return super().largest_each(x, ends, counts)
+        # One sort of all: by tensor, then by magnitude, the largest first; a stable sort keeps equals in order.
+        sizes, taken = np.diff(ends, prepend=0), np.cumsum(counts)
+        keys = (self._owners(ends, len(x)) << 32) - (x.view(torch.int32) & 0x7FFFFFFF)
+        order = torch.sort(keys, stable=True).indices
+        shift = self.upload((ends - sizes) - (taken - counts))[self._owners(taken, int(taken[-1]))]
+        return torch.sort(order[self.arange(len(shift)) + shift]).values
+
+    def _owners(self, ends: np.ndarray, size: int) -> torch.Tensor:
+        """Returns int64[size]: the number of the tensor, of those that end there, to which each place belongs."""
+        return torch.searchsorted(self.upload(ends), self.arange(size), right=True)
 
     def _ones(self, mask: torch.Tensor, count: int) -> torch.Tensor:
         """Returns the positions where the mask holds, of which there are `count`; so the host need not wait for their number."""
@@ -210,8 +242,15 @@ class TorchOps(Ops):
     def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
+    def sums_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return sums.row_sums(sums.filled(self, rows), self._in_order)
+
+    def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        with full_precision() if self.device.type == "cuda" else nullcontext():
+            return a @ b
+
     def total(self, x: torch.Tensor) -> float:
-        return float(sums.row_sums(self._rows(x, len(x)), self.host)[0]) if len(x) else 0.0
+        return float(sums.row_sums(self._rows(x, len(x)), self._in_order)[0]) if len(x) else 0.0
 
     def largest(self, x: torch.Tensor) -> float:
         return float(x.abs().max()) if len(x) else 0.0
@@ -247,8 +286,12 @@ class TorchOps(Ops):
     def log(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.float64).log()
 
-    def spread(self, per_block: np.ndarray, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
-        return self.upload(per_block.astype(dtype)).repeat_interleave(min(block, size))[:size]
+    def spread(self, per_block: Any, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
+        values = self.cast(self.upload(per_block) if isinstance(per_block, np.ndarray) else per_block, dtype)
+        return values[:, None].expand(-1, min(block, size)).reshape(-1)[:size]
+
+    def divided(self, x: torch.Tensor, by: float) -> torch.Tensor:
+        return x.div_(torch.full((1,), by, dtype=x.dtype, device=self.device))
 
     def floor(self, x: torch.Tensor) -> torch.Tensor:
         return torch.floor(x)
@@ -263,6 +306,32 @@ class TorchOps(Ops):
         # The words are int64 kept below 2**32, because torch has no unsigned 32-bit arithmetic.
         x = (torch.arange(count, device=self.device) + key[0]) & MASK32
         return self._mix(self._mix(x) ^ key[1])
+
+    def drawn(self, chances: torch.Tensor, key: rng.Key) -> torch.Tensor:
+        if not (self.defers and self._static and len(chances)):
+            return super().drawn(chances, key)
+        expected, draws = chances * 2.0**24, (self.random_words(key, len(chances)) >> 8).to(torch.float32)
+        holds = draws < expected
+        # One draw of 2**24 is a tie: that there are more than these places for them has a chance below 1e-60.
+        found = torch.nonzero_static(holds & (draws + 1 > expected), size=min(len(chances), 64 + (len(chances) >> 18)), fill_value=-1)
+        tied, first = found.reshape(-1), found.reshape(-1)[:1]
+        # Places that are not needed repeat the first tie; if there is none, all write what is there.
+        at = torch.where(tied < 0, first.clamp(min=0), tied)
+        settled = self._settled(key, at, expected[at].to(torch.float64) - draws[at].to(torch.float64))
+        holds[at] = torch.where(first < 0, holds[at], settled)
+        return holds
+
+    def _settled(self, key: rng.Key, at: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+        """Returns `rng.settled`, by two words each, which leave one draw in 2**88 undecided."""
+        holds, undecided, rest = torch.zeros_like(at, dtype=torch.bool), torch.ones_like(at, dtype=torch.bool), chances
+        for turn in range(1, 3):
+            rest = rest * 2.0**32
+            whole = rest.floor()
+            words = self._mix(self._mix((at + key[0]) & MASK32) ^ (key[1] ^ (turn * rng.SETTLING & MASK32)))
+            holds |= undecided & (words < whole)
+            undecided &= words == whole
+            rest = rest - whole
+        return holds
 
     def _mix(self, x: torch.Tensor) -> torch.Tensor:
         x = x ^ (x >> 16)
@@ -314,6 +383,12 @@ class TorchOps(Ops):
 
     def bit_positions(self, data: torch.Tensor) -> torch.Tensor:
         return torch.nonzero(self._parted(data, 1)).reshape(-1)
+
+    def ones_of(self, data: torch.Tensor, count: int) -> tuple[torch.Tensor, Flag]:
+        if not (self.defers and self._static):
+            return super().ones_of(data, count)
+        bits = self._parted(data, 1)
+        return self._ones(bits, count), bits.sum(dtype=torch.int64) == count
 
     def arange(self, count: int) -> torch.Tensor:
         return torch.arange(count, device=self.device)

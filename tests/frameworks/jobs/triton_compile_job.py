@@ -29,7 +29,7 @@ KERNELS = {
     "add_scaled": ({"residual": F32, "grad": F32, "total": F32, "beta": "fp32", "gamma": "fp32"}, {"BLOCK": BLOCK}),
     "random_words": ({"out": I64, "key0": "i64", "key1": "i32"}, {"BLOCK": BLOCK}),
     "round_randomly": (
-        {"x": F32, "scale": F32, "codes": I64, "ties": I32, "levels": "i32", "key0": "i32", "key1": "i64"}, {"BLOCK": BLOCK}
+        {"x": F32, "scale": F32, "codes": I64, "levels": "i32", "key0": "i32", "key1": "i64"}, {"BLOCK": BLOCK}
     ),
     "piece_sums": ({"x": F32, "sums": F64, "block": "i32", "pieces": "i32", "width": "i32"}, PIECES),
     "add_pieces": ({"sums": F64, "totals": F64, "number": "i32", "pieces": "i32"}, {"LANES": LANES}),
@@ -43,7 +43,7 @@ KERNELS = {
     "unpack_signs": ({"data": U8, "out": F32}, {"BLOCK": BLOCK}),
     "set_bits": ({"positions": I64, "out": I32, "k": "i32"}, {"BLOCK": BLOCK}),
     "count_bits": ({"data": U8, "counts": I32}, {"BLOCK": BLOCK}),
-    "write_bits": ({"data": U8, "counts": I64, "positions": I64}, {"BLOCK": BLOCK}),
+    "write_bits": ({"data": U8, "counts": I64, "positions": I64, "most": "i32"}, {"BLOCK": BLOCK}),
     "pack_codes": ({"codes": I64, "out": U8}, {"WIDTH": 7, "BLOCK": BLOCK}),
     "unpack_codes": ({"data": U8, "codes": I64, "nbytes": "i32"}, {"WIDTH": 7, "BLOCK": BLOCK}),
 }  # fmt: skip

@@ -42,9 +42,22 @@ def random_words(out, key0, key1, n, BLOCK: tl.constexpr):
     tl.store(out + at, words(at, key0, key1).to(tl.int64), mask=at < n)
 
 
+@triton.jit
+def settled(at, undecided, rest, key0, key1):
+    """Returns which undecided draws hold, with the chances `rest`; see parts/rng.py. Four words decide every float32."""
+    holds = undecided & (at < 0)
+    for m in tl.static_range(1, 5):
+        rest = tl.where(undecided, rest, 0.0) * 4294967296.0
+        whole, more = rest.to(tl.uint32), words(at, key0, key1.to(tl.uint32) ^ ((m * 0x9E3779B9) & 0xFFFFFFFF))
+        holds = holds | (undecided & (more < whole))
+        rest -= whole.to(tl.float32)
+        undecided = undecided & (more == whole) & (rest > 0)
+    return holds
+
+
 @triton.jit(do_not_specialize=["key0", "key1", "levels"])
-def round_randomly(x, scale, codes, ties, levels, key0, key1, n, BLOCK: tl.constexpr):
-    """Rounds |x_j| scale_j down or up, at random, to at most `levels`, below 2**30. ties[0] becomes 1 if 24 bits of a draw do not decide.
+def round_randomly(x, scale, codes, levels, key0, key1, n, BLOCK: tl.constexpr):
+    """Rounds |x_j| scale_j down or up, at random, to at most `levels`, below 2**30.
 
     Rounds down by int32: `tl.floor` flushes subnormal numbers, and AMD's conversion to int64 has a fused multiply-add."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -54,8 +67,8 @@ def round_randomly(x, scale, codes, ties, levels, key0, key1, n, BLOCK: tl.const
     low = scaled.to(tl.int32)
     expected, draw = (scaled - low.to(tl.float32)) * 16777216.0, (words(at, key0, key1) >> 8).to(tl.float32)
     up = draw < expected
-    undecided = up & (draw + 1.0 > expected) & within
-    tl.atomic_max(ties, tl.max(undecided.to(tl.int32), 0))
+    undecided = up & (draw + 1.0 > expected)
+    up = tl.where(undecided, settled(at, undecided, expected - draw, key0, key1), up)
     code = low.to(tl.int64) + up.to(tl.int64)
     tl.store(codes + at, tl.minimum(code, levels.to(tl.int64)), mask=within)
 
@@ -208,13 +221,13 @@ def count_bits(data, counts, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_bits(data, counts, positions, n, BLOCK: tl.constexpr):
-    """Writes the positions of the ones, ascending. `counts` holds the ones of the blocks up to and with each."""
+def write_bits(data, counts, positions, n, most, BLOCK: tl.constexpr):
+    """Writes the positions of the first `most` ones, ascending. `counts` holds the ones of the blocks up to and with each."""
     pid = tl.program_id(0)
     at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ones = bits_of(data, at, at < n).to(tl.int64)
-    start = tl.load(counts + pid) - tl.sum(ones, 0)
-    tl.store(positions + start + tl.cumsum(ones, 0) - 1, at, mask=ones == 1)
+    place = tl.load(counts + pid) - tl.sum(ones, 0) + tl.cumsum(ones, 0) - 1
+    tl.store(positions + place, at, mask=(ones == 1) & (place < most))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ....arrays.sums import PIECE
-from ....parts.ops import Feedback
+from ....parts.ops import Feedback, Flag
 from ....parts.rng import Key
 from ..ops import TorchOps
 from . import kernels
@@ -45,11 +45,11 @@ class TritonOps(TorchOps):
         self._run(kernels.add_scaled, _blocks(len(grad)), residual, grad, total, *factors, len(grad), BLOCK=BLOCK)
         return total
 
-    def block_norms(self, x: torch.Tensor, block: int, order: float) -> np.ndarray:
+    def block_norms(self, x: torch.Tensor, block: int, order: float) -> torch.Tensor:
         if order == np.inf or not _takes(x):
             return super().block_norms(x, block, order)
-        found = self.host(self._block_sums(x, min(block, len(x)), order == 2))
-        return np.sqrt(found) if order == 2 else found
+        found = self._block_sums(x, min(block, len(x)), order == 2)
+        return found.sqrt() if order == 2 else found
 
     def _block_sums(self, x: torch.Tensor, block: int, square: bool) -> torch.Tensor:
         """Returns float64: the sum of each block's magnitudes (or squares), in the order of arrays/sums.py."""
@@ -102,10 +102,9 @@ class TritonOps(TorchOps):
     def round_randomly(self, x: torch.Tensor, scale: torch.Tensor, levels: int, key: Key) -> torch.Tensor:
         if not (_takes(x) and _takes(scale) and len(x) == len(scale) and levels < 2**30):
             return super().round_randomly(x, scale, levels, key)
-        codes, ties = self._new(len(x), torch.int64), self.zeros(1, "int32")
-        words = int(key[0]), int(key[1])
-        self._run(kernels.round_randomly, _blocks(len(x)), x, scale, codes, ties, int(levels), *words, len(x), BLOCK=BLOCK)
-        return super().round_randomly(x, scale, levels, key) if int(ties) else codes  # one element of 16 million needs more bits
+        codes, words = self._new(len(x), torch.int64), (int(key[0]), int(key[1]))
+        self._run(kernels.round_randomly, _blocks(len(x)), x, scale, codes, int(levels), *words, len(x), BLOCK=BLOCK)
+        return codes
 
     # --- bits -------------------------------------------------------------------------------------------------------
     def pack(self, codes: torch.Tensor, width: int) -> torch.Tensor:
@@ -143,15 +142,24 @@ class TritonOps(TorchOps):
         return out.view(torch.uint8)[: (bits + 7) // 8]
 
     def bit_positions(self, data: torch.Tensor) -> torch.Tensor:
-        if not len(data):
-            return super().bit_positions(data)
+        return self._ones_of(data, None)[0] if len(data) else super().bit_positions(data)
+
+    def ones_of(self, data: torch.Tensor, count: int) -> tuple[torch.Tensor, Flag]:
+        if not (self.defers and len(data)):
+            return super().ones_of(data, count)
+        positions, found = self._ones_of(data, count)
+        return positions, found == count
+
+    def _ones_of(self, data: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (the positions of the ones; how many there are). count: the length of the positions, if it is known: further ones are
+        left out then, and missing ones are 0. Else the host waits for it."""
         data, bits = data.contiguous(), 8 * len(data)
         counts = self._new(_blocks(bits), torch.int32)
         self._run(kernels.count_bits, len(counts), data, counts, bits, BLOCK=BLOCK)
         ends = torch.cumsum(counts, 0)
-        positions = self._new(int(ends[-1]), torch.int64)
-        self._run(kernels.write_bits, len(counts), data, ends, positions, bits, BLOCK=BLOCK)
-        return positions
+        positions = self.zeros(int(ends[-1]) if count is None else count, "int64")
+        self._run(kernels.write_bits, len(counts), data, ends, positions, bits, len(positions), BLOCK=BLOCK)
+        return positions, ends[-1]
 
 
 def _blocks(size: int) -> int:
