@@ -107,6 +107,17 @@ def test_draws_that_tie_with_the_chance(world, dtype):
 
 
 @by_world
+def test_chances_that_nobody_waits_for(world):
+    """Operations that defer settle the few ties there may be where they are; with one, with some, with none, and at the first place."""
+    at, chances, _ = undecided(KEY, SIZE)
+    for kept in (slice(0, 1), slice(3, 40), slice(0, 0)):
+        given = np.zeros(SIZE, np.float32)
+        given[0], given[at[kept]] = 1, chances[kept]
+        up = world.ops.host(world.ops.deferring().drawn(world.ops.upload(given), KEY))
+        assert np.array_equal(np.array(up), NUMPY.ops.drawn(given, KEY))
+
+
+@by_world
 def test_rounding_that_ties(world):
     """round_randomly rounds up with the exact chance; the kernel gives the same codes."""
     at, chances, left = undecided(KEY, SIZE)
