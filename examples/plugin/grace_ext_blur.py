@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from grace_ext.arrays.sums import in_blocks, row_sums
+from grace_ext.arrays.sums import in_blocks
 from grace_ext.compressors.base import Compressor
 from grace_ext.parts import Field, knob
 
@@ -24,9 +24,8 @@ class Blur(Compressor):
         return (Field("means", "float32", -(-spec.size // self.block)),)
 
     def compress(self, ops, x, spec, info, state):
-        sums = row_sums(in_blocks(ops, x, self.block), ops.host)  # in the order that all libraries share
-        return (ops.to_bytes(ops.upload(sums / self.block), "float32"),), state
+        sums = ops.sums_of_rows(in_blocks(ops, x, self.block))  # in the order that all libraries share
+        return (ops.to_bytes(sums / ops.number(self.block), "float32"),), state
 
     def decompress(self, ops, payload, spec, info):
-        means = ops.host(ops.from_bytes(payload[0], "float32"))
-        return ops.spread(means, self.block, spec.size)
+        return ops.spread(ops.from_bytes(payload[0], "float32"), self.block, spec.size)

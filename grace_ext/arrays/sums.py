@@ -45,7 +45,7 @@ def in_order(rows: np.ndarray) -> np.ndarray:
     return np.add.accumulate(rows, axis=1)[:, -1]
 
 
-def row_sums(rows: Array, add: Callable[[Array], Array] = in_order) -> Array:
+def row_sums(rows: Array, *, add: Callable[[Array], Array] = in_order) -> Array:
     """Returns the sum of each row of float64[m, n]; overwrites them. n is PIECE at most, or a multiple of it. add: the library's form of
     `in_order`."""
     number, width = rows.shape

@@ -197,7 +197,8 @@ class Compressor(FastPath, Part):
 
     def aggregate(self, ops: Ops, total: Array, spec: TensorSpec, info: StepInfo) -> Array:
         """Turns the sum over ranks, which may be overwritten, into the result: the mean (or, with divisor 1, the sum)."""
-        return ops.divided(total, info.divisor)
+        total /= ops.number(info.divisor)
+        return total
 
     def remove(self, ops: Ops, x: Array, payload: Payload, spec: TensorSpec, info: StepInfo) -> None:
         """x -= decompress(payload), in place."""

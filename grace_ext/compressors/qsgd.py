@@ -77,7 +77,7 @@ class _NormQuantizer(Compressor):
         levels = codes & ((1 << (width - 1)) - 1)
         ops.require((levels <= s).all(), f"has a level above {s}")
         signed = ops.cast(levels * (1 - 2 * (codes >> (width - 1))), "float32")
-        return signed * ops.spread(ops.divided(ops.copy(norms), s), self.bucket, spec.size)
+        return signed * ops.spread(norms / ops.number(s), self.bucket, spec.size)
 
 
 def smallest_norm(s: int) -> np.float32:

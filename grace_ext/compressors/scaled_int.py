@@ -81,7 +81,7 @@ class ScaledInt(Compressor):
     def _value(self, ops, integers, exponents, spec, divisor: int = 1):
         """Returns integers / (2^k divisor) as float32, saturated."""
         value = ops.cast(integers, "float64") * self._powers(ops, -exponents, spec)
-        value = ops.divided(value, divisor) if divisor > 1 else value
+        value = value / ops.number(divisor) if divisor > 1 else value
         return ops.cast(ops.clamped(value) if ops.largest(value) > FLOAT32_MAX else value, "float32")
 
     def _maxima(self, ops, x, spec) -> np.ndarray:

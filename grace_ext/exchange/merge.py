@@ -93,7 +93,7 @@ def _apart(jobs: Sequence[Job], exchange: Generator[Any, Any, Outcome]) -> Gener
 
 @lru_cache(maxsize=1024)  # asked for each bucket of a model, at every step
 def _merged(
-    compressor: Compressor, communicator: Communicator, specs: tuple[TensorSpec, ...], batched: bool
+    compressor: Compressor, communicator: Communicator, specs: tuple[TensorSpec, ...], batched: bool = False
 ) -> tuple[Compressor, TensorSpec] | None:
     """Returns the compressor of these tensors' concatenation, and its spec; None if the communicator cannot carry it. batched: by plain
     array operations."""

@@ -176,7 +176,7 @@ class Ops(ABC):
         total = self.from_bytes(pieces[0], dtype)
         for piece in pieces[1:]:
             total = total + self.from_bytes(piece, dtype)
-        return self.to_bytes(self.divided(total if len(pieces) > 1 else self.copy(total), divisor), dtype)
+        return self.to_bytes(total / self.number(divisor), dtype)
 
     # --- questions about values -------------------------------------------------------------------------------------
     @abstractmethod
@@ -299,10 +299,9 @@ class Ops(ABC):
         codes = self.as_int(low) + self.as_int(self.drawn(scaled - low, key))
         return self.where(codes > levels, levels, codes)
 
-    def divided(self, x: Array, by: float) -> Array:
-        """Returns x / by, rounded once; x may be overwritten. Devices divide, too, where they would multiply by 1 / by for a number."""
-        x /= by
-        return x
+    def number(self, value: float) -> Any:
+        """Returns the number as what an array is divided by with one rounding: GPUs would multiply by 1 / value if it were Python's."""
+        return value
 
     def product(self, a: Array, b: Array) -> Array:
         """Returns the elements of the matrix a @ b, the same bits in every library and on every processor: 0, plus the first column of a

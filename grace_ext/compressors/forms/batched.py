@@ -153,7 +153,7 @@ class BatchedSelecting(Merged):
         total, (positions, values) = ops.zeros(spec.size), self._decoded(ops, payloads)
         for rank in range(len(payloads)):
             total[positions[rank]] += values[rank]
-        return ops.divided(total, info.divisor)
+        return self.aggregate(ops, total, spec, info)
 
     def decompress(self, ops, payload, spec, info):
         dense, ((positions,), (values,)) = ops.zeros(spec.size), self._decoded(ops, [payload])

@@ -187,7 +187,7 @@ class TorchOps(DeferringOps):
         rows = self._rows(x, min(block, len(x)))
         if order == np.inf:
             return rows.abs().amax(dim=1)
-        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), self._in_order)
+        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), add=self._in_order)
         return found if order == 1 else found.sqrt()
 
     def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
@@ -243,14 +243,14 @@ class TorchOps(DeferringOps):
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
     def sums_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        return sums.row_sums(sums.filled(self, rows), self._in_order)
+        return sums.row_sums(sums.filled(self, rows), add=self._in_order)
 
     def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         with full_precision() if self.device.type == "cuda" else nullcontext():
             return a @ b
 
     def total(self, x: torch.Tensor) -> float:
-        return float(sums.row_sums(self._rows(x, len(x)), self._in_order)[0]) if len(x) else 0.0
+        return float(sums.row_sums(self._rows(x, len(x)), add=self._in_order)[0]) if len(x) else 0.0
 
     def largest(self, x: torch.Tensor) -> float:
         return float(x.abs().max()) if len(x) else 0.0
@@ -288,10 +288,10 @@ class TorchOps(DeferringOps):
 
     def spread(self, per_block: Any, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
         values = self.cast(self.upload(per_block) if isinstance(per_block, np.ndarray) else per_block, dtype)
-        return values[:, None].expand(-1, min(block, size)).reshape(-1)[:size]
+        return values.repeat_interleave(min(block, size))[:size]
 
-    def divided(self, x: torch.Tensor, by: float) -> torch.Tensor:
-        return x.div_(torch.full((1,), by, dtype=x.dtype, device=self.device))
+    def number(self, value: float) -> torch.Tensor:
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def floor(self, x: torch.Tensor) -> torch.Tensor:
         return torch.floor(x)
