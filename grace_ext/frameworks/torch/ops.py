@@ -288,7 +288,8 @@ class TorchOps(DeferringOps):
 
     def spread(self, per_block: Any, block: int, size: int, dtype: str = "float32") -> torch.Tensor:
         values = self.cast(self.upload(per_block) if isinstance(per_block, np.ndarray) else per_block, dtype)
-        return values.repeat_interleave(min(block, size))[:size]
+        spread = values[:, None].expand(-1, min(block, size)).clone(memory_format=torch.contiguous_format)
+        return spread.reshape(-1)[:size]
 
     def number(self, value: float) -> torch.Tensor:
         return torch.full((), value, dtype=torch.float64, device=self.device)
