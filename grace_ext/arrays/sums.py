@@ -8,7 +8,9 @@ the pieces are added one after the other. If a tensor's last block is shorter th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -60,6 +62,50 @@ def filled(ops: Ops, rows: Array) -> Array:
     more = ops.zeros(number * _filled(width), "float64").reshape(number, -1)
     more[:, :width] = rows
     return more
+
+
+@lru_cache
+def lanes(width: int) -> np.ndarray:
+    """Returns int64[2**m]: the element of a row of this width that must be at each place of a row of the next power of two, so that both
+    fold to the same bits; -1 for a zero."""
+    if width == 1:
+        return np.zeros(1, np.int64)
+    half = width // 2
+    lower = lanes(width - half)
+    return np.concatenate([lower, np.where((lower >= 0) & (lower < half), lower + width - half, -1)])
+
+
+class Pieces(NamedTuple):
+    """Says how the pieces of several tensors, laid end to end, are summed at once.
+
+    long: the tensors, as slices, that fill whole pieces with zeros behind. places: int64[shorter tensors, PIECE]: what of the array is in
+    the only piece of each; -1 for a zero. at: int64: where each piece's sum goes in a matrix with `most` columns, one row per tensor; the
+    pieces of long tensors come first."""
+
+    long: list[slice]
+    places: np.ndarray
+    at: np.ndarray
+    most: int
+
+
+@lru_cache(maxsize=256)
+def pieces_of(ends: tuple[int, ...]) -> Pieces:
+    """Returns how the pieces of the tensors that end there are summed."""
+    tensors = [slice(start, end) for start, end in pairwise([0, *ends])]
+    counts = [-(-(here.stop - here.start) // PIECE) for here in tensors]
+    most, long = max(counts), []
+    first: list[int] = []
+    last: list[int] = []
+    places = np.full((sum(here.stop - here.start < PIECE for here in tensors), PIECE), -1)
+    for number, (here, count) in enumerate(zip(tensors, counts, strict=True)):
+        if here.stop - here.start < PIECE:
+            inside = lanes(here.stop - here.start)
+            places[len(last), : len(inside)] = np.where(inside < 0, -1, here.start + inside)
+            last.append(number * most)
+        else:
+            long.append(here)
+            first += range(number * most, number * most + count)
+    return Pieces(long, places, np.array(first + last), most)
 
 
 def dots(rows: np.ndarray, column: np.ndarray) -> np.ndarray:

@@ -57,4 +57,5 @@ class OneBit(TwoSided):
 
     def floats(self, ops, sums, d):
         below, above, number = sums
-        return tuple(floats_to_bytes(ops, mean) for mean in (0.0 - below / np.maximum(number, 1), above / np.maximum(d - number, 1)))
+        fewer, others = (ops.where(count < 1, 1.0, count) for count in (number, d - number))
+        return floats_to_bytes(ops, 0.0 - below / fewer), floats_to_bytes(ops, above / others)

@@ -131,12 +131,12 @@ class _Joined(_SharedPositions):
         return (Field("values", VALUES[self.values], sum(field.count for _, (field,) in tensors), merged=tensors),)
 
     def positions(self, ops, payload, spec, info):
-        key = info.seed, info.step, ops.home
+        key = info.seed, info.step
         if self.__dict__.get("_drawn", (None,))[0] != key:  # the decoder needs the positions that the encoder drew
             drawn = self.each.draw_each(self.specs, info)
             drawn.flags.writeable = False
-            self.__dict__["_drawn"] = key, ops.upload(drawn)
-        return self.__dict__["_drawn"][1]
+            self.__dict__["_drawn"] = key, drawn
+        return ops.upload(self.__dict__["_drawn"][1])
 
 
 def scale_knob():

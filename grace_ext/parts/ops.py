@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import PayloadError
@@ -44,13 +45,16 @@ class Zeros(NamedTuple):
     array: Array
 
 
+def split(x: Array, ends: np.ndarray) -> list[Array]:
+    """Returns the tensors that end there, as views."""
+    return [x[start:end] for start, end in pairwise([0, *ends.tolist()])]
+
+
 class Ops(ABC):
     """Implements the array protocol for one tensor library (and device)."""
 
     #: Compiled loops (arrays/kernels), by name, for parts that have a fast path; None if there are none.
     kernels: Any = None
-    #: Tells apart where arrays are.
-    home: str = "host"
     #: Whether answers about values stay on the device until `judged` reads them all at once, so that the host need not wait for each.
     defers: bool = False
 
@@ -116,6 +120,10 @@ class Ops(ABC):
     @abstractmethod
     def upload(self, array: np.ndarray) -> Array:
         """Returns a host array as this library's, on its device."""
+
+    def upload_once(self, array: np.ndarray) -> Array:
+        """Returns what `upload` does, for an array that the caller keeps and never changes: the next time it is there already."""
+        return self.upload(array)
 
     @abstractmethod
     def host(self, array: Array) -> np.ndarray:
@@ -196,11 +204,8 @@ class Ops(ABC):
 
     def largest_each(self, x: Array, ends: np.ndarray, counts: np.ndarray) -> Array:
         """Returns int64, ascending: the positions that `top_k` finds of each of the tensors that end there."""
-        found, start = [], 0
-        for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
-            found.append(start + self.top_k(x[start:end], count))
-            start = end
-        return self.concat(found)
+        pieces = zip(ends.tolist(), split(x, ends), counts.tolist(), strict=True)
+        return self.concat([end - len(piece) + self.top_k(piece, count) for end, piece, count in pieces])
 
     @abstractmethod
     def top_k_each(self, x: Array, block: int, k: int) -> Array:
@@ -214,6 +219,14 @@ class Ops(ABC):
     @abstractmethod
     def sums_of_rows(self, rows: Array) -> Array:
         """Returns float64[m]: the sum of each row of float64[m, n], which may be overwritten, in the order of arrays/sums.py."""
+
+    def sums_of_each(self, x: Array, ends: np.ndarray) -> Array:
+        """Returns float64: the sum of the magnitudes of each of the tensors that end there, as `block_norms` of a tensor of one block."""
+        return self.concat([self.block_norms(piece, len(piece), 1) for piece in split(x, ends)])
+
+    def owners(self, ends: np.ndarray, size: int) -> Array:
+        """Returns int64[size]: the number of the tensor, of those that end there, to which each place belongs."""
+        return self.rank_among(self.upload(ends), self.arange(size))
 
     @abstractmethod
     def total(self, x: Array) -> float:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from grace_ext import grace
+from grace_ext.arrays.numpy import NumpyOps
 from grace_ext.compressors.forms.batched import BatchedSelecting
+from grace_ext.compressors.forms.batched_signs import BatchedSigns
+from grace_ext.compressors.forms.merged import Merged
 from grace_ext.errors import PayloadError
 from grace_ext.frameworks.torch.ops import TorchOps
 from grace_ext.parts.tensor import StepInfo, TensorSpec
@@ -18,12 +21,13 @@ SIZES = {"odd": 1000, "one": 1, "few": 7, "long": 20_011, "square": 4096}
 SPECS = tuple(TensorSpec(name, (size,)) for name, size in SIZES.items())
 WHOLE = TensorSpec("all", (sum(SIZES.values()),))
 INFO = StepInfo(3, 0, 2, 2, 0, None, WHOLE.size)
-COMPRESSORS = ["topk(ratio=0.01)", "topk(ratio=0.4)", "topk(ratio=1)", "topk(ratio=0.03, values='fp16')"]
+SPARSE = ["topk(ratio=0.01)", "topk(ratio=0.4)", "topk(ratio=1)", "topk(ratio=0.03, values='fp16')"]
+COMPRESSORS = [*SPARSE, "efsignsgd", "onebit"]
 
 
-def batched(text: str) -> tuple[BatchedSelecting, TorchOps]:
+def batched(text: str) -> tuple[Merged, TorchOps]:
     found = grace(f"{text} + none").compressor.batched(SPECS)
-    assert isinstance(found, BatchedSelecting)
+    assert isinstance(found, BatchedSelecting | BatchedSigns)
     return found, TorchOps("cpu").deferring()
 
 
@@ -56,7 +60,7 @@ def test_the_mean_is_that_of_each_rank(text):
     assert np.allclose(mean.double().numpy(), expected.numpy(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("text", COMPRESSORS[:2])
+@pytest.mark.parametrize("text", SPARSE[:2])
 def test_any_broken_payload_is_refused_and_names_its_rank(text):
     """Whatever byte of the positions changes: what decodes to other positions is valid, all else is an error, and never a crash."""
     whole, ops = batched(text)
@@ -85,7 +89,31 @@ def test_values_that_are_not_finite_are_refused():
         ops.judged([])
 
 
-@pytest.mark.parametrize("text", ["topk(ratio=0.02) + residual", "none + none", "fp16 + none", "randomk(ratio=0.1) + residual(beta=0.9)"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_scales_that_cannot_be_are_refused(value):
+    whole, ops = batched("efsignsgd")
+    payloads = [whole.compress(ops, torch.from_numpy(values(rank)), WHOLE, INFO, {})[0] for rank in range(2)]
+    payloads[1][0][:4] = torch.from_numpy(np.float32([value]).view(np.uint8))
+    whole.combine(ops, payloads, WHOLE, INFO)
+    with pytest.raises(PayloadError, match="rank 1 for 'odd, .*negative or not finite"):
+        ops.judged([])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (2048,), (2047, 2049, 4096, 5000), (3, 700, 100_000, 1), tuple(range(1, 40))])
+def test_the_sums_of_all_tensors_have_the_bits_of_each(sizes):
+    """Where a tensor is among others, and how long they are, does not matter; short ones fold as if they were alone."""
+    draws = np.random.default_rng(len(sizes))
+    x = (draws.standard_normal(sum(sizes)) * 10 ** draws.uniform(-8, 8, sum(sizes))).astype(np.float32)
+    ends, plain = np.cumsum(sizes), NumpyOps()
+    found = TorchOps("cpu").sums_of_each(torch.from_numpy(x), ends).numpy()
+    expected = [plain.block_norms(piece, len(piece), 1)[0] for piece in np.split(x, ends[:-1])]
+    assert found.tobytes() == np.array(expected).tobytes() == plain.sums_of_each(x, ends).tobytes()
+
+
+BUCKETS = ["efsignsgd + residual", "onebit + residual(beta=0.9)", "efsignsgd(block=64) + residual", "topk(ratio=0.02) + residual"]
+
+
+@pytest.mark.parametrize("text", [*BUCKETS, "none + none", "fp16 + none", "randomk(ratio=0.1) + residual(beta=0.9)"])
 def test_a_bucket_equals_that_of_the_host(text):
     """A device, whose ranks batch, and a host, whose ranks do not, end with the same bits."""
     by_name = {world.name: world for world in WITH_DEVICE}

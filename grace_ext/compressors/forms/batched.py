@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -85,11 +85,8 @@ class BatchedSelecting(Merged):
         return Places(**found, coded=None if coded.all() else np.flatnonzero(coded), order=order)
 
     def _on(self, ops: Ops) -> Places:
-        """Returns `_places` in the library's arrays, made once."""
-        held: dict[Any, Places] = self.__dict__.setdefault("_held", {})
-        if ops.home not in held:
-            held[ops.home] = Places._make(None if array is None else ops.upload(array) for array in self._places)
-        return held[ops.home]
+        """Returns `_places` in the library's arrays."""
+        return Places._make(None if array is None else ops.upload_once(array) for array in self._places)
 
     # --- one rank's payload -------------------------------------------------------------------------------------------
     def compress(self, ops, x, spec, info, state):

@@ -11,11 +11,12 @@ import numpy as np
 from ...errors import PayloadError
 from ..base import Compressor, sent_by
 from ..fast_path import Fused
+from .batched_signs import BatchedSigns
 from .merged import Merged
 from .scales import blocks
 
 if TYPE_CHECKING:
-    from ...parts.ops import Ops
+    from ...parts.ops import Array, Ops
     from ..fast_path import Payload
 
 
@@ -32,7 +33,7 @@ class TwoSided(Compressor):
         """Returns what elements below zero decode to, and the others: float32[number of blocks] each. Raises PayloadError."""
 
     @abstractmethod
-    def floats(self, ops: Ops, sums: np.ndarray, d: np.ndarray) -> Payload:
+    def floats(self, ops: Ops, sums: Array, d: Array) -> Payload:
         """Returns the payload's floats for tensors of one block each, with `d` elements, from the sums of each."""
 
     def decompress(self, ops, payload, spec, info):
@@ -63,6 +64,17 @@ class TwoSided(Compressor):
         (below,), (above,) = self.sides(ops, floats)
         ops.kernels.subtract_signs(x, below, above)
         return Fused((*floats, signs), x)
+
+    def sums(self, ops: Ops, x: Array, ends: np.ndarray) -> Array:
+        """Returns float64[number_of_sums, tensors]: what `floats` needs, of the tensors that end there."""
+        if self.number_of_sums == 1:
+            return ops.sums_of_each(x, ends)[None]
+        below = x < 0
+        parts = ops.where(below, x, 0.0), ops.where(below, 0.0, x), ops.cast(ops.as_int(below), "float32")
+        return [ops.sums_of_each(part, ends) for part in parts]
+
+    def batched(self, specs):
+        return BatchedSigns(self, specs) if all(blocks(spec.size, self.block)[1] == 1 for spec in specs) else None
 
     def merged(self, specs):
         return MergedSigns(self, specs) if all(blocks(spec.size, self.block)[1] == 1 for spec in specs) else None

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...arrays import sums
 from ...arrays.numpy import LARGEST, NumpyOps, saturated
 from ...parts import rng
 from ...parts.field import HALVES, INTEGERS
 from ...parts.ops import Flag
 from ...parts.tensor import TensorSpec
-from .deferring import DeferringOps
 from .precision import full_precision
+from .summing import SummingOps
 
 MASK32 = 0xFFFFFFFF
 #: By width: integers of which a code that is no negative number has the right bits.
@@ -84,14 +83,14 @@ class HostOps(NumpyOps):
         return tensor.numpy()
 
 
-class TorchOps(DeferringOps):
+class TorchOps(SummingOps):
     """Operations for torch tensors on one device, by torch operations only."""
 
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
         # Before 2.7 torch has nonzero_static for CPUs only.
         self._static = self.device.type == "cpu" or (self.device.type == "cuda" and VERSION >= (2, 7))
-        self.home = str(self.device)
+        self._uploaded: dict[int, tuple[np.ndarray, torch.Tensor]] = {}  # by the array's identity
         self._required = []
 
     def describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
@@ -124,6 +123,11 @@ class TorchOps(DeferringOps):
         # CUDA copies pageable memory to a buffer of its own before it returns, so that nobody has to wait. Other devices do not promise it.
         tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def upload_once(self, array: np.ndarray) -> torch.Tensor:
+        if id(array) not in self._uploaded:
+            self._uploaded[id(array)] = array, self.upload(array)
+        return self._uploaded[id(array)][1]
 
     def host(self, array: torch.Tensor) -> np.ndarray:
         return array.cpu().numpy()
@@ -181,28 +185,6 @@ class TorchOps(DeferringOps):
     def any_nonzero(self, x: torch.Tensor) -> bool:
         return bool((x != 0).any())
 
-    def block_norms(self, x: torch.Tensor, block: int, order: float) -> torch.Tensor:
-        if not len(x):
-            return self.zeros(0, "float64")
-        rows = self._rows(x, min(block, len(x)))
-        if order == np.inf:
-            return rows.abs().amax(dim=1)
-        found = sums.row_sums(rows.abs_() if order == 1 else rows.square_(), add=self._in_order)
-        return found if order == 1 else found.sqrt()
-
-    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns `sums.in_order`: running sums down the columns of a matrix are made in order, those of a vector may be made in a tree."""
-        if rows.shape[1] == 1:
-            return rows[:, 0]
-        columns = rows.T if len(rows) > 1 else torch.cat([rows, torch.zeros_like(rows)]).T
-        return torch.cumsum(columns.contiguous(), 0)[-1, : len(rows)]
-
-    def _rows(self, x: torch.Tensor, block: int) -> torch.Tensor:
-        """Returns `sums.in_blocks`; without zeros first, if nothing is left of them."""
-        if len(x) % block or (block > sums.PIECE and block % sums.PIECE):
-            return sums.in_blocks(self, x, block)
-        return x.to(torch.float64, copy=True).reshape(-1, block)
-
     def top_k(self, x: torch.Tensor, k: int) -> torch.Tensor:
         if k >= len(x):
             return self.arange(len(x))
@@ -217,14 +199,10 @@ class TorchOps(DeferringOps):
             return super().largest_each(x, ends, counts)
         # One sort of all: by tensor, then by magnitude, the largest first; a stable sort keeps equals in order.
         sizes, taken = np.diff(ends, prepend=0), np.cumsum(counts)
-        keys = (self._owners(ends, len(x)) << 32) - (x.view(torch.int32) & 0x7FFFFFFF)
+        keys = (self.owners(ends, len(x)) << 32) - (x.view(torch.int32) & 0x7FFFFFFF)
         order = torch.sort(keys, stable=True).indices
-        shift = self.upload((ends - sizes) - (taken - counts))[self._owners(taken, int(taken[-1]))]
+        shift = self.upload((ends - sizes) - (taken - counts))[self.owners(taken, int(taken[-1]))]
         return torch.sort(order[self.arange(len(shift)) + shift]).values
-
-    def _owners(self, ends: np.ndarray, size: int) -> torch.Tensor:
-        """Returns int64[size]: the number of the tensor, of those that end there, to which each place belongs."""
-        return torch.searchsorted(self.upload(ends), self.arange(size), right=True)
 
     def _ones(self, mask: torch.Tensor, count: int) -> torch.Tensor:
         """Returns the positions where the mask holds, of which there are `count`; so the host need not wait for their number."""
@@ -242,15 +220,9 @@ class TorchOps(DeferringOps):
     def at_least(self, x: torch.Tensor, threshold: float) -> torch.Tensor:
         return torch.nonzero((x.abs() >= float(np.float32(threshold))) & (x != 0)).reshape(-1)
 
-    def sums_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        return sums.row_sums(sums.filled(self, rows), add=self._in_order)
-
     def multiply(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         with full_precision() if self.device.type == "cuda" else nullcontext():
             return a @ b
-
-    def total(self, x: torch.Tensor) -> float:
-        return float(sums.row_sums(self._rows(x, len(x)), add=self._in_order)[0]) if len(x) else 0.0
 
     def largest(self, x: torch.Tensor) -> float:
         return float(x.abs().max()) if len(x) else 0.0
