@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from typing import NamedTuple
 
 #: Where launchers say which rank a process is. torchrun's own comes first: srun may have started the torchrun.
 RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -103,8 +104,25 @@ class CollectiveError(GraceError, RuntimeError):
         )
 
 
-#: Who sent the payload that is being decoded, and for which parameter: for requirements that are looked at later (Ops.require).
-sender: ContextVar[tuple[int, str] | None] = ContextVar("sender", default=None)
+class Sender(NamedTuple):
+    """Says who sent a payload, and for which parameter. explain: raises a PayloadError that says more, if there is one."""
+
+    rank: int
+    parameter: str
+    explain: Callable[[], object] | None = None
+
+    def blamed(self, error: PayloadError) -> PayloadError:
+        """Returns the error with what is known of the payload."""
+        try:
+            if self.explain is not None:
+                self.explain()
+        except PayloadError as better:
+            return better
+        return error.at(self.rank, self.parameter)
+
+
+#: Of the payload that is being decoded: for requirements that are looked at later (Ops.require).
+sender: ContextVar[Sender | None] = ContextVar("sender", default=None)
 
 
 class PayloadError(GraceError, RuntimeError):

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from ..errors import NOT_FLAGGED, PayloadError, sender
+from ..errors import NOT_FLAGGED, PayloadError, Sender, sender
 from ..parts.fast_ops import fast
 from ..parts.field import Field
 from ..parts.ops import Zeros
@@ -265,12 +265,13 @@ def naming(parameter: str) -> Iterator[None]:
 
 
 @contextmanager
-def sent_by(rank: int, parameter: str) -> Iterator[None]:
-    """Says in a PayloadError who sent the payload, and for what."""
-    before = sender.set(sender.get() or (rank, _named.get() or parameter))  # who said so first knows the parameter's own name
+def sent_by(rank: int, parameter: str, explain: Callable[[], object] | None = None) -> Iterator[None]:
+    """Says in a PayloadError who sent the payload, and for what. explain: raises a PayloadError that says more, if there is one."""
+    who = sender.get() or Sender(rank, _named.get() or parameter, explain)  # who said so first knows the parameter's own name
+    before = sender.set(who)
     try:
         yield
     except PayloadError as error:
-        raise error.at(rank, parameter) from None
+        raise (who.blamed(error) if explain else error.at(rank, parameter)) from None
     finally:
         sender.reset(before)

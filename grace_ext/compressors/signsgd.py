@@ -11,6 +11,7 @@ from ..parts.part import knob
 from . import register
 from .base import Compressor, sent_by
 from .fast_path import Fused
+from .forms.batched_signs import BatchedSigns
 from .forms.scales import blocks
 
 # Added for each rank that votes in the block: turns a tie into +1, reverses no majority, and keeps float32 sums of up to 1,023 ranks exact.
@@ -83,6 +84,21 @@ class _Vote(Compressor):
         ballots = [signs for (_, signs), voted in zip(payloads, votes, strict=True) if voted]
         ops.kernels.vote(total, ops.concat([ops.pack_signs(total[:0]), *ballots]), len(ballots), np.float32(plus and bool(ballots)))
         return total
+
+    def batched(self, specs):
+        return BatchedSigns(self, specs) if all(self._blocks(spec)[1] == 1 for spec in specs) else None
+
+    def heads_of(self, ops, x, ends, sizes):
+        """Returns which of the tensors that end there are not all zeros: uint8, 1 or 0 for each; see BatchedSigns."""
+        return (ops.pack(ops.as_int(ops.sums_of_each(x, ends) > 0), 8),)
+
+    def sides_of(self, ops, heads, summing):
+        """Returns what elements below zero are worth, and the others; with what breaks ties if ranks are summed."""
+        votes = heads[0]
+        ops.require((votes <= 1).all(), "has vote flags above 1, for 1 block each")
+        votes = ops.cast(votes, "float32")
+        tie = votes * (TIE_BREAK if summing and self.ties == "plus" else 0)
+        return tie - votes, tie + votes
 
     def counts(self, ops, payload, spec, info):
         """Returns int64: this rank's ballot in a form that can be summed, and for each block whether it votes."""

@@ -52,7 +52,13 @@ def test_the_host_waits_only_where_the_step_ends(text):
     assert waited[-tool.RANKS :] == [1] * tool.RANKS and costs["waits"] == 1
 
 
-@pytest.mark.parametrize("text", ["none + none", "fp16 + none", "topk(ratio=0.01) + residual", "randomk(ratio=0.01) + residual(beta=0.9)"])
+TOGETHER = [
+    "none + none", "fp16 + none", "topk(ratio=0.01) + residual", "randomk(ratio=0.01) + residual(beta=0.9)", "signsgd + none",
+    "efsignsgd + residual", "onebit + residual",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TOGETHER)
 def test_launches_do_not_grow_with_the_tensors(text):
     few, many = (tool.measure(text, ((40, 40),) * number)["launches"] for number in (2, 60))
     assert few == many

@@ -110,7 +110,7 @@ class BatchedSelecting(Merged):
         """Returns (int64[n, m]: the positions, ascending; float32[n, m]: the values). Raises PayloadError."""
         data, at = ops.concat([payload for (payload,) in payloads]).reshape(len(payloads), -1), self._on(ops)
         values = ops.from_bytes(data[:, at.values_in].reshape(-1), self.each.wire).reshape(len(data), -1)
-        self._require(ops, (abs(values) < np.inf).all(1), "has a value that is not finite")
+        self._require(ops, (abs(values) < np.inf).all(1), data, "has a value that is not finite")
         if not len(at.starts):
             return ops.arange(len(data)).reshape(-1, 1) * 0 + at.whole, values
         ones, right = ops.ones_of(data[:, at.high_in].reshape(-1), len(data) * len(at.starts))
@@ -122,29 +122,27 @@ class BatchedSelecting(Merged):
             bits = bits[:, ops.within(at.low_at - 8 * len(at.high_in), bits.shape[1])].reshape(*own.shape, -1)
             low = self._low_bits(ops)
             own = own | ((bits << low) * ops.as_int(low < at.low[:, None])).sum(-1)
-        self._require(ops, ((own >= 0) & (own < at.sizes)).all(1), "has an index out of range")
+        self._require(ops, ((own >= 0) & (own < at.sizes)).all(1), data, "has an index out of range")
         positions = ops.within(own + at.starts, int(self.ends[-1]))
         if at.coded is not None:
             every = ops.arange(len(data)).reshape(-1, 1) * 0 + at.whole
             every[:, at.coded] = positions
             positions = every
-        self._require(ops, (positions[:, 1:] > positions[:, :-1]).all(1), "has indices that repeat or are out of order")
+        self._require(ops, (positions[:, 1:] > positions[:, :-1]).all(1), data, "has indices that repeat or are out of order")
         return positions, values
 
-    def _require(self, ops: Ops, by_rank: Array, otherwise: str) -> None:
+    def _require(self, ops: Ops, by_rank: Array, data: Array, otherwise: str) -> None:
         def blame() -> None:
-            raise PayloadError(otherwise, int(ops.host(ops.as_int(by_rank)).argmin()), ", ".join(spec.name for spec in self.specs))
+            rank = int(ops.host(ops.as_int(by_rank)).argmin())
+            self.explain(ops, (data[rank],), rank)
+            raise PayloadError(otherwise, rank, ", ".join(spec.name for spec in self.specs))
 
         ops.require(by_rank.all(), blame)
 
     def _blame(self, ops: Ops, data: Array) -> None:
         """Raises the PayloadError of the rank whose positions cannot be decoded."""
         for rank in range(len(data)):
-            for own, payload in zip(self.specs, self._apart(ops, (data[rank],), rank), strict=True):
-                try:
-                    self.each.decompress(ops, payload, own, None)
-                except PayloadError as error:
-                    raise error.at(rank, own.name) from None
+            self.explain(ops, (data[rank],), rank)
 
     def combine(self, ops, payloads, spec, info, out=None):
         total, (positions, values) = ops.zeros(spec.size), self._decoded(ops, payloads)

@@ -1,9 +1,9 @@
-"""Compresses all tensors of a bucket as one, for devices, if they are sent as signs and a few floats of each; see batched.py."""
+"""Compresses all tensors of a bucket as one, for devices, if they are sent as signs and a few bytes of each; see batched.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class BatchedSigns(Merged):
-    """Handles the tensors of a bucket for a TwoSided compressor, each of one block.
+    """Handles the tensors of a bucket, each of one block, for a compressor that sends a head and signs, and has `heads_of` and `sides_of`.
 
     Signs are packed, and sums of the ranks made, of the tensors laid end to end with gaps, so that each begins with a whole byte."""
 
     @cached_property
-    def _number(self) -> int:
-        """How many floats are sent of each tensor."""
-        return len(self.each.fields(self.specs[0])) - 1
+    def _fields_of_head(self) -> list[int]:
+        """The bytes of each field that comes before a tensor's signs."""
+        return [field.max_bytes for field in self.each.fields(self.specs[0])[:-1]]
 
     @cached_property
     def _widths(self) -> np.ndarray:
@@ -39,13 +39,14 @@ class BatchedSigns(Merged):
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes in the payload: (of the floats, the first of all tensors, then the second of all; of the signs)."""
-        floats, signs, at = [], [], 0
+        """The bytes in the payload: (of the heads, the first field of all tensors, then the second of all; of the signs)."""
+        number, width, at = len(self._fields_of_head), self._fields_of_head[0], 0
+        heads, signs = [], []
         for count in self._bytes:
-            floats.append(at + np.arange(4 * self._number).reshape(self._number, 4))
-            signs.append(at + 4 * self._number + np.arange(count))
-            at += 4 * self._number + count
-        return np.stack(floats, axis=1).reshape(-1), np.concatenate(signs)
+            heads.append(at + np.arange(number * width).reshape(number, width))
+            signs.append(at + number * width + np.arange(count))
+            at += number * width + count
+        return np.stack(heads, axis=1).reshape(-1), np.concatenate(signs)
 
     def _with_gaps(self, ops: Ops, x: Array) -> Array:
         gap, pieces = ops.zeros(7) - 1, []  # of negative numbers, whose bits are 0 as those that fill up a byte
@@ -58,31 +59,31 @@ class BatchedSigns(Merged):
         return ops.concat([x[start : start + size] for start, size in zip(starts, self.sizes.tolist(), strict=True)])
 
     def compress(self, ops, x, spec, info, state):
-        floats = self.each.floats(ops, self.each.sums(ops, x, self.ends), ops.upload_once(self._widths))
+        heads, width = self.each.heads_of(ops, x, self.ends, ops.upload_once(self._widths)), self._fields_of_head[0]
         signs, pieces = ops.pack_signs(self._with_gaps(ops, x)), []
         for tensor, (start, end) in enumerate(pairwise(np.cumsum([0, *self._bytes]).tolist())):
-            pieces += [*(each[4 * tensor : 4 * tensor + 4] for each in floats), signs[start:end]]
+            pieces += [*(each[width * tensor : width * tensor + width] for each in heads), signs[start:end]]
         return (ops.concat(pieces),), state
 
-    def _sum(self, ops: Ops, payloads: Sequence[Payload]) -> Array:
+    def _sum(self, ops: Ops, payloads: Sequence[Payload], summing: bool) -> Array:
         """Returns the sum of the ranks' elements, in rank order. Raises PayloadError."""
         data = ops.concat([payload for (payload,) in payloads]).reshape(len(payloads), -1)
-        floats_at, signs_at = (ops.upload_once(places) for places in self._places)
-        floats = data[:, floats_at].reshape(len(data), self._number, -1)
+        heads_at, signs_at = (ops.upload_once(places) for places in self._places)
+        heads = data[:, heads_at].reshape(len(data), len(self._fields_of_head), -1)
         count, name = 8 * len(signs_at), ", ".join(spec.name for spec in self.specs)
         signs = ops.unpack_signs(data[:, signs_at].reshape(-1), len(data) * count).reshape(len(data), -1)
         owner, total = ops.owners(np.cumsum(self._bytes) * 8, count), ops.zeros(count)
         for rank in range(len(data)):
-            with sent_by(rank, name):
-                below, above = self.each.sides(ops, tuple(floats[rank]))
+            with sent_by(rank, name, partial(self.explain, ops, (data[rank],), rank)):
+                below, above = self.each.sides_of(ops, tuple(heads[rank]), summing)
             total += ops.where(signs[rank] > 0, above[owner], below[owner])
         return self._without_gaps(ops, total)
 
     def combine(self, ops, payloads, spec, info, out=None):
-        return self.aggregate(ops, self._sum(ops, payloads), spec, info)
+        return self.each.aggregate(ops, self._sum(ops, payloads, True), spec, info)
 
     def decompress(self, ops, payload, spec, info):
-        return self._sum(ops, [payload])
+        return self._sum(ops, [payload], False)
 
     def add_all(self, ops: Any, total: Array, payloads: Sequence[Payload], spec: Any, info: Any) -> bool:
         total[:] = self.combine(ops, payloads, spec, info)

@@ -18,7 +18,7 @@ from ...parts.field import Field
 from ...parts.ops import Array, Ops
 from ...parts.payload import pack, unpack
 from ...parts.tensor import StepInfo, TensorSpec
-from ..base import Compressor
+from ..base import Compressor, sent_by
 from ..fast_path import Payload
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ class Merged(Compressor):
     def _apart(self, ops: Ops, payload: Payload, rank: int) -> list[Payload]:
         """Returns each tensor's own payload. Raises PayloadError."""
         return list(unpack(ops, payload[0], fields_of(self.each, self.specs), rank))
+
+    def explain(self, ops: Ops, payload: Payload, rank: int) -> None:
+        """Raises the PayloadError of the tensor at fault, if a payload cannot be decoded. For compressors that decode without StepInfo."""
+        info: Any = None
+        for own, its in zip(self.specs, self._apart(ops, payload, rank), strict=True):
+            with sent_by(rank, own.name):
+                self.each.decompress(ops, its, own, info)
 
     def _whole(self, ops: Ops, payloads: Iterator[Payload]) -> Payload:
         """Joins the tensors' own payloads: the inverse of `_apart`."""

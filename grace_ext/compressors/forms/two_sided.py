@@ -65,13 +65,18 @@ class TwoSided(Compressor):
         ops.kernels.subtract_signs(x, below, above)
         return Fused((*floats, signs), x)
 
-    def sums(self, ops: Ops, x: Array, ends: np.ndarray) -> Array:
-        """Returns float64[number_of_sums, tensors]: what `floats` needs, of the tensors that end there."""
+    def heads_of(self, ops: Ops, x: Array, ends: np.ndarray, sizes: Array) -> Payload:
+        """Returns the `floats` of the tensors that end there; sizes: float64, their elements."""
         if self.number_of_sums == 1:
-            return ops.sums_of_each(x, ends)[None]
-        below = x < 0
-        parts = ops.where(below, x, 0.0), ops.where(below, 0.0, x), ops.cast(ops.as_int(below), "float32")
-        return [ops.sums_of_each(part, ends) for part in parts]
+            parts: tuple[Array, ...] = (x,)
+        else:
+            below = x < 0
+            parts = ops.where(below, x, 0.0), ops.where(below, 0.0, x), ops.cast(ops.as_int(below), "float32")
+        return self.floats(ops, [ops.sums_of_each(part, ends) for part in parts], sizes)
+
+    def sides_of(self, ops: Ops, heads: Payload, summing: bool) -> tuple[Array, Array]:
+        """Returns `sides`, for the sum of all ranks or for what one rank sent."""
+        return self.sides(ops, heads)
 
     def batched(self, specs):
         return BatchedSigns(self, specs) if all(blocks(spec.size, self.block)[1] == 1 for spec in specs) else None

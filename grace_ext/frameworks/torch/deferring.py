@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...errors import PayloadError, sender
+from ...errors import PayloadError, Sender, sender
 from ...parts.ops import Flag, Ops
 
 
@@ -15,7 +15,7 @@ class DeferringOps(Ops):
     """The base of TorchOps. `deferring` returns a copy that defers: whose answers about values are flags on the device."""
 
     #: (whether it holds, what to say else, who sent the payload and for which parameter), of each requirement that was put off.
-    _required: list[tuple[torch.Tensor, str | Callable[[], object], tuple[int, str] | None]]
+    _required: list[tuple[torch.Tensor, str | Callable[[], object], Sender | None]]
 
     def deferring(self) -> DeferringOps:
         own = copy.copy(self)
@@ -39,7 +39,7 @@ class DeferringOps(Ops):
             try:
                 super().require(holds, otherwise)
             except PayloadError as error:
-                raise (error.at(*who) if who else error) from None
+                raise (who.blamed(error) if who else error) from None
             finally:
                 self.defers = True
         return answers[: len(flags)]
