@@ -67,7 +67,9 @@ def test_any_broken_payload_is_refused_and_names_its_rank(text):
     whole, ops = batched(text)
     good = [whole.compress(ops, torch.from_numpy(values(rank)), WHOLE, INFO, {})[0] for rank in range(2)]
     draws, refused = np.random.default_rng(1), 0
-    for at in draws.choice(np.concatenate([whole._places.high_in, whole._places.low_in]), 200, replace=False):
+    _, *index = whole._bytes
+    places = [np.arange(its.total) + its.shift[np.searchsorted(its.ends, np.arange(its.total), side="right")] for its in index]
+    for at in draws.choice(np.concatenate(places), 200, replace=False):
         broken = good[1][0].clone()
         broken[at] ^= int(draws.integers(1, 256))
         try:

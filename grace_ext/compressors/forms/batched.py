@@ -21,30 +21,42 @@ if TYPE_CHECKING:
     from ..fast_path import Payload
 
 
-class Places(NamedTuple):
-    """Says where the values and the positions of all tensors are in the payload of the whole. m: the number of sent elements; c: of those
-    whose positions are coded, because not all elements of their tensor are sent; b: the most low bits of a position.
+class Stretches(NamedTuple):
+    """Says where one kind of bytes of all tensors is in the payload of the whole. ends: where each tensor's end, if only they are laid end
+    to end; shift: from there to their place in the payload."""
 
-    starts, sizes: int64[c], of each element's tensor. low: int64[c], its low bits. high: int64[c]: its bit among all high parts, less what
-    its position adds to it. low_at: int64[c * b]: its low bits among all bits, the high parts first; those that it does not have are at the
-    end, where nothing is. coded: int64[c], which elements these are; None if all. whole: int64[m]: the positions of the others.
-    values_in, high_in, low_in: the bytes of values and of these parts in the payload. order: of its bytes, of these three in a row."""
+    ends: np.ndarray
+    shift: np.ndarray
 
-    starts: np.ndarray
-    sizes: np.ndarray
+    @property
+    def total(self) -> int:
+        """How many bytes of this kind there are."""
+        return int(self.ends[-1])
+
+    def places(self, ops: Ops) -> Array:
+        """Returns int64: the places of these bytes in the payload."""
+        return ops.arange(self.total) + ops.upload_once(self.shift)[ops.owners(self.ends, self.total)]
+
+
+class Coded(NamedTuple):
+    """Describes, for each tensor whose positions are coded, because not all of its elements are sent: int64[tensors] each.
+
+    start, size: of the tensor in the array. first: the place of its first sent element among those of all of them. low, step: of its code
+    (positions.parts_of_code). high_at, low_at: its first bit among the high parts, and among the low bits, of all of them."""
+
+    start: np.ndarray
+    size: np.ndarray
+    first: np.ndarray
     low: np.ndarray
-    high: np.ndarray
+    step: np.ndarray
+    high_at: np.ndarray
     low_at: np.ndarray
-    coded: np.ndarray | None
-    whole: np.ndarray
-    values_in: np.ndarray
-    high_in: np.ndarray
-    low_in: np.ndarray
-    order: np.ndarray
 
 
 class BatchedSelecting(Merged):
-    """Handles the tensors of a bucket for a compressor that sends the largest elements of each, with positions coded as 'auto' says."""
+    """Handles the tensors of a bucket for a compressor that sends the largest elements of each, with positions coded as 'auto' says.
+
+    What is kept from step to step has one number per tensor; one per sent element could be more than the residual."""
 
     @cached_property
     def most(self) -> np.ndarray:
@@ -52,84 +64,109 @@ class BatchedSelecting(Merged):
         return np.array([self.each.most(spec.size) for spec in self.specs])
 
     @cached_property
-    def _places(self) -> Places:
-        item, at, high_bits, low_bits = ITEMSIZE[self.each.wire], 0, 0, 0
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in Places._fields}
-        tensors = list(zip(self.most.tolist(), self.sizes.tolist(), self.ends.tolist(), strict=True))
-        deepest = max(parts_of_code(k, d)[0] for k, d, _ in tensors)
-        for k, d, end in tensors:
-            rank, start = np.arange(k), end - d
-            low, step, low_bytes = parts_of_code(k, d)
-            code = index_bytes(k, d)
-            inside = np.arange(at, at + item * k + code)
-            columns["values_in"].append(inside[: item * k])
-            columns["low_in"].append(inside[item * k : item * k + low_bytes])
-            columns["high_in"].append(inside[item * k + low_bytes :])
-            columns["whole"].append(start + rank)
-            columns["coded"].append(np.full(k, k < d))
-            if k < d:
-                columns["starts"].append(np.full(k, start))
-                columns["sizes"].append(np.full(k, d))
-                columns["low"].append(np.full(k, low))
-                columns["high"].append(high_bits + step * rank)
-                bit = np.arange(deepest)
-                columns["low_at"].append(np.where(bit < low, low_bits + low * rank[:, None] + bit, -1).reshape(-1))
-            at += len(inside)
-            high_bits += 8 * (code - low_bytes)
-            low_bits += 8 * low_bytes
-        found = {name: np.concatenate(arrays or [np.zeros(0, np.int64)]) for name, arrays in columns.items() if name != "order"}
-        found["low_at"] = np.where(found["low_at"] < 0, high_bits + low_bits, high_bits + found["low_at"])
-        coded = found.pop("coded")
-        order = np.empty(at, np.int64)
-        order[np.concatenate([found["values_in"], found["high_in"], found["low_in"]])] = np.arange(at)
-        return Places(**found, coded=None if coded.all() else np.flatnonzero(coded), order=order)
+    def _codes(self) -> list[tuple[int, int, int]]:
+        """`parts_of_code` of each tensor."""
+        return [parts_of_code(k, d) for k, d in zip(self.most.tolist(), self.sizes.tolist(), strict=True)]
 
-    def _on(self, ops: Ops) -> Places:
-        """Returns `_places` in the library's arrays."""
-        return Places._make(None if array is None else ops.upload_once(array) for array in self._places)
+    @cached_property
+    def _bytes(self) -> tuple[Stretches, Stretches, Stretches]:
+        """Where the values, the low bits and the high parts are; each tensor has them in this order."""
+        low = np.array([code[2] for code in self._codes])
+        index = np.array([index_bytes(k, d) for k, d in zip(self.most.tolist(), self.sizes.tolist(), strict=True)])
+        counts = np.stack([ITEMSIZE[self.each.wire] * self.most, low, index - low])
+        starts = np.cumsum(counts.T.reshape(-1)).reshape(-1, 3).T - counts
+        ends = np.cumsum(counts, axis=1)
+        values_in, low_in, high_in = (Stretches(its, start - its + count) for its, start, count in zip(ends, starts, counts, strict=True))
+        return values_in, low_in, high_in
+
+    @cached_property
+    def _coded(self) -> Coded:
+        coded = self.most < self.sizes
+        low, step, low_bytes = np.array(self._codes).T
+        high_bytes = np.diff(self._bytes[2].ends, prepend=0)
+        most = self.most * coded
+        columns = (
+            self.ends - self.sizes, self.sizes, np.cumsum(most) - most, low, step,
+            8 * (np.cumsum(high_bytes) - high_bytes), 8 * (np.cumsum(low_bytes) - low_bytes),
+        )  # fmt: skip
+        return Coded(*(np.ascontiguousarray(column[coded]) for column in columns))
+
+    @cached_property
+    def _coded_ends(self) -> np.ndarray:
+        """Where each coded tensor's sent elements end."""
+        return np.cumsum(self.most[self.most < self.sizes])
+
+    @cached_property
+    def _runs(self) -> list[tuple[slice, slice | None]]:
+        """Of each tensor: its sent elements among those of all; among those with coded positions, None if it is sent whole."""
+        runs, at = [], 0
+        for end, k, d in zip(np.cumsum(self.most).tolist(), self.most.tolist(), self.sizes.tolist(), strict=True):
+            runs.append((slice(end - k, end), slice(at, at + k) if k < d else None))
+            at += k * (k < d)
+        return runs
+
+    def _elements(self, ops: Ops) -> tuple[Coded, Array]:
+        """Returns `_coded` of each sent element with a coded position, and its place among those of its tensor."""
+        owner = ops.owners(self._coded_ends, int(self._coded_ends[-1]))
+        found = Coded._make(ops.upload_once(column)[owner] for column in self._coded)
+        return found, ops.arange(len(owner)) - found.first
+
+    def _low_places(self, ops: Ops, of: Coded, rank: Array, beyond: int) -> tuple[Array, Array]:
+        """Returns int64[m, b]: the place of each low bit among the low bits of all, and `beyond` for those that an element does not have;
+        and int64[b]: 0, 1, ..."""
+        bit = ops.arange(int(self._coded.low.max()))
+        return ops.where(bit < of.low[:, None], (of.low_at + rank * of.low)[:, None] + bit, beyond), bit
 
     # --- one rank's payload -------------------------------------------------------------------------------------------
     def compress(self, ops, x, spec, info, state):
-        positions, at = ops.largest_each(x, self.ends, self.most), self._on(ops)
-        pieces = [ops.to_bytes(x[positions], self.each.wire)]
-        if len(at.starts):
-            own = (positions if at.coded is None else positions[at.coded]) - at.starts
-            bits = ops.zeros(8 * (len(at.high_in) + len(at.low_in)) + 1, "uint8")
-            bits[(own >> at.low) + at.high] = 1
-            if len(at.low_at):
-                bits[at.low_at] = ops.cast((own[:, None] >> self._low_bits(ops)) & 1, "uint8").reshape(-1)
-            pieces.append(ops.pack(bits[:-1], 1))
-        return (ops.concat(pieces)[at.order],), state
-
-    def _low_bits(self, ops: Ops) -> Array:
-        """Returns int64[b]: 0, 1, ..."""
-        return ops.arange(len(self._places.low_at) // len(self._places.starts))
+        positions, (values, low, high) = ops.largest_each(x, self.ends, self.most), self._bytes
+        payload = ops.zeros(values.total + low.total + high.total, "uint8")
+        payload[values.places(ops)] = ops.to_bytes(x[positions], self.each.wire)
+        if len(self._coded_ends):
+            of, rank = self._elements(ops)
+            if len(of.start) < len(positions):
+                positions = ops.concat([positions[run] for run, coded in self._runs if coded])
+            own, ones = positions - of.start, ops.zeros(8 * high.total, "uint8")
+            ones[(own >> of.low) + of.high_at + rank * of.step] = 1
+            payload[high.places(ops)] = ops.pack(ones, 1)
+            if low.total:
+                at, bit = self._low_places(ops, of, rank, 8 * low.total)
+                bits = ops.zeros(8 * low.total + 1, "uint8")  # the last is for bits that do not exist
+                bits[at.reshape(-1)] = ops.cast((own[:, None] >> bit) & 1, "uint8").reshape(-1)
+                payload[low.places(ops)] = ops.pack(bits[:-1], 1)
+        return (payload,), state
 
     # --- the payloads of n ranks --------------------------------------------------------------------------------------
-    def _decoded(self, ops: Ops, payloads: Sequence[Payload]) -> tuple[Array, Array]:
-        """Returns (int64[n, m]: the positions, ascending; float32[n, m]: the values). Raises PayloadError."""
-        data, at = ops.concat([payload for (payload,) in payloads]).reshape(len(payloads), -1), self._on(ops)
-        values = ops.from_bytes(data[:, at.values_in].reshape(-1), self.each.wire).reshape(len(data), -1)
+    def _decoded(self, ops: Ops, payloads: Sequence[Payload]) -> tuple[list[Array], Array]:
+        """Returns (the positions of each rank's values, ascending; float32[n, m]: the values). Raises PayloadError."""
+        data, (values_in, _, _) = ops.concat([payload for (payload,) in payloads]).reshape(len(payloads), -1), self._bytes
+        values = ops.from_bytes(data[:, values_in.places(ops)].reshape(-1), self.each.wire).reshape(len(data), -1)
         self._require(ops, (abs(values) < np.inf).all(1), data, "has a value that is not finite")
-        if not len(at.starts):
-            return ops.arange(len(data)).reshape(-1, 1) * 0 + at.whole, values
-        ones, right = ops.ones_of(data[:, at.high_in].reshape(-1), len(data) * len(at.starts))
+        coded = self._positions(ops, data) if len(self._coded_ends) else data[:, :0]
+        if coded.shape == values.shape:
+            return list(coded), values
+        every = ops.arange(int(self.ends[-1]))
+        return [
+            ops.concat([every[here] if run is None else coded[rank, run] for here, (_, run) in zip(self._slices, self._runs, strict=True)])
+            for rank in range(len(data))
+        ], values
+
+    def _positions(self, ops: Ops, data: Array) -> Array:
+        """Returns int64[n, c]: the coded positions."""
+        (_, low, high), (of, rank) = self._bytes, self._elements(ops)
+        ones, right = ops.ones_of(data[:, high.places(ops)].reshape(-1), len(data) * len(rank))
         ops.require(right, lambda: self._blame(ops, data))
-        own = ones.reshape(len(data), -1) - ops.arange(len(data)).reshape(-1, 1) * (8 * len(at.high_in)) - at.high
-        own = own << at.low
-        if len(at.low_at):
-            bits = ops.unpack(data[:, at.low_in].reshape(-1), 1, 8 * len(data) * len(at.low_in)).reshape(len(data), -1)
-            bits = bits[:, ops.within(at.low_at - 8 * len(at.high_in), bits.shape[1])].reshape(*own.shape, -1)
-            low = self._low_bits(ops)
-            own = own | ((bits << low) * ops.as_int(low < at.low[:, None])).sum(-1)
-        self._require(ops, ((own >= 0) & (own < at.sizes)).all(1), data, "has an index out of range")
-        positions = ops.within(own + at.starts, int(self.ends[-1]))
-        if at.coded is not None:
-            every = ops.arange(len(data)).reshape(-1, 1) * 0 + at.whole
-            every[:, at.coded] = positions
-            positions = every
+        own = ones.reshape(len(data), -1) - ops.arange(len(data)).reshape(-1, 1) * (8 * high.total)
+        own = own - of.high_at - rank * of.step << of.low
+        if low.total:
+            at, bit = self._low_places(ops, of, rank, 0)
+            bits = ops.unpack(data[:, low.places(ops)].reshape(-1), 1, 8 * len(data) * low.total).reshape(len(data), -1)
+            found = bits[:, at.reshape(-1)].reshape(len(data), *at.shape) * ops.as_int(bit < of.low[:, None])
+            own = own | (found << bit).sum(-1)
+        self._require(ops, ((own >= 0) & (own < of.size)).all(1), data, "has an index out of range")
+        positions = ops.within(own + of.start, int(self.ends[-1]))
         self._require(ops, (positions[:, 1:] > positions[:, :-1]).all(1), data, "has indices that repeat or are out of order")
-        return positions, values
+        return positions
 
     def _require(self, ops: Ops, by_rank: Array, data: Array, otherwise: str) -> None:
         def blame() -> None:

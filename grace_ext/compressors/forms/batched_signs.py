@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..base import sent_by
+from .batched import Stretches
 from .merged import Merged
 
 if TYPE_CHECKING:
@@ -38,15 +39,16 @@ class BatchedSigns(Merged):
         return [(size + 7) // 8 for size in self.sizes.tolist()]
 
     @cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """The bytes in the payload: (of the heads, the first field of all tensors, then the second of all; of the signs)."""
-        number, width, at = len(self._fields_of_head), self._fields_of_head[0], 0
-        heads, signs = [], []
-        for count in self._bytes:
-            heads.append(at + np.arange(number * width).reshape(number, width))
-            signs.append(at + number * width + np.arange(count))
-            at += number * width + count
-        return np.stack(heads, axis=1).reshape(-1), np.concatenate(signs)
+    def _heads_in(self) -> np.ndarray:
+        """The bytes of the heads in the payload: the first field of all tensors, then the second of all."""
+        number, width = len(self._fields_of_head), self._fields_of_head[0]
+        starts = np.cumsum([0, *(number * width + count for count in self._bytes[:-1])])
+        return (starts[None, :, None] + width * np.arange(number)[:, None, None] + np.arange(width)).reshape(-1)
+
+    @cached_property
+    def _signs_in(self) -> Stretches:
+        """Where the signs are in the payload."""
+        return Stretches(np.cumsum(self._bytes), sum(self._fields_of_head) * np.arange(1, len(self._bytes) + 1))
 
     def _with_gaps(self, ops: Ops, x: Array) -> Array:
         gap, pieces = ops.zeros(7) - 1, []  # of negative numbers, whose bits are 0 as those that fill up a byte
@@ -68,10 +70,9 @@ class BatchedSigns(Merged):
     def _sum(self, ops: Ops, payloads: Sequence[Payload], summing: bool) -> Array:
         """Returns the sum of the ranks' elements, in rank order. Raises PayloadError."""
         data = ops.concat([payload for (payload,) in payloads]).reshape(len(payloads), -1)
-        heads_at, signs_at = (ops.upload_once(places) for places in self._places)
-        heads = data[:, heads_at].reshape(len(data), len(self._fields_of_head), -1)
-        count, name = 8 * len(signs_at), ", ".join(spec.name for spec in self.specs)
-        signs = ops.unpack_signs(data[:, signs_at].reshape(-1), len(data) * count).reshape(len(data), -1)
+        heads = data[:, ops.upload_once(self._heads_in)].reshape(len(data), len(self._fields_of_head), -1)
+        count, name = 8 * self._signs_in.total, ", ".join(spec.name for spec in self.specs)
+        signs = ops.unpack_signs(data[:, self._signs_in.places(ops)].reshape(-1), len(data) * count).reshape(len(data), -1)
         owner, total = ops.owners(np.cumsum(self._bytes) * 8, count), ops.zeros(count)
         for rank in range(len(data)):
             with sent_by(rank, name, partial(self.explain, ops, (data[rank],), rank)):
