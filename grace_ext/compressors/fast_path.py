@@ -68,8 +68,8 @@ class FastPath:
         return None
 
     def batched(self, specs: tuple[TensorSpec, ...]) -> Any:
-        """As `merged`, for tensors of any size on a device: a compressor whose plain methods start as many operations for many tensors as
-        for one."""
+        """Returns what `merged` does, for tensors of any size on a device: a compressor whose plain methods start no more operations for
+        many tensors than for one. None if there is no such form."""
         return None
 
     def decompress(self, ops: Ops, payload: Payload, spec: TensorSpec, info: StepInfo) -> Array:

@@ -36,8 +36,7 @@ class _NormQuantizer(Compressor):
         """Returns (float32 norms, zero if they are too small to divide by; s / norm, or 0 if the norm is zero)."""
         norms = ops.cast(ops.where(norms > LARGEST_NORM, LARGEST_NORM, norms), "float32")
         norms = ops.where(norms < float(smallest_norm(s)), 0.0, norms)
-        levels = norms * 0 + s  # an array: torch would multiply the number by 1 / norm
-        return norms, ops.where(norms > 0, levels / ops.where(norms > 0, norms, 1.0), 0.0)
+        return norms, ops.where(norms > 0, ops.number(s) / ops.where(norms > 0, norms, 1.0), 0.0)
 
     def quantize(self, ops, x, s: int, spec, info):
         """Returns the wire forms of the norms and of the codes."""

@@ -313,7 +313,8 @@ class Ops(ABC):
         return self.where(codes > levels, levels, codes)
 
     def number(self, value: float) -> Any:
-        """Returns the number as what an array is divided by with one rounding: GPUs would multiply by 1 / value if it were Python's."""
+        """Returns the number in a form that divides an array, or is divided by one, with one rounding. With a Python number torch would
+        multiply by an inverse."""
         return value
 
     def product(self, a: Array, b: Array) -> Array:

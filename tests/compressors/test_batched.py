@@ -104,7 +104,7 @@ def test_scales_that_cannot_be_are_refused(value):
 
 @pytest.mark.parametrize("sizes", [(1,), (1, 1), (2048,), (2047, 2049, 4096, 5000), (3, 700, 100_000, 1), tuple(range(1, 40))])
 def test_the_sums_of_all_tensors_have_the_bits_of_each(sizes):
-    """Where a tensor is among others, and how long they are, does not matter; short ones fold as if they were alone."""
+    """A tensor's sum does not depend on its place among others, or on their lengths; a short tensor folds as if it were alone."""
     draws = np.random.default_rng(len(sizes))
     x = (draws.standard_normal(sum(sizes)) * 10 ** draws.uniform(-8, 8, sum(sizes))).astype(np.float32)
     ends, plain = np.cumsum(sizes), NumpyOps()

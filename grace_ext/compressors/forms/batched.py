@@ -65,12 +65,12 @@ class BatchedSelecting(Merged):
 
     @cached_property
     def _codes(self) -> list[tuple[int, int, int]]:
-        """`parts_of_code` of each tensor."""
+        """What `parts_of_code` returns for each tensor."""
         return [parts_of_code(k, d) for k, d in zip(self.most.tolist(), self.sizes.tolist(), strict=True)]
 
     @cached_property
     def _bytes(self) -> tuple[Stretches, Stretches, Stretches]:
-        """Where the values, the low bits and the high parts are; each tensor has them in this order."""
+        """The places of three kinds of bytes, in the order in which each tensor has them: values, low bits and high parts of positions."""
         low = np.array([code[2] for code in self._codes])
         index = np.array([index_bytes(k, d) for k, d in zip(self.most.tolist(), self.sizes.tolist(), strict=True)])
         counts = np.stack([ITEMSIZE[self.each.wire] * self.most, low, index - low])
@@ -93,12 +93,13 @@ class BatchedSelecting(Merged):
 
     @cached_property
     def _coded_ends(self) -> np.ndarray:
-        """Where each coded tensor's sent elements end."""
+        """The end of each coded tensor's sent elements, if these are laid end to end."""
         return np.cumsum(self.most[self.most < self.sizes])
 
     @cached_property
     def _runs(self) -> list[tuple[slice, slice | None]]:
-        """Of each tensor: its sent elements among those of all; among those with coded positions, None if it is sent whole."""
+        """Two slices for each tensor: its elements among all that are sent, and among those that have coded positions. The second is None
+        if the tensor is sent whole."""
         runs, at = [], 0
         for end, k, d in zip(np.cumsum(self.most).tolist(), self.most.tolist(), self.sizes.tolist(), strict=True):
             runs.append((slice(end - k, end), slice(at, at + k) if k < d else None))
@@ -112,8 +113,8 @@ class BatchedSelecting(Merged):
         return found, ops.arange(len(owner)) - found.first
 
     def _low_places(self, ops: Ops, of: Coded, rank: Array, beyond: int) -> tuple[Array, Array]:
-        """Returns int64[m, b]: the place of each low bit among the low bits of all, and `beyond` for those that an element does not have;
-        and int64[b]: 0, 1, ..."""
+        """Returns two arrays. int64[m, b] has, for each element, the places of its low bits among the low bits of all elements, and
+        `beyond` for bits that it does not have. int64[b] is 0, 1, ..."""
         bit = ops.arange(int(self._coded.low.max()))
         return ops.where(bit < of.low[:, None], (of.low_at + rank * of.low)[:, None] + bit, beyond), bit
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ..fast_path import Payload
 
 
+def heads_in(fields: Sequence[int], signs: Sequence[int]) -> np.ndarray:
+    """Returns int64[fields, bytes]: the places, in a payload of several tensors, of the bytes of each field that comes before their signs.
+    fields: the bytes of each of them, all equal; signs: the bytes of each tensor's signs."""
+    starts = np.cumsum([0, *(sum(fields) + count for count in signs[:-1])])
+    return (starts[None, :, None] + fields[0] * np.arange(len(fields))[:, None, None] + np.arange(fields[0])).reshape(len(fields), -1)
+
+
 class BatchedSigns(Merged):
     """Handles the tensors of a bucket, each of one block, for a compressor that sends a head and signs, and has `heads_of` and `sides_of`.
 
@@ -40,14 +47,12 @@ class BatchedSigns(Merged):
 
     @cached_property
     def _heads_in(self) -> np.ndarray:
-        """The bytes of the heads in the payload: the first field of all tensors, then the second of all."""
-        number, width = len(self._fields_of_head), self._fields_of_head[0]
-        starts = np.cumsum([0, *(number * width + count for count in self._bytes[:-1])])
-        return (starts[None, :, None] + width * np.arange(number)[:, None, None] + np.arange(width)).reshape(-1)
+        """The places of the bytes of heads in the payload: of the first field of all tensors, then of the second of all."""
+        return heads_in(self._fields_of_head, self._bytes).reshape(-1)
 
     @cached_property
     def _signs_in(self) -> Stretches:
-        """Where the signs are in the payload."""
+        """The places of the bytes of signs in the payload."""
         return Stretches(np.cumsum(self._bytes), sum(self._fields_of_head) * np.arange(1, len(self._bytes) + 1))
 
     def _with_gaps(self, ops: Ops, x: Array) -> Array:

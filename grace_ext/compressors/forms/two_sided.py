@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import PayloadError
 from ..base import Compressor, sent_by
 from ..fast_path import Fused
-from .batched_signs import BatchedSigns
+from .batched_signs import BatchedSigns, heads_in
 from .merged import Merged
 from .scales import blocks
 
@@ -91,12 +91,9 @@ class MergedSigns(Merged):
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
         """Byte positions in the payload: (of the floats, the first of all tensors, then the second of all; of the signs)."""
-        number = len(self.each.fields(self.specs[0])) - 1
-        whole = [4 * number + (spec.size + 7) // 8 for spec in self.specs]
-        starts = np.cumsum([0, *whole[:-1]])
-        floats = starts[None, :, None] + 4 * np.arange(number)[:, None, None] + np.arange(4)
-        signs = [np.arange(start + 4 * number, start + size) for start, size in zip(starts, whole, strict=True)]
-        return floats.reshape(number, -1), np.concatenate(signs)
+        floats = heads_in([4] * (len(self.each.fields(self.specs[0])) - 1), [(spec.size + 7) // 8 for spec in self.specs])
+        every = np.arange(sum(field.max_bytes for field in self._fields))
+        return floats, np.setdiff1d(every, floats)
 
     def fused(self, ops, grad, feedback, spec, info, state):
         if feedback.residual is None:

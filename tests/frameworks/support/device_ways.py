@@ -38,7 +38,7 @@ Gradients = Mapping[str, np.ndarray]
 
 
 class Made(NamedTuple):
-    """What one step of one rank has made. error: the class, rank and parameter of what it raised."""
+    """Holds what one step of one rank has made. error: the class, the rank and the parameter of the exception that it raised."""
 
     arrays: dict[str, np.ndarray]
     committed: bool
@@ -129,9 +129,7 @@ def by_optimizer(
     optimizer = make()
     for step, gradients in enumerate(_with(first, steps)):
         if step == restart:
-            saved = _on_host(world, optimizer.state_dict())
-            optimizer = make()
-            optimizer.load_state_dict(saved)
+            optimizer = _resumed(world, optimizer, make)
         optimizer.zero_grad()
         for _ in range(passes):
             model.loss(world.tensors([gradients])[0]).backward()
@@ -207,15 +205,20 @@ def by_local_sgd(
     optimizer = make()
     for step, gradients in enumerate(_with(first, steps)):
         if step == restart:
-            saved = _on_host(world, optimizer.state_dict())
-            optimizer = make()
-            optimizer.load_state_dict(saved)
+            optimizer = _resumed(world, optimizer, make)
         optimizer.zero_grad()
         model.loss(world.tensors([gradients])[0]).backward()
         yield _made(world, model, optimizer.step, optimizer, of=lambda p: p.detach())
 
 
 WAYS = {"DistributedOptimizer": by_optimizer, "ddp_comm_hook": by_ddp, "fsdp_hook": by_fsdp, "LocalSGD": by_local_sgd}
+
+
+def _resumed(world: World, optimizer: Any, make: Callable[[], Any]) -> Any:
+    """Returns another optimizer, which has loaded the state of this one."""
+    saved, another = _on_host(world, optimizer.state_dict()), make()
+    another.load_state_dict(saved)
+    return another
 
 
 def _on_host(world: World, saved: Any) -> Any:
